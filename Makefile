@@ -1,0 +1,38 @@
+# Two commands do everything, set-up included: `make train` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup train test check format test-distributed docs clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+train: setup
+	$(BIN)/ray-ep train
+
+test: check
+	$(BIN)/pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-distributed: setup
+	$(BIN)/pytest tests/distributed
+
+docs: setup
+	$(BIN)/python -m ray_ep.config.docs > docs/configuration.md
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,1 @@
+"""Composition of driver and observers: `ray_ep.train`."""

@@ -1,0 +1,51 @@
+"""The configuration reference, generated from the schema: `python -m ray_ep.config.docs > docs/configuration.md`."""
+
+from __future__ import annotations
+
+from dataclasses import fields as dataclass_fields
+from dataclasses import is_dataclass
+from typing import Any
+
+from ray_ep.config.load import fields
+from ray_ep.config.schema import Config
+
+
+def reference() -> str:
+    """Markdown tables of every key: default, allowed values, meaning."""
+    out = [
+        "# Configuration reference",
+        "",
+        "Generated from `ray_ep/config/schema.py` by `make docs`. Keys go into a YAML file (`--config FILE`) or on the",
+        "command line as `key=value`; the command line wins.",
+    ]
+    section = None
+    for key, f, default in fields():
+        name = key.rpartition(".")[0]
+        if name != section:
+            section = name
+            node = getattr(Config(), name) if name else Config()
+            out += [
+                "",
+                f"## {name or 'Run'}",
+                "",
+                (type(node).__doc__ or "").strip(),
+                "",
+                "| key | default | meaning |",
+                "|---|---|---|",
+            ]
+        allowed = f" Allowed: {', '.join(f'`{a}`' for a in f.metadata['allowed'])}." if f.metadata["allowed"] else ""
+        out.append(f"| `{key}` | `{_show(default)}` | {f.metadata['help']}.{allowed} |")
+    return "\n".join(out) + "\n"
+
+
+def sections() -> list[str]:
+    """Names of the sections, in schema order."""
+    return [f.name for f in dataclass_fields(Config) if is_dataclass(getattr(Config(), f.name))]
+
+
+def _show(value: Any) -> str:
+    return "" if value == "" else str(value)
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

@@ -1,0 +1,173 @@
+"""The one schema of a run: dataclasses whose fields carry their own documentation.
+
+`docs/configuration.md` is generated from this file; load.py checks values against it. Imports nothing of the package.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def _opt(default: Any, text: str, allowed: tuple[Any, ...] = ()) -> Any:
+    """A field with its help text and, where the choice is closed, the allowed values."""
+    meta = {"help": text, "allowed": allowed}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=meta)
+    return field(default=default, metadata=meta)
+
+
+@dataclass
+class ClusterConfig:
+    """Where the ranks run."""
+
+    address: str = _opt("", "Ray cluster to join; empty: the one RAY_ADDRESS names, else a local Ray is started")
+    ranks: int = _opt(2, "number of ranks (one Ray actor with one device each)")
+    device: str = _opt(
+        "auto", "device of a rank; auto: cuda if the cluster has GPUs, else cpu", ("auto", "cpu", "cuda")
+    )
+    cpus_per_rank: int = _opt(1, "CPUs (and torch threads) of a rank")
+    wait_s: float = _opt(60.0, "how long to wait for the cluster to place the ranks")
+    collective: str = _opt("gloo", "backend of the collective groups", ("gloo",))
+    collective_timeout_s: float = _opt(300.0, "a collective that takes longer fails the step")
+    dashboard: bool = _opt(False, "start Ray's dashboard beside a local Ray")
+
+
+@dataclass
+class ModelConfig:
+    """Which model: a transformers config class with overrides, or a checkpoint on disk."""
+
+    type: str = _opt(
+        "qwen3_moe", "transformers model type (such as qwen3_moe, mixtral, deepseek_v3) or config class name"
+    )
+    overrides: dict[str, Any] = _opt(
+        {
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "moe_intermediate_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "num_experts": 16,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 2048,
+        },
+        "fields of the config class to override; vocab_size follows the tokenizer unless given",
+    )
+    path: str = _opt("", "directory of a transformers checkpoint to start from; type and overrides are then ignored")
+    dtype: str = _opt("float32", "dtype of compute weights; master weights are float32", ("float32", "bfloat16"))
+    gradient_checkpointing: bool = _opt(False, "recompute blocks in backward, with the recorded routes")
+
+
+@dataclass
+class DataConfig:
+    """What it reads. With neither files nor a dataset: the Python standard library's source text on this machine."""
+
+    files: list[str] = _opt([], "paths, globs or fsspec URLs of text, .jsonl or .parquet files (.gz, .bz2, .xz too)")
+    dataset: str = _opt("", "name or directory of a Hugging Face dataset (needs the 'datasets' extra)")
+    dataset_split: str = _opt("train", "split of the dataset")
+    text_field: str = _opt("text", "field of .jsonl, .parquet and dataset rows that holds the text")
+    tokenizer: str = _opt("bytes", "bytes, or a Hugging Face tokenizer (name or directory)")
+    held_out: float = _opt(0.02, "share of the documents kept for evaluation, 0 to 0.5")
+    max_bytes: int = _opt(64_000_000, "stop reading after this many bytes of text; 0: no limit")
+
+
+@dataclass
+class BatchConfig:
+    """The global batch: a function of (seed, step) alone, never of the number of ranks."""
+
+    sequences: int = _opt(32, "sequences of one optimizer step, over all ranks and accumulation steps")
+    length: int = _opt(128, "tokens of a sequence")
+    accumulation: int = _opt(1, "forward-backward passes of one optimizer step")
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer and schedule."""
+
+    kind: str = _opt("adamw", "optimizer", ("adamw", "sgd"))
+    steps: int = _opt(150, "optimizer steps of the run")
+    learning_rate: float = _opt(3e-3, "peak learning rate")
+    schedule: str = _opt("cosine", "learning-rate schedule after warm-up", ("cosine", "linear", "constant_with_warmup"))
+    warmup_steps: int = _opt(15, "steps of linear warm-up")
+    weight_decay: float = _opt(0.1, "decoupled weight decay of matrices (not of biases and norms)")
+    beta1: float = _opt(0.9, "AdamW beta1; momentum of sgd")
+    beta2: float = _opt(0.95, "AdamW beta2")
+    eps: float = _opt(1e-8, "AdamW epsilon")
+    clip_norm: float = _opt(1.0, "clip the global gradient norm, every expert counted once; 0: no clipping")
+
+
+@dataclass
+class RouterConfig:
+    """Balancing of the router, over the global batch."""
+
+    aux_loss: str = _opt(
+        "layer",
+        "load-balancing loss: layer: one term a layer; pooled: transformers' form, all layers pooled",
+        ("layer", "pooled", "off"),
+    )
+    aux_coefficient: float = _opt(0.02, "weight of the load-balancing loss (a sum over layers for aux_loss=layer)")
+    z_coefficient: float = _opt(0.0, "weight of the router z-loss (mean squared logsumexp of the logits)")
+    bias_rate: float = _opt(0.001, "step of the auxiliary-loss-free update of a router's correction bias; 0: none")
+    force: str = _opt("none", "replace the router's choice, for benchmarks only", ("none", "balanced", "skewed"))
+    alarm_balancedness: float = _opt(0.25, "warn when mean/max expert load of a layer falls below; 0: never")
+    alarm_starved: float = _opt(0.05, "warn when an expert gets less than this share of its fair load; 0: never")
+
+
+@dataclass
+class PlacementConfig:
+    """Where each expert starts out."""
+
+    initial: str = _opt("contiguous", "contiguous, random, or the path of a placement JSON file")
+    slots_per_rank: int = _opt(
+        0, "slots of a rank in each MoE layer; more than experts/ranks gives replicas; 0: just enough"
+    )
+
+
+@dataclass
+class CheckpointConfig:
+    """Saving of weights, optimizer state and statistics in logical (layer, expert) form."""
+
+    every: int = _opt(0, "save every N steps; 0: only at the end and on interruption")
+    keep: int = _opt(2, "number of checkpoints kept; 0: all")
+    dir: str = _opt("", "directory or fsspec URL; empty: 'checkpoints' in the run directory")
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation on the held-out split."""
+
+    every: int = _opt(50, "evaluate every N steps and at the end; 0: never")
+    sequences: int = _opt(64, "sequences of one evaluation")
+
+
+@dataclass
+class StatisticsConfig:
+    """Routing statistics counted in the forward."""
+
+    sample: int = _opt(4096, "tokens of the reservoir of expert sets, over all ranks; 0: none")
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    run_dir: str = _opt("", "directory of the run; empty: a new one under runs/")
+    resume: str = _opt(
+        "no",
+        "no; auto: go on from the newest checkpoint of run_dir (or of the newest run in runs/); or a directory",
+    )
+    seed: int = _opt(0, "seed of weights, data order and everything drawn")
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
