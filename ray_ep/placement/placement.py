@@ -1,0 +1,207 @@
+"""A placement: which expert sits in which slot of which rank, and how tokens choose among replicas.
+
+Pure NumPy. Planning lives in baselines.py (and later planners), moving the weights in ray_ep.moe.
+Dimensions: L MoE layers, E experts, R ranks, S slots, K top_k.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ray_ep.errors import PlacementError
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+CHOICES = 32
+"""Resolution with which tokens are split among equally near replicas (columns of `Placement.routes`)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Slot -> expert for every layer; immutable.
+
+    Args:
+        slots: [L, R, S] expert id of each slot, -1 where empty (ranks with fewer slots are padded with -1).
+        num_experts: E, experts of a layer.
+        version: counts placements of one run.
+        primary: [L, E] rank that owns each expert (master weights and optimizer state); None: the rank with the
+            expert in its earliest slot, the lowest such rank.
+        shares: [L, R, S] how much of an expert's far traffic each replica takes (normalised per expert); None: even.
+
+    Raises:
+        PlacementError: an expert without a slot, an id out of range, a primary that does not hold its expert.
+    """
+
+    slots: Ints
+    num_experts: int
+    version: int = 0
+    primary: Ints | None = None
+    shares: Floats | None = None
+
+    def __post_init__(self) -> None:
+        slots = np.asarray(self.slots, np.int64)
+        object.__setattr__(self, "slots", slots)
+        if slots.ndim != 3:
+            raise PlacementError(f"placement slots have shape {slots.shape}: expected [layers, ranks, slots]")
+        if slots.size and (slots.min() < -1 or slots.max() >= self.num_experts):
+            raise PlacementError(
+                f"placement names expert {slots.max()}: allowed are -1 (empty) to {self.num_experts - 1}"
+            )
+        flat = slots.reshape(len(slots), -1)
+        filled = (flat >= 0).sum(1)
+        for layer, row in enumerate(flat):
+            missing = np.setdiff1d(np.arange(self.num_experts), row)
+            if len(missing):
+                raise PlacementError(
+                    f"placement of layer {layer}: {len(missing)} of {self.num_experts} experts have no slot, first is "
+                    f"expert {missing[0]} ({filled[layer]} slots are filled)"
+                )
+        primary = self._earliest() if self.primary is None else np.asarray(self.primary, np.int64)
+        if primary.shape != (len(slots), self.num_experts):
+            raise PlacementError(f"placement primary has shape {primary.shape}: expected [layers, experts]")
+        if ((primary < 0) | (primary >= slots.shape[1])).any() or not self._holds(primary).all():
+            raise PlacementError("placement: a primary rank does not hold its expert")
+        object.__setattr__(self, "primary", primary)
+        if self.shares is not None:
+            shares = np.asarray(self.shares, np.float64)
+            if shares.shape != slots.shape or not np.isfinite(shares).all() or (shares < 0).any():
+                raise PlacementError("placement shares: expected finite, non-negative [layers, ranks, slots]")
+            object.__setattr__(self, "shares", shares)
+        for array in (self.slots, self.primary, self.shares):
+            if array is not None:
+                array.setflags(write=False)
+
+    @property
+    def num_layers(self) -> int:
+        """L, MoE layers."""
+        return int(self.slots.shape[0])
+
+    @property
+    def num_ranks(self) -> int:
+        """R, ranks."""
+        return int(self.slots.shape[1])
+
+    @cached_property
+    def owner(self) -> Ints:
+        """[L, E] rank of each expert's primary."""
+        assert self.primary is not None
+        return self.primary
+
+    def experts_of(self, layer: int, rank: int) -> list[int]:
+        """Experts that a rank holds in a layer, each once: the ones it owns first, each group in ascending order."""
+        held = {int(e) for e in self.slots[layer, rank] if e >= 0}
+        return sorted(held, key=lambda e: (self.owner[layer, e] != rank, e))
+
+    def ranks_of(self, layer: int, expert: int) -> list[int]:
+        """Ranks that hold an expert, ascending."""
+        return [int(r) for r in np.nonzero((self.slots[layer] == expert).any(1))[0]]
+
+    def routes(self, layer: int, source: int, node_of: Ints | None = None) -> Ints:
+        """[E, CHOICES] the rank that serves each expert for tokens of one source rank.
+
+        Token number t takes column t % CHOICES. The nearest replica serves: the source rank itself, else ranks of its
+        node, else any, split by `shares`. Pure, so that every rank can compute every other's.
+        """
+        node_of = np.zeros(self.num_ranks, np.int64) if node_of is None else node_of
+        table = np.empty((self.num_experts, CHOICES), np.int64)
+        weight = self._weights(layer)
+        for e in range(self.num_experts):
+            ranks = np.asarray(self.ranks_of(layer, e))
+            if source in ranks:
+                table[e] = source
+                continue
+            near = ranks[node_of[ranks] == node_of[source]]
+            ranks = near if len(near) else ranks
+            table[e] = _spread(ranks, weight[e, ranks], start=source + e)
+        return table
+
+    def rank_load(self, load: Floats, node_of: Ints | None = None) -> Floats:
+        """[L, R] tokens that each rank computes under `load` [L, E], tokens spread evenly over source ranks."""
+        out = np.zeros((self.num_layers, self.num_ranks))
+        for layer in range(self.num_layers):
+            for source in range(self.num_ranks):
+                table = self.routes(layer, source, node_of)
+                part = np.repeat(load[layer] / (self.num_ranks * CHOICES), CHOICES)
+                np.add.at(out[layer], table.ravel(), part)
+        return out
+
+    def to_json(self) -> str:
+        """One JSON document; `from_json` reads it back."""
+        tree: dict[str, Any] = {"version": self.version, "num_experts": self.num_experts, "slots": self.slots.tolist()}
+        tree["primary"] = self.owner.tolist()
+        if self.shares is not None:
+            tree["shares"] = self.shares.tolist()
+        return json.dumps(tree)
+
+    @staticmethod
+    def from_json(text: str, where: str = "placement") -> Placement:
+        """Parse `to_json`; raises PlacementError naming `where`."""
+        try:
+            tree = json.loads(text)
+            slots = np.asarray(tree["slots"], np.int64)
+            return Placement(
+                slots,
+                int(tree.get("num_experts", slots.max(initial=-1) + 1)),
+                int(tree.get("version", 0)),
+                tree.get("primary"),
+                tree.get("shares"),
+            )
+        except (ValueError, KeyError, TypeError) as e:
+            raise PlacementError(f"{where}: not a placement: {e!r}") from None
+
+    @staticmethod
+    def load(path: str | Path) -> Placement:
+        """Read a placement file; raises PlacementError."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise PlacementError(f"placement file {path}: {e}") from None
+        return Placement.from_json(text, str(path))
+
+    def _earliest(self) -> Ints:
+        """[L, E] the rank with the expert in its lowest slot number, the lowest such rank."""
+        by_slot = self.slots.transpose(0, 2, 1).reshape(self.num_layers, -1)  # slot-major, then rank
+        out = np.empty((self.num_layers, self.num_experts), np.int64)
+        for layer, row in enumerate(by_slot):
+            experts, first = np.unique(row, return_index=True)
+            keep = experts >= 0
+            out[layer, experts[keep]] = first[keep] % self.num_ranks
+        return out
+
+    def _holds(self, primary: Ints) -> npt.NDArray[np.bool_]:
+        """[L, E] whether the named rank has a slot with the expert."""
+        layers = np.arange(self.num_layers)[:, None]
+        rows = self.slots[layers, primary]  # [L, E, S]
+        return np.asarray((rows == np.arange(self.num_experts)[None, :, None]).any(-1))
+
+    def _weights(self, layer: int) -> Floats:
+        """[E, R] share of each replica, zero where a rank lacks the expert."""
+        out = np.zeros((self.num_experts, self.num_ranks))
+        for rank in range(self.num_ranks):
+            for slot, e in enumerate(self.slots[layer, rank]):
+                if e >= 0:
+                    out[e, rank] += 1.0 if self.shares is None else self.shares[layer, rank, slot]
+        return out
+
+
+def _spread(ranks: Ints, weights: Floats, start: int) -> Ints:
+    """[CHOICES] ranks in proportion to weights (largest remainder), interleaved, rotated by `start`."""
+    if len(ranks) == 1:
+        return np.full(CHOICES, ranks[0])
+    weights = weights if weights.sum() > 0 else np.ones(len(ranks))
+    exact = weights / weights.sum() * CHOICES
+    count = np.floor(exact).astype(np.int64)
+    short = CHOICES - count.sum()
+    count[np.argsort(-(exact - count), kind="stable")[:short]] += 1
+    # Each rank's k-th turn is due at (k + 1/2) / count: sorting the due times interleaves them evenly.
+    due = np.concatenate([(np.arange(c) + 0.5) / c for c in count])
+    owner = np.repeat(ranks, count)
+    return np.roll(owner[np.argsort(due, kind="stable")], start)
