@@ -1,0 +1,131 @@
+"""Our groups as backends of ray.util.collective: made, named and looked up the way Ray users know.
+
+`RAY_EP_GLOO` here; each process registers it once before it joins. Imports Ray, torch and group.py.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import ray
+import ray.experimental.internal_kv as kv
+import torch
+import torch.distributed as dist
+from ray.util import collective
+from ray.util.collective.backend_registry import BackendRegistry, register_collective_backend
+from ray.util.collective.collective_group.base_collective_group import BaseGroup
+from ray.util.collective.types import ReduceOp
+
+from ray_ep.collective.group import Group, TorchGroup, gloo
+from ray_ep.errors import GroupError
+
+BACKEND = "RAY_EP_GLOO"
+RENDEZVOUS_S = 60.0
+
+
+class GlooBackend(BaseGroup):
+    """A gloo group inside ray.util.collective; `group` is the same members as a ray_ep `Group`."""
+
+    group: TorchGroup
+
+    def __init__(self, world_size: int, rank: int, group_name: str):
+        super().__init__(world_size, rank, group_name)
+        host = ray.util.get_node_ip_address()
+        key = f"ray_ep/{group_name}".encode()
+        if rank == 0:
+            store = dist.TCPStore(host, 0, world_size, True, wait_for_workers=False)
+            kv._internal_kv_put(key, f"{host}:{store.port}".encode(), overwrite=True)
+        else:
+            address, port = _await_address(key).rsplit(":", 1)
+            store = dist.TCPStore(address, int(port), world_size, False)
+        self._store, self._key = store, key
+        self.group = gloo(store, rank, world_size, host=host)
+
+    def destroy_group(self) -> None:
+        if self.rank == 0:
+            kv._internal_kv_del(self._key)
+        self.group.close()
+        self._store = None
+
+    @classmethod
+    def backend(cls) -> str:
+        return BACKEND
+
+    @classmethod
+    def check_backend_availability(cls) -> bool:
+        return dist.is_gloo_available()
+
+    # Ray's own calls hand over lists of one tensor (one per device).
+    def allreduce(self, tensor: Any, allreduce_options: Any = None) -> None:
+        self.group.all_reduce(_one(tensor), _op(allreduce_options))
+
+    def barrier(self, barrier_options: Any = None) -> None:
+        self.group.barrier()
+
+    def reduce(self, tensor: Any, reduce_options: Any = None) -> None:
+        target = _one(tensor)
+        buffer = target.clone()
+        self.group.all_reduce(buffer, _op(reduce_options))
+        if self.rank == reduce_options.root_rank:
+            target.copy_(buffer)
+
+    def allgather(self, tensor_list: Any, tensor: Any, allgather_options: Any = None) -> None:
+        outputs = tensor_list[0] if isinstance(tensor_list[0], list) else tensor_list
+        for output, value in zip(outputs, self.group.all_gather(_one(tensor)), strict=True):
+            output.copy_(value)
+
+    def broadcast(self, tensor: Any, broadcast_options: Any = None) -> None:
+        self.group.broadcast(_one(tensor), broadcast_options.root_rank)
+
+    def reducescatter(self, tensor: Any, tensor_list: Any, reducescatter_options: Any = None) -> None:
+        inputs = tensor_list[0] if isinstance(tensor_list[0], list) else tensor_list
+        buffer = torch.stack(list(inputs))
+        self.group.all_reduce(buffer, _op(reducescatter_options))
+        _one(tensor).copy_(buffer[self.rank])
+
+    def send(self, tensor: Any, send_options: Any) -> None:
+        self.group.send(_one(tensor), send_options.dst_rank)
+
+    def recv(self, tensor: Any, recv_options: Any) -> None:
+        self.group.receive(_one(tensor), recv_options.src_rank)
+
+
+def join(name: str, rank: int, size: int, epoch: int = 0, timeout_s: float = 300.0) -> Group:
+    """Join (all ranks call) the named group through ray.util.collective, inside an actor.
+
+    Raises:
+        GroupError: the peers did not come within the rendezvous time.
+    """
+    if not BackendRegistry().is_registered(BACKEND):
+        register_collective_backend(BACKEND, GlooBackend)
+    collective.init_collective_group(size, rank, BACKEND, name)
+    group = collective.collective.get_group_handle(name).group
+    group.epoch, group.timeout_s = epoch, timeout_s
+    return group
+
+
+def leave(name: str) -> None:
+    """Destroy this process's membership of a named group; not collective."""
+    if collective.is_group_initialized(name):
+        collective.destroy_collective_group(name)
+
+
+def _await_address(key: bytes) -> str:
+    limit = time.monotonic() + RENDEZVOUS_S
+    while not (address := kv._internal_kv_get(key)):
+        if time.monotonic() > limit:
+            raise GroupError(f"group {key.decode()}: rank 0 did not appear within {RENDEZVOUS_S:g} s")
+        time.sleep(0.005)
+    return address.decode()
+
+
+def _one(tensor: Any) -> torch.Tensor:
+    return tensor[0] if isinstance(tensor, list) else tensor
+
+
+def _op(options: Any) -> str:
+    names = {ReduceOp.SUM: "sum", ReduceOp.MAX: "max"}
+    if options.reduceOp not in names:
+        raise GroupError(f"reduce operation {options.reduceOp}: allowed are SUM and MAX")
+    return names[options.reduceOp]

@@ -1,0 +1,83 @@
+import threading
+import time
+
+import pytest
+import torch
+
+from ray_ep.collective import from_torch
+from ray_ep.errors import GroupError
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32, torch.int64])
+def test_all_to_all_with_uneven_sizes_delivers_every_row_to_its_rank(ranks, size, dtype):
+    def work(g):
+        sizes_in = [(g.rank + to) % 3 for to in range(size)]  # zero rows to some
+        sizes_out = [(source + g.rank) % 3 for source in range(size)]
+        x = torch.cat([torch.full((n, 2), 10 * g.rank + to) for to, n in enumerate(sizes_in)]).to(dtype)
+        y = torch.empty(sum(sizes_out), 2, dtype=dtype)
+        g.all_to_all(y, x, sizes_out, sizes_in)
+        want = torch.cat([torch.full((n, 2), 10 * source + g.rank) for source, n in enumerate(sizes_out)]).to(dtype)
+        assert torch.equal(y, want)
+
+    ranks(size, work)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_reductions_gathers_and_broadcasts(ranks, size):
+    def work(g):
+        x = torch.tensor([float(g.rank), 1.0])
+        g.all_reduce(x)
+        assert x.tolist() == [sum(range(size)), size]
+        x = torch.tensor([float(g.rank)])
+        g.all_reduce(x, "max")
+        assert x.item() == size - 1
+        assert g.all_gather(torch.tensor([g.rank])).flatten().tolist() == list(range(size))
+        x = torch.tensor([float(g.rank)])
+        g.broadcast(x, size - 1)
+        assert x.item() == size - 1
+        g.barrier()
+
+    ranks(size, work)
+
+
+def test_nothing_to_send_at_all_is_fine(ranks):
+    def work(g):
+        y = torch.empty(0, 4)
+        g.all_to_all(y, torch.empty(0, 4), [0, 0], [0, 0])
+        return y.shape
+
+    assert ranks(2, work) == [(0, 4)] * 2
+
+
+def test_abort_releases_a_waiting_rank_at_once(ranks):
+    groups = {}
+
+    def work(g):
+        if g.rank == 1:
+            time.sleep(1.5)
+            return None
+        threading.Timer(0.3, g.abort).start()
+        start = time.monotonic()
+        with pytest.raises(GroupError, match="aborted"):
+            g.barrier()
+        return time.monotonic() - start
+
+    assert ranks(2, work, groups=groups)[0] < 1.2
+    with pytest.raises(GroupError, match="closed or aborted"):
+        groups[0].barrier()
+
+
+def test_a_peer_that_never_comes_ends_in_an_error_after_the_time_limit(ranks):
+    def work(g):
+        if g.rank == 0:
+            g.timeout_s = 0.5
+            with pytest.raises(GroupError, match="no answer"):
+                g.all_reduce(torch.ones(1))
+
+    ranks(2, work, groups={})
+
+
+def test_from_torch_without_a_process_group_says_what_to_do():
+    with pytest.raises(GroupError, match="init_process_group"):
+        from_torch()

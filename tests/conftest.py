@@ -1,0 +1,43 @@
+"""Ranks as threads of one process over real gloo: the exchange is the real one, without starting processes."""
+
+import threading
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ray_ep.collective import SoloGroup, gloo
+
+torch.set_num_threads(1)
+
+
+def run_ranks(size, work, timeout_s=60.0, groups=None):
+    """Call work(group) on `size` ranks; returns their results in rank order, raises the first error."""
+    store = dist.HashStore()
+    store.set_timeout(timedelta(seconds=30))
+    results, errors = [None] * size, []
+
+    def main(rank):
+        try:
+            group = SoloGroup() if size == 1 else gloo(store, rank, size, host="127.0.0.1", timeout_s=timeout_s)
+            if groups is not None:
+                groups[rank] = group
+            results[rank] = work(group)
+        except BaseException as e:
+            errors.append((rank, e))
+            if groups is None and size > 1 and "group" in locals():
+                group.abort()
+
+    threads = [threading.Thread(target=main, args=(r,), daemon=True) for r in range(size)]
+    [t.start() for t in threads]
+    [t.join(timeout_s + 60) for t in threads]
+    if errors:
+        raise next((e for _, e in errors if "GroupError" not in type(e).__name__), errors[0][1])
+    assert not any(t.is_alive() for t in threads), "a rank hangs"
+    return results
+
+
+@pytest.fixture
+def ranks():
+    return run_ranks
