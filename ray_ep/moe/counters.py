@@ -1,0 +1,97 @@
+"""Routing statistics counted on the rank in the forward: load, co-activation, transitions, a reservoir of expert sets.
+
+Torch; the sums become `ray_ep.placement.RoutingStatistics`. L layers, E experts, T tokens, K top_k.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ray_ep.moe.routing import recomputing
+from ray_ep.placement import RoutingStatistics
+
+
+class Counters:
+    """Counts of one rank over all its MoE layers.
+
+    Args:
+        sample: tokens kept in the reservoir of expert sets; 0 for none.
+        seed: of the reservoir's choice; ranks should differ.
+        pair_tokens: tokens a layer and pass that are looked at for pair counts; more are subsampled, and the counts
+            scaled to the whole by `take`.
+    """
+
+    def __init__(self, layers: int, experts: int, sample: int = 0, seed: int = 0, pair_tokens: int = 1024):
+        self.layers, self.experts, self.pair_tokens = layers, experts, pair_tokens
+        self.enabled = True
+        self.total = torch.zeros(layers, experts, dtype=torch.int64)  # since the start
+        self.step = torch.zeros(layers, experts, dtype=torch.int64)  # since the last take_step
+        self.coactivation = torch.zeros(layers, experts * experts, dtype=torch.float64)
+        self.transitions = torch.zeros(max(layers - 1, 0), experts * experts, dtype=torch.float64)
+        self.capacity, self._rng = sample, np.random.default_rng(seed)
+        self.sample: torch.Tensor | None = None  # [L, capacity, K]
+        self.seen = 0  # tokens offered to the reservoir
+        self._previous: torch.Tensor | None = None  # expert ids of the layer before, for transitions
+        self._kept: tuple[np.ndarray, np.ndarray] | None = None  # tokens to keep of this pass, and where
+
+    def count(self, layer: int, top_k_index: torch.Tensor) -> torch.Tensor:
+        """Count one layer's choices [T, K] (not in a recomputation); returns their load [E]."""
+        index = top_k_index.detach().cpu()
+        load = torch.bincount(index.reshape(-1), minlength=self.experts)
+        if self.enabled and not recomputing():
+            self.total[layer] += load
+            self.step[layer] += load
+            self._count_pairs(layer, index)
+            if self.capacity:
+                self._keep(layer, index)
+        return load
+
+    def take_step(self) -> torch.Tensor:
+        """[L, E] load since the last call."""
+        load, self.step = self.step, torch.zeros_like(self.step)
+        return load
+
+    def statistics(self) -> RoutingStatistics:
+        """Everything counted so far on this rank."""
+        shape = (-1, self.experts, self.experts)
+        if self.sample is None:
+            sample = np.zeros((self.layers, 0, 1), np.int32)
+        else:
+            sample = self.sample[:, : min(self.seen, self.capacity)].numpy().astype(np.int32)
+        return RoutingStatistics(
+            self.total.numpy().copy(),
+            self.coactivation.numpy().round().astype(np.int64).reshape(shape),
+            self.transitions.numpy().round().astype(np.int64).reshape(shape),
+            sample,
+        )
+
+    def _count_pairs(self, layer: int, index: torch.Tensor) -> None:
+        stride = max(1, -(-len(index) // self.pair_tokens))
+        part = index[::stride]  # tokens of all sequences
+        scale = len(index) / max(len(part), 1)
+        if layer and self._previous is not None and len(self._previous) == len(part):
+            self.transitions[layer - 1] += scale * self._pairs(self._previous, part)
+        self.coactivation[layer] += scale * self._pairs(part, part)
+        self._previous = part
+
+    def _pairs(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """[E * E] how often each (expert of a, expert of b) met in one token."""
+        pairs = a[:, :, None] * self.experts + b[:, None, :]
+        return torch.bincount(pairs.reshape(-1), minlength=self.experts * self.experts)
+
+    def _keep(self, layer: int, index: torch.Tensor) -> None:
+        """Reservoir sampling (Vitter's algorithm R): the first layer chooses the tokens, the others follow."""
+        if layer == 0:
+            number = self.seen + np.arange(len(index))
+            slot = np.where(number < self.capacity, number, self._rng.integers(0, number + 1))
+            taken = np.nonzero(slot < self.capacity)[0][::-1]
+            slot, last = np.unique(slot[taken], return_index=True)  # of tokens that chose one place the last stays
+            self._kept = (taken[last], slot)
+            self.seen += len(index)
+        if self._kept is None or (self._kept[0] >= len(index)).any():
+            return
+        if self.sample is None:
+            self.sample = torch.zeros(self.layers, self.capacity, index.shape[1], dtype=torch.int32)
+        taken, slot = self._kept
+        self.sample[layer][torch.from_numpy(slot)] = index[torch.from_numpy(taken)].to(torch.int32)

@@ -1,0 +1,156 @@
+"""Dispatch and combine: each token travels once per destination rank, one weighted partial sum comes back.
+
+The autograd pair of the exchange and its plan. No experts here (experts.py), no models (parallelize.py).
+T tokens of this rank, K top_k, E experts, R ranks, H hidden;
+N token copies received, P (token, expert) pairs received.
+
+    tokens [T, H] --dispatch--> rows [N, H] --experts, weights--> partial [N, H] --combine--> out [T, H]
+    rows lie rank-major: all copies from rank 0, then rank 1, ... each block in token order
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from ray_ep.collective import Group
+
+
+@dataclass(slots=True)
+class Meter:
+    """What one rank's layers did since the last `take`: bytes to each rank, seconds of expert compute."""
+
+    sent: np.ndarray  # [R] bytes of hidden states and metadata
+    expert_seconds: float = 0.0
+    backward_mark: float = 0.0  # when the last combine's backward ended: the experts' backward runs from there
+
+    def add(self, sizes: list[int], row: torch.Tensor, rank: int) -> None:
+        """Count `sizes` [R] rows like `row` [...]; what stays on the rank is not traffic."""
+        per_row = row[:1].numel() * row.element_size() if len(row) else int(np.prod(row.shape[1:])) * row.element_size()
+        for to, n in enumerate(sizes):
+            if to != rank:
+                self.sent[to] += n * per_row
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """The plan of one layer's exchange, seen from one rank."""
+
+    tokens: int  # T
+    send_token: torch.Tensor  # [sum(rows_out)] token of each row sent, rank-major
+    rows_out: list[int]  # [R] rows sent to each rank
+    rows_in: list[int]  # [R] rows received from each rank; N is the sum
+    pair_order: torch.Tensor  # [T * K] pair numbers in the order they are sent
+    pairs_out: list[int]  # [R]
+    pairs_in: list[int]  # [R]; P is the sum
+    pair_row: torch.Tensor  # [P] received row that a received pair belongs to
+    pair_expert: torch.Tensor  # [P] expert id
+    group: Group = field(repr=False)
+    meter: Meter = field(repr=False)
+
+
+def plan(top_k_index: torch.Tensor, routes: torch.Tensor, group: Group, meter: Meter) -> Dispatch:
+    """Agree with all ranks on one layer's exchange (collective).
+
+    Args:
+        top_k_index: [T, K] expert ids; T may be 0 and may differ between ranks.
+        routes: [E, C] the rank that serves an expert; token t takes column t % C (`Placement.routes`).
+    """
+    tokens, top_k = top_k_index.shape
+    column = torch.arange(tokens, device=top_k_index.device) % routes.shape[1]
+    to = routes[top_k_index, column[:, None]]  # [T, K] destination rank
+    visits = torch.zeros(tokens, group.size, dtype=torch.bool, device=to.device).scatter_(1, to, True)
+    send_token = visits.t().nonzero()[:, 1]  # rank-major, tokens ascending
+    pair_order = torch.argsort(to.reshape(-1), stable=True)  # rank-major, tokens ascending
+    pair_to = to.reshape(-1)[pair_order]
+    pair_token = pair_order // max(top_k, 1)
+    row_in_block = (visits.cumsum(0) - 1)[pair_token, pair_to]  # [T * K]
+    sizes_out = torch.stack([visits.sum(0), torch.bincount(pair_to, minlength=group.size)], 1)  # [R, 2]
+    sizes_in = torch.empty_like(sizes_out)
+    ones = [1] * group.size
+    group.all_to_all(sizes_in, sizes_out, ones, ones)
+    rows_out, pairs_out = sizes_out.t().tolist()
+    rows_in, pairs_in = sizes_in.t().tolist()
+
+    meta_out = torch.stack([top_k_index.reshape(-1)[pair_order], row_in_block], 1).to(torch.int32)
+    meta_in = meta_out.new_empty(sum(pairs_in), 2)
+    group.all_to_all(meta_in, meta_out, pairs_in, pairs_out)
+    meter.add(pairs_out, meta_out, group.rank)
+    start = torch.tensor([0, *rows_in[:-1]], device=to.device).cumsum(0)  # first row of each source
+    block = torch.repeat_interleave(start, torch.tensor(pairs_in, device=to.device), output_size=sum(pairs_in))
+    return Dispatch(
+        tokens, send_token, rows_out, rows_in, pair_order, pairs_out, pairs_in,
+        meta_in[:, 1].long() + block, meta_in[:, 0].long(), group, meter,
+    )  # fmt: skip
+
+
+def dispatch(tokens: torch.Tensor, weights: torch.Tensor, plan: Dispatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """tokens [T, H], weights [T, K] -> rows [N, H], pair weights [P] (collective, forward and backward).
+
+    Sends each token once per destination rank forward; gradients of the copies return and are summed backward.
+    """
+    rows, pair_weights = _Dispatch.apply(tokens, weights, plan)
+    return rows, pair_weights
+
+
+def combine(partial: torch.Tensor, plan: Dispatch) -> torch.Tensor:
+    """partial [N, H], one weighted sum a received row -> out [T, H] (collective, forward and backward).
+
+    Returns the partial sums and adds them forward; sends each token's gradient once per rank backward.
+    """
+    out: torch.Tensor = _Combine.apply(partial, plan)
+    return out
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tokens, weights, plan):
+        ctx.plan, ctx.weights_shape, ctx.weights_dtype = plan, weights.shape, weights.dtype
+        rows = _forth(tokens[plan.send_token], plan, plan.rows_out, plan.rows_in)
+        pair_weights = _forth(weights.reshape(-1)[plan.pair_order], plan, plan.pairs_out, plan.pairs_in)
+        ctx.set_materialize_grads(True)
+        return rows, pair_weights
+
+    @staticmethod
+    def backward(ctx, d_rows, d_pair_weights):
+        plan = ctx.plan
+        if plan.meter.backward_mark:
+            plan.meter.expert_seconds += time.perf_counter() - plan.meter.backward_mark
+            plan.meter.backward_mark = 0.0
+        d_tokens = _sum_rows(_forth(d_rows, plan, plan.rows_in, plan.rows_out), plan.send_token, plan.tokens)
+        back = _forth(d_pair_weights, plan, plan.pairs_in, plan.pairs_out)
+        d_weights = torch.empty_like(back)
+        d_weights[plan.pair_order] = back
+        return d_tokens, d_weights.view(ctx.weights_shape).to(ctx.weights_dtype), None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, partial, plan):
+        ctx.plan = plan
+        return _sum_rows(_forth(partial, plan, plan.rows_in, plan.rows_out), plan.send_token, plan.tokens)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        plan = ctx.plan
+        d_partial = _forth(d_out[plan.send_token], plan, plan.rows_out, plan.rows_in)
+        plan.meter.backward_mark = time.perf_counter()
+        return d_partial, None
+
+
+def _forth(rows: torch.Tensor, plan: Dispatch, sizes_out: list[int], sizes_in: list[int]) -> torch.Tensor:
+    """One all-to-all of rows, counted by the meter."""
+    rows = rows.contiguous()
+    received = rows.new_empty(sum(sizes_in), *rows.shape[1:])
+    plan.group.all_to_all(received, rows, sizes_in, sizes_out)
+    plan.meter.add(sizes_out, rows, plan.group.rank)
+    return received
+
+
+def _sum_rows(rows: torch.Tensor, token: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Add rows [M, H] up per token -> [tokens, H], in float32: bfloat16 would round at every add."""
+    out = torch.zeros(tokens, rows.shape[1], dtype=torch.float32, device=rows.device)
+    return out.index_add_(0, token, rows.float()).to(rows.dtype)

@@ -1,0 +1,95 @@
+"""The slots of one MoE layer on one rank, and the function that transformers calls in place of the experts.
+
+Weights stay in the transformers module, cut down to this rank's experts, so every layout that transformers knows
+(gated or not, biased, transposed, interleaved, post-norm) works through its own grouped kernel. No model search here.
+E experts, S experts held by this rank (each once: slots that repeat an expert stay empty), P pairs, N rows, H hidden.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
+
+from ray_ep.collective import Group
+from ray_ep.moe.counters import Counters
+from ray_ep.moe.exchange import Meter, combine, dispatch, plan
+from ray_ep.placement import Placement
+
+IMPLEMENTATION = "ray_ep"
+
+
+class ExpertLayer:
+    """State of one MoE layer on one rank; lives on the transformers experts module as `ray_ep_layer`.
+
+    Args:
+        index: number of the layer among the model's MoE layers.
+        name: dotted name of the experts module in the model.
+        num_experts: E.
+    """
+
+    def __init__(self, index: int, name: str, num_experts: int, group: Group, meter: Meter, counters: Counters):
+        self.index, self.name, self.num_experts = index, name, num_experts
+        self.group, self.meter, self.counters = group, meter, counters
+        self.idle = False  # this rank has no tokens in this pass: it takes part in the exchange with none
+        self.calls = 0  # forward passes so far: a model that silently keeps its own experts never counts
+        self.trace: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # (experts, ranks) [T, K] while tracing
+        self.experts: list[int] = []  # expert in each row of the weights: the owned ones first
+        self.pass_load = torch.zeros(num_experts, dtype=torch.int64)  # [E] of the last forward
+        self.owned = 0  # the first `owned` rows are primaries
+
+    def place(self, placement: Placement, node_of: np.ndarray | None, device: torch.device) -> None:
+        """Take on a placement's maps; moving the weights is the caller's task."""
+        self.experts = placement.experts_of(self.index, self.group.rank)
+        self.owned = sum(placement.owner[self.index, e] == self.group.rank for e in self.experts)
+        self.routes = torch.from_numpy(placement.routes(self.index, self.group.rank, node_of)).to(device)  # [E, C]
+        row_of = torch.full((self.num_experts,), -1)
+        row_of[self.experts] = torch.arange(len(self.experts))
+        self.row_of = row_of.to(device)  # [E] row of the local weights, -1 if not here
+
+    def forward(
+        self, module: torch.nn.Module, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """hidden [T, H], top_k_index [T, K], top_k_weights [T, K] -> [T, H] (collective)."""
+        self.calls += 1
+        if self.idle:
+            self.pass_load = torch.zeros(self.num_experts, dtype=torch.int64)
+            out = self._exchange(module, hidden[:0], top_k_index[:0], top_k_weights[:0])
+            return torch.zeros_like(hidden) + out.sum()  # the sum of nothing: keeps the backward exchange in the graph
+        self.pass_load = self.counters.count(self.index, top_k_index)
+        return self._exchange(module, hidden, top_k_index, top_k_weights)
+
+    def _exchange(
+        self, module: torch.nn.Module, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        agreed = plan(top_k_index, self.routes, self.group, self.meter)
+        if self.trace is not None:
+            column = torch.arange(len(hidden), device=hidden.device) % self.routes.shape[1]
+            self.trace.append((top_k_index, self.routes[top_k_index, column[:, None]]))
+        rows, weights = dispatch(hidden, top_k_weights, agreed)
+        start = time.perf_counter()
+        partial = self._compute(module, rows, weights, agreed.pair_row, self.row_of[agreed.pair_expert])
+        self.meter.expert_seconds += time.perf_counter() - start
+        return combine(partial, agreed)
+
+    def _compute(
+        self, module: Any, rows: torch.Tensor, weights: torch.Tensor, pair_row: torch.Tensor, expert_row: torch.Tensor
+    ) -> torch.Tensor:
+        """Run each received pair through its expert and sum per received row: [N, H] -> [N, H]."""
+        if not len(pair_row):
+            return rows + 0 * weights.sum()  # no pairs, so no rows either
+        out = grouped_mm_experts_forward(module, rows[pair_row], expert_row[:, None], weights[:, None])  # [P, H]
+        partial = torch.zeros(len(rows), out.shape[1], dtype=torch.float32, device=out.device)
+        return partial.index_add(0, pair_row, out.float()).to(rows.dtype)
+
+
+def _experts_forward(module: torch.nn.Module, *args: torch.Tensor) -> torch.Tensor:
+    """What transformers calls for `experts_implementation="ray_ep"`."""
+    layer: ExpertLayer = module.ray_ep_layer  # type: ignore[assignment]
+    return layer.forward(module, *args)
+
+
+ExpertsInterface.register(IMPLEMENTATION, _experts_forward)

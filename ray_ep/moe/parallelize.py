@@ -1,0 +1,184 @@
+"""Put a transformers model's experts onto slots: find them, keep this rank's, and route through the group.
+
+One adapter for every architecture whose experts go through transformers' experts interface; nothing per architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from ray_ep.collective import Group
+from ray_ep.errors import ModelError, PlacementError
+from ray_ep.moe.counters import Counters
+from ray_ep.moe.exchange import Meter
+from ray_ep.moe.experts import IMPLEMENTATION, ExpertLayer
+from ray_ep.moe.replicas import ReplicaExchange
+from ray_ep.moe.routing import Routing
+from ray_ep.placement import Placement, contiguous
+
+_FLAGS = ("has_gate", "has_bias", "is_transposed", "_is_expert_parallel")
+
+
+class ExpertParallel:
+    """What ray_ep keeps on a parallelized model, as `model.ray_ep`.
+
+    Attributes:
+        modules: the transformers experts modules in layer order; their direct parameters hold this rank's experts.
+        layers: the `ExpertLayer` of each.
+        routing, counters, meter: shared by all layers.
+    """
+
+    def __init__(self, modules: dict[str, torch.nn.Module], group: Group, sample: int, seed: int):
+        self.modules = list(modules.values())
+        self.names = list(modules)
+        self.group = group
+        self.num_experts = _same_count(modules)
+        self.routing = Routing(len(modules))
+        self.counters = Counters(len(modules), self.num_experts, sample, seed + group.rank)
+        self.meter = Meter(np.zeros(group.size, np.int64))
+        self.layers = [
+            ExpertLayer(i, name, self.num_experts, group, self.meter, self.counters) for i, name in enumerate(modules)
+        ]
+
+    def place(self, placement: Placement, node_of: np.ndarray | None, device: torch.device) -> None:
+        """Take on the maps of a placement in every layer (weights are moved by the caller)."""
+        self.placement = placement
+        for layer in self.layers:
+            layer.place(placement, node_of, device)
+        self.replicas = [ReplicaExchange(placement, i, self.group) for i in range(len(self.layers))]
+
+    def parameters(self, index: int) -> dict[str, torch.nn.Parameter]:
+        """Per-expert parameters of a layer, [S, ...] with one row for each expert held."""
+        return dict(self.modules[index].named_parameters(recurse=False))
+
+    def expert_parameter_names(self) -> set[str]:
+        """Names in `model.named_parameters()` of all per-expert parameters."""
+        return {f"{n}.{p}".lstrip(".") for i, n in enumerate(self.names) for p in self.parameters(i)}
+
+    def pass_load(self) -> torch.Tensor:
+        """[L, E] tokens that this rank sent to each expert in the last forward."""
+        return torch.stack([layer.pass_load for layer in self.layers])
+
+    @contextmanager
+    def idle(self) -> Iterator[None]:
+        """Inside: this rank's tokens are padding; it takes part in every exchange with none of them."""
+        for layer in self.layers:
+            layer.idle = True
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.idle = False
+
+
+def parallelize(
+    model: torch.nn.Module,
+    group: Group,
+    placement: Placement | None = None,
+    *,
+    node_of: np.ndarray | None = None,
+    sample: int = 0,
+    seed: int = 0,
+) -> Any:
+    """Run a model's experts with expert parallelism, in place.
+
+    Every rank of the group calls it with the same model; afterwards each holds the dense part whole and the experts
+    that its placement names, and forward and backward must be called by all ranks together (a rank without tokens
+    inside `model.ray_ep.idle()`). Dense gradients are this rank's share: sum them over ranks yourself. A replica's
+    gradient is its share too: `model.ray_ep.replicas` sums them to the primary.
+
+    Args:
+        model: a transformers model, or any module that contains transformers experts modules.
+        placement: which expert sits where; None: contiguous.
+        node_of: [R] node of each rank, so that tokens prefer replicas on their node; None: all on one.
+        sample: size of the reservoir of token expert sets; seed: of its choice.
+
+    Returns:
+        The model, with `model.ray_ep` (an `ExpertParallel`).
+
+    Raises:
+        ModelError: no experts that go through transformers' experts interface, or already parallelized.
+        PlacementError: the placement does not fit layers, experts or ranks.
+    """
+    modules = find_experts(model)
+    ep = ExpertParallel(modules, group, sample, seed)
+    layers, experts = len(modules), ep.num_experts
+    placement = contiguous(layers, experts, group.size) if placement is None else placement
+    if (placement.num_layers, placement.num_ranks, placement.num_experts) != (layers, group.size, experts):
+        raise PlacementError(
+            f"placement is for {placement.num_layers} layers x {placement.num_experts} experts on "
+            f"{placement.num_ranks} ranks; the model has {layers} MoE layers x {experts} experts and the group {group.size} ranks"
+        )
+    ep.place(placement, node_of, next(model.parameters()).device)
+    for module, layer in zip(ep.modules, ep.layers, strict=True):
+        keep_rows(module, layer.experts)
+        module.ray_ep_layer = layer
+        module.config._experts_implementation = IMPLEMENTATION
+    _attach_routers(model, ep)
+    ep.routing.checkpoint_blocks(model)
+    model.ray_ep = ep
+    return model
+
+
+def find_experts(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Experts modules of a model by dotted name, in forward order; raises ModelError if there are none."""
+    found = {name: m for name, m in model.named_modules() if is_experts(m)}
+    if not found:
+        other = [type(m).__name__ for _, m in model.named_modules() if type(m).__name__.endswith("Experts")]
+        why = f" (its {other[0]} does not go through transformers' experts interface)" if other else ""
+        raise ModelError(
+            f"{type(model).__name__} has no experts that ray_ep can place{why}: "
+            "it needs a Mixture-of-Experts model such as qwen3_moe, mixtral, deepseek_v3 or gpt_oss"
+        )
+    if any(hasattr(m, "ray_ep_layer") for m in found.values()):
+        raise ModelError(f"{type(model).__name__} is already parallelized")
+    return found
+
+
+def is_experts(module: torch.nn.Module) -> bool:
+    """Whether a module was decorated with transformers' use_experts_implementation."""
+    return all(hasattr(module, flag) for flag in _FLAGS) and hasattr(module, "num_experts")
+
+
+def keep_rows(module: Any, experts: list[int]) -> None:
+    """Cut an experts module's per-expert parameters [E, ...] down to the rows of `experts`, in that order."""
+    total = module.num_experts
+    for name, p in list(module.named_parameters(recurse=False)):
+        if p.shape[0] != total:
+            raise ModelError(
+                f"{type(module).__name__}.{name} has shape {tuple(p.shape)}: expected {total} experts first"
+            )
+        kept = p.data[experts].clone() if p.device.type != "meta" else p.data.new_empty(len(experts), *p.shape[1:])
+        setattr(module, name, torch.nn.Parameter(kept, requires_grad=p.requires_grad))
+    module.num_experts = len(experts)
+
+
+def find_router(model: torch.nn.Module, experts_name: str) -> torch.nn.Module | None:
+    """The router beside an experts module: the sibling that transformers names gate or router."""
+    parent = model.get_submodule(experts_name.rpartition(".")[0])
+    for name in ("gate", "router"):
+        router = getattr(parent, name, None)
+        if isinstance(router, torch.nn.Module):
+            return router
+    return None
+
+
+def _attach_routers(model: torch.nn.Module, ep: ExpertParallel) -> None:
+    for i, (name, module) in enumerate(zip(ep.names, ep.modules, strict=True)):
+        router = find_router(model, name)
+        if router is not None:
+            config: Any = module.config
+            top_k = getattr(router, "top_k", None) or getattr(config, "num_experts_per_tok", 1)
+            ep.routing.attach(i, router, ep.num_experts, int(top_k))
+
+
+def _same_count(modules: dict[str, torch.nn.Module]) -> int:
+    counts = {int(m.num_experts) for m in modules.values()}  # type: ignore[arg-type]
+    if len(counts) > 1:
+        raise ModelError(f"MoE layers have different numbers of experts: {sorted(counts)}; one number is supported")
+    return counts.pop()
