@@ -106,17 +106,21 @@ def parallelize(
         PlacementError: the placement does not fit layers, experts or ranks.
     """
     modules = find_experts(model)
+    if any(hasattr(m, "ray_ep_layer") for m in modules.values()):
+        raise ModelError(f"{type(model).__name__} is already parallelized")
     ep = ExpertParallel(modules, group, sample, seed)
     layers, experts = len(modules), ep.num_experts
     placement = contiguous(layers, experts, group.size) if placement is None else placement
     if (placement.num_layers, placement.num_ranks, placement.num_experts) != (layers, group.size, experts):
         raise PlacementError(
             f"placement is for {placement.num_layers} layers x {placement.num_experts} experts on "
-            f"{placement.num_ranks} ranks; the model has {layers} MoE layers x {experts} experts and the group {group.size} ranks"
+            f"{placement.num_ranks} ranks; the model has {layers} MoE layers x {experts} experts and the group "
+            f"{group.size} ranks"
         )
     ep.place(placement, node_of, next(model.parameters()).device)
     for module, layer in zip(ep.modules, ep.layers, strict=True):
         keep_rows(module, layer.experts)
+        module.num_experts = len(layer.experts)  # the local ones: transformers' grouped kernel counts up to it
         module.ray_ep_layer = layer
         module.config._experts_implementation = IMPLEMENTATION
     _attach_routers(model, ep)
@@ -135,8 +139,6 @@ def find_experts(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
             f"{type(model).__name__} has no experts that ray_ep can place{why}: "
             "it needs a Mixture-of-Experts model such as qwen3_moe, mixtral, deepseek_v3 or gpt_oss"
         )
-    if any(hasattr(m, "ray_ep_layer") for m in found.values()):
-        raise ModelError(f"{type(model).__name__} is already parallelized")
     return found
 
 
@@ -146,16 +148,19 @@ def is_experts(module: torch.nn.Module) -> bool:
 
 
 def keep_rows(module: Any, experts: list[int]) -> None:
-    """Cut an experts module's per-expert parameters [E, ...] down to the rows of `experts`, in that order."""
-    total = module.num_experts
+    """Cut an experts module's per-expert parameters [E, ...] down to the rows of `experts`, in that order.
+
+    `module.num_experts` stays E. A module cut down before (by a partial load) must have the same experts and is kept.
+    """
+    if getattr(module, "ray_ep_rows", None) == experts:
+        return
     for name, p in list(module.named_parameters(recurse=False)):
-        if p.shape[0] != total:
+        if p.shape[0] != module.num_experts:
             raise ModelError(
-                f"{type(module).__name__}.{name} has shape {tuple(p.shape)}: expected {total} experts first"
+                f"{type(module).__name__}.{name} has shape {tuple(p.shape)}: expected {module.num_experts} experts first"
             )
-        kept = p.data[experts].clone() if p.device.type != "meta" else p.data.new_empty(len(experts), *p.shape[1:])
-        setattr(module, name, torch.nn.Parameter(kept, requires_grad=p.requires_grad))
-    module.num_experts = len(experts)
+        setattr(module, name, torch.nn.Parameter(p.data[experts].clone(), requires_grad=p.requires_grad))
+    module.ray_ep_rows = list(experts)
 
 
 def find_router(model: torch.nn.Module, experts_name: str) -> torch.nn.Module | None:

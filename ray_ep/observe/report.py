@@ -1,0 +1,184 @@
+"""Writes report.html: one self-contained page about a run, made from its directory alone.
+
+Here the figures are chosen and put into words; run_files.py reads, figures.py draws, report.html lays out.
+Imports jinja2, PyYAML and its siblings; needs neither torch nor Ray, so a page can be made anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import yaml
+from markupsafe import Markup
+
+from ray_ep.observe import figures
+from ray_ep.observe.routing import strongest_coactivation
+from ray_ep.observe.run_files import RunFiles, masked, read_run
+
+_MAX_RANKS = 64  # a wider placement table is a wall of numbers
+_MAX_EVENTS = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Headline:
+    """One figure at the head of the page."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """Neighbouring experts of one rank, such as "0-7"; a replica stands alone."""
+
+    text: str
+    replica: bool
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `run_dir`/report.html and return its path; files of the run that are missing leave their section out.
+
+    The page replaces an older one in one move, so a reader never sees half of it.
+    """
+    run_dir = Path(run_dir)
+    page = _environment().get_template("report.html").render(_content(run_dir, read_run(run_dir)))
+    path = run_dir / "report.html"
+    unfinished = path.with_name(".report.html.unfinished")
+    unfinished.write_text(page, encoding="utf-8")
+    os.replace(unfinished, path)
+    return path
+
+
+def _environment() -> jinja2.Environment:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    return jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+
+
+def _content(run_dir: Path, run: RunFiles) -> dict[str, Any]:
+    """The names that the template uses."""
+    company = None if run.coactivation is None else strongest_coactivation(run.coactivation)
+    return {
+        "name": run_dir.resolve().name,
+        "model": _model(run),
+        "force": str(run.setting("router.force", "none")),
+        "headlines": _headlines(run),
+        "steps": len(run.metrics),
+        "curves": _curves(run),
+        "load": None if run.load is None else Markup(figures.expert_load(run.load)),
+        "company": company,
+        "company_figure": None if company is None else Markup(figures.coactivation(company.ratio)),
+        "placement": _placement(run),
+        "events": [_event(e) for e in run.events[-_MAX_EVENTS:]],
+        "events_left_out": max(len(run.events) - _MAX_EVENTS, 0),
+        "config": masked(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)) if run.config else "",
+    }
+
+
+def _curves(run: RunFiles) -> list[tuple[str, str, Markup]]:
+    """(title, caption, SVG) of each curve that has a point."""
+    drawn = [
+        ("Loss", "Dotted lines: steps with an event.", figures.loss(run)),
+        ("Step time", "One slow step may reach beyond the frame.", figures.step_time(run)),
+        ("Throughput", "Over all ranks. Dotted lines: steps with an event.", figures.throughput(run)),
+        ("Worst expert load", "Max / mean expert load of the step's worst layer; 1 is even.", figures.worst_load(run)),
+    ]
+    return [(title, caption, Markup(svg)) for title, caption, svg in drawn if svg]
+
+
+def _model(run: RunFiles) -> str:
+    """The model in one line, from the configuration and the shape of the statistics."""
+    path = run.setting("model.path", "")
+    overrides = run.setting("model.overrides", {})
+    over = overrides if isinstance(overrides, dict) and not path else {}  # a checkpoint ignores them
+    layers, experts = run.load.shape if run.load is not None else (None, None)
+    top_k = over.get("num_experts_per_tok")
+    parts = [
+        masked(str(path or run.setting("model.type", ""))),
+        f"{over['num_hidden_layers']} layers" if "num_hidden_layers" in over else "",
+        f"hidden size {over['hidden_size']}" if "hidden_size" in over else "",
+        f"{layers} MoE layers of {experts} experts" if layers else "",
+        f"top-{top_k}" if top_k else "",
+        str(run.setting("model.dtype", "")),
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _headlines(run: RunFiles) -> list[Headline]:
+    """The figures at the head of the page; those that no step reported are left out."""
+    if not run.metrics:
+        return []
+    last = int(run.column("step")[-1])
+    exchange, whole = np.nansum(run.column("exchange_seconds")), np.nansum(run.column("step_seconds"))
+    loss, held_out = run.column("loss"), run.column("eval_loss")
+    balance, tokens, ranks = (run.column(c) for c in ("balancedness", "tokens_per_second", "world_size"))
+    found = [
+        _last("Final loss", loss, f"first {loss[0]:.4f}"),
+        _last("Held-out loss", held_out[np.isfinite(held_out)], "last evaluation"),
+        _median("Tokens/s", tokens, ",.0f", "median of the steps"),
+        _median("Balancedness", balance, ".2f", "mean / max rank load, median"),
+        Headline("Exchange", f"{exchange / whole:.0%}", "of step time") if whole > 0 else None,
+        Headline("Ranks", f"{ranks[-1]:.0f}", _range(ranks)) if np.isfinite(ranks[-1]) else None,
+        Headline("Steps", str(last), f"of {run.setting('optim.steps', last)}"),
+    ]
+    return [h for h in found if h is not None]
+
+
+def _last(label: str, values: np.ndarray, note: str) -> Headline | None:
+    """The last value, also where it is not finite: a run that diverged must not look well."""
+    return Headline(label, f"{values[-1]:.4f}", note) if values.size else None
+
+
+def _median(label: str, values: np.ndarray, form: str, note: str) -> Headline | None:
+    known = values[np.isfinite(values)]
+    return Headline(label, format(float(np.median(known)), form), note) if known.size else None
+
+
+def _range(ranks: np.ndarray) -> str:
+    low, high = int(np.nanmin(ranks)), int(np.nanmax(ranks))
+    return "throughout" if low == high else f"between {low} and {high}"
+
+
+def _event(event: dict[str, Any]) -> dict[str, str]:
+    time = str(event.get("time", ""))[:19].replace("T", " ")
+    text = {key: str(event.get(key, "")) for key in ("step", "kind", "message")}
+    return {**text, "time": time, "message": masked(text["message"])}
+
+
+def _placement(run: RunFiles) -> dict[str, Any] | None:
+    """The placement's table, layers x ranks of `Experts`, and its summary; no table beyond 64 ranks."""
+    if not run.slots or not run.slots[0]:
+        return None
+    ranks = len(run.slots[0])
+    counts = [Counter(e for rank in layer for e in rank if e >= 0) for layer in run.slots]
+    table = [[_cell(rank, count) for rank in layer] for layer, count in zip(run.slots, counts, strict=True)]
+    return {
+        "version": run.placement_version,
+        "layers": len(run.slots),
+        "ranks": ranks,
+        "slots": max(len(rank) for layer in run.slots for rank in layer),
+        "replicas": sum(n - 1 for count in counts for n in count.values()),
+        "empty": sum(e < 0 for layer in run.slots for rank in layer for e in rank),
+        "table": table if ranks <= _MAX_RANKS else [],
+    }
+
+
+def _cell(rank: list[int], count: Counter[int]) -> list[Experts]:
+    """The experts of one rank in one layer; three or more neighbours without replicas become a range."""
+    cell = [Experts(str(e), True) for e in sorted(rank) if count[e] > 1]
+    run: list[int] = []
+    for expert in [*sorted(e for e in rank if count[e] == 1), None]:
+        if run and expert != run[-1] + 1:
+            cell += [Experts(f"{run[0]}-{run[-1]}", False)] if len(run) > 2 else [Experts(str(e), False) for e in run]
+            run = []
+        if expert is not None:
+            run.append(expert)
+    return cell

@@ -1,0 +1,127 @@
+"""Reads a run directory for the page. Whatever is missing, cut short or damaged is left out, never an error.
+
+Writing these files is the driver's work; drawing them is in figures.py and report.py.
+Imports NumPy and PyYAML only.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+_VALUE = r"""("[^"\n]*"|'[^'\n]*'|[^\s&'"]+)"""
+_SECRETS = (
+    (re.compile(r"(://)[^/@\s]+@"), r"\1***@"),  # user:password@host
+    (re.compile(r"(?i)((?:token|secret\w*|password|signature|api_?key)\s*[=:] *)" + _VALUE), r"\1***"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RunFiles:
+    """What a run directory holds, as far as it could be read. L MoE layers, E experts, R ranks, S slots."""
+
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]]  # one a step, in the order of steps
+    events: list[dict[str, Any]]
+    load: np.ndarray | None  # [L, E] tokens an expert received
+    coactivation: np.ndarray | None  # [L, E, E] tokens for which both fired
+    placement_version: int
+    slots: list[list[list[int]]]  # [L][R][S] expert, -1 = empty; [] without a placement
+
+    def column(self, name: str) -> np.ndarray:
+        """One figure over the steps, float64 [steps]; NaN where a step lacks it."""
+        return np.array([_number(line.get(name)) for line in self.metrics], dtype=np.float64)
+
+    def setting(self, key: str, default: Any) -> Any:
+        """The configuration's value for a dotted key, or `default` where the file lacks it."""
+        value: Any = self.config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return default if value is None else value
+
+
+def read_run(run_dir: Path) -> RunFiles:
+    """Read what there is in `run_dir`."""
+    lines = {int(m["step"]): m for m in _json_lines(run_dir / "metrics.jsonl") if np.isfinite(_number(m.get("step")))}
+    load, coactivation = _read_statistics(run_dir / "statistics" / "routing.npz")
+    version, slots = _read_placement(run_dir / "placements")
+    return RunFiles(
+        config=_read_config(run_dir / "config.yaml"),
+        metrics=[lines[step] for step in sorted(lines)],  # of a repeated step the last line counts
+        events=_json_lines(run_dir / "events.jsonl"),
+        load=load,
+        coactivation=coactivation,
+        placement_version=version,
+        slots=slots,
+    )
+
+
+def masked(text: str) -> str:
+    """`text` without the passwords and tokens that addresses and settings may carry."""
+    for pattern, replacement in _SECRETS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else float("nan")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file; a line that a killed run left half written is skipped."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    objects = []
+    for line in text.splitlines():
+        try:
+            objects.append(json.loads(line))
+        except ValueError:
+            continue
+    return [o for o in objects if isinstance(o, dict)]
+
+
+def _read_statistics(path: Path) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """(load [L, E], coactivation [L, E, E]), None for what is missing or does not fit."""
+    arrays: dict[str, np.ndarray] = {}
+    try:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            for name in set(file.files) & {"load", "coactivation"}:
+                arrays[name] = file[name].astype(np.float64)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+        pass
+    load = arrays.get("load")
+    if load is None or load.ndim != 2 or load.size == 0:
+        return None, None
+    pairs = arrays.get("coactivation")
+    fits = pairs is not None and pairs.shape == (*load.shape, load.shape[1])
+    return load, pairs if fits else None
+
+
+def _read_placement(folder: Path) -> tuple[int, list[list[list[int]]]]:
+    """(version, slots) of the newest placement that can be read."""
+    for path in sorted(folder.glob("*.json"), reverse=True):
+        try:
+            placement = json.loads(path.read_text(encoding="utf-8"))
+            slots = [[[int(e) for e in rank] for rank in layer] for layer in placement["slots"]]
+            return int(placement.get("version", 0)), slots
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            continue
+    return 0, []

@@ -1,0 +1,154 @@
+"""One owner for each weight: float32 masters, gradients summed over ranks and replicas, one global norm, one update.
+
+Dense weights are replicated: every rank updates its own copy with the same summed gradient. An expert is updated by its
+primary alone, which sends the new weights to the replicas. No model search here (ray_ep.moe), no schedule of steps.
+S experts held by this rank, the first `owned` of them primaries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import get_scheduler
+
+from ray_ep.collective import Group
+from ray_ep.config.schema import OptimConfig
+from ray_ep.moe import ExpertParallel
+
+BUCKET = 1 << 23
+"""Elements of dense gradients that are summed over ranks in one all-reduce."""
+
+
+@dataclass(slots=True)
+class Weight:
+    """A parameter of the model and its master: the same storage in float32, a float32 copy in bfloat16."""
+
+    name: str  # as in model.named_parameters()
+    param: torch.nn.Parameter  # dense [...], or [S, ...] rows of experts
+    master: torch.nn.Parameter  # dense [...], or [owned, ...] rows of primaries
+    layer: int | None  # MoE layer of an expert stack, None for dense
+    gradient: torch.Tensor | None = None  # float32, like param; summed over the passes of a step
+
+
+class MasterOptimizer:
+    """AdamW or SGD over the master weights of one rank.
+
+    Use: after each backward `accumulate()`, then once `step(number)`; both collective in the sense that all ranks call.
+    """
+
+    def __init__(self, model: Any, cfg: OptimConfig, group: Group):
+        ep: ExpertParallel = model.ray_ep
+        self.ep, self.cfg, self.group = ep, cfg, group
+        layer_of = {f"{n}.{p}": i for i, n in enumerate(ep.names) for p in ep.parameters(i)}
+        self.weights = [
+            _weight(name, p, layer_of.get(name), ep) for name, p in model.named_parameters() if p.requires_grad
+        ]
+        decay = [w.master for w in self.weights if w.master.numel() and _decays(w)]
+        rest = [w.master for w in self.weights if w.master.numel() and not _decays(w)]
+        groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        self.torch = _torch_optimizer(cfg, [g for g in groups if g["params"]])
+        schedule = get_scheduler(cfg.schedule, self.torch, cfg.warmup_steps, cfg.steps)
+        self._factor = schedule.lr_lambdas[0]
+
+    def learning_rate(self, step: int) -> float:
+        """Rate of optimizer step `step` (from 0); the first warm-up step is not zero."""
+        return float(self.cfg.learning_rate * self._factor(step + 1 if step < self.cfg.warmup_steps else step))
+
+    def accumulate(self) -> None:
+        """Add the gradients of the last backward to the step's sum, in float32."""
+        for w in self.weights:
+            g = w.param.grad
+            if w.gradient is None:  # no gradient at all (no tokens came) is a zero: decay still applies
+                w.gradient = torch.zeros_like(w.param, dtype=torch.float32) if g is None else g.float()
+            elif g is not None:
+                w.gradient += g
+            w.param.grad = None
+
+    @torch.no_grad()
+    def step(self, number: int) -> float:
+        """Sum gradients over ranks and replicas, clip, update, send to replicas; returns the norm before clipping."""
+        self._sum_dense()
+        for w in self._stacks():
+            self.ep.replicas[w.layer].sum_to_owner(w.gradient.flatten(1))
+        for w in self.weights:
+            w.master.grad = w.gradient if w.layer is None else w.gradient[: len(w.master)]
+        norm = self._global_norm()
+        if self.cfg.clip_norm and norm > self.cfg.clip_norm:
+            for w in self.weights:
+                w.master.grad.mul_(self.cfg.clip_norm / (norm + 1e-6))
+        for g in self.torch.param_groups:
+            g["lr"] = self.learning_rate(number)
+        self.torch.step()
+        self.publish()
+        for w in self.weights:
+            w.gradient = w.master.grad = None
+        return norm
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Copy masters to compute weights (bfloat16) and primaries' weights to their replicas."""
+        for w in self.weights:
+            target = w.param.data if w.layer is None else w.param.data[: len(w.master)]
+            if target.data_ptr() != w.master.data_ptr():
+                target.copy_(w.master)
+        for w in self._stacks():
+            self.ep.replicas[w.layer].send_to_replicas(w.param.data.flatten(1))
+
+    def moments(self, w: Weight) -> dict[str, torch.Tensor]:
+        """Optimizer state of a weight in the master's shape: exp_avg and exp_avg_sq, or momentum_buffer."""
+        state = self.torch.state[w.master]
+        names = ("exp_avg", "exp_avg_sq") if self.cfg.kind == "adamw" else ("momentum_buffer",)
+        return {n: state[n] for n in names if state.get(n) is not None}
+
+    def restore(self, w: Weight, moments: dict[str, torch.Tensor], step: int) -> None:
+        """Put back what `moments` gave, after `step` updates."""
+        state = self.torch.state[w.master]
+        state.update(moments)
+        if self.cfg.kind == "adamw":
+            state["step"] = torch.tensor(float(step))
+
+    def _stacks(self) -> Iterator[Any]:
+        return (w for w in self.weights if w.layer is not None)
+
+    def _sum_dense(self) -> None:
+        bucket: list[torch.Tensor] = []
+        dense = [w.gradient for w in self.weights if w.layer is None and w.gradient is not None]
+        for i, g in enumerate(dense):
+            bucket.append(g)
+            if sum(b.numel() for b in bucket) >= BUCKET or i + 1 == len(dense):
+                flat = torch.cat([b.flatten() for b in bucket])
+                self.group.all_reduce(flat)
+                for b, part in zip(bucket, flat.split([b.numel() for b in bucket]), strict=True):
+                    b.copy_(part.view_as(b))
+                bucket = []
+
+    def _global_norm(self) -> float:
+        """L2 norm of the whole gradient, each expert counted once (at its primary), the same on every rank."""
+        squares = torch.zeros(2, dtype=torch.float64)
+        for w in self.weights:
+            squares[int(w.layer is not None)] += w.master.grad.double().square().sum()
+        experts = squares[1:].clone()
+        self.group.all_reduce(experts)
+        return float((squares[0] + experts[0]).sqrt())
+
+
+def _weight(name: str, p: torch.nn.Parameter, layer: int | None, ep: ExpertParallel) -> Weight:
+    owned = p.data if layer is None else p.data[: ep.layers[layer].owned]
+    master = p if layer is None and p.dtype == torch.float32 else torch.nn.Parameter(owned.float())
+    return Weight(name, p, master, layer)
+
+
+def _decays(w: Weight) -> bool:
+    """Matrices decay; biases, norms and other vectors (per expert, too) do not."""
+    dims = w.param.dim() - (w.layer is not None)
+    return dims >= 2 and not w.name.endswith("bias")
+
+
+def _torch_optimizer(cfg: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if cfg.kind == "sgd":
+        return torch.optim.SGD(groups, lr=cfg.learning_rate, momentum=cfg.beta1)
+    betas = (cfg.beta1, cfg.beta2)
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, eps=cfg.eps, fused=True)
