@@ -1,1 +1,51 @@
-"""Composition of driver and observers: `ray_ep.train`."""
+"""`ray_ep.train` and `ray_ep.export`: the driver composed with its observers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ray_ep.config.schema import Config
+from ray_ep.driver.loop import Interrupt, check, drive
+from ray_ep.driver.rundir import RunDir
+from ray_ep.observe.progress import Progress
+from ray_ep.observe.report import write_report
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What is left of a run: its directory, its metrics, and how it ended (done or interrupted)."""
+
+    dir: Path
+    status: str
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """One dict a step, as in metrics.jsonl."""
+        return RunDir(self.dir).metrics()
+
+
+def train(cfg: Config) -> Run:
+    """Train as the configuration says; blocks until the run is done or interrupted (SIGINT, SIGTERM).
+
+    Args:
+        cfg: from `ray_ep.load_config`.
+
+    Returns:
+        The run; its directory holds metrics, events, placements, statistics, checkpoints and report.html.
+
+    Raises:
+        BadInput: something the user gave is wrong; nothing was started and nothing overwritten.
+        RankError: a rank raised or died; carries its traceback.
+    """
+    plan = check(cfg, datetime.now())
+    prefix = "" if cfg.router.force == "none" else f"[router.force={cfg.router.force}] "
+    interrupt = Interrupt()
+    try:
+        with interrupt.caught(), Progress(cfg.optim.steps, prefix=prefix) as progress:
+            status = drive(cfg, plan, [progress], interrupt)
+    finally:
+        if (plan.run.path / "config.yaml").exists():
+            write_report(plan.run.path)
+    return Run(plan.run.path, status)

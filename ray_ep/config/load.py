@@ -102,7 +102,7 @@ def check(cfg: DictConfig) -> None:
 _AT_LEAST: dict[str, float] = {
     "seed": 0,
     "cluster.ranks": 1,
-    "cluster.cpus_per_rank": 1,
+    "cluster.cpus_per_rank": 0.01,
     "cluster.wait_s": 0,
     "cluster.collective_timeout_s": 1,
     "data.max_bytes": 0,

@@ -23,10 +23,10 @@ class ClusterConfig:
 
     address: str = _opt("", "Ray cluster to join; empty: the one RAY_ADDRESS names, else a local Ray is started")
     ranks: int = _opt(2, "number of ranks (one Ray actor with one device each)")
-    device: str = _opt(
-        "auto", "device of a rank; auto: cuda if the cluster has GPUs, else cpu", ("auto", "cpu", "cuda")
+    device: str = _opt("auto", "device of a rank; auto is cpu until the NCCL backend is there", ("auto", "cpu", "cuda"))
+    cpus_per_rank: float = _opt(
+        1.0, "CPUs of a rank, and its torch threads (at least one); below one, ranks share a CPU"
     )
-    cpus_per_rank: int = _opt(1, "CPUs (and torch threads) of a rank")
     wait_s: float = _opt(60.0, "how long to wait for the cluster to place the ranks")
     collective: str = _opt("gloo", "backend of the collective groups", ("gloo",))
     collective_timeout_s: float = _opt(300.0, "a collective that takes longer fails the step")

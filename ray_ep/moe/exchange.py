@@ -21,9 +21,10 @@ from ray_ep.collective import Group
 
 @dataclass(slots=True)
 class Meter:
-    """What one rank's layers did since the last `take`: bytes to each rank, seconds of expert compute."""
+    """What one rank's layers did since its making."""
 
     sent: np.ndarray  # [R] bytes of hidden states and metadata
+    pairs: np.ndarray  # [L] (token, expert) pairs computed here, forward passes only
     expert_seconds: float = 0.0
     backward_mark: float = 0.0  # when the last combine's backward ended: the experts' backward runs from there
 

@@ -17,6 +17,7 @@ from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_f
 from ray_ep.collective import Group
 from ray_ep.moe.counters import Counters
 from ray_ep.moe.exchange import Meter, combine, dispatch, plan
+from ray_ep.moe.routing import recomputing
 from ray_ep.placement import Placement
 
 IMPLEMENTATION = "ray_ep"
@@ -69,6 +70,8 @@ class ExpertLayer:
         if self.trace is not None:
             column = torch.arange(len(hidden), device=hidden.device) % self.routes.shape[1]
             self.trace.append((top_k_index, self.routes[top_k_index, column[:, None]]))
+        if not recomputing():
+            self.meter.pairs[self.index] += len(agreed.pair_row)
         rows, weights = dispatch(hidden, top_k_weights, agreed)
         start = time.perf_counter()
         partial = self._compute(module, rows, weights, agreed.pair_row, self.row_of[agreed.pair_expert])

@@ -40,7 +40,7 @@ class ExpertParallel:
         self.num_experts = _same_count(modules)
         self.routing = Routing(len(modules))
         self.counters = Counters(len(modules), self.num_experts, sample, seed + group.rank)
-        self.meter = Meter(np.zeros(group.size, np.int64))
+        self.meter = Meter(np.zeros(group.size, np.int64), np.zeros(len(modules), np.int64))
         self.layers = [
             ExpertLayer(i, name, self.num_experts, group, self.meter, self.counters) for i, name in enumerate(modules)
         ]
@@ -157,7 +157,7 @@ def keep_rows(module: Any, experts: list[int]) -> None:
     for name, p in list(module.named_parameters(recurse=False)):
         if p.shape[0] != module.num_experts:
             raise ModelError(
-                f"{type(module).__name__}.{name} has shape {tuple(p.shape)}: expected {module.num_experts} experts first"
+                f"{type(module).__name__}.{name} has shape {tuple(p.shape)}: expected {module.num_experts} experts"
             )
         setattr(module, name, torch.nn.Parameter(p.data[experts].clone(), requires_grad=p.requires_grad))
     module.ray_ep_rows = list(experts)

@@ -66,6 +66,21 @@ class RoutingStatistics:
         top = ranks.max(1)
         return float(np.where(top > 0, ranks.mean(1) / np.maximum(top, 1e-30), 1.0).mean())
 
+    @staticmethod
+    def merge(parts: list[RoutingStatistics], capacity: int, seed: int = 0) -> RoutingStatistics:
+        """Sum of several ranks' or runs' statistics; of their samples at most `capacity` tokens, by tokens counted."""
+        sums = {n: sum(np.asarray(getattr(p, n)) for p in parts) for n in ("load", "coactivation", "transitions")}
+        rng = np.random.default_rng(seed)
+        seen = np.array([p.load[0].sum() if len(p.load) else 0 for p in parts], np.float64)
+        kept = []
+        for part, share in zip(parts, seen / max(seen.sum(), 1), strict=True):
+            have = 0 if part.sample is None else part.sample.shape[1]
+            take = min(have, round(share * capacity))
+            if part.sample is not None and take:
+                kept.append(part.sample[:, np.sort(rng.permutation(have)[:take])])
+        empty = np.zeros((len(parts[0].load), 0, 1), np.int32)
+        return RoutingStatistics(**sums, sample=np.concatenate(kept, 1) if kept else empty)
+
     def save(self, path: str | Path) -> None:
         """Write an .npz with one array a field."""
         arrays = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -3,7 +3,7 @@
     step-000100/
         dense-0000.safetensors          weights and moments of the dense part, buffers
         experts-L003-r001.safetensors   what rank 1 owns of layer 3, one tensor per (expert, parameter, kind)
-        statistics-r001.npz             routing statistics counted by that rank
+        statistics.npz                  routing statistics counted so far
         manifest.json                   written last: a directory without it is no checkpoint
 Keys: `<kind>/<parameter>` and `<kind>/<parameter>/<expert>`, kind weight, exp_avg, exp_avg_sq, momentum_buffer, buffer.
 Directories may be fsspec URLs. Nothing is stacked: memory stays at one file (a layer of a rank, or CHUNK dense bytes).
@@ -32,6 +32,7 @@ from ray_ep.rank.optimizer import MasterOptimizer, Weight
 CHUNK = 1 << 28
 """Bytes of dense tensors in one file."""
 MANIFEST = "manifest.json"
+STATISTICS = "statistics.npz"
 
 
 class Directory:
@@ -78,8 +79,11 @@ class Directory:
             self.fs.put_file(str(local), f"{self.path(step)}/{name}")
         return {k: [name, checksum(t)] for k, t in tensors.items()}
 
-    def commit(self, step: int, manifest: dict[str, Any]) -> None:
-        """Make the checkpoint valid."""
+    def commit(self, step: int, manifest: dict[str, Any], statistics: RoutingStatistics) -> None:
+        """Make the checkpoint valid: the manifest comes last."""
+        with tempfile.TemporaryDirectory() as tmp:
+            statistics.save(f"{tmp}/{STATISTICS}")
+            self.fs.put_file(f"{tmp}/{STATISTICS}", f"{self.path(step)}/{STATISTICS}")
         with self.fs.open(f"{self.path(step)}/{MANIFEST}", "w") as f:
             json.dump(manifest, f)
 
@@ -101,10 +105,6 @@ def save_rank(directory: Directory, step: int, model: Any, optimizer: MasterOpti
         part = dict(_experts(optimizer, ep, layer))
         if part:
             tensors |= directory.write_tensors(step, f"experts-L{layer:03d}-r{rank:03d}.safetensors", part)
-    with tempfile.TemporaryDirectory() as tmp:
-        local = Path(tmp) / "statistics.npz"
-        ep.counters.statistics().save(local)
-        directory.fs.put_file(str(local), f"{directory.path(step)}/statistics-r{rank:03d}.npz")
     return tensors
 
 
@@ -142,11 +142,9 @@ class Checkpoint:
             raise CheckpointError(f"checkpoint {self.name}: {key} in {name} is damaged (checksum differs)")
         return tensor
 
-    def statistics(self) -> list[RoutingStatistics]:
-        """What each rank had counted."""
-        fs, path = self.directory.fs, self.directory.path(self.step)
-        names = sorted(p.rpartition("/")[2] for p in fs.glob(f"{path}/statistics-r*.npz"))
-        return [RoutingStatistics.load_file(self._local(n)) for n in names]
+    def statistics(self) -> RoutingStatistics:
+        """Everything counted until the checkpoint."""
+        return RoutingStatistics.load_file(self._local(STATISTICS))
 
     def verify(self) -> None:
         """Read everything once; raises CheckpointError at the first damage."""

@@ -67,7 +67,7 @@ def build(
         load_pretrained(model, Path(cfg.path), rows)
     else:
         draw_weights(model, seed, rows)
-    parallelize(model, group, placement, **options)
+    parallelize(model, group, placement, seed=seed, **options)
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model

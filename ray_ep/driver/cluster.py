@@ -1,0 +1,185 @@
+"""The Ray cluster of a run: started or joined, checked for room, ranks placed on it and taken away again."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ray_ep.config.schema import ClusterConfig
+from ray_ep.errors import BadInput, ClusterError, GroupError, RankError
+from ray_ep.placement import Topology
+from ray_ep.rank.actor import RankActor
+
+_ROOT_CAUSE_S = 2.0
+"""How long to wait for other ranks' words after one failed with a lost peer: the peer's own traceback says why."""
+
+
+@contextmanager
+def connected(cfg: ClusterConfig) -> Iterator[bool]:
+    """Join the cluster that cfg or RAY_ADDRESS names, else start a local Ray; yields whether it was started here.
+
+    Raises:
+        ClusterError: no cluster answers at the address.
+    """
+    if ray.is_initialized():
+        yield False
+        return
+    address = cfg.address or os.environ.get("RAY_ADDRESS", "")
+    quiet = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": True}
+    try:
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            ray.init(address="local", include_dashboard=cfg.dashboard, **quiet)
+    except (ConnectionError, RuntimeError, ValueError, RayError) as e:
+        raise ClusterError(f"cluster.address={address!r}: no Ray cluster answers there: {e}") from None
+    try:
+        yield not address
+    finally:
+        ray.shutdown()
+
+
+class Ranks:
+    """The rank actors of one epoch."""
+
+    def __init__(self, cfg: ClusterConfig, name: str, local: bool, interrupted: Callable[[], bool]):
+        """Place one actor a rank.
+
+        Raises:
+            ClusterError: the cluster has no room for them; the message says what it has.
+        """
+        self.cfg, self.name = cfg, name
+        _check_room(cfg, local)
+        bundles = [{"CPU": float(cfg.cpus_per_rank)}] * cfg.ranks
+        self._group = placement_group(bundles, strategy="PACK", name=name)
+        self.actors: list[Any] = []
+        try:
+            self._await_room(interrupted)
+            for rank in range(cfg.ranks):
+                strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)
+                options = {
+                    "num_cpus": cfg.cpus_per_rank,
+                    "scheduling_strategy": strategy,
+                    "name": f"{name}-rank-{rank}",
+                }
+                threads = max(1, int(cfg.cpus_per_rank))
+                self.actors.append(RankActor.options(**options).remote(rank, cfg.ranks, threads))
+            self.where = self.call("where")
+        except BaseException:
+            self.kill()
+            raise
+
+    def topology(self) -> Topology:
+        """Who shares a node, as Ray says."""
+        nodes = list(dict.fromkeys(w["node"] for w in self.where))
+        return Topology.of_nodes([nodes.index(w["node"]) for w in self.where])
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        """Call a method on all ranks; results in rank order.
+
+        Raises:
+            RankError: a rank raised or died, with its own traceback; the other ranks are released first.
+            BadInput: a rank found the user's input wrong.
+        """
+        calls = {getattr(a, method).remote(*args): r for r, a in enumerate(self.actors)}
+        results: list[Any] = [None] * len(self.actors)
+        pending, failed = list(calls), {}
+        limit = None
+        while pending:
+            wait = None if limit is None else max(0.0, limit - time.monotonic())
+            done, pending = ray.wait(pending, num_returns=1, timeout=wait)
+            if not done:
+                break
+            try:
+                results[calls[done[0]]] = ray.get(done[0])
+            except Exception as e:
+                failed[calls[done[0]]] = e
+                limit = limit or time.monotonic() + _ROOT_CAUSE_S
+                if not _lost_peer(e):
+                    break
+        if failed:
+            raise _root_cause(failed)
+        return results
+
+    def share(self, value: Any) -> Any:
+        """Put a value where every rank of a node reads the same copy."""
+        return ray.put(value)
+
+    def kill(self) -> None:
+        """Stop every rank and give its place back; returns once they are gone."""
+        for actor in self.actors:
+            ray.kill(actor, no_restart=True)
+        for actor in self.actors:
+            _await_gone(actor)
+        self.actors = []
+        remove_placement_group(self._group)
+
+    def _await_room(self, interrupted: Callable[[], bool]) -> None:
+        limit = time.monotonic() + self.cfg.wait_s
+        while not self._group.wait(1):
+            if interrupted():
+                raise KeyboardInterrupt
+            if time.monotonic() > limit:
+                raise ClusterError(
+                    f"the cluster could not place {self.cfg.ranks} ranks of {self.cfg.cpus_per_rank:g} CPUs within "
+                    f"cluster.wait_s={self.cfg.wait_s:g} s; it has {_have()}, free now: {_free()}"
+                )
+
+
+def _check_room(cfg: ClusterConfig, local: bool) -> None:
+    """Refuse at once what no waiting can give: GPUs that are not there, or more CPUs than a local Ray has."""
+    total = ray.cluster_resources()
+    if cfg.device == "cuda":
+        have = int(total.get("GPU", 0))
+        why = (
+            f"the cluster has {have} GPUs" if have < cfg.ranks else "GPU ranks come with the NCCL backend, not here yet"
+        )
+        raise ClusterError(f"cluster.device=cuda for {cfg.ranks} ranks: {why}; allowed here: cpu")
+    need, have = cfg.ranks * cfg.cpus_per_rank, total.get("CPU", 0.0)
+    if need > have and local:  # a cluster that was joined may grow: there the placement waits
+        raise ClusterError(
+            f"cluster.ranks={cfg.ranks} of {cfg.cpus_per_rank:g} CPUs need {need:g} CPUs; this machine has {have:g}: "
+            "lower cluster.ranks or cluster.cpus_per_rank (fractions such as 0.5 are allowed)"
+        )
+
+
+def _have() -> str:
+    cpus = [n["Resources"].get("CPU", 0.0) for n in ray.nodes() if n["Alive"]]
+    return f"{len(cpus)} node(s) with {' + '.join(f'{c:g}' for c in cpus)} CPUs"
+
+
+def _free() -> str:
+    return (
+        ", ".join(f"{k} {v:g}" for k, v in sorted(ray.available_resources().items()) if k in ("CPU", "GPU"))
+        or "nothing"
+    )
+
+
+def _lost_peer(e: Exception) -> bool:
+    """Whether a rank failed only since another did."""
+    return isinstance(e, GroupError)
+
+
+def _root_cause(failed: dict[int, Exception]) -> Exception:
+    """Of several ranks' failures the one that explains the others, as an error of ours."""
+    rank, e = min(failed.items(), key=lambda item: (_lost_peer(item[1]), item[0]))
+    if isinstance(e, BadInput) and isinstance(e, RayTaskError):
+        return type(e.cause)(str(e.cause))
+    if isinstance(e, RayActorError):
+        return RankError(rank, f"rank {rank} died: {e}")
+    return RankError(rank, f"rank {rank} raised:\n{e}")
+
+
+def _await_gone(actor: Any) -> None:
+    try:
+        ray.get(actor.where.remote(), timeout=10)
+    except (RayActorError, RayError):
+        return

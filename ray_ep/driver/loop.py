@@ -1,0 +1,315 @@
+"""The driver of a run: check everything, form the ranks, step, evaluate, save, stop. Draws nothing itself.
+
+`drive` reads top to bottom: what can be wrong is found before anything is started or written.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from omegaconf import OmegaConf
+from transformers import PreTrainedConfig
+
+from ray_ep.config.schema import Config
+from ray_ep.driver.alarm import WINDOW, collapse
+from ray_ep.driver.cluster import Ranks, connected
+from ray_ep.driver.rundir import RunDir, checkpoint_url, choose
+from ray_ep.errors import CheckpointError, ConfigError
+from ray_ep.moe import find_experts
+from ray_ep.placement import Placement, RoutingStatistics, Topology, contiguous, random
+from ray_ep.rank.checkpoint import Checkpoint, Directory
+from ray_ep.rank.data import Corpus, load_corpus
+from ray_ep.rank.model import meta_model, model_config
+from ray_ep.rank.rank import StepResult
+
+
+class Listener(Protocol):
+    """Who wants to know: the run directory, the progress display."""
+
+    def start(self, description: str) -> None:
+        """The ranks are ready."""
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """One step is done."""
+
+    def event(self, kind: str, message: str) -> None:
+        """Something happened that an operator should see."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A checked run: everything that could be refused has been."""
+
+    run: RunDir
+    corpus: Corpus
+    config: PreTrainedConfig
+    signature: dict[str, list[int]]  # parameter -> shape
+    placement: Placement
+    checkpoint: Checkpoint | None  # to go on from
+
+
+class Interrupt:
+    """SIGINT and SIGTERM ask for a stop at the next safe point; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self) -> bool:
+        return self.asked
+
+    @contextmanager
+    def caught(self) -> Iterator[Interrupt]:
+        """Handle the signals inside; only Python's main thread may."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def check(cfg: Config, now: datetime) -> Plan:
+    """Everything that can be refused without a cluster; starts and writes nothing. Raises BadInput."""
+    run = choose(cfg, now)
+    corpus = load_corpus(cfg.data, cfg.batch.length, cfg.seed)
+    config = model_config(cfg.model, corpus.vocab_size)
+    model = meta_model(config)
+    modules = find_experts(model)
+    experts = int(next(iter(modules.values())).num_experts)
+    placement = _placement(cfg, len(modules), experts)
+    signature = {n: list(p.shape) for n, p in model.named_parameters()}
+    return Plan(run, corpus, config, signature, placement, _resume(cfg, run, signature))
+
+
+def drive(cfg: Config, plan: Plan, listeners: list[Listener], interrupt: Interrupt) -> str:
+    """Run to the end or to an interruption; returns done or interrupted.
+
+    Raises:
+        ClusterError: the cluster has no room; nothing was written.
+        RankError: a rank failed; every process that was started is gone.
+    """
+    with connected(cfg.cluster) as local:
+        ranks = Ranks(cfg.cluster, f"ray_ep-{plan.run.path.name}-{time.time_ns() % 10**9}", local, interrupt)
+        try:
+            driver = Driver(cfg, plan, ranks, [plan.run, *listeners], interrupt)
+            driver.form()
+            return driver.run()
+        finally:
+            ranks.kill()
+
+
+class Driver:
+    """The steps of one run on formed ranks."""
+
+    def __init__(self, cfg: Config, plan: Plan, ranks: Ranks, listeners: list[Listener], interrupt: Interrupt):
+        self.cfg, self.plan, self.ranks, self.listeners, self.interrupt = cfg, plan, ranks, listeners, interrupt
+        self.topology = ranks.topology()
+        self.directory = Directory(checkpoint_url(cfg, plan.run))
+        self.done = 0  # optimizer steps behind us
+        self.saved = -1  # step of the last checkpoint
+        self.earlier = plan.checkpoint.statistics() if plan.checkpoint else None  # counted before a resume
+        self.loads: deque[np.ndarray] = deque(maxlen=WINDOW)
+        self.alarms: set[tuple[str, int]] = set()
+
+    def form(self) -> None:
+        """Join the group, build or load the model, write what is known now."""
+        cfg, plan = self.cfg, self.plan
+        self.ranks.call("join", self.ranks.name, 0, cfg.cluster.collective_timeout_s)
+        tree = OmegaConf.to_container(cfg)
+        shared = self.ranks.share(plan.corpus)
+        self.ranks.call("build", tree, plan.config, shared, plan.placement, self.topology.node_of)
+        if plan.checkpoint is not None:
+            self.ranks.call("load", plan.checkpoint.directory.url, plan.checkpoint.step)
+            self.done = self.saved = plan.checkpoint.step
+        plan.run.create(cfg)
+        plan.run.topology(self.topology)
+        plan.run.placement(plan.placement)
+        for listener in self.listeners:
+            listener.start(self._describe())
+        if plan.checkpoint is not None:
+            self._event("resume", f"goes on from {plan.checkpoint.name}")
+
+    def run(self) -> str:
+        """Step until the end or an interruption, then save."""
+        while self.done < self.cfg.optim.steps and not self.interrupt():
+            self.step()
+        if self.interrupt():
+            self._event("interrupted", f"saving after step {self.done}")
+        self.save()
+        return "interrupted" if self.interrupt() else "done"
+
+    def step(self) -> None:
+        """One optimizer step on all ranks, and what is due after it."""
+        began = time.perf_counter()
+        results: list[StepResult] = self.ranks.call("train_step", self.done)
+        seconds = time.perf_counter() - began
+        self.done += 1
+        metrics = step_metrics(self.done, results, seconds, self.topology, self.plan.placement)
+        if self._due(self.cfg.eval.every) and len(self.plan.corpus.held_out):
+            metrics["eval_loss"] = self._evaluate()
+        for listener in self.listeners:
+            listener.step(metrics)
+        self._watch(results[0].load)
+        if self.cfg.checkpoint.every and self.done % self.cfg.checkpoint.every == 0:
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step, if there is none yet, and drop the oldest."""
+        statistics = self.statistics()
+        self.plan.run.statistics(statistics)
+        if self.saved == self.done:
+            return
+        self.directory.clear(self.done)
+        parts = self.ranks.call("save", self.directory.url, self.done)
+        manifest = {
+            "format": 1,
+            "step": self.done,
+            "tensors": {k: v for part in parts for k, v in part.items()},
+            "signature": self.plan.signature,
+            "config": OmegaConf.to_container(self.cfg),
+            "model": self.plan.config.to_dict(),
+            "data": self.plan.corpus.source,
+        }
+        self.directory.commit(self.done, manifest, statistics)
+        self.directory.prune(self.cfg.checkpoint.keep)
+        self.saved = self.done
+        self._event("checkpoint", f"{self.directory.url}/step-{self.done:06d}")
+
+    def statistics(self) -> RoutingStatistics:
+        """Routing statistics of all ranks, those before a resume included."""
+        parts = self.ranks.call("statistics")
+        parts = parts if self.earlier is None else [self.earlier, *parts]
+        return RoutingStatistics.merge(parts, self.cfg.statistics.sample, self.cfg.seed)
+
+    def _evaluate(self) -> float:
+        answers = self.ranks.call("evaluate", True)
+        self.plan.run.provenance(self.done, [trace for _, trace in answers])
+        return float(answers[0][0])
+
+    def _watch(self, load: np.ndarray) -> None:
+        """Warn once when routing collapses, and again only after it had recovered."""
+        self.loads.append(load)
+        if len(self.loads) < WINDOW:
+            return
+        found = collapse(np.sum(self.loads, axis=0), self.cfg.router)
+        for key in found.keys() - self.alarms:
+            self._event("routing-collapse", f"step {self.done}: {found[key]}")
+        self.alarms = set(found)
+
+    def _due(self, every: int) -> bool:
+        return bool(every) and (self.done % every == 0 or self.done == self.cfg.optim.steps)
+
+    def _event(self, kind: str, message: str) -> None:
+        for listener in self.listeners:
+            listener.event(kind, message)
+
+    def _describe(self) -> str:
+        experts, layers = self.plan.placement.num_experts, self.plan.placement.num_layers
+        nodes = len(set(self.topology.node_of.tolist()))
+        parameters = sum(int(np.prod(s)) for s in self.plan.signature.values())
+        return (
+            f"{self.plan.config.model_type}, {parameters / 1e6:.1f}M parameters, {layers} MoE layers x {experts} "
+            f"experts on {self.cfg.cluster.ranks} ranks of {nodes} node(s); {self.plan.corpus.source}; "
+            f"run in {self.plan.run.path}"
+        )
+
+
+def step_metrics(
+    step: int, results: list[StepResult], seconds: float, topology: Topology, placement: Placement
+) -> dict[str, Any]:
+    """One line of metrics.jsonl. Exchange and expert seconds are means over ranks; waiting for peers is exchange."""
+    first = results[0]
+    sent = np.stack([r.sent for r in results])  # [R, R] bytes
+    same = topology.node_of[:, None] == topology.node_of[None]
+    pairs = np.stack([r.pairs for r in results]).astype(np.float64)  # [R, L]
+    balancedness = float((pairs.mean(0) / np.maximum(pairs.max(0), 1)).mean())
+    load = first.load.astype(np.float64)
+    return {
+        "step": step,
+        "loss": first.loss,
+        "grad_norm": first.grad_norm,
+        "lr": first.lr,
+        "tokens": first.tokens,
+        "step_seconds": seconds,
+        "tokens_per_second": first.tokens / seconds,
+        "exchange_seconds": float(np.mean([r.exchange_seconds for r in results])),
+        "expert_seconds": float(np.mean([r.expert_seconds for r in results])),
+        "bytes_intra_node": int(sent[same].sum()),
+        "bytes_inter_node": int(sent[~same].sum()),
+        "balancedness": balancedness,
+        "world_size": len(results),
+        "epoch": 0,
+        "placement_version": placement.version,
+        "aux_loss": first.aux_loss,
+        "z_loss": first.z_loss,
+        "max_expert_load": (load.max(1) / np.maximum(load.mean(1), 1e-9)).round(4).tolist(),
+    }
+
+
+def _placement(cfg: Config, layers: int, experts: int) -> Placement:
+    """The initial placement; raises PlacementError (fewer slots than experts) or ConfigError."""
+    ranks, slots = cfg.cluster.ranks, cfg.placement.slots_per_rank or None
+    if cfg.placement.initial == "contiguous":
+        return contiguous(layers, experts, ranks, slots)
+    if cfg.placement.initial == "random":
+        return random(layers, experts, ranks, slots, cfg.seed)
+    placement = Placement.load(cfg.placement.initial)
+    if (placement.num_layers, placement.num_experts, placement.num_ranks) != (layers, experts, ranks):
+        raise ConfigError(
+            f"placement.initial={cfg.placement.initial!r} is for {placement.num_layers} layers x "
+            f"{placement.num_experts} experts on {placement.num_ranks} ranks; this run has {layers} x {experts} on "
+            f"{ranks}"
+        )
+    return placement
+
+
+def _resume(cfg: Config, run: RunDir, signature: dict[str, list[int]]) -> Checkpoint | None:
+    """The checkpoint to go on from, checked against the model; None to start anew. Raises CheckpointError."""
+    if cfg.resume == "no":
+        return None
+    if cfg.resume == "auto":
+        directory = Directory(checkpoint_url(cfg, run))
+        steps = directory.steps()
+        if not steps:
+            return None
+    else:
+        directory, steps = _named(cfg.resume)
+    checkpoint = Checkpoint(directory, steps[-1])
+    other = checkpoint.manifest.get("signature")
+    if other != signature:
+        differ = next((n for n in {**signature, **(other or {})} if (other or {}).get(n) != signature.get(n)), "?")
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name} is of another model: {differ} has shape "
+            f"{(other or {}).get(differ)} there and {signature.get(differ)} here"
+        )
+    return checkpoint
+
+
+def _named(where: str) -> tuple[Directory, list[int]]:
+    """A checkpoint `.../step-N`, a directory of them, or a run directory that holds one."""
+    head, _, tail = where.rstrip("/").rpartition("/")
+    if tail.startswith("step-") and tail[5:].isdigit():
+        return Directory(head or "."), [int(tail[5:])]
+    for url in (where, str(Path(where) / "checkpoints")):
+        steps = Directory(url).steps()
+        if steps:
+            return Directory(url), steps
+    raise CheckpointError(f"resume={where!r}: no complete checkpoint there; allowed are no, auto, or a directory")

@@ -1,0 +1,125 @@
+"""The run directory: where it is, what was there before, and everything the driver writes into it. No Ray, no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from ray_ep.config.schema import Config
+from ray_ep.errors import BadInput, ConfigError
+from ray_ep.placement import Placement, RoutingStatistics, Topology
+
+RUNS = "runs"
+"""Parent of run directories that the user did not name."""
+
+
+class RunDir:
+    """One run's directory; also a listener that keeps `metrics.jsonl` and `events.jsonl`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def create(self, cfg: Config) -> None:
+        """Make the directory and write the resolved configuration."""
+        for part in ("", "placements", "statistics", "provenance"):
+            (self.path / part).mkdir(parents=True, exist_ok=True)
+        self.write("config.yaml", OmegaConf.to_yaml(cfg))
+
+    def write(self, name: str, text: str) -> None:
+        """Replace a file whole: a reader never sees half of it."""
+        part = self.path / f"{name}.part"
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, self.path / name)
+
+    def start(self, description: str) -> None:
+        """Listener: the run begins."""
+        self.event("start", description)
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """Listener: one line of metrics.jsonl."""
+        self._append("metrics.jsonl", metrics)
+
+    def event(self, kind: str, message: str) -> None:
+        """Listener: one line of events.jsonl."""
+        time = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self._append("events.jsonl", {"time": time, "kind": kind, "message": message})
+
+    def placement(self, placement: Placement) -> None:
+        """Keep a placement under its version."""
+        self.write(f"placements/{placement.version:04d}.json", placement.to_json())
+
+    def topology(self, topology: Topology) -> None:
+        """Keep the topology."""
+        self.write("topology.json", topology.to_json())
+
+    def statistics(self, statistics: RoutingStatistics) -> None:
+        """Keep the routing statistics so far."""
+        statistics.save(self.path / "statistics" / "routing.npz")
+
+    def provenance(self, step: int, parts: list[list[dict[str, np.ndarray]]]) -> None:
+        """Keep which expert on which rank answered for which held-out token: experts, ranks [L, T, K]."""
+        if not any(parts):
+            return
+        layers = list(zip(*[p for p in parts if p], strict=True))
+        arrays = {
+            k: np.stack([np.concatenate([r[k] for r in layer]) for layer in layers]) for k in ("experts", "ranks")
+        }
+        np.savez_compressed(self.path / "provenance" / f"step-{step:06d}.npz", **arrays)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Lines of metrics.jsonl, one a step: of a step that was repeated after a resume the last one counts."""
+        path = self.path / "metrics.jsonl"
+        lines = [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
+        return [by for _, by in sorted({m["step"]: m for m in lines}.items())]
+
+    def _append(self, name: str, tree: dict[str, Any]) -> None:
+        with open(self.path / name, "a", encoding="utf-8") as f:
+            f.write(json.dumps(tree) + "\n")
+
+
+def choose(cfg: Config, now: datetime) -> RunDir:
+    """The directory of this run, not yet created.
+
+    Raises:
+        ConfigError: it holds another run and nothing is to be resumed, or it is not a directory one can write to.
+    """
+    if cfg.run_dir:
+        path = Path(cfg.run_dir)
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"run_dir={cfg.run_dir!r} is a file: give a new or empty directory")
+        if path.is_dir() and any(path.iterdir()) and cfg.resume == "no":
+            raise ConfigError(
+                f"run_dir={cfg.run_dir!r} already holds files: give a new directory, or resume=auto to go on with it"
+            )
+        return RunDir(path)
+    if cfg.resume == "auto":
+        old = sorted(Path(RUNS).glob("*/config.yaml"), reverse=True)
+        if old:
+            return RunDir(old[0].parent)
+    base = Path(RUNS) / now.strftime("%Y%m%d-%H%M%S")
+    path, n = base, 1
+    while path.exists():
+        n += 1
+        path = base.with_name(f"{base.name}-{n}")
+    return RunDir(path)
+
+
+def checkpoint_url(cfg: Config, run: RunDir) -> str:
+    """Where the run's checkpoints go."""
+    return str(cfg.checkpoint.dir or run.path / "checkpoints")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The resolved configuration of an earlier run; raises BadInput."""
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"))
+    except Exception as e:
+        raise BadInput(f"{path} is not a run directory: {e}") from None
+    assert isinstance(tree, dict)
+    return {str(k): v for k, v in tree.items()}

@@ -1,0 +1,165 @@
+"""One rank's work: the train step, evaluation, saving and loading. A plain class; the Ray actor is a shell around it.
+
+All methods that compute are collective: every rank of the group calls them with the same arguments.
+B sequences of the global batch, L MoE layers, E experts, R ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedConfig
+
+from ray_ep.collective import Group
+from ray_ep.config.schema import Config
+from ray_ep.moe import ExpertParallel, router_losses, update_bias
+from ray_ep.placement import Placement, RoutingStatistics
+from ray_ep.rank.checkpoint import Checkpoint, Directory, load_rank, save_rank
+from ray_ep.rank.data import Corpus, global_batch, held_out_batch
+from ray_ep.rank.model import build
+from ray_ep.rank.optimizer import MasterOptimizer
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one rank says about one step. Losses, norm, load are global and equal on every rank; the rest is its own."""
+
+    step: int
+    loss: float
+    aux_loss: float
+    z_loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    load: np.ndarray  # [L, E] tokens each expert received in the step
+    seconds: float
+    exchange_seconds: float
+    expert_seconds: float
+    sent: np.ndarray  # [R] bytes sent to each rank
+    pairs: np.ndarray  # [L] (token, expert) pairs computed on this rank
+
+
+class Rank:
+    """One rank of a group.
+
+    Args:
+        config: the transformers config of the model.
+        corpus: the same on every rank; the batch is cut from it by (seed, step).
+        node_of: [R] node of each rank.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        config: PreTrainedConfig,
+        corpus: Corpus,
+        group: Group,
+        placement: Placement,
+        node_of: np.ndarray | None = None,
+    ):
+        self.cfg, self.corpus, self.group = cfg, corpus, group
+        sample = cfg.statistics.sample // group.size
+        options = {"node_of": node_of, "sample": sample}
+        self.model = build(cfg.model, config, cfg.seed, group, placement, **options)
+        self.ep: ExpertParallel = self.model.ray_ep
+        self.ep.routing.force = cfg.router.force
+        self.optimizer = MasterOptimizer(self.model, cfg.optim, group)
+
+    def train_step(self, step: int) -> StepResult:
+        """One optimizer step (step counts from 0) over this rank's share of the global batch."""
+        cfg, began = self.cfg, self._clock()
+        batch = global_batch(self.corpus.train, cfg.seed, step, cfg.batch.sequences, cfg.batch.length)
+        losses = torch.zeros(3, dtype=torch.float64)
+        self.model.train()
+        for part in np.split(batch, cfg.batch.accumulation):
+            loss, figures = self._loss(part, batch.shape[0] * cfg.batch.length)
+            loss.backward()
+            self.optimizer.accumulate()
+            losses += figures
+        norm = self.optimizer.step(step)
+        self.group.all_reduce(losses)
+        load = self.ep.counters.take_step()
+        self.group.all_reduce(load)
+        update_bias(self.ep.routing.routers, load, cfg.router.bias_rate)
+        main, aux, z = losses.tolist()
+        seconds, exchange, expert, sent, pairs = (b - a for a, b in zip(began, self._clock(), strict=True))
+        return StepResult(
+            step, main, aux, z, norm, self.optimizer.learning_rate(step), int(batch.shape[0] * cfg.batch.length),
+            load.numpy(), seconds, exchange, expert, sent, pairs,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def evaluate(self, trace: bool = False) -> tuple[float, list[dict[str, np.ndarray]]]:
+        """Mean loss on the held-out split, equal on every rank; with `trace` also which rank's expert answered.
+
+        The trace has one entry a MoE layer: experts and ranks [T, K] of this rank's tokens.
+        """
+        batch = held_out_batch(self.corpus.held_out, self.cfg.eval.sequences, self.cfg.batch.length)
+        self.model.eval()
+        self.ep.counters.enabled = False
+        for layer in self.ep.layers:
+            layer.trace = [] if trace else None
+        mine = self._share(batch)
+        total = torch.zeros(2, dtype=torch.float64)
+        total[0] = self._cross_entropy(mine)
+        total[1] = mine[:, 1:].size
+        self.group.all_reduce(total)
+        self.ep.counters.enabled = True
+        found = [
+            {"experts": torch.cat([e for e, _ in x]).numpy(), "ranks": torch.cat([r for _, r in x]).numpy()}
+            for layer in self.ep.layers
+            if (x := layer.trace)
+        ]
+        return float(total[0] / total[1].clamp_min(1)), found
+
+    def save(self, url: str, step: int) -> dict[str, list[Any]]:
+        """Write what this rank owns into checkpoint `step`; returns its part of the manifest. Not collective."""
+        return save_rank(Directory(url), step, self.model, self.optimizer)
+
+    def load(self, url: str, step: int) -> None:
+        """Take on checkpoint `step`."""
+        load_rank(Checkpoint(Directory(url), step), self.model, self.optimizer)
+
+    def statistics(self) -> RoutingStatistics:
+        """Routing statistics of this rank since its making. Not collective."""
+        return self.ep.counters.statistics()
+
+    def _loss(self, part: np.ndarray, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's share of the loss of one pass over `part` [B, length + 1]; its figures main, aux, z."""
+        router = self.cfg.router
+        mine = self._share(part)
+        main = self._cross_entropy(mine) / tokens
+        here = mine[:, 1:].size
+        logits = [None if x is None else x.reshape(-1, x.shape[-1])[:here] for x in self.ep.routing.logits]
+        losses = router_losses(
+            logits, self.ep.pass_load(), self.ep.routing.routers, self.group, part[:, 1:].size, router.aux_loss
+        )
+        passes = self.cfg.batch.accumulation
+        loss = main + (router.aux_coefficient * losses.aux + router.z_coefficient * losses.z) / passes
+        figures = torch.stack([main.double(), losses.aux.double() / passes, losses.z.double() / passes])
+        return loss, figures.detach()
+
+    def _share(self, batch: np.ndarray) -> np.ndarray:
+        """Rows of the batch [B, length + 1] that are this rank's; there may be none."""
+        low, high = (len(batch) * r // self.group.size for r in (self.group.rank, self.group.rank + 1))
+        self.ep.routing.first_token = low * (batch.shape[1] - 1)
+        return batch[low:high]
+
+    def _cross_entropy(self, rows: np.ndarray) -> torch.Tensor:
+        """Summed loss of predicting rows[:, 1:] from rows[:, :-1]; zero, with all exchanges made, if there are none."""
+        if not len(rows):
+            with self.ep.idle():
+                return 0 * self.model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False).logits.sum()
+        ids = torch.from_numpy(rows)
+        logits = self.model(input_ids=ids[:, :-1], use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
+
+    def _clock(self) -> tuple[Any, ...]:
+        meter = self.ep.meter
+        return (
+            time.perf_counter(), self.group.seconds, meter.expert_seconds, meter.sent.copy(), meter.pairs.copy(),
+        )  # fmt: skip
