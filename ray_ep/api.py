@@ -9,9 +9,10 @@ from typing import Any
 
 from ray_ep.config.schema import Config
 from ray_ep.driver.loop import Interrupt, check, drive
-from ray_ep.driver.rundir import RunDir
+from ray_ep.driver.rundir import RunDir, find_checkpoint
 from ray_ep.observe.progress import Progress
 from ray_ep.observe.report import write_report
+from ray_ep.rank.export import export_checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,3 +50,22 @@ def train(cfg: Config) -> Run:
         if (plan.run.path / "config.yaml").exists():
             write_report(plan.run.path)
     return Run(plan.run.path, status)
+
+
+def export(run: str, out: str, step: int | None = None, dtype: str | None = None) -> dict[str, Any]:
+    """Write a run's checkpoint as a plain transformers checkpoint; loses nothing at dtype float32.
+
+    Args:
+        run: a run directory, a directory of checkpoints (or its fsspec URL), or one `.../step-N`.
+        out: a new directory.
+        step: which checkpoint; None: the newest.
+        dtype: of the written weights; None: the run's compute dtype.
+
+    Returns:
+        What was written: step, tensors, bytes, shards.
+
+    Raises:
+        CheckpointError: none there, or damaged. BadInput: `out` holds files.
+    """
+    checkpoint = find_checkpoint(run, step)
+    return {"step": checkpoint.step, **export_checkpoint(checkpoint, Path(out), dtype)}

@@ -77,3 +77,22 @@ def train(config: str | None, as_json: bool, overrides: tuple[str, ...]) -> None
     else:
         click.echo(f"{run.status}: {run.dir}/report.html")
     sys.exit(DONE if run.status == "done" else INTERRUPTED)
+
+
+@main.command()
+@click.argument("run", type=str)
+@click.argument("out", type=click.Path(), metavar="DIR")
+@click.option("--step", type=int, help="Which checkpoint; the newest if not given.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), help="Of the weights; the run's own if not given.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as one JSON line.")
+def export(run: str, out: str, step: int | None, dtype: str | None, as_json: bool) -> None:
+    """Write a RUN's checkpoint into DIR as a plain transformers checkpoint.
+
+    RUN is a run directory, a directory of checkpoints or its URL, or one step-N of them. DIR must be new or empty;
+    AutoModelForCausalLM.from_pretrained(DIR) then is the trained model.
+    """
+    done = ray_ep.export(run, out, step, dtype)
+    if as_json:
+        click.echo(json.dumps(done))
+    else:
+        click.echo(f"step {done['step']}: {done['tensors']} tensors, {done['bytes'] / 1e6:.1f} MB in {out}")

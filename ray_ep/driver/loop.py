@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,7 +22,7 @@ from transformers import PreTrainedConfig
 from ray_ep.config.schema import Config
 from ray_ep.driver.alarm import WINDOW, collapse
 from ray_ep.driver.cluster import Ranks, connected
-from ray_ep.driver.rundir import RunDir, checkpoint_url, choose
+from ray_ep.driver.rundir import RunDir, checkpoint_url, choose, find_checkpoint
 from ray_ep.errors import CheckpointError, ConfigError
 from ray_ep.moe import find_experts
 from ray_ep.placement import Placement, RoutingStatistics, Topology, contiguous, random
@@ -287,12 +286,11 @@ def _resume(cfg: Config, run: RunDir, signature: dict[str, list[int]]) -> Checkp
         return None
     if cfg.resume == "auto":
         directory = Directory(checkpoint_url(cfg, run))
-        steps = directory.steps()
-        if not steps:
+        if not directory.steps():
             return None
+        checkpoint = Checkpoint(directory, directory.steps()[-1])
     else:
-        directory, steps = _named(cfg.resume)
-    checkpoint = Checkpoint(directory, steps[-1])
+        checkpoint = find_checkpoint(cfg.resume)
     other = checkpoint.manifest.get("signature")
     if other != signature:
         differ = next((n for n in {**signature, **(other or {})} if (other or {}).get(n) != signature.get(n)), "?")
@@ -301,15 +299,3 @@ def _resume(cfg: Config, run: RunDir, signature: dict[str, list[int]]) -> Checkp
             f"{(other or {}).get(differ)} there and {signature.get(differ)} here"
         )
     return checkpoint
-
-
-def _named(where: str) -> tuple[Directory, list[int]]:
-    """A checkpoint `.../step-N`, a directory of them, or a run directory that holds one."""
-    head, _, tail = where.rstrip("/").rpartition("/")
-    if tail.startswith("step-") and tail[5:].isdigit():
-        return Directory(head or "."), [int(tail[5:])]
-    for url in (where, str(Path(where) / "checkpoints")):
-        steps = Directory(url).steps()
-        if steps:
-            return Directory(url), steps
-    raise CheckpointError(f"resume={where!r}: no complete checkpoint there; allowed are no, auto, or a directory")

@@ -1,4 +1,4 @@
-"""The run directory: where it is, what was there before, and everything the driver writes into it. No Ray, no torch."""
+"""The run directory: where it is, what was there before, and everything the driver writes into it. No Ray."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from ray_ep.config.schema import Config
-from ray_ep.errors import BadInput, ConfigError
+from ray_ep.errors import CheckpointError, ConfigError
 from ray_ep.placement import Placement, RoutingStatistics, Topology
+from ray_ep.rank.checkpoint import Checkpoint, Directory
 
 RUNS = "runs"
 """Parent of run directories that the user did not name."""
@@ -115,11 +116,28 @@ def checkpoint_url(cfg: Config, run: RunDir) -> str:
     return str(cfg.checkpoint.dir or run.path / "checkpoints")
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The resolved configuration of an earlier run; raises BadInput."""
-    try:
-        tree = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"))
-    except Exception as e:
-        raise BadInput(f"{path} is not a run directory: {e}") from None
-    assert isinstance(tree, dict)
-    return {str(k): v for k, v in tree.items()}
+def find_checkpoint(where: str, step: int | None = None) -> Checkpoint:
+    """The newest checkpoint (or that of `step`) of a run directory, a directory of checkpoints, or a `.../step-N`.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    head, _, tail = where.rstrip("/").rpartition("/")
+    if tail.startswith("step-") and tail[5:].isdigit():
+        directory, steps = Directory(head or "."), [int(tail[5:])]
+    else:
+        directory = Directory(_checkpoints_of(where))
+        steps = [s for s in directory.steps() if step in (None, s)]
+    if not steps:
+        which = "checkpoint" if step is None else f"checkpoint of step {step}"
+        raise CheckpointError(f"{where!r}: no complete {which} there (a run, its checkpoints, or one step-N of them)")
+    return Checkpoint(directory, steps[-1])
+
+
+def _checkpoints_of(where: str) -> str:
+    """Where a run directory keeps its checkpoints; anything else is such a directory itself."""
+    config = Path(where) / "config.yaml"
+    if not config.is_file():
+        return where
+    named = OmegaConf.select(OmegaConf.load(config), "checkpoint.dir")
+    return str(named or Path(where) / "checkpoints")

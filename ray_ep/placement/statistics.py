@@ -69,7 +69,11 @@ class RoutingStatistics:
     @staticmethod
     def merge(parts: list[RoutingStatistics], capacity: int, seed: int = 0) -> RoutingStatistics:
         """Sum of several ranks' or runs' statistics; of their samples at most `capacity` tokens, by tokens counted."""
-        sums = {n: sum(np.asarray(getattr(p, n)) for p in parts) for n in ("load", "coactivation", "transitions")}
+
+        def total(name: str) -> npt.NDArray[np.int64] | None:
+            arrays = [getattr(p, name) for p in parts]
+            return None if any(a is None for a in arrays) else np.sum(arrays, axis=0)
+
         rng = np.random.default_rng(seed)
         seen = np.array([p.load[0].sum() if len(p.load) else 0 for p in parts], np.float64)
         kept = []
@@ -79,7 +83,9 @@ class RoutingStatistics:
             if part.sample is not None and take:
                 kept.append(part.sample[:, np.sort(rng.permutation(have)[:take])])
         empty = np.zeros((len(parts[0].load), 0, 1), np.int32)
-        return RoutingStatistics(**sums, sample=np.concatenate(kept, 1) if kept else empty)
+        sample = np.concatenate(kept, 1) if kept else empty
+        load = np.sum([p.load for p in parts], axis=0)
+        return RoutingStatistics(load, total("coactivation"), total("transitions"), sample)
 
     def save(self, path: str | Path) -> None:
         """Write an .npz with one array a field."""

@@ -1,0 +1,107 @@
+"""A checkpoint of ours -> a plain transformers checkpoint, one MoE layer in memory at a time. No ranks, no Ray."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from ray_ep.errors import BadInput, CheckpointError
+from ray_ep.moe import find_experts
+from ray_ep.rank.checkpoint import Checkpoint
+from ray_ep.rank.model import meta_model
+
+_SHARD = "model-{:05d}.safetensors"
+
+
+def export_checkpoint(checkpoint: Checkpoint, out: Path, dtype: str | None = None) -> dict[str, Any]:
+    """Write `out` so that `AutoModelForCausalLM.from_pretrained(out)` is the trained model.
+
+    Args:
+        dtype: of the written weights; None: the run's compute dtype. float32 loses nothing.
+
+    Returns:
+        What was written: tensors, bytes, shards.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or holds too few or too many experts.
+        BadInput: `out` holds files.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadInput(f"{out} already exists and is not an empty directory: give a new one")
+    manifest = checkpoint.manifest
+    try:
+        settings = dict(manifest["model"])
+        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        dtype = dtype or manifest["config"]["model"]["dtype"]
+    except (KeyError, ValueError, TypeError) as e:
+        raise CheckpointError(f"checkpoint {checkpoint.name}: its model is not known: {e!r}") from None
+    model = meta_model(config)
+    _count_experts(checkpoint, model)
+    writer = _Writer(out, model, getattr(torch, dtype))
+    stacks = {f"{n}.{p}": m for n, m in find_experts(model).items() for p, _ in m.named_parameters(recurse=False)}
+    dense, buffers = {}, {}
+    for key in checkpoint.tensors:
+        kind, _, name = key.partition("/")
+        if kind == "weight" and name.rpartition("/")[0] not in stacks:
+            dense[name] = checkpoint.read(key)
+        elif kind == "buffer":
+            buffers[name] = checkpoint.read(key)
+    writer.write(dense, buffers)
+    for name, module in find_experts(model).items():
+        count: int = module.num_experts  # type: ignore[assignment]
+        layer = {}
+        for p, _ in module.named_parameters(recurse=False):
+            layer[f"{name}.{p}"] = torch.stack([checkpoint.read(f"weight/{name}.{p}/{e}") for e in range(count)])
+        writer.write(layer)
+    return writer.finish(config, dtype)
+
+
+class _Writer:
+    """Shards of a transformers checkpoint and their index."""
+
+    def __init__(self, out: Path, model: PreTrainedModel, dtype: torch.dtype):
+        self.out, self.model, self.dtype = out, model, dtype
+        self.files: dict[str, str] = {}
+        self.bytes = 0
+        out.mkdir(parents=True, exist_ok=True)
+
+    def write(self, weights: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor] | None = None) -> None:
+        """One shard, under the names that transformers and other engines read; buffers keep their dtype."""
+        cast = {k: t.to(self.dtype) for k, t in weights.items()}
+        plain = revert_weight_conversion(self.model, {**cast, **(buffers or {})})
+        name = _SHARD.format(len(set(self.files.values())) + 1)
+        save_file({k: t.contiguous() for k, t in plain.items()}, self.out / name, metadata={"format": "pt"})
+        self.files |= dict.fromkeys(plain, name)
+        self.bytes += sum(t.numel() * t.element_size() for t in plain.values())
+
+    def finish(self, config: Any, dtype: str) -> dict[str, Any]:
+        """The index and the config, last: an export cut short is not loadable."""
+        index = {"metadata": {"total_size": self.bytes}, "weight_map": self.files}
+        (self.out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        config.architectures = [type(self.model).__name__]
+        config.dtype = dtype
+        config.save_pretrained(self.out)
+        return {"tensors": len(self.files), "bytes": self.bytes, "shards": len(set(self.files.values()))}
+
+
+def _count_experts(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """Every (layer, parameter, expert) once, none left over: an export that lost experts must not look whole."""
+    want = {
+        f"weight/{n}.{p}/{e}"
+        for n, m in find_experts(model).items()
+        for p, _ in m.named_parameters(recurse=False)
+        for e in range(m.num_experts)  # type: ignore[arg-type]
+    }
+    have = {k for k in checkpoint.tensors if k.startswith("weight/") and k.count("/") == 2}
+    if want != have:
+        example = sorted(want ^ have)[0]
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name} holds {len(have)} expert weights, the model has {len(want)}: first that "
+            f"differs is {example}"
+        )
