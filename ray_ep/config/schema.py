@@ -89,10 +89,10 @@ class OptimConfig:
     """Optimizer and schedule."""
 
     kind: str = _opt("adamw", "optimizer", ("adamw", "sgd"))
-    steps: int = _opt(150, "optimizer steps of the run")
+    steps: int = _opt(200, "optimizer steps of the run")
     learning_rate: float = _opt(3e-3, "peak learning rate")
     schedule: str = _opt("cosine", "learning-rate schedule after warm-up", ("cosine", "linear", "constant_with_warmup"))
-    warmup_steps: int = _opt(15, "steps of linear warm-up")
+    warmup_steps: int = _opt(20, "steps of linear warm-up")
     weight_decay: float = _opt(0.1, "decoupled weight decay of matrices (not of biases and norms)")
     beta1: float = _opt(0.9, "AdamW beta1; momentum of sgd")
     beta2: float = _opt(0.95, "AdamW beta2")
@@ -109,7 +109,7 @@ class RouterConfig:
         "load-balancing loss: layer: one term a layer; pooled: transformers' form, all layers pooled",
         ("layer", "pooled", "off"),
     )
-    aux_coefficient: float = _opt(0.02, "weight of the load-balancing loss (a sum over layers for aux_loss=layer)")
+    aux_coefficient: float = _opt(0.05, "weight of the load-balancing loss (a sum over layers for aux_loss=layer)")
     z_coefficient: float = _opt(0.0, "weight of the router z-loss (mean squared logsumexp of the logits)")
     bias_rate: float = _opt(0.001, "step of the auxiliary-loss-free update of a router's correction bias; 0: none")
     force: str = _opt("none", "replace the router's choice, for benchmarks only", ("none", "balanced", "skewed"))

@@ -236,9 +236,9 @@ def step_metrics(
 ) -> dict[str, Any]:
     """One line of metrics.jsonl. Exchange and expert seconds are means over ranks; waiting for peers is exchange."""
     first = results[0]
-    sent = np.stack([r.sent for r in results])  # [R, R] bytes
+    sent = np.stack([r.usage.sent for r in results])  # [R, R] bytes
     same = topology.node_of[:, None] == topology.node_of[None]
-    pairs = np.stack([r.pairs for r in results]).astype(np.float64)  # [R, L]
+    pairs = np.stack([r.usage.pairs for r in results]).astype(np.float64)  # [R, L]
     balancedness = float((pairs.mean(0) / np.maximum(pairs.max(0), 1)).mean())
     load = first.load.astype(np.float64)
     return {
@@ -249,8 +249,9 @@ def step_metrics(
         "tokens": first.tokens,
         "step_seconds": seconds,
         "tokens_per_second": first.tokens / seconds,
-        "exchange_seconds": float(np.mean([r.exchange_seconds for r in results])),
-        "expert_seconds": float(np.mean([r.expert_seconds for r in results])),
+        "exchange_seconds": float(np.mean([r.usage.exchange_seconds for r in results])),
+        "expert_seconds": float(np.mean([r.usage.expert_seconds for r in results])),
+        "statistics_seconds": float(np.mean([r.usage.statistics_seconds for r in results])),
         "bytes_intra_node": int(sent[same].sum()),
         "bytes_inter_node": int(sent[~same].sum()),
         "balancedness": balancedness,

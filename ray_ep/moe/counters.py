@@ -5,6 +5,8 @@ Torch; the sums become `ray_ep.placement.RoutingStatistics`. L layers, E experts
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import torch
 
@@ -25,6 +27,7 @@ class Counters:
     def __init__(self, layers: int, experts: int, sample: int = 0, seed: int = 0, pair_tokens: int = 1024):
         self.layers, self.experts, self.pair_tokens = layers, experts, pair_tokens
         self.enabled = True
+        self.seconds = 0.0  # spent counting so far
         self.total = torch.zeros(layers, experts, dtype=torch.int64)  # since the start
         self.step = torch.zeros(layers, experts, dtype=torch.int64)  # since the last take_step
         self.coactivation = torch.zeros(layers, experts * experts, dtype=torch.float64)
@@ -37,6 +40,7 @@ class Counters:
 
     def count(self, layer: int, top_k_index: torch.Tensor) -> torch.Tensor:
         """Count one layer's choices [T, K] (not in a recomputation); returns their load [E]."""
+        start = time.perf_counter()
         index = top_k_index.detach().cpu()
         load = torch.bincount(index.reshape(-1), minlength=self.experts)
         if self.enabled and not recomputing():
@@ -45,6 +49,7 @@ class Counters:
             self._count_pairs(layer, index)
             if self.capacity:
                 self._keep(layer, index)
+        self.seconds += time.perf_counter() - start
         return load
 
     def take_step(self) -> torch.Tensor:

@@ -7,7 +7,7 @@ B sequences of the global batch, L MoE layers, E experts, R ranks.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,23 @@ from ray_ep.rank.optimizer import MasterOptimizer
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """What one rank spent; `later - earlier` is what it spent in between."""
+
+    seconds: float
+    exchange_seconds: float  # waiting for peers included
+    expert_seconds: float
+    statistics_seconds: float
+    sent: np.ndarray  # [R] bytes sent to each rank
+    pairs: np.ndarray  # [L] (token, expert) pairs computed here
+
+    def __sub__(self, earlier: Usage) -> Usage:
+        return Usage(*(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one rank says about one step. Losses, norm, load are global and equal on every rank; the rest is its own."""
+    """What one rank says about one step. All but `usage` is global and equal on every rank."""
 
     step: int
     loss: float
@@ -36,11 +51,7 @@ class StepResult:
     lr: float
     tokens: int
     load: np.ndarray  # [L, E] tokens each expert received in the step
-    seconds: float
-    exchange_seconds: float
-    expert_seconds: float
-    sent: np.ndarray  # [R] bytes sent to each rank
-    pairs: np.ndarray  # [L] (token, expert) pairs computed on this rank
+    usage: Usage
 
 
 class Rank:
@@ -71,7 +82,7 @@ class Rank:
 
     def train_step(self, step: int) -> StepResult:
         """One optimizer step (step counts from 0) over this rank's share of the global batch."""
-        cfg, began = self.cfg, self._clock()
+        cfg, began = self.cfg, self.usage()
         batch = global_batch(self.corpus.train, cfg.seed, step, cfg.batch.sequences, cfg.batch.length)
         losses = torch.zeros(3, dtype=torch.float64)
         self.model.train()
@@ -86,11 +97,8 @@ class Rank:
         self.group.all_reduce(load)
         update_bias(self.ep.routing.routers, load, cfg.router.bias_rate)
         main, aux, z = losses.tolist()
-        seconds, exchange, expert, sent, pairs = (b - a for a, b in zip(began, self._clock(), strict=True))
-        return StepResult(
-            step, main, aux, z, norm, self.optimizer.learning_rate(step), int(batch.shape[0] * cfg.batch.length),
-            load.numpy(), seconds, exchange, expert, sent, pairs,
-        )  # fmt: skip
+        rate, tokens = self.optimizer.learning_rate(step), int(batch.shape[0] * cfg.batch.length)
+        return StepResult(step, main, aux, z, norm, rate, tokens, load.numpy(), self.usage() - began)
 
     @torch.no_grad()
     def evaluate(self, trace: bool = False) -> tuple[float, list[dict[str, np.ndarray]]]:
@@ -158,8 +166,8 @@ class Rank:
         logits = self.model(input_ids=ids[:, :-1], use_cache=False).logits
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
 
-    def _clock(self) -> tuple[Any, ...]:
-        meter = self.ep.meter
-        return (
-            time.perf_counter(), self.group.seconds, meter.expert_seconds, meter.sent.copy(), meter.pairs.copy(),
-        )  # fmt: skip
+    def usage(self) -> Usage:
+        """Totals since this rank's making, by its own clock."""
+        meter, counters = self.ep.meter, self.ep.counters
+        now, exchange = time.perf_counter(), self.group.seconds
+        return Usage(now, exchange, meter.expert_seconds, counters.seconds, meter.sent.copy(), meter.pairs.copy())

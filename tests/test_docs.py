@@ -1,0 +1,70 @@
+"""Docs say what is there: folders, functions, configuration, versions."""
+
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import ray_ep
+from ray_ep.config import load_config
+from ray_ep.config.docs import reference
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_configuration_reference_is_generated_from_the_schema():
+    assert (ROOT / "docs" / "configuration.md").read_text() == reference(), "run `make docs`"
+
+
+def test_each_function_of_the_call_path_in_architecture_md_exists():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    path = re.findall(r"└─ (ray_ep[\w.]+)", text)
+    assert len(path) == 7
+    for name in path:
+        assert callable(pkgutil.resolve_name(name)), name
+
+
+def test_each_folder_that_the_readme_names_exists():
+    folders = re.findall(r"^\| `([\w./]+)/` \|", (ROOT / "README.md").read_text(), re.M)
+    assert len(folders) >= 6
+    for folder in folders:
+        assert (ROOT / folder).is_dir(), folder
+
+
+def test_links_between_docs_lead_somewhere():
+    for doc in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\((?!http)([^)#]+)", doc.read_text()):
+            assert (doc.parent / link).exists(), f"{doc.name}: {link}"
+
+
+def test_the_changelog_has_the_version():
+    assert f"## [{ray_ep.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_configuration_file_loads_and_steps(path, ranks):
+    import threading
+
+    from ray_ep.placement import contiguous
+    from ray_ep.rank.data import load_corpus
+    from ray_ep.rank.model import meta_model, model_config
+    from ray_ep.rank.rank import Rank
+
+    small = ["batch.sequences=4", "batch.length=16", "data.max_bytes=200000", "eval.sequences=2", "optim.steps=2"]
+    cfg = load_config(path, small)
+    corpus = load_corpus(cfg.data, cfg.batch.length, cfg.seed)
+    config = model_config(cfg.model, corpus.vocab_size)
+    modules = ray_ep.moe.find_experts(meta_model(config))
+    experts = next(iter(modules.values())).num_experts
+    placement = contiguous(len(modules), experts, 2, cfg.placement.slots_per_rank or None)
+    lock = threading.Lock()
+
+    def work(group):
+        with lock:  # weights are drawn from torch's one global generator
+            rank = Rank(cfg, config, corpus, group, placement)
+        return [rank.train_step(s).loss for s in range(2)] + [rank.evaluate()[0]]
+
+    first, second = ranks(2, work)
+    assert first == second
+    assert all(0 < x < 10 for x in first)

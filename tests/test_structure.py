@@ -1,0 +1,45 @@
+"""How the code is built: sizes, environment variables, error mapping. Named exceptions are listed here."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent / "ray_ep"
+FILES = sorted(ROOT.rglob("*.py"))
+READS_ENVIRONMENT = {"driver/cluster.py", "cli/__init__.py"}
+
+
+def functions(path):
+    tree = ast.parse(path.read_text())
+    return [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def test_files_and_functions_stay_small():
+    assert len(FILES) > 25
+    for path in FILES:
+        assert len(path.read_text().splitlines()) <= 400, path
+        assert path.name != "utils.py"
+        for f in functions(path):
+            assert f.end_lineno - f.lineno < 80, f"{path}:{f.name}"
+            count = (
+                len(f.args.args)
+                + len(f.args.kwonlyargs)
+                - (bool(f.args.args) and f.args.args[0].arg in ("self", "cls"))
+            )
+            assert count <= 8, f"{path}:{f.name} has {count} parameters"
+
+
+def test_every_module_says_what_lives_in_it():
+    for path in FILES:
+        assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_the_environment_is_read_in_the_launcher_only():
+    for path in FILES:
+        if str(path.relative_to(ROOT)) not in READS_ENVIRONMENT:
+            assert "os.environ" not in path.read_text(), path
+
+
+def test_nothing_is_left_for_later_in_the_code():
+    for path in FILES:
+        text = path.read_text()
+        assert not any(word in text for word in ("TODO", "FIXME", "NotImplementedError")), path
