@@ -67,11 +67,12 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 def from_dict(tree: dict[str, Any]) -> Config:
     """A nested dict of any subset of the schema -> checked configuration; raises ConfigError."""
     base = OmegaConf.structured(Config)
+    allowed = {key: f.metadata["allowed"] for key, f, _ in fields()}
     model = tree.get("model")
     if isinstance(model, dict) and model.get("type", base.model.type) != base.model.type:
         base.model.overrides = {}  # the default sizes are those of the default type
     for key, value in _leaves(tree):
-        _set(base, key, value)
+        _set(base, key, value, allowed[key])
     OmegaConf.resolve(base)
     check(base)
     OmegaConf.set_readonly(base, True)
@@ -184,7 +185,7 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             raise ConfigError(f"unknown key {key!r}{_nearest(key, list(known))}")
 
 
-def _set(base: DictConfig, key: str, value: Any) -> None:
+def _set(base: DictConfig, key: str, value: Any, allowed: tuple[Any, ...]) -> None:
     default = OmegaConf.select(base, key)
     kind = (
         "a mapping"
@@ -193,8 +194,9 @@ def _set(base: DictConfig, key: str, value: Any) -> None:
         if OmegaConf.is_list(default)
         else type(default).__name__
     )
-    if isinstance(default, str) and value is False and key == "resume":
-        value = "no"  # YAML reads a bare `no` as false
+    if isinstance(default, str) and isinstance(value, bool):  # YAML reads a bare no or off as false
+        words = ("yes", "on", "true") if value else ("no", "off", "false")
+        value = next((w for w in words if w == default or w in allowed), value)
     bad_kind = (OmegaConf.is_dict(default) != isinstance(value, dict)) or (
         isinstance(default, str) and not isinstance(value, str)
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -76,8 +78,12 @@ class RunDir:
     def metrics(self) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl, one a step: of a step that was repeated after a resume the last one counts."""
         path = self.path / "metrics.jsonl"
-        lines = [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
-        return [by for _, by in sorted({m["step"]: m for m in lines}.items())]
+        by_step = {}
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            with suppress(json.JSONDecodeError):  # a crash may have cut a line short
+                tree = json.loads(line)
+                by_step[tree["step"]] = tree
+        return [by_step[step] for step in sorted(by_step)]
 
     def _append(self, name: str, tree: dict[str, Any]) -> None:
         with open(self.path / name, "a", encoding="utf-8") as f:
@@ -94,21 +100,28 @@ def choose(cfg: Config, now: datetime) -> RunDir:
         path = Path(cfg.run_dir)
         if path.exists() and not path.is_dir():
             raise ConfigError(f"run_dir={cfg.run_dir!r} is a file: give a new or empty directory")
-        if path.is_dir() and any(path.iterdir()) and cfg.resume == "no":
+        if path.is_dir() and any(path.iterdir()) and not _goes_on(cfg.resume, path):
             raise ConfigError(
                 f"run_dir={cfg.run_dir!r} already holds files: give a new directory, or resume=auto to go on with it"
             )
         return RunDir(path)
     if cfg.resume == "auto":
-        old = sorted(Path(RUNS).glob("*/config.yaml"), reverse=True)
+        old = [p.parent for p in Path(RUNS).glob("*/config.yaml") if re.match(r"\d{8}-\d{6}", p.parent.name)]
         if old:
-            return RunDir(old[0].parent)
+            return RunDir(max(old, key=lambda p: (p.name[:15], len(p.name), p.name)))
     base = Path(RUNS) / now.strftime("%Y%m%d-%H%M%S")
     path, n = base, 1
     while path.exists():
         n += 1
         path = base.with_name(f"{base.name}-{n}")
     return RunDir(path)
+
+
+def _goes_on(resume: str, path: Path) -> bool:
+    """Whether `resume` goes on with the run in `path`, so that writing there overwrites nothing of another run."""
+    return resume == "auto" or (
+        resume != "no" and path.resolve() in [p.resolve() for p in (Path(resume), *Path(resume).parents)]
+    )
 
 
 def checkpoint_url(cfg: Config, run: RunDir) -> str:

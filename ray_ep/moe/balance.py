@@ -38,7 +38,7 @@ def router_losses(
             probability, both over the global batch (Switch Transformer eq. 4, per layer; K at perfect balance);
             pooled: the same over the tokens of all layers together, as transformers' load_balancing_loss_func; off.
     """
-    load = load.to(torch.float32)
+    load = load.to(torch.float32, copy=True)
     group.all_reduce(load)
     zero = load.new_zeros(())
     found = [(i, x) for i, x in enumerate(logits) if x is not None]

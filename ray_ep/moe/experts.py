@@ -17,7 +17,7 @@ from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_f
 from ray_ep.collective import Group
 from ray_ep.moe.counters import Counters
 from ray_ep.moe.exchange import Meter, combine, dispatch, plan
-from ray_ep.moe.routing import recomputing
+from ray_ep.moe.routing import Routing, recomputing
 from ray_ep.placement import Placement
 
 IMPLEMENTATION = "ray_ep"
@@ -32,10 +32,18 @@ class ExpertLayer:
         num_experts: E.
     """
 
-    def __init__(self, index: int, name: str, num_experts: int, group: Group, meter: Meter, counters: Counters):
+    def __init__(
+        self,
+        index: int,
+        name: str,
+        num_experts: int,
+        group: Group,
+        routing: Routing,
+        meter: Meter,
+        counters: Counters,
+    ):
         self.index, self.name, self.num_experts = index, name, num_experts
-        self.group, self.meter, self.counters = group, meter, counters
-        self.idle = False  # this rank has no tokens in this pass: it takes part in the exchange with none
+        self.group, self.routing, self.meter, self.counters = group, routing, meter, counters
         self.calls = 0  # forward passes so far: a model that silently keeps its own experts never counts
         self.trace: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # (experts, ranks) [T, K] while tracing
         self.experts: list[int] = []  # expert in each row of the weights: the owned ones first
@@ -56,7 +64,7 @@ class ExpertLayer:
     ) -> torch.Tensor:
         """hidden [T, H], top_k_index [T, K], top_k_weights [T, K] -> [T, H] (collective)."""
         self.calls += 1
-        if self.idle:
+        if self.routing.idle:
             self.pass_load = torch.zeros(self.num_experts, dtype=torch.int64)
             out = self._exchange(module, hidden[:0], top_k_index[:0], top_k_weights[:0])
             return torch.zeros_like(hidden) + out.sum()  # the sum of nothing: keeps the backward exchange in the graph

@@ -42,7 +42,8 @@ class ExpertParallel:
         self.counters = Counters(len(modules), self.num_experts, sample, seed + group.rank)
         self.meter = Meter(np.zeros(group.size, np.int64), np.zeros(len(modules), np.int64))
         self.layers = [
-            ExpertLayer(i, name, self.num_experts, group, self.meter, self.counters) for i, name in enumerate(modules)
+            ExpertLayer(i, name, self.num_experts, group, self.routing, self.meter, self.counters)
+            for i, name in enumerate(modules)
         ]
 
     def place(self, placement: Placement, node_of: np.ndarray | None, device: torch.device) -> None:
@@ -67,13 +68,11 @@ class ExpertParallel:
     @contextmanager
     def idle(self) -> Iterator[None]:
         """Inside: this rank's tokens are padding; it takes part in every exchange with none of them."""
-        for layer in self.layers:
-            layer.idle = True
+        self.routing.idle = True
         try:
             yield
         finally:
-            for layer in self.layers:
-                layer.idle = False
+            self.routing.idle = False
 
 
 def parallelize(

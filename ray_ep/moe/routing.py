@@ -17,8 +17,9 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 
 @dataclass(slots=True)
 class Tape:
-    """Routes of one checkpointed block: recorded in its forward, replayed in its recomputation."""
+    """What one checkpointed block did in its forward, to be done again in its recomputation."""
 
+    idle: bool
     routes: list[torch.Tensor] = field(default_factory=list)
     replaying: bool = False
     position: int = 0
@@ -29,6 +30,7 @@ class Routing:
 
     Attributes:
         logits: [T, E] router logits of each layer in the last forward, with their graph; None without a router.
+        idle: this rank has no tokens in this pass: it takes part in every exchange with none.
         force: none, balanced or skewed; anything else than none is for benchmarks only.
         first_token: number that this rank's first token has in the global batch, so that forced routes do not depend
             on how the batch is divided.
@@ -37,6 +39,7 @@ class Routing:
     def __init__(self, layers: int):
         self.logits: list[torch.Tensor | None] = [None] * layers
         self.routers: list[torch.nn.Module | None] = [None] * layers
+        self.idle = False
         self.force = "none"
         self.first_token = 0
         self._tape: Tape | None = None
@@ -75,7 +78,7 @@ class Routing:
 
     def _with_tape(self, inner: Callable[..., Any]) -> Callable[..., Any]:
         def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
-            tape = Tape()
+            tape = Tape(self.idle)
 
             def run(*inputs: Any) -> Any:
                 with self._playing(tape):
@@ -90,12 +93,13 @@ class Routing:
 
     @contextmanager
     def _playing(self, tape: Tape) -> Any:
-        outer, self._tape = self._tape, tape
+        outer, outer_idle = self._tape, self.idle
+        self._tape, self.idle = tape, tape.idle
         tape.replaying, tape.position = recomputing(), 0
         try:
             yield
         finally:
-            self._tape = outer
+            self._tape, self.idle = outer, outer_idle
 
     def _choose(self, chosen: torch.Tensor, num_experts: int) -> torch.Tensor:
         """The routes [T, K] to take, given the router's own `chosen`: replayed, forced, or those, and recorded."""

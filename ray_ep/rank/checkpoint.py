@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ray_ep.errors import CheckpointError
+from ray_ep.errors import CheckpointError, PlacementError
 from ray_ep.moe import ExpertParallel
 from ray_ep.placement import RoutingStatistics
 from ray_ep.rank.optimizer import MasterOptimizer, Weight
@@ -81,11 +81,13 @@ class Directory:
 
     def commit(self, step: int, manifest: dict[str, Any], statistics: RoutingStatistics) -> None:
         """Make the checkpoint valid: the manifest comes last."""
+        path = self.path(step)
         with tempfile.TemporaryDirectory() as tmp:
             statistics.save(f"{tmp}/{STATISTICS}")
-            self.fs.put_file(f"{tmp}/{STATISTICS}", f"{self.path(step)}/{STATISTICS}")
-        with self.fs.open(f"{self.path(step)}/{MANIFEST}", "w") as f:
+            self.fs.put_file(f"{tmp}/{STATISTICS}", f"{path}/{STATISTICS}")
+        with self.fs.open(f"{path}/{MANIFEST}.part", "w") as f:
             json.dump(manifest, f)
+        self.fs.mv(f"{path}/{MANIFEST}.part", f"{path}/{MANIFEST}")  # whole or not at all
 
 
 def checksum(t: torch.Tensor) -> int:
@@ -144,7 +146,10 @@ class Checkpoint:
 
     def statistics(self) -> RoutingStatistics:
         """Everything counted until the checkpoint."""
-        return RoutingStatistics.load_file(self._local(STATISTICS))
+        try:
+            return RoutingStatistics.load_file(self._local(STATISTICS))
+        except (OSError, PlacementError) as e:
+            raise CheckpointError(f"checkpoint {self.name}: {STATISTICS} is damaged or missing: {e}") from None
 
     def verify(self) -> None:
         """Read everything once; raises CheckpointError at the first damage."""
@@ -164,17 +169,23 @@ class Checkpoint:
 def load_rank(checkpoint: Checkpoint, model: Any, optimizer: MasterOptimizer) -> None:
     """Fill this rank's masters, moments, buffers and compute weights (collective: replicas are sent)."""
     ep: ExpertParallel = model.ray_ep
+    kinds = {k.partition("/")[0] for k in checkpoint.tensors} - {"weight", "buffer"}
+    if kinds and kinds != set(optimizer.kinds):
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name} holds {', '.join(sorted(kinds))}: it was written with another optim.kind than "
+            f"{optimizer.cfg.kind}"
+        )
     for w in optimizer.weights:
         names = [w.name] if w.layer is None else [f"{w.name}/{e}" for e in _owned(ep, w.layer)]
         targets = [w.master] if w.layer is None else list(w.master)
         for name, target in zip(names, targets, strict=True):
             _copy(checkpoint, f"weight/{name}", target)
-        kinds = {k.partition("/")[0] for k in checkpoint.tensors} - {"weight", "buffer"}
         moments = {k: torch.empty_like(w.master) for k in sorted(kinds)}
         for kind, moment in moments.items():
             for name, target in zip(names, [moment] if w.layer is None else list(moment), strict=True):
                 _copy(checkpoint, f"{kind}/{name}", target)
-        optimizer.restore(w, moments, int(checkpoint.manifest["step"]))
+        if moments:  # a checkpoint of before the first step has none
+            optimizer.restore(w, moments, int(checkpoint.manifest["step"]))
     for name, buffer in _buffers(model):
         _copy(checkpoint, f"buffer/{name}", buffer)
     optimizer.publish()

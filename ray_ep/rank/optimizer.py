@@ -53,6 +53,11 @@ class MasterOptimizer:
         schedule = get_scheduler(cfg.schedule, self.torch, cfg.warmup_steps, cfg.steps)
         self._factor = schedule.lr_lambdas[0]
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Names of the moments that the optimizer keeps of a weight."""
+        return ("exp_avg", "exp_avg_sq") if self.cfg.kind == "adamw" else ("momentum_buffer",)
+
     def learning_rate(self, step: int) -> float:
         """Rate of optimizer step `step` (from 0); the first warm-up step is not zero."""
         return float(self.cfg.learning_rate * self._factor(step + 1 if step < self.cfg.warmup_steps else step))
@@ -100,8 +105,7 @@ class MasterOptimizer:
     def moments(self, w: Weight) -> dict[str, torch.Tensor]:
         """Optimizer state of a weight in the master's shape: exp_avg and exp_avg_sq, or momentum_buffer."""
         state = self.torch.state[w.master]
-        names = ("exp_avg", "exp_avg_sq") if self.cfg.kind == "adamw" else ("momentum_buffer",)
-        return {n: state[n] for n in names if state.get(n) is not None}
+        return {n: state[n] for n in self.kinds if state.get(n) is not None}
 
     def restore(self, w: Weight, moments: dict[str, torch.Tensor], step: int) -> None:
         """Put back what `moments` gave, after `step` updates."""
