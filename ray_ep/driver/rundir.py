@@ -119,9 +119,8 @@ def choose(cfg: Config, now: datetime) -> RunDir:
 
 def _goes_on(resume: str, path: Path) -> bool:
     """Whether `resume` goes on with the run in `path`, so that writing there overwrites nothing of another run."""
-    return resume == "auto" or (
-        resume != "no" and path.resolve() in [p.resolve() for p in (Path(resume), *Path(resume).parents)]
-    )
+    here, there = path.resolve(), Path(resume).resolve()
+    return resume == "auto" or (resume != "no" and here in (there, *there.parents))
 
 
 def checkpoint_url(cfg: Config, run: RunDir) -> str:

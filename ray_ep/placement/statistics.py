@@ -99,5 +99,5 @@ class RoutingStatistics:
         try:
             with np.load(path) as z:
                 return RoutingStatistics(**{f.name: z[f.name] for f in fields(RoutingStatistics) if f.name in z})
-        except (OSError, ValueError, TypeError, zipfile.BadZipFile) as e:
+        except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as e:
             raise PlacementError(f"statistics file {path}: {e}") from None

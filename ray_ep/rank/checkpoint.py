@@ -172,8 +172,8 @@ def load_rank(checkpoint: Checkpoint, model: Any, optimizer: MasterOptimizer) ->
     kinds = {k.partition("/")[0] for k in checkpoint.tensors} - {"weight", "buffer"}
     if kinds and kinds != set(optimizer.kinds):
         raise CheckpointError(
-            f"checkpoint {checkpoint.name} holds {', '.join(sorted(kinds))}: it was written with another optim.kind than "
-            f"{optimizer.cfg.kind}"
+            f"checkpoint {checkpoint.name} holds {', '.join(sorted(kinds))}: it was written with another optim.kind "
+            f"than {optimizer.cfg.kind}"
         )
     for w in optimizer.weights:
         names = [w.name] if w.layer is None else [f"{w.name}/{e}" for e in _owned(ep, w.layer)]
