@@ -93,7 +93,9 @@ class OptimConfig:
     learning_rate: float = _opt(3e-3, "peak learning rate")
     schedule: str = _opt("cosine", "learning-rate schedule after warm-up", ("cosine", "linear", "constant_with_warmup"))
     warmup_steps: int = _opt(20, "steps of linear warm-up")
-    weight_decay: float = _opt(0.1, "decoupled weight decay of matrices (not of biases and norms)")
+    weight_decay: float = _opt(
+        0.1, "weight decay of matrices (not of biases and norms): decoupled for adamw, L2 for sgd"
+    )
     beta1: float = _opt(0.9, "AdamW beta1; momentum of sgd")
     beta2: float = _opt(0.95, "AdamW beta2")
     eps: float = _opt(1e-8, "AdamW epsilon")
@@ -102,7 +104,7 @@ class OptimConfig:
 
 @dataclass
 class RouterConfig:
-    """Balancing of the router, over the global batch."""
+    """Balancing of the router, over the global batch (with accumulation: over each pass of it, then the mean)."""
 
     aux_loss: str = _opt(
         "layer",

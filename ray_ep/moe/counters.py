@@ -35,6 +35,7 @@ class Counters:
         self.capacity, self._rng = sample, np.random.default_rng(seed)
         self.sample: torch.Tensor | None = None  # [L, capacity, K]
         self.seen = 0  # tokens offered to the reservoir
+        self._passes = 0
         self._previous: torch.Tensor | None = None  # expert ids of the layer before, for transitions
         self._kept: tuple[np.ndarray, np.ndarray] | None = None  # tokens to keep of this pass, and where
 
@@ -73,7 +74,9 @@ class Counters:
 
     def _count_pairs(self, layer: int, index: torch.Tensor) -> None:
         stride = max(1, -(-len(index) // self.pair_tokens))
-        part = index[::stride]  # tokens of all sequences
+        if layer == 0:
+            self._passes += 1
+        part = index[self._passes % stride :: stride]  # tokens of all sequences, others in each pass
         scale = len(index) / max(len(part), 1)
         if layer and self._previous is not None and len(self._previous) == len(part):
             self.transitions[layer - 1] += scale * self._pairs(self._previous, part)

@@ -132,11 +132,14 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, partial, plan):
         ctx.plan = plan
+        ctx.save_for_backward(plan.send_token)
         return _sum_rows(_forth(partial, plan, plan.rows_in, plan.rows_out), plan.send_token, plan.tokens)
 
     @staticmethod
     def backward(ctx, d_out):
-        plan = ctx.plan
+        # In a checkpointed block reading a saved tensor starts the recomputation, which exchanges: it must come before
+        # this exchange on every rank, also on one without pairs, whose experts have saved nothing.
+        plan, _ = ctx.plan, ctx.saved_tensors
         d_partial = _forth(d_out[plan.send_token], plan, plan.rows_out, plan.rows_in)
         plan.meter.backward_mark = time.perf_counter()
         return d_partial, None

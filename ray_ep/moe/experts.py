@@ -91,7 +91,8 @@ class ExpertLayer:
     ) -> torch.Tensor:
         """Run each received pair through its expert and sum per received row: [N, H] -> [N, H]."""
         if not len(pair_row):
-            return rows + 0 * weights.sum()  # no pairs, so no rows either
+            # No pairs, so no rows: but a graph, through the weights too, so that backward exchanges here as well.
+            return rows + weights.sum() + sum(p[:0].sum() for p in module.parameters(recurse=False))
         out = grouped_mm_experts_forward(module, rows[pair_row], expert_row[:, None], weights[:, None])  # [P, H]
         partial = torch.zeros(len(rows), out.shape[1], dtype=torch.float32, device=out.device)
         return partial.index_add(0, pair_row, out.float()).to(rows.dtype)

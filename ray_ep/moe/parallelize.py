@@ -5,6 +5,7 @@ One adapter for every architecture whose experts go through transformers' expert
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -121,6 +122,7 @@ def parallelize(
         keep_rows(module, layer.experts)
         module.num_experts = len(layer.experts)  # the local ones: transformers' grouped kernel counts up to it
         module.ray_ep_layer = layer
+        module.config = copy.copy(module.config)  # its own: another model may share the config object
         module.config._experts_implementation = IMPLEMENTATION
     _attach_routers(model, ep)
     ep.routing.checkpoint_blocks(model)

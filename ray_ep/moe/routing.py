@@ -59,7 +59,10 @@ class Routing:
                 modes.pop().__exit__(None, None, None)
             outputs = output if isinstance(output, tuple) else (output,)
             if not recomputing():
-                self.logits[index] = next((o for o in outputs if _is_logits(o, num_experts)), None)
+                logits = next((o for o in outputs if _is_logits(o, num_experts)), None)
+                if logits is not None:
+                    logits = logits.reshape(-1, num_experts)[: 0 if self.idle else None]
+                self.logits[index] = logits
 
         router.register_forward_pre_hook(before)
         router.register_forward_hook(after, always_call=True)
@@ -144,7 +147,7 @@ def forced(kind: str, chosen: torch.Tensor, num_experts: int, first_token: int) 
     each = torch.arange(top_k, device=chosen.device)[None]
     routes = (number * top_k + each) % num_experts
     if kind == "skewed":
-        routes = torch.where(number % 2 == 0, each, routes)
+        routes = torch.where(number % 2 == 0, each, (number // 2 * top_k + each) % num_experts)
     return routes
 
 

@@ -30,7 +30,7 @@ from ray_ep.placement import RoutingStatistics
 from ray_ep.rank.optimizer import MasterOptimizer, Weight
 
 CHUNK = 1 << 28
-"""Bytes of dense tensors in one file."""
+"""Bytes of dense tensors in one file, unless a single tensor is larger."""
 MANIFEST = "manifest.json"
 STATISTICS = "statistics.npz"
 
@@ -60,16 +60,21 @@ class Directory:
     def clear(self, step: int) -> None:
         """Remove what a crash may have left of a save of this step."""
         if self.fs.exists(self.path(step)):
-            self.fs.rm(self.path(step), recursive=True)
+            self._remove(step)
         self.fs.makedirs(self.path(step), exist_ok=True)
 
     def prune(self, keep: int) -> list[int]:
         """Remove all but the newest `keep` checkpoints (0: keep all); returns the removed steps."""
         old = self.steps()[:-keep] if keep else []
         for step in old:
-            self.fs.rm(f"{self.path(step)}/{MANIFEST}")  # first: a crash in between leaves no half checkpoint
-            self.fs.rm(self.path(step), recursive=True)
+            self._remove(step)
         return old
+
+    def _remove(self, step: int) -> None:
+        """The manifest first: a crash in between leaves no half checkpoint that looks whole."""
+        if self.fs.exists(f"{self.path(step)}/{MANIFEST}"):
+            self.fs.rm(f"{self.path(step)}/{MANIFEST}")
+        self.fs.rm(self.path(step), recursive=True)
 
     def write_tensors(self, step: int, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, list[Any]]:
         """One safetensors file; returns {key: [file, checksum]} for the manifest."""
@@ -124,6 +129,8 @@ class Checkpoint:
             with directory.fs.open(f"{directory.path(step)}/{MANIFEST}") as f:
                 self.manifest = json.load(f)
             self.tensors: dict[str, list[Any]] = self.manifest["tensors"]
+            if self.manifest["step"] != step:
+                raise ValueError(f"it says step {self.manifest['step']}")
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise CheckpointError(f"checkpoint {self.name}: unreadable manifest: {e!r}") from None
         self._open: dict[str, Any] = {}
@@ -174,6 +181,12 @@ def load_rank(checkpoint: Checkpoint, model: Any, optimizer: MasterOptimizer) ->
         raise CheckpointError(
             f"checkpoint {checkpoint.name} holds {', '.join(sorted(kinds))}: it was written with another optim.kind "
             f"than {optimizer.cfg.kind}"
+        )
+    there = {k.split("/")[1] for k in checkpoint.tensors if k.startswith("weight/")}
+    here = {w.name for w in optimizer.weights}
+    if there != here:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name} is of another model: {sorted(there ^ here)[0]} is in one only"
         )
     for w in optimizer.weights:
         names = [w.name] if w.layer is None else [f"{w.name}/{e}" for e in _owned(ep, w.layer)]
@@ -231,10 +244,12 @@ def _buffers(model: Any) -> list[tuple[str, torch.Tensor]]:
 
 def _chunks(items: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
     part: dict[str, torch.Tensor] = {}
+    size = 0
     for key, t in items:
-        part[key] = t
-        if sum(x.numel() * x.element_size() for x in part.values()) >= CHUNK:
+        if part and size + t.nbytes > CHUNK:
             yield part
-            part = {}
+            part, size = {}, 0
+        part[key] = t
+        size += t.nbytes
     if part:
         yield part

@@ -141,11 +141,9 @@ class Rank:
         router = self.cfg.router
         mine = self._share(part)
         main = self._cross_entropy(mine) / tokens
-        here = mine[:, 1:].size
-        logits = [None if x is None else x.reshape(-1, x.shape[-1])[:here] for x in self.ep.routing.logits]
-        losses = router_losses(
-            logits, self.ep.pass_load(), self.ep.routing.routers, self.group, part[:, 1:].size, router.aux_loss
-        )
+        routing, count = self.ep.routing, part[:, 1:].size
+        load = self.ep.pass_load()
+        losses = router_losses(routing.logits, load, routing.routers, self.group, count, router.aux_loss)
         passes = self.cfg.batch.accumulation
         loss = main + (router.aux_coefficient * losses.aux + router.z_coefficient * losses.z) / passes
         figures = torch.stack([main.double(), losses.aux.double() / passes, losses.z.double() / passes])
