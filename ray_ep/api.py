@@ -17,10 +17,14 @@ from ray_ep.rank.export import export_checkpoint
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What is left of a run: its directory, its metrics, and how it ended (done or interrupted)."""
+    """What is left of a run: its directory, its metrics, and how it ended (done or interrupted).
+
+    `mark` goes before every line that is printed about it: it says so if the router was forced.
+    """
 
     dir: Path
     status: str
+    mark: str = ""
 
     def metrics(self) -> list[dict[str, Any]]:
         """One dict a step, as in metrics.jsonl."""
@@ -40,16 +44,16 @@ def train(cfg: Config) -> Run:
         BadInput: something the user gave is wrong; nothing was started and nothing overwritten.
         RankError: a rank raised or died; carries its traceback.
     """
-    plan = check(cfg, datetime.now())
-    prefix = "" if cfg.router.force == "none" else f"[router.force={cfg.router.force}] "
-    interrupt = Interrupt()
-    try:
-        with interrupt.caught(), Progress(cfg.optim.steps, prefix=prefix) as progress:
-            status = drive(cfg, plan, [progress], interrupt)
-    finally:
-        if (plan.run.path / "config.yaml").exists():
-            write_report(plan.run.path)
-    return Run(plan.run.path, status)
+    with Interrupt().caught() as interrupt:
+        plan = check(cfg, datetime.now())
+        prefix = "" if cfg.router.force == "none" else f"[router.force={cfg.router.force}] "
+        try:
+            with Progress(cfg.optim.steps, prefix=prefix) as progress:
+                status = drive(cfg, plan, [progress], interrupt)
+        finally:
+            if (plan.run.path / "config.yaml").exists():
+                write_report(plan.run.path)
+    return Run(plan.run.path, status, prefix)
 
 
 def export(run: str, out: str, step: int | None = None, dtype: str | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Tiny models of every expert layout that transformers has, and the comparison with plain single-process transformers."""
+"""Tiny models of every expert layout that transformers has, and the comparison with plain transformers."""
 
 import copy
 
@@ -21,7 +21,8 @@ MODELS = {
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 16, "norm_topk_prob": True},
     "olmoe": {"num_experts": 8, "num_experts_per_tok": 2},
     "deepseek_v3": DEEPSEEK,
-    "gpt_oss": {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 8, "layer_types": ["full_attention"] * 2},
+    "gpt_oss": {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 8,
+                "layer_types": ["full_attention"] * 2},
     "granitemoe": {"num_local_experts": 6, "num_experts_per_tok": 2},
     "nemotron_h": {"hybrid_override_pattern": "*E*E", "layers_block_type": ["attention", "moe", "attention", "moe"],
                    "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,

@@ -73,9 +73,9 @@ def train(config: str | None, as_json: bool, overrides: tuple[str, ...]) -> None
     run = ray_ep.train(cfg)
     last = (run.metrics() or [{}])[-1]
     if as_json:
-        click.echo(json.dumps({"run": str(run.dir), "status": run.status, **last}))
+        click.echo(run.mark + json.dumps({"run": str(run.dir), "status": run.status, **last}))
     else:
-        click.echo(f"{run.status}: {run.dir}/report.html")
+        click.echo(f"{run.mark}{run.status}: {run.dir}/report.html")
     sys.exit(DONE if run.status == "done" else INTERRUPTED)
 
 

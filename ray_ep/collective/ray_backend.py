@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from typing import Any
 
 import ray
@@ -37,8 +38,7 @@ class GlooBackend(BaseGroup):
             store = dist.TCPStore(host, 0, world_size, True, wait_for_workers=False)
             kv._internal_kv_put(key, f"{host}:{store.port}".encode(), overwrite=True)
         else:
-            address, port = _await_address(key).rsplit(":", 1)
-            store = dist.TCPStore(address, int(port), world_size, False)
+            store = _connect(key, world_size)
         self._store, self._key = store, key
         self.group = gloo(store, rank, world_size, host=host)
 
@@ -111,13 +111,20 @@ def leave(name: str) -> None:
         collective.destroy_collective_group(name)
 
 
-def _await_address(key: bytes) -> str:
+def _connect(key: bytes, size: int) -> dist.TCPStore:
+    """The store of rank 0, wherever it says it is now: an address that a dead rank 0 left behind answers nobody."""
     limit = time.monotonic() + RENDEZVOUS_S
-    while not (address := kv._internal_kv_get(key)):
-        if time.monotonic() > limit:
-            raise GroupError(f"group {key.decode()}: rank 0 did not appear within {RENDEZVOUS_S:g} s")
+    while time.monotonic() < limit:
+        if address := kv._internal_kv_get(key):
+            host, port = address.decode().rsplit(":", 1)
+            try:
+                store = dist.TCPStore(host, int(port), size, False, timeout=timedelta(seconds=2))
+            except (RuntimeError, ValueError):
+                continue
+            store.set_timeout(timedelta(seconds=RENDEZVOUS_S))
+            return store
         time.sleep(0.005)
-    return address.decode()
+    raise GroupError(f"group {key.decode()}: rank 0 did not appear within {RENDEZVOUS_S:g} s")
 
 
 def _one(tensor: Any) -> torch.Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,12 +36,13 @@ def connected(cfg: ClusterConfig) -> Iterator[bool]:
         yield False
         return
     address = cfg.address or os.environ.get("RAY_ADDRESS", "")
-    quiet = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": True}
+    _check_answers(address)
+    options = {"address": address} if address else {"address": "local", "include_dashboard": cfg.dashboard}
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    # In a thread of its own: on the main thread Ray takes SIGTERM over and leaves half a cluster behind when it comes.
+    starter = ThreadPoolExecutor(1, "ray-init")
     try:
-        if address:
-            ray.init(address=address, **quiet)
-        else:
-            ray.init(address="local", include_dashboard=cfg.dashboard, **quiet)
+        starter.submit(ray.init, logging_level="ERROR", log_to_driver=False, **options).result()
     except (ConnectionError, RuntimeError, ValueError, RayError) as e:
         raise ClusterError(f"cluster.address={address!r}: no Ray cluster answers there: {e}") from None
     try:
@@ -132,6 +136,17 @@ class Ranks:
                     f"the cluster could not place {self.cfg.ranks} ranks of {self.cfg.cpus_per_rank:g} CPUs within "
                     f"cluster.wait_s={self.cfg.wait_s:g} s; it has {_have()}, free now: {_free()}"
                 )
+
+
+def _check_answers(address: str) -> None:
+    """Refuse HOST:PORT where nothing listens: Ray itself would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    if "/" in address or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as e:
+        raise ClusterError(f"cluster.address={address!r}: no Ray cluster answers there: {e}") from None
 
 
 def _check_room(cfg: ClusterConfig, local: bool) -> None:

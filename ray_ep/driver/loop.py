@@ -57,6 +57,9 @@ class Plan:
     checkpoint: Checkpoint | None  # to go on from
 
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
 class Interrupt:
     """SIGINT and SIGTERM ask for a stop at the next safe point; a second one stops at once."""
 
@@ -72,12 +75,21 @@ class Interrupt:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        before = {s: signal.getsignal(s) for s in _SIGNALS}
+        self.hold()
         try:
             yield self
         finally:
             for s, handler in before.items():
                 signal.signal(s, handler)
+
+    def hold(self) -> None:
+        """Take the signals (again: `ray.init` installs handlers of its own); raise if a stop was asked for."""
+        if threading.current_thread() is threading.main_thread():
+            for s in _SIGNALS:
+                signal.signal(s, self._ask)
+        if self.asked:
+            raise KeyboardInterrupt
 
     def _ask(self, number: int, frame: Any) -> None:
         if self.asked:
@@ -105,7 +117,9 @@ def drive(cfg: Config, plan: Plan, listeners: list[Listener], interrupt: Interru
         ClusterError: the cluster has no room; nothing was written.
         RankError: a rank failed; every process that was started is gone.
     """
+    interrupt.hold()
     with connected(cfg.cluster) as local:
+        interrupt.hold()
         ranks = Ranks(cfg.cluster, f"ray_ep-{plan.run.path.name}-{time.time_ns() % 10**9}", local, interrupt)
         try:
             driver = Driver(cfg, plan, ranks, [plan.run, *listeners], interrupt)

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ray_ep.config.schema import Config
 from ray_ep.errors import CheckpointError, ConfigError
@@ -151,5 +153,8 @@ def _checkpoints_of(where: str) -> str:
     config = Path(where) / "config.yaml"
     if not config.is_file():
         return where
-    named = OmegaConf.select(OmegaConf.load(config), "checkpoint.dir")
+    try:
+        named = OmegaConf.select(OmegaConf.load(config), "checkpoint.dir")
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as e:
+        raise CheckpointError(f"{where!r}: its config.yaml is damaged: {str(e).splitlines()[0]}") from None
     return str(named or Path(where) / "checkpoints")

@@ -1,3 +1,5 @@
+import contextlib
+import os
 import threading
 import time
 
@@ -39,6 +41,33 @@ def test_reductions_gathers_and_broadcasts(ranks, size):
         g.barrier()
 
     ranks(size, work)
+
+
+def test_a_group_is_connected_when_it_is_made_not_at_its_first_use(ranks):
+    def work(g):
+        g.barrier()
+        made = sockets()
+        g.barrier()  # nobody goes on before everybody has counted
+        y = torch.empty(3, 1)
+        g.all_to_all(y, torch.ones(3, 1), [1] * 3, [1] * 3)
+        g.all_reduce(y)
+        g.barrier()
+        used = sockets()
+        g.barrier()
+        return made, used
+
+    before = sockets()
+    for made, used in ranks(3, work):
+        assert made == used > before
+
+
+def sockets():
+    """Sockets of this process; a descriptor may go while we look."""
+    found = 0
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found += os.readlink(f"/proc/self/fd/{fd}").startswith("socket")
+    return found
 
 
 def test_nothing_to_send_at_all_is_fine(ranks):

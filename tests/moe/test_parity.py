@@ -1,4 +1,4 @@
-"""Every architecture, on 1 to 4 ranks, any placement: logits and all gradients equal to plain single-process transformers."""
+"""Every architecture, on 1 to 4 ranks, any placement: logits and all gradients equal to plain transformers."""
 
 import pytest
 import torch

@@ -1,0 +1,151 @@
+"""Real `ray-ep` processes: started, watched and, whatever a test does, gone at its end.
+
+Everything that a command starts inherits a mark in its environment: that, not the parent chain, tells who belongs to it
+(an orphan has no parent left).
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+BIN = Path(sys.executable).parent
+MARK = "RAY_EP_TEST_MARK"
+TINY = (
+    "model.overrides={hidden_size: 32, intermediate_size: 32, moe_intermediate_size: 16, num_hidden_layers: 2, "
+    "num_experts: 8, head_dim: 8}"
+)
+
+
+@dataclass
+class Command:
+    """A process in a session of its own, and all that it starts."""
+
+    process: subprocess.Popen
+    mark: str
+    files: Path
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def out(self):
+        return self.files.with_suffix(".out").read_text()
+
+    @property
+    def err(self):
+        return self.files.with_suffix(".err").read_text()
+
+    def wait(self, limit_s):
+        """Exit status within the limit."""
+        try:
+            return self.process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"still running after {limit_s} s; {self.offspring()}; last words: {self.err[-1000:]}")
+
+    def until(self, condition, limit_s, what):
+        """Wait for a condition while the process runs; returns what it returned."""
+        limit = time.monotonic() + limit_s
+        while not (answer := condition()):
+            if self.process.poll() is not None or time.monotonic() > limit:
+                pytest.fail(f"{what}: not within {limit_s} s, exit {self.process.returncode}; {self.err[-1000:]}")
+            time.sleep(0.1)
+        return answer
+
+    def offspring(self):
+        """{pid: command line} of the live processes that it started, however deep; not itself."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit() or int(entry.name) == self.process.pid:
+                continue
+            try:
+                marked = f"{MARK}={self.mark}".encode() in (entry / "environ").read_bytes().split(b"\0")
+                if marked and (entry / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
+                    found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+            except OSError:
+                continue  # it has ended meanwhile
+        return found
+
+    def left(self, grace_s=5.0):
+        """What it left behind: Ray's helpers get a moment to notice that the head has gone."""
+        limit = time.monotonic() + grace_s
+        while (found := self.offspring()) and time.monotonic() < limit:
+            time.sleep(0.1)
+        return found
+
+    def end(self):
+        for pid in [self.process.pid] * (self.process.poll() is None) + list(self.offspring()):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.process.wait(10)
+
+
+@dataclass
+class Place:
+    """A working directory with a small text, from which commands are started."""
+
+    path: Path
+    commands: list = field(default_factory=list)
+
+    def start(self, *arguments, **env):
+        """Start a program of the virtual environment; the caller's cluster is not its."""
+        files, mark = self.path / f"command-{len(self.commands)}", uuid.uuid4().hex
+        clean = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "PYTHONPATH")}
+        clean |= {"PATH": f"{BIN}:{os.environ['PATH']}", MARK: mark, **env}
+        with open(files.with_suffix(".out"), "w") as out, open(files.with_suffix(".err"), "w") as err:
+            process = subprocess.Popen(
+                [str(BIN / arguments[0]), *arguments[1:]], cwd=self.path, env=clean, stdout=out, stderr=err,
+                stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+        self.commands.append(Command(process, mark, files))
+        return self.commands[-1]
+
+    def tiny(self, *overrides):
+        """Overrides of a run of a fraction of a second a step on two ranks that share a CPU each half."""
+        return [TINY, "data.files=[text.txt]", "batch.sequences=8", "batch.length=32", *overrides]
+
+    def train(self, *overrides, **env):
+        """Start `ray-ep train` with the tiny model."""
+        return self.start("ray-ep", "train", *self.tiny(*overrides), **env)
+
+
+def place(path):
+    library = Path(sysconfig.get_path("stdlib"))
+    text = "".join((library / name).read_text() for name in ("argparse.py", "ast.py", "shutil.py", "inspect.py"))
+    (path / "text.txt").write_text(text[:200_000])
+    return Place(path)
+
+
+@pytest.fixture
+def here(tmp_path):
+    """A directory of this test."""
+    it = place(tmp_path)
+    yield it
+    [c.end() for c in it.commands]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A directory of this module, for runs that several tests look at."""
+    it = place(tmp_path_factory.mktemp("shared"))
+    yield it
+    [c.end() for c in it.commands]
+
+
+@pytest.fixture(scope="session")
+def lines():
+    """Read a file of JSON lines; one that is not there yet has none."""
+
+    def read(path):
+        path = Path(path)
+        return [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
+
+    return read

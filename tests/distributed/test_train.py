@@ -1,0 +1,245 @@
+"""`ray-ep train` and `ray_ep.train` from end to end: what a run leaves, the same losses on any number of ranks."""
+
+import json
+import re
+import socket
+import tempfile
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+KEYS = {
+    "step", "loss", "grad_norm", "lr", "tokens", "step_seconds", "tokens_per_second", "exchange_seconds",
+    "expert_seconds", "bytes_intra_node", "bytes_inter_node", "balancedness", "world_size", "epoch",
+    "placement_version",
+}  # fmt: skip
+FILES = {
+    "config.yaml", "metrics.jsonl", "events.jsonl", "topology.json", "placements/0000.json", "statistics/routing.npz",
+    "report.html", "checkpoints/step-000020/manifest.json", "provenance/step-000020.npz",
+}  # fmt: skip
+
+IN_ONE_PROCESS = """
+import json, sys, time
+from pathlib import Path
+import ray
+ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+import ray_ep
+from ray_ep.errors import CheckpointError
+
+tiny = json.loads(sys.argv[1])
+def train(*overrides):
+    return ray_ep.train(ray_ep.load_config(None, [*tiny, "optim.steps=10", "cluster.cpus_per_rank=0.5", *overrides]))
+
+kept = ["checkpoint.every=5", "checkpoint.keep=0", "optim.learning_rate=0.01", "optim.warmup_steps=2"]
+status = {}
+status["one"] = train("run_dir=one", "cluster.ranks=1", *kept[2:]).status
+status["four"] = train("run_dir=four", "cluster.ranks=4", *kept).status
+status["two"] = train("run_dir=two", "cluster.ranks=2", "resume=four/checkpoints/step-000005", *kept[2:]).status
+
+file = next(Path("four/checkpoints/step-000010").glob("experts-L001-*"))
+file.write_bytes(file.read_bytes()[:-100] + bytes(100))
+try:
+    train("run_dir=damaged", "cluster.ranks=1", "resume=four", *kept[2:])
+except CheckpointError as e:
+    status["damaged"] = str(e)
+
+@ray.remote
+def alive():
+    return 6 * 7
+
+status["alive"] = ray.is_initialized() and ray.get(alive.remote())
+limit = time.monotonic() + 10  # Ray counts a task's CPU as taken for a moment after its end
+while ray.available_resources().get("CPU") != 4 and time.monotonic() < limit:
+    time.sleep(0.1)
+status["free"] = [ray.available_resources()["CPU"], ray.util.list_named_actors(all_namespaces=True)]
+ray.shutdown()
+print(json.dumps(status))
+"""
+
+
+@pytest.fixture(scope="module")
+def run(shared):
+    """(command, run directory) of twenty steps on two ranks in a Ray of its own."""
+    command = shared.start("ray-ep", "train", "--json", *shared.tiny("optim.steps=20", "optim.learning_rate=0.01"))
+    assert command.wait(90) == 0, command.err
+    (path,) = (shared.path / "runs").iterdir()
+    return command, path
+
+
+@pytest.fixture(scope="module")
+def one_process(shared):
+    """What a Python program that had its own Ray says after several runs in it."""
+    command = shared.start("python", "-c", IN_ONE_PROCESS, json.dumps(shared.tiny()))
+    assert command.wait(150) == 0, command.err
+    return json.loads(command.out.splitlines()[-1])
+
+
+def test_a_run_leaves_its_files_and_no_process(run):
+    command, path = run
+    assert {f for f in FILES if not (path / f).is_file()} == set()
+    assert not list(path.rglob("*.part"))
+    assert command.left() == {}
+
+
+def test_every_step_has_a_line_with_every_figure(run, lines):
+    metrics = lines(run[1] / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == list(range(1, 21))
+    for m in metrics:
+        assert KEYS - m.keys() == set()
+        assert all(np.isfinite(m[k]) for k in KEYS)
+        assert (m["tokens"], m["world_size"], m["epoch"], m["placement_version"]) == (256, 2, 0, 0)
+        assert m["bytes_intra_node"] > 0
+        assert m["bytes_inter_node"] == 0  # both ranks are on this machine
+        assert 0.5 <= m["balancedness"] <= 1
+        assert m["exchange_seconds"] + m["expert_seconds"] < m["step_seconds"]
+        assert m["tokens_per_second"] == pytest.approx(256 / m["step_seconds"])
+
+
+def test_the_loss_falls(run, lines):
+    metrics = lines(run[1] / "metrics.jsonl")
+    assert metrics[0]["loss"] == pytest.approx(np.log(256), rel=0.05)  # of bytes, by an untrained model
+    assert np.mean([m["loss"] for m in metrics[-3:]]) < metrics[0]["loss"] - 1
+    assert metrics[-1]["eval_loss"] < metrics[0]["loss"] - 1
+
+
+def test_the_last_step_is_printed_as_one_json_line(run, lines):
+    command, path = run
+    (line,) = command.out.splitlines()
+    said = json.loads(line)
+    assert said["status"] == "done"
+    assert (Path(path.parent.parent) / said["run"]).samefile(path)
+    assert {k: said[k] for k in KEYS} == {k: lines(path / "metrics.jsonl")[-1][k] for k in KEYS}
+
+
+def test_statistics_and_provenance_count_every_token(run):
+    statistics = np.load(run[1] / "statistics" / "routing.npz")
+    load = next(v for k, v in statistics.items() if v.shape == (2, 8))
+    assert load.sum(1).tolist() == [20 * 256 * 2] * 2  # steps x tokens x top_k in each layer
+    provenance = np.load(run[1] / "provenance" / "step-000020.npz")
+    assert provenance["experts"].shape == provenance["ranks"].shape
+    assert provenance["experts"].shape[::2] == (2, 2)
+    assert np.array_equal(provenance["ranks"], provenance["experts"] // 4)  # contiguous: four experts a rank
+
+
+def losses(shared, lines, name):
+    return {m["step"]: (m["loss"], m["grad_norm"]) for m in lines(shared.path / name / "metrics.jsonl")}
+
+
+def test_losses_and_norms_are_equal_on_one_and_four_ranks(one_process, shared, lines):
+    one, four = (losses(shared, lines, n) for n in ("one", "four"))
+    assert list(one) == list(four) == list(range(1, 11))
+    for step in one:
+        assert four[step] == pytest.approx(one[step], rel=1e-4), step
+
+
+def test_a_run_saved_on_four_ranks_continues_the_same_curve_on_two(one_process, shared, lines):
+    one, two = (losses(shared, lines, n) for n in ("one", "two"))
+    assert list(two) == [6, 7, 8, 9, 10]
+    for step in two:
+        assert two[step] == pytest.approx(one[step], rel=1e-4), step
+    assert {m["world_size"] for m in lines(shared.path / "two" / "metrics.jsonl")} == {2}
+
+
+def test_one_rank_sends_no_bytes_to_itself(one_process, shared, lines):
+    one = lines(shared.path / "one" / "metrics.jsonl")
+    assert {m["bytes_intra_node"] + m["bytes_inter_node"] for m in one} == {0}
+
+
+def test_a_damaged_tensor_is_named_and_no_run_is_made(one_process, shared):
+    assert "four/checkpoints/step-000010" in one_process["damaged"]
+    assert re.search(r"experts-L001-r00\d\.safetensors", one_process["damaged"])
+    assert not (shared.path / "damaged").exists()
+
+
+def test_a_program_keeps_the_ray_it_had_started_with_all_its_cpus_and_no_ranks(one_process):
+    assert one_process["alive"] == 42
+    assert one_process["free"] == [4.0, []]
+
+
+AUTH = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}  # the mode is Ray's default
+"""What every process of the cluster and its clients needs to know."""
+
+
+def free_ports(count):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    [s.close() for s in sockets]
+    return ports
+
+
+@pytest.fixture(scope="module")
+def cluster(shared):
+    """Addresses of a Ray cluster on ports of its own; of its processes none is left at the end."""
+    ports = [
+        "port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "ray-client-server-port",
+    ]  # fmt: skip
+    numbers = dict(zip(ports, free_ports(len(ports)), strict=True))
+    with tempfile.TemporaryDirectory(prefix="ray_ep-", dir="/tmp", ignore_cleanup_errors=True) as short:
+        options = [f"--{k}={v}" for k, v in numbers.items()]
+        head = shared.start(
+            "ray", "start", "--head", "--block", "--include-dashboard=true", "--num-cpus=2", f"--temp-dir={short}",
+            "--disable-usage-stats", *options, **AUTH,
+        )  # fmt: skip
+        head.until(lambda: "Ray runtime started" in head.out, 60, "the cluster")
+        yield {
+            "job": f"http://127.0.0.1:{numbers['dashboard-port']}",
+            "driver": f"127.0.0.1:{numbers['port']}",
+        }
+        head.end()
+
+
+@pytest.fixture(scope="module")
+def again(cluster, run, shared):
+    """(command, metrics before) of a second start that goes on with the finished run, now with a forced router."""
+    before = (run[1] / "metrics.jsonl").read_text()
+    command = shared.train(
+        "optim.steps=23", "resume=auto", "router.force=balanced", RAY_ADDRESS=cluster["driver"], **AUTH
+    )
+    assert command.wait(90) == 0, command.err
+    return command, before
+
+
+def test_a_second_start_goes_on_at_the_next_step_in_the_same_directory(again, run, shared, lines):
+    before, path = again[1], run[1]
+    assert [p.name for p in (shared.path / "runs").iterdir()] == [path.name]
+    assert (path / "metrics.jsonl").read_text().startswith(before)
+    assert [m["step"] for m in lines(path / "metrics.jsonl")] == list(range(1, 24))
+    load = next(v for v in np.load(path / "statistics" / "routing.npz").values() if v.shape == (2, 8))
+    assert load.sum(1).tolist() == [23 * 256 * 2] * 2  # those before the resume included
+
+
+def test_a_forced_router_is_marked_on_every_line_and_balances(again, run, lines):
+    said = again[0].err.splitlines()
+    assert len(said) >= 3
+    assert [x for x in said if not x.startswith("[router.force=balanced] ")] == []
+    assert {m["balancedness"] for m in lines(run[1] / "metrics.jsonl")[-3:]} == {1.0}
+
+
+def submit(here, cluster, *overrides):
+    """`ray job submit` of a run in a directory of its own; streams until the job ends."""
+    work = here.path / "work"
+    work.mkdir()
+    (here.path / "text.txt").rename(work / "text.txt")
+    arguments = ["--working-dir", str(work), "--", "ray-ep", "train", *here.tiny(*overrides)]
+    return here.start("ray", "job", "submit", "--address", cluster["job"], *arguments, **AUTH)
+
+
+def test_a_submitted_job_streams_its_log_and_ends_well(cluster, here, lines):
+    command = submit(here, cluster, "optim.steps=5", f"run_dir={here.path / 'run'}")
+    assert command.wait(90) == 0, command.out + command.err
+    log = command.out + command.err
+    assert re.search(r"^start qwen3_moe, .* on 2 ranks", log, re.M)
+    assert re.search(r"^step=5/5 loss=", log, re.M)
+    assert f"done: {here.path / 'run'}/report.html" in log
+    assert "succeeded" in log
+    assert [m["step"] for m in lines(here.path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+
+def test_a_submitted_job_with_bad_input_fails_with_its_message(cluster, here):
+    command = submit(here, cluster, "optim.stpes=5")
+    assert command.wait(60) != 0
+    log = command.out + command.err
+    assert "did you mean 'optim.steps'" in log
+    assert "failed" in log
