@@ -6,8 +6,8 @@ import numpy as np
 
 from ray_ep.config.schema import RouterConfig
 
-WINDOW = 10
-"""Steps whose loads are added up before they are judged."""
+WINDOW = 20
+"""Steps whose loads are added up before they are judged; what was quiet for as long is told again."""
 
 
 def collapse(load: np.ndarray, cfg: RouterConfig) -> dict[tuple[str, int], str]:

@@ -140,7 +140,7 @@ class Driver:
         self.saved = -1  # step of the last checkpoint
         self.earlier = plan.checkpoint.statistics() if plan.checkpoint else None  # counted before a resume
         self.loads: deque[np.ndarray] = deque(maxlen=WINDOW)
-        self.alarms: set[tuple[str, int]] = set()
+        self.alarms: dict[tuple[str, int], int] = {}  # step at which each was last true
 
     def form(self) -> None:
         """Join the group, build or load the model, write what is known now."""
@@ -218,14 +218,15 @@ class Driver:
         return float(answers[0][0])
 
     def _watch(self, load: np.ndarray) -> None:
-        """Warn once when routing collapses, and again only after it had recovered."""
+        """Warn once when routing collapses, and again only after it had recovered for as long as a window."""
         self.loads.append(load)
         if len(self.loads) < WINDOW:
             return
         found = collapse(np.sum(self.loads, axis=0), self.cfg.router)
-        for key in found.keys() - self.alarms:
-            self._event("routing-collapse", f"step {self.done}: {found[key]}")
-        self.alarms = set(found)
+        for key, message in found.items():
+            if key not in self.alarms or self.done - self.alarms[key] > WINDOW:
+                self._event("routing-collapse", f"step {self.done}: {message}")
+            self.alarms[key] = self.done
 
     def _due(self, every: int) -> bool:
         return bool(every) and (self.done % every == 0 or self.done == self.cfg.optim.steps)
