@@ -10,6 +10,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -c "from ray_ep.moe.kernels import warm; warm()"  # compile once, not in a step
 	@touch $@
 
 train: setup

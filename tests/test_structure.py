@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "ray_ep"
 FILES = sorted(ROOT.rglob("*.py"))
-READS_ENVIRONMENT = {"driver/cluster.py", "cli/__init__.py"}
+READS_ENVIRONMENT = {"driver/cluster.py", "cli/__init__.py", "bench/layer.py"}
 
 
 def functions(path):

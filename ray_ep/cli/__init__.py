@@ -96,3 +96,37 @@ def export(run: str, out: str, step: int | None, dtype: str | None, as_json: boo
         click.echo(json.dumps(done))
     else:
         click.echo(f"step {done['step']}: {done['tensors']} tensors, {done['bytes'] / 1e6:.1f} MB in {out}")
+
+
+@main.group()
+def bench() -> None:
+    """Measure: side by side in one run, with ratios."""
+
+
+@bench.command("layer")
+@click.option("--work", "works", default="A", show_default=True, help="A, B, C or several, such as A,B.")
+@click.option("--dtype", "dtypes", default="float32,bfloat16", show_default=True, help="One or several.")
+@click.option("--pass", "passes", default="forward,both", show_default=True, help="forward, both (with backward).")
+@click.option("--ranks", default="2", show_default=True, help="One or several, such as 2,4.")
+@click.option("--malloc", default="default,tuned", show_default=True, help="glibc as it comes, or keeping memory.")
+@click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="Interleaved rounds to count.")
+@click.option("--peers", help="Peers to compare with, such as transformers; all that are installed if not given.")
+@click.option("--memory", is_flag=True, help="Also peak memory of each, in processes of its own.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON line a row.")
+def bench_layer(peers: str | None, memory: bool, as_json: bool, rounds: int, **lists: str) -> None:
+    """The MoE layer against its peers and against the GEMM floor.
+
+    \b
+    Works (tokens of a rank, hidden, ffn, experts, top_k):
+      A  2048, 512, 1024, 16, 2     B  4096, 1024, 512, 64, 8     C  16, 512, 1024, 16, 2 (decode)
+    """
+    from ray_ep.bench.layer import run
+    from ray_ep.bench.table import cases, line, title
+
+    chosen = None if peers is None else [p for p in peers.split(",") if p]
+    rows = cases(rounds, **{k: v.split(",") for k, v in lists.items()})
+    if not as_json:
+        click.echo(title())
+    for case in rows:
+        result = run(case, chosen, memory)
+        click.echo(json.dumps(result.to_dict()) if as_json else line(result))

@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import ExpertsInterface, _default_apply_gate, grouped_mm_experts_forward
 
 from ray_ep.collective import Group
 from ray_ep.moe.counters import Counters
 from ray_ep.moe.exchange import Meter, combine, dispatch, plan
+from ray_ep.moe.fused import FusedExperts, agree
+from ray_ep.moe.pool import Pool
 from ray_ep.moe.routing import Routing, recomputing
 from ray_ep.placement import Placement
 
@@ -41,9 +44,11 @@ class ExpertLayer:
         routing: Routing,
         meter: Meter,
         counters: Counters,
+        pool: Pool,
     ):
         self.index, self.name, self.num_experts = index, name, num_experts
-        self.group, self.routing, self.meter, self.counters = group, routing, meter, counters
+        self.group, self.routing, self.meter, self.counters, self.pool = group, routing, meter, counters, pool
+        self.fused = True  # use the fused body where it fits; off for comparison
         self.calls = 0  # forward passes so far: a model that silently keeps its own experts never counts
         self.trace: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # (experts, ranks) [T, K] while tracing
         self.experts: list[int] = []  # expert in each row of the weights: the owned ones first
@@ -55,6 +60,7 @@ class ExpertLayer:
         self.experts = placement.experts_of(self.index, self.group.rank)
         self.owned = sum(placement.owner[self.index, e] == self.group.rank for e in self.experts)
         self.routes = torch.from_numpy(placement.routes(self.index, self.group.rank, node_of)).to(device)  # [E, C]
+        self.routes32 = self.routes.cpu().numpy().astype(np.int32)
         row_of = torch.full((self.num_experts,), -1)
         row_of[self.experts] = torch.arange(len(self.experts))
         self.row_of = row_of.to(device)  # [E] row of the local weights, -1 if not here
@@ -74,17 +80,25 @@ class ExpertLayer:
     def _exchange(
         self, module: torch.nn.Module, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        agreed = plan(top_k_index, self.routes, self.group, self.meter)
         if self.trace is not None:
             column = torch.arange(len(hidden), device=hidden.device) % self.routes.shape[1]
             self.trace.append((top_k_index, self.routes[top_k_index, column[:, None]]))
-        if not recomputing():
-            self.meter.pairs[self.index] += len(agreed.pair_row)
+        if self.fused and is_plain(module, hidden):
+            held = len(self.experts)
+            ours = agree(top_k_index, top_k_weights, self.routes32, self.row_of.numpy(), held, self)
+            self._count_pairs(len(ours.place))
+            return FusedExperts.apply(hidden, top_k_weights, module.gate_up_proj, module.down_proj, ours)
+        agreed = plan(top_k_index, self.routes, self.group, self.meter)
+        self._count_pairs(len(agreed.pair_row))
         rows, weights = dispatch(hidden, top_k_weights, agreed)
         start = time.perf_counter()
         partial = self._compute(module, rows, weights, agreed.pair_row, self.row_of[agreed.pair_expert])
         self.meter.expert_seconds += time.perf_counter() - start
         return combine(partial, agreed)
+
+    def _count_pairs(self, pairs: int) -> None:
+        if not recomputing():
+            self.meter.pairs[self.index] += pairs
 
     def _compute(
         self, module: Any, rows: torch.Tensor, weights: torch.Tensor, pair_row: torch.Tensor, expert_row: torch.Tensor
@@ -96,6 +110,20 @@ class ExpertLayer:
         out = grouped_mm_experts_forward(module, rows[pair_row], expert_row[:, None], weights[:, None])  # [P, H]
         partial = torch.zeros(len(rows), out.shape[1], dtype=torch.float32, device=out.device)
         return partial.index_add(0, pair_row, out.float()).to(rows.dtype)
+
+
+def is_plain(module: Any, hidden: torch.Tensor) -> bool:
+    """Whether the fused body computes this layer: CPU, gated SiLU in the usual layout, float32 or bfloat16."""
+    return (
+        hidden.device.type == "cpu"
+        and hidden.dtype in (torch.float32, torch.bfloat16)
+        and module.has_gate
+        and not (module.has_bias or module.is_transposed or module.has_post_expert_norm)
+        and module.is_concatenated
+        and type(module)._apply_gate is _default_apply_gate
+        and isinstance(module.act_fn, (torch.nn.SiLU, SiLUActivation))
+        and module.gate_up_proj.dtype == hidden.dtype
+    )
 
 
 def _experts_forward(module: torch.nn.Module, *args: torch.Tensor) -> torch.Tensor:

@@ -15,9 +15,11 @@ import torch
 
 from ray_ep.collective import Group
 from ray_ep.errors import ModelError, PlacementError
+from ray_ep.moe import kernels
 from ray_ep.moe.counters import Counters
 from ray_ep.moe.exchange import Meter
 from ray_ep.moe.experts import IMPLEMENTATION, ExpertLayer
+from ray_ep.moe.pool import Pool
 from ray_ep.moe.replicas import ReplicaExchange
 from ray_ep.moe.routing import Routing
 from ray_ep.placement import Placement, contiguous
@@ -42,8 +44,9 @@ class ExpertParallel:
         self.routing = Routing(len(modules))
         self.counters = Counters(len(modules), self.num_experts, sample, seed + group.rank)
         self.meter = Meter(np.zeros(group.size, np.int64), np.zeros(len(modules), np.int64))
+        pool = Pool()
         self.layers = [
-            ExpertLayer(i, name, self.num_experts, group, self.routing, self.meter, self.counters)
+            ExpertLayer(i, name, self.num_experts, group, self.routing, self.meter, self.counters, pool)
             for i, name in enumerate(modules)
         ]
 
@@ -124,6 +127,7 @@ def parallelize(
         module.ray_ep_layer = layer
         module.config = copy.copy(module.config)  # its own: another model may share the config object
         module.config._experts_implementation = IMPLEMENTATION
+    kernels.warm()
     _attach_routers(model, ep)
     ep.routing.checkpoint_blocks(model)
     model.ray_ep = ep

@@ -190,7 +190,7 @@ def test_a_moe_block_alone_can_be_parallelized(ranks):
     def one(rows, group=None):
         b, part = copy.deepcopy(block), x[rows].clone().requires_grad_()
         out = (parallelize(b, group) if group else b)(part)
-        out.square().sum().backward()
+        (out.square().sum() / 1000).backward()  # gradients near one
         return out.detach(), part.grad, gradients(b, group)
 
     (out, d_x, grads), parts = one(slice(5)), (slice(2), slice(2, 5))

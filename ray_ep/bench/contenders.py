@@ -1,0 +1,152 @@
+"""The MoE layers that are compared: ours, transformers' all-to-all expert parallelism, DeepSpeed's MoE, and the floor.
+
+Each is built on the same weights, tokens and routing, from a Qwen3-MoE block; DeepSpeed routes with its own gate and
+drops over capacity, so it does a little less work. Needs an initialised gloo process group.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ray_ep.collective import Group
+from ray_ep.moe import parallelize
+
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One layer's work: tokens of a rank, hidden, ffn of an expert, experts, top_k."""
+
+    tokens: int
+    hidden: int
+    ffn: int
+    experts: int
+    top_k: int
+
+
+WORKS = {
+    "A": Work(2048, 512, 1024, 16, 2),
+    "B": Work(4096, 1024, 512, 64, 8),
+    "C": Work(16, 512, 1024, 16, 2),
+}
+
+
+def block(work: Work, dtype: torch.dtype) -> Any:
+    """A Qwen3-MoE block with seeded weights, the same in every process."""
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    config = Qwen3MoeConfig(
+        hidden_size=work.hidden,
+        moe_intermediate_size=work.ffn,
+        num_experts=work.experts,
+        num_experts_per_tok=work.top_k,
+        norm_topk_prob=True,
+    )
+    config._experts_implementation = "grouped_mm"
+    torch.manual_seed(1)
+    module = Qwen3MoeSparseMoeBlock(config)
+    for p in module.parameters():
+        torch.nn.init.normal_(p, std=0.02)
+    return module.to(dtype)
+
+
+def tokens(work: Work, rank: int, dtype: torch.dtype, backward: bool) -> torch.Tensor:
+    """[1, T, H] of one rank."""
+    generator = torch.Generator().manual_seed(100 + rank)
+    x = torch.randn(1, work.tokens, work.hidden, generator=generator).to(dtype)
+    return x.requires_grad_(backward)
+
+
+def _steps(module: torch.nn.Module, x: torch.Tensor, backward: bool) -> Step:
+    def step() -> None:
+        with torch.set_grad_enabled(backward):
+            y = module(x)
+            y = y[0] if isinstance(y, tuple) else y
+            if backward:
+                y.float().square().mean().backward()
+                for p in module.parameters():
+                    p.grad = None
+
+    return step
+
+
+def ours(work: Work, group: Group, dtype: torch.dtype, backward: bool) -> tuple[Step, Any]:
+    """ray_ep's layer, contiguous placement; counting of statistics included. Also returns the block."""
+    module = parallelize(block(work, dtype), group)
+    return _steps(module, tokens(work, group.rank, dtype, backward), backward), module
+
+
+def transformers(work: Work, group: Group, dtype: torch.dtype, backward: bool) -> tuple[Step, Any]:
+    """transformers' own `AllToAllEP`: static, contiguous, a token sent once for each of its experts."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from transformers.distributed.expert_parallel import AllToAllEP
+
+    module = block(work, dtype)
+    experts, n = module.experts, work.experts // group.size
+    for name in ("gate_up_proj", "down_proj"):
+        part = getattr(experts, name).data[group.rank * n : (group.rank + 1) * n].clone()
+        setattr(experts, name, torch.nn.Parameter(part))
+    experts.num_experts, experts._is_expert_parallel = n, True
+    mesh = init_device_mesh("cpu", (group.size, 1), mesh_dim_names=("ep", "tp"))
+    exchange = AllToAllEP(experts, mesh["ep"], mesh["tp"])
+    experts.forward = lambda *args: exchange(*args)
+    return _steps(module, tokens(work, group.rank, dtype, backward), backward), module
+
+
+def deepspeed(work: Work, group: Group, dtype: torch.dtype, backward: bool) -> tuple[Step, Any]:
+    """DeepSpeed's MoE layer (the `bench` extra), capacity factor 1.25 with drops."""
+    import deepspeed as ds
+    from deepspeed.moe.layer import MoE
+
+    class SwiGLU(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = torch.nn.Linear(work.hidden, 2 * work.ffn, bias=False)
+            self.down = torch.nn.Linear(work.ffn, work.hidden, bias=False)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            gate, up = self.up(x).chunk(2, -1)
+            return self.down(torch.nn.functional.silu(gate) * up)
+
+    ds.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    options = {"num_experts": work.experts, "ep_size": group.size, "k": work.top_k, "use_rts": False}
+    module = MoE(work.hidden, SwiGLU(), capacity_factor=1.25, drop_tokens=True, **options).to(dtype)
+    module.set_deepspeed_parallelism()
+    return _steps(module, tokens(work, group.rank, dtype, backward), backward), module
+
+
+def floor(work: Work, group: Group, dtype: torch.dtype) -> Callable[[], float]:
+    """One timing of the work's GEMMs alone, in seconds of a forward: FLOPs over torch's best rate on its shapes.
+
+    From and into buffers that exist, each expert's rows as balanced routing gives them; a backward counts as twice.
+    """
+    rows = max(1, work.tokens * work.top_k * group.size // work.experts)
+    held = work.experts // group.size
+    generator = torch.Generator().manual_seed(3)
+    make = lambda *shape: torch.randn(*shape, generator=generator).to(dtype) * 0.02  # noqa: E731
+    x, h = make(rows, work.hidden), make(rows, work.ffn)
+    up, down = make(held, 2 * work.ffn, work.hidden), make(held, work.hidden, work.ffn)
+    g, y = make(rows, 2 * work.ffn), make(rows, work.hidden)
+
+    def once() -> float:
+        start = time.perf_counter()
+        for e in range(held):
+            torch.mm(x, up[e].t(), out=g)
+            torch.mm(h, down[e].t(), out=y)
+        return time.perf_counter() - start
+
+    return once
+
+
+PEERS: dict[str, Callable[..., tuple[Step, Any]]] = {
+    "ray_ep": ours,
+    "transformers": transformers,
+    "deepspeed": deepspeed,
+}

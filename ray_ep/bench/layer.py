@@ -1,0 +1,172 @@
+"""`ray-ep bench layer`: the MoE layers side by side, interleaved round by round in one process group.
+
+Every figure of a row comes from the same run; ratios hold between machines, seconds do not. One thread a rank.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from ray_ep.bench.contenders import PEERS, WORKS, floor
+from ray_ep.collective import from_torch
+from ray_ep.errors import BadInput
+
+TUNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+"""glibc keeps freed memory instead of giving it back and faulting it in again."""
+
+WARM = 2
+"""Rounds that are not counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One row of the table."""
+
+    work: str
+    dtype: str
+    backward: bool
+    ranks: int
+    malloc: str  # default, or tuned: glibc keeps freed memory, for everybody
+    rounds: int
+
+
+@dataclass(slots=True)
+class Result:
+    """Medians over rounds of one case. Seconds are of one forward (and backward) of the layer over all ranks."""
+
+    case: Case
+    seconds: dict[str, float]
+    floor_seconds: float
+    exchange_share: float  # of our seconds, waiting for peers included
+    experts_share: float
+    bytes_sent: int  # by all ranks to other ranks in one step of ours
+    peak_mib: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def tokens_per_second(self) -> dict[str, float]:
+        """By contender."""
+        total = WORKS[self.case.work].tokens * self.case.ranks
+        return {name: total / s for name, s in self.seconds.items()}
+
+    @property
+    def ratio(self) -> float | None:
+        """Our tokens/s over the best peer's."""
+        peers = [s for n, s in self.seconds.items() if n != "ray_ep"]
+        return min(peers) / self.seconds["ray_ep"] if peers else None
+
+    @property
+    def share_of_floor(self) -> float:
+        """The floor's seconds over ours: 1 would be GEMMs at torch's best rate and nothing else."""
+        return self.floor_seconds / self.seconds["ray_ep"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For --json."""
+        derived = {"tokens_per_second": self.tokens_per_second, "ratio": self.ratio, "share": self.share_of_floor}
+        return {**asdict(self), **derived}
+
+
+def run(case: Case, peers: list[str] | None = None, memory: bool = False) -> Result:
+    """Measure one case in fresh processes.
+
+    Args:
+        peers: contenders beside ray_ep; None: all that are installed.
+        memory: also measure each contender's peak memory, in processes of its own.
+
+    Raises:
+        BadInput: an unknown work or peer, or one that is not installed.
+    """
+    names = ["ray_ep", *(installed() if peers is None else peers)]
+    for name in names:
+        if name not in PEERS or (name == "deepspeed" and name not in installed()):
+            raise BadInput(f"peer {name!r}: allowed here are {', '.join(installed())} (pip install 'ray_ep[bench]')")
+    if case.work not in WORKS:
+        raise BadInput(f"work {case.work!r}: allowed are {', '.join(WORKS)}")
+    result: Result = _spawn(case, names)
+    if memory:
+        short = Case(case.work, case.dtype, case.backward, case.ranks, case.malloc, 2)
+        result.peak_mib = {name: _spawn(short, [name]) for name in names}
+    return result
+
+
+def installed() -> list[str]:
+    """Peers that can run here."""
+    return [n for n in PEERS if n == "transformers" or (n != "ray_ep" and importlib.util.find_spec(n))]
+
+
+def _spawn(case: Case, names: list[str]) -> Any:
+    """Run the ranks; a single name measures its peak memory instead of time."""
+    context = mp.get_context("spawn")
+    queue = context.SimpleQueue()
+    kept = dict(os.environ)
+    os.environ.update({"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"})
+    os.environ.update(TUNED if case.malloc == "tuned" else {})
+    try:
+        with tempfile.TemporaryDirectory() as tmp:
+            mp.spawn(_rank, (case, names, f"file://{tmp}/store", queue), nprocs=case.ranks)
+    finally:
+        os.environ.clear()
+        os.environ.update(kept)
+    return queue.get()
+
+
+def _rank(rank: int, case: Case, names: list[str], store: str, queue: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(case.ranks), LOCAL_RANK=str(rank))
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=case.ranks)
+    group, dtype, work = from_torch(), getattr(torch, case.dtype), WORKS[case.work]
+    built = {n: PEERS[n](work, group, dtype, case.backward) for n in names}
+    if len(names) == 1 and case.rounds == 2:
+        for _ in range(4):
+            built[names[0]][0]()
+        if rank == 0:
+            queue.put(_peak_mib())
+    else:
+        result = _measure(case, built, floor(work, group, dtype), group)
+        if rank == 0:
+            queue.put(result)
+    dist.barrier()
+    os._exit(0)  # DeepSpeed's exit hooks hang without a launcher
+
+
+def _measure(case: Case, built: dict[str, Any], lower: Any, group: Any) -> Result:
+    """Interleave the contenders; every rank returns the same medians."""
+    seconds: dict[str, list[float]] = {n: [] for n in built}
+    floors, shares = [], []
+    ep = built["ray_ep"][1].ray_ep
+    for number in range(WARM + case.rounds):
+        floors.append(lower() * (3 if case.backward else 1))
+        for name, (step, _) in built.items():
+            before = (group.seconds, ep.meter.expert_seconds, ep.meter.sent.sum())
+            group.barrier()
+            start = time.perf_counter()
+            step()
+            group.barrier()
+            took = time.perf_counter() - start
+            if number >= WARM:
+                seconds[name].append(took)
+                if name == "ray_ep":
+                    after = (group.seconds, ep.meter.expert_seconds, ep.meter.sent.sum())
+                    shares.append([(b - a) for a, b in zip(before, after, strict=True)])
+    median = {n: statistics.median(s) for n, s in seconds.items()}
+    exchange, experts, sent = np.median(shares, 0)
+    total = torch.tensor([float(sent)], dtype=torch.float64)
+    group.all_reduce(total)
+    best = statistics.median(floors[WARM:])
+    return Result(case, median, best, exchange / median["ray_ep"], experts / median["ray_ep"], int(total.item()))
+
+
+def _peak_mib() -> int:
+    """Peak resident memory of this process."""
+    with open("/proc/self/status") as f:
+        return int(next(line for line in f if line.startswith("VmHWM")).split()[1]) // 1024

@@ -1,0 +1,266 @@
+"""Compiled kernels of the CPU layer: sorting pairs, SwiGLU with its backward, segment sums. NumPy arrays in and out.
+
+Rows are float32, or bfloat16 as its uint16 bits; sums are float32. One thread: a rank owns its cores, not its process.
+T tokens, K top_k, R ranks, S experts held, N rows, P pairs; "sorted" pairs are grouped by expert.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.extending import overload
+
+ALIGN = 32
+"""Rows of an expert are rounded up to this: GEMMs with ever new row counts miss oneDNN's kernel cache."""
+
+_OPTIONS = {"cache": True, "nogil": True, "fastmath": True, "error_model": "numpy"}
+_1, _16 = np.uint32(1), np.uint32(16)
+
+
+def _widen(src: Any, dst: Any) -> None:
+    """Row of bfloat16 bits or float32 -> float32."""
+
+
+def _narrow(src: Any, dst: Any) -> None:
+    """Row of float32 -> bfloat16 bits (to nearest, ties to even) or float32."""
+
+
+@overload(_widen)
+def _widen_impl(src: Any, dst: Any) -> Any:
+    if src.dtype == types.float32:
+
+        def copy(src: Any, dst: Any) -> None:
+            for j in range(dst.shape[0]):
+                dst[j] = src[j]
+
+        return copy
+
+    def bits(src: Any, dst: Any) -> None:
+        u = dst.view(np.uint32)
+        for j in range(dst.shape[0]):
+            u[j] = np.uint32(src[j]) << _16
+
+    return bits
+
+
+@overload(_narrow)
+def _narrow_impl(src: Any, dst: Any) -> Any:
+    if dst.dtype == types.float32:
+
+        def copy(src: Any, dst: Any) -> None:
+            for j in range(src.shape[0]):
+                dst[j] = src[j]
+
+        return copy
+
+    def bits(src: Any, dst: Any) -> None:
+        u = src.view(np.uint32)
+        for j in range(src.shape[0]):
+            dst[j] = np.uint16((u[j] + np.uint32(0x7FFF) + ((u[j] >> _16) & _1)) >> _16)
+
+    return bits
+
+
+@njit(**_OPTIONS)
+def _sigmoid(x: Any, out: Any, bits: Any) -> None:
+    """out = 1 / (1 + exp(-x)), vectorised: 2^r by exponent bits (int32 view of `bits`), the rest by a polynomial."""
+    power = bits.view(np.int32)
+    for j in range(x.shape[0]):
+        t = -x[j] * np.float32(1.4426950408889634)
+        t = min(max(t, np.float32(-126.0)), np.float32(126.0))
+        r = np.floor(t + np.float32(0.5))
+        f = (t - r) * np.float32(0.6931471805599453)
+        p = np.float32(1 / 120) + f * np.float32(1 / 720)
+        p = np.float32(1 / 6) + f * (np.float32(1 / 24) + f * p)
+        out[j] = np.float32(1.0) + f * (np.float32(1.0) + f * (np.float32(0.5) + f * p))
+        power[j] = (np.int32(r) + np.int32(127)) << np.int32(23)
+    for j in range(x.shape[0]):
+        out[j] = np.float32(1.0) / (np.float32(1.0) + out[j] * bits[j])
+
+
+@njit(**_OPTIONS)
+def swiglu(gate_up: Any, weight: Any, h: Any) -> None:
+    """h [n, F] = weight [n] * silu(gate) * up, from gate_up [n, 2F]."""
+    n, width = h.shape
+    g, u = np.empty(width, np.float32), np.empty(width, np.float32)
+    s, bits = np.empty(width, np.float32), np.empty(width, np.float32)
+    for i in range(n):
+        _widen(gate_up[i, :width], g)
+        _widen(gate_up[i, width:], u)
+        _sigmoid(g, s, bits)
+        w = weight[i]
+        for j in range(width):
+            u[j] *= w * g[j] * s[j]
+        _narrow(u, h[i])
+
+
+@njit(**_OPTIONS)
+def swiglu_backward(gate_up: Any, weight: Any, dh: Any, d_gate_up: Any, h: Any, d_weight: Any) -> None:
+    """From dh [n, F], the gradient of h = weight * silu(gate) * up.
+
+    Writes d_gate_up [n, 2F], h [n, F] again, and d_weight [n].
+    """
+    n, width = dh.shape
+    g, u, d = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.float32)
+    s, bits = np.empty(width, np.float32), np.empty(width, np.float32)
+    for i in range(n):
+        _widen(gate_up[i, :width], g)
+        _widen(gate_up[i, width:], u)
+        _widen(dh[i], d)
+        _sigmoid(g, s, bits)
+        w, total = weight[i], np.float32(0.0)
+        for j in range(width):
+            silu = g[j] * s[j]
+            plain = silu * u[j]
+            total += d[j] * plain
+            d_silu = s[j] * (np.float32(1.0) + g[j] * (np.float32(1.0) - s[j]))
+            dw = d[j] * w
+            g[j] = dw * u[j] * d_silu
+            d[j] = dw * silu
+            u[j] = w * plain
+        d_weight[i] = total
+        _narrow(g, d_gate_up[i, :width])
+        _narrow(d, d_gate_up[i, width:])
+        _narrow(u, h[i])
+
+
+@njit(**_OPTIONS)
+def sum_segments(rows: Any, start: Any, member: Any, out: Any) -> None:
+    """out[i] = sum of rows[member[start[i]:start[i + 1]]], added in float32."""
+    width = rows.shape[1]
+    total, one = np.empty(width, np.float32), np.empty(width, np.float32)
+    for i in range(out.shape[0]):
+        total[:] = 0
+        for p in range(start[i], start[i + 1]):
+            _widen(rows[member[p]], one)
+            for j in range(width):
+                total[j] += one[j]
+        _narrow(total, out[i])
+
+
+@njit(**_OPTIONS)
+def sum_two(own: Any, start: Any, member: Any, back: Any, back_start: Any, back_member: Any, out: Any) -> None:
+    """out[t] = sum of own rows plus sum of returned rows of token t, added in float32 and rounded once."""
+    width = out.shape[1]
+    total, one = np.empty(width, np.float32), np.empty(width, np.float32)
+    for t in range(out.shape[0]):
+        total[:] = 0
+        for p in range(start[t], start[t + 1]):
+            _widen(own[member[p]], one)
+            for j in range(width):
+                total[j] += one[j]
+        for p in range(back_start[t], back_start[t + 1]):
+            _widen(back[back_member[p]], one)
+            for j in range(width):
+                total[j] += one[j]
+        _narrow(total, out[t])
+
+
+@njit(**_OPTIONS)
+def plan_send(index: Any, routes: Any, ranks: int, rank: int) -> Any:
+    """Who gets which token of index [T, K] under routes [E, C].
+
+    Rows and pairs are ordered by destination, the rank itself last, tokens ascending within.
+
+    Returns:
+        rows_out [R], pairs_out [R], row_token [rows], row_pairs [rows] (pairs of each row), pair [T * K] (flat number).
+    """
+    tokens, top_k = index.shape
+    choices = routes.shape[1]
+    rows_out, pairs_out = np.zeros(ranks, np.int64), np.zeros(ranks, np.int64)
+    to = np.empty((tokens, top_k), np.int32)
+    last = np.full(ranks, -1, np.int64)
+    for t in range(tokens):
+        for k in range(top_k):
+            r = routes[index[t, k], t % choices]
+            to[t, k] = r
+            pairs_out[r] += 1
+            if last[r] != t:
+                last[r] = t
+                rows_out[r] += 1
+    row_at, pair_at = np.empty(ranks, np.int64), np.empty(ranks, np.int64)
+    rows, pairs = 0, 0
+    for i in range(ranks):
+        r = (rank + 1 + i) % ranks if i == ranks - 1 else (i if i < rank else i + 1)
+        row_at[r], pair_at[r] = rows, pairs
+        rows += rows_out[r]
+        pairs += pairs_out[r]
+    row_token, row_pairs = np.empty(rows, np.int64), np.zeros(rows, np.uint8)
+    pair = np.empty(pairs, np.int64)
+    last[:] = -1
+    for t in range(tokens):
+        for k in range(top_k):
+            r = to[t, k]
+            if last[r] != t:
+                last[r] = t
+                row_token[row_at[r]] = t
+                row_at[r] += 1
+            row_pairs[row_at[r] - 1] += 1
+            pair[pair_at[r]] = t * top_k + k
+            pair_at[r] += 1
+    return rows_out, pairs_out, row_token, row_pairs, pair
+
+
+@njit(**_OPTIONS)
+def plan_receive(row_pairs: Any, slot: Any, weight: Any, experts: int) -> Any:
+    """Group received pairs by expert.
+
+    Args:
+        row_pairs: [N] pairs of each received row; slot: [P] local expert of each pair, weight: [P].
+
+    Returns:
+        offsets [S + 1] (multiples of ALIGN), sorted_row [offsets[-1]] (0 for padding), sorted_weight (0 for padding),
+        segment [N + 1] and place [P]: the pairs of row i lie at sorted places place[segment[i]:segment[i + 1]].
+    """
+    count = np.zeros(experts, np.int64)
+    for p in range(slot.shape[0]):
+        count[slot[p]] += 1
+    offsets = np.zeros(experts + 1, np.int64)
+    for e in range(experts):
+        offsets[e + 1] = offsets[e] + (count[e] + ALIGN - 1) // ALIGN * ALIGN
+    at = offsets[:-1].copy()
+    sorted_row = np.zeros(offsets[experts], np.int64)
+    sorted_weight = np.zeros(offsets[experts], np.float32)
+    segment = np.zeros(row_pairs.shape[0] + 1, np.int64)
+    place = np.empty(slot.shape[0], np.int64)
+    p = 0
+    for i in range(row_pairs.shape[0]):
+        for _ in range(row_pairs[i]):
+            q = at[slot[p]]
+            at[slot[p]] += 1
+            sorted_row[q], sorted_weight[q], place[p] = i, weight[p], q
+            p += 1
+        segment[i + 1] = p
+    return offsets, sorted_row, sorted_weight, segment, place
+
+
+@njit(**_OPTIONS)
+def rows_of_tokens(row_token: Any, tokens: int) -> Any:
+    """Turn rows' tokens [rows] into the rows of each token: start [T + 1], member [rows]."""
+    start = np.zeros(tokens + 1, np.int64)
+    for t in row_token:
+        start[t + 1] += 1
+    for t in range(tokens):
+        start[t + 1] += start[t]
+    at, member = start[:-1].copy(), np.empty(row_token.shape[0], np.int64)
+    for i in range(row_token.shape[0]):
+        member[at[row_token[i]]] = i
+        at[row_token[i]] += 1
+    return start, member
+
+
+def warm() -> None:
+    """Compile every kernel for float32 and bfloat16, or load it from numba's cache: never inside a timed step."""
+    index, routes = np.zeros((2, 2), np.int64), np.zeros((2, 1), np.int32)
+    _, _, row_token, row_pairs, pair = plan_send(index, routes, 1, 0)
+    weight = np.ones(len(pair), np.float32)
+    _, _, sorted_weight, segment, place = plan_receive(row_pairs, np.zeros(len(pair), np.int32), weight, 1)
+    start, member = rows_of_tokens(row_token, 2)
+    for dtype in (np.float32, np.uint16):
+        wide, narrow = np.zeros((len(sorted_weight), 8), dtype), np.zeros((len(sorted_weight), 4), dtype)
+        swiglu(wide, sorted_weight, narrow)
+        swiglu_backward(wide, sorted_weight, narrow, wide.copy(), narrow.copy(), sorted_weight.copy())
+        sum_segments(wide, segment, place, wide[:2].copy())
+        sum_two(wide, segment, place, wide, start, member, wide[:2].copy())

@@ -1,0 +1,151 @@
+"""The compiled kernels and the fused layer equal their pure-torch counterparts."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ray_ep
+from ray_ep.moe import kernels
+from ray_ep.moe.pool import Pool
+from tests.models import VOCAB, build, even_shards, parallel_pass, placement_of
+
+
+def bits(t):
+    return (t.view(torch.uint16) if t.dtype == torch.bfloat16 else t).numpy()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swiglu_and_its_backward_equal_autograd(dtype):
+    g = torch.Generator().manual_seed(0)
+    gate_up = (torch.randn(40, 96, generator=g) * 4).to(dtype)
+    gate_up[0, :4] = torch.tensor([-200.0, 200.0, 0.0, -20.0])  # saturated on both sides
+    weight, dh = torch.rand(40, generator=g), torch.randn(40, 48, generator=g).to(dtype)
+    a, w = gate_up.float().clone().requires_grad_(), weight.clone().requires_grad_()
+    gate, up = a.chunk(2, -1)
+    want = w[:, None] * torch.nn.functional.silu(gate) * up
+    want.backward(dh.float())
+    h, again, d, d_weight = torch.empty_like(dh), torch.empty_like(dh), torch.empty_like(gate_up), torch.empty(40)
+    kernels.swiglu(bits(gate_up), weight.numpy(), bits(h))
+    kernels.swiglu_backward(bits(gate_up), weight.numpy(), bits(dh), bits(d), bits(again), d_weight.numpy())
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 1e-5}
+    torch.testing.assert_close(h.float(), want.detach(), **close)
+    torch.testing.assert_close(again.float(), h.float(), **close)
+    torch.testing.assert_close(d.float(), a.grad, **close)
+    torch.testing.assert_close(d_weight, w.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_segment_sums_add_in_float32_and_round_once(dtype):
+    rows = torch.randn(9, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    start, member = np.array([0, 2, 2, 7]), np.array([8, 0, 1, 2, 3, 4, 1])
+    out = torch.empty(3, 5, dtype=dtype)
+    kernels.sum_segments(bits(rows), start, member, bits(out))
+    want = torch.stack([rows[member[a:b]].float().sum(0) for a, b in pairwise(start)])
+    torch.testing.assert_close(out, want.to(dtype), rtol=1e-6 if dtype == torch.float32 else 2**-7, atol=1e-6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 20), st.integers(1, 4), st.integers(1, 4), st.integers(0, 999))
+def test_plans_send_each_token_once_a_rank_and_lose_no_pair(tokens, top_k, ranks, seed):
+    rng = np.random.default_rng(seed)
+    index = np.stack([rng.permutation(6)[:top_k] for _ in range(tokens)]) if tokens else np.zeros((0, top_k), np.int64)
+    routes = rng.integers(0, ranks, (6, 5)).astype(np.int32)
+    to = routes[index, np.arange(tokens)[:, None] % 5]
+    rank = int(rng.integers(ranks))
+    rows_out, pairs_out, row_token, row_pairs, pair = kernels.plan_send(index.astype(np.int64), routes, ranks, rank)
+    order = [r for r in range(ranks) if r != rank] + [rank]
+    want = [(r, t) for r in order for t in range(tokens) if (to[t] == r).any()]
+    assert list(row_token) == [t for _, t in want]
+    assert list(rows_out) == [sum(r == x for x, _ in want) for r in range(ranks)]
+    assert list(row_pairs) == [(to[t] == r).sum() for r, t in want]
+    assert list(pair) == [t * top_k + k for r, t in want for k in range(top_k) if to[t, k] == r]
+    assert list(pairs_out) == [(to == r).sum() for r in range(ranks)]
+
+    slot, weight = index.reshape(-1)[pair], rng.random(len(pair)).astype(np.float32)
+    offsets, row, sorted_weight, segment, place = kernels.plan_receive(row_pairs, slot, weight, 6)
+    assert (offsets % kernels.ALIGN == 0).all()
+    assert len(set(place)) == len(place)
+    for i in range(len(row_pairs)):
+        for p in range(segment[i], segment[i + 1]):
+            q = place[p]
+            assert offsets[slot[p]] <= q < offsets[slot[p] + 1]
+            assert (row[q], sorted_weight[q]) == (i, weight[p])
+    assert sorted_weight.sum() == pytest.approx(weight.sum(), rel=1e-5), "padding weighs nothing"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fused_layer_equals_the_general_one(ranks, size, dtype):
+    model = build("qwen3_moe", dtype=dtype, num_hidden_layers=1)  # with more, rounding sends tokens elsewhere
+    ids = torch.randint(3, VOCAB, (4, 9), generator=torch.Generator().manual_seed(2))
+    placement, shards = placement_of(model, "replicated", size), even_shards(4, size)
+
+    def general(m):
+        for layer in m.ray_ep.layers:
+            layer.fused = False
+
+    fused = ranks(size, lambda g: parallel_pass(model, ids, g, placement, shards))
+    plain = ranks(size, lambda g: parallel_pass(model, ids, g, placement, shards, general))
+    close = 1e-5 if dtype == torch.float32 else 0.06
+    for (_, loss, logits, grads), (_, want_loss, want_logits, want_grads) in zip(fused, plain, strict=True):
+        scale = want_logits.float().abs().max()
+        assert (logits.float() - want_logits.float()).abs().max() <= close * max(scale, 1)
+        assert abs(loss - want_loss) <= close
+        for n, g in want_grads.items():
+            assert (grads[n].float() - g.float()).abs().max() <= close * max(1, g.float().abs().max()), n
+
+
+def test_a_buffer_is_handed_out_again_only_when_nothing_refers_to_it():
+    pool, like = Pool(), torch.empty(0)
+    a = pool.take(300, 300, like=like)
+    view, address = a[5:].view(-1), a.data_ptr()
+    del a
+    assert pool.take(300, 300, like=like).data_ptr() != address, "a view still uses it"
+    array = view.numpy()
+    del view
+    assert pool.take(300, 300, like=like).data_ptr() != address, "an array still uses it"
+    del array
+    assert address in {pool.take(300, 300, like=like).data_ptr(), *(b.data_ptr() for b in pool._buffers)}
+
+
+def test_bytes_on_the_wire_are_the_distinct_token_rank_pairs_and_little_more(ranks):
+    tokens, hidden, top_k = 64, 512, 4
+    model = build("qwen3_moe", hidden_size=hidden, num_experts_per_tok=top_k, head_dim=128)
+
+    def work(group):
+        m = ray_ep.moe.parallelize(model_copy(model), group)
+        experts = m.ray_ep.modules[0]
+        g = torch.Generator().manual_seed(group.rank)
+        index = torch.rand(tokens, 8, generator=g).argsort(1)[:, :top_k]
+        x = torch.randn(tokens, hidden, generator=g, requires_grad=True)
+        out = experts(x, index, torch.rand(tokens, top_k, generator=g).requires_grad_())
+        forward = m.ray_ep.meter.sent.copy()
+        out.sum().backward()
+        routes = m.ray_ep.layers[0].routes
+        to = routes[index, (torch.arange(tokens) % routes.shape[1])[:, None]]
+        visits = [int((to == r).any(1).sum()) for r in range(3)]
+        pairs = [int((to == r).sum()) for r in range(3)]
+        return forward, m.ray_ep.meter.sent - forward, visits, pairs
+
+    found = ranks(3, work)
+    for me, (forward, backward, visits, pairs) in enumerate(found):
+        for r in range(3):
+            if r == me:
+                assert forward[r] == backward[r] == 0
+                continue
+            theirs, their_pairs = found[r][2][me], found[r][3][me]
+            rows = (visits[r] + theirs) * hidden * 4  # tokens go there, partial sums of theirs go back
+            meta = visits[r] + 6 * pairs[r]
+            assert forward[r] == rows + meta
+            assert backward[r] == rows + 4 * their_pairs
+            assert meta < 0.02 * visits[r] * hidden * 4
+
+
+def model_copy(model):
+    import copy
+
+    return copy.deepcopy(model)
