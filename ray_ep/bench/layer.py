@@ -5,6 +5,7 @@ Every figure of a row comes from the same run; ratios hold between machines, sec
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import statistics
@@ -125,7 +126,8 @@ def _rank(rank: int, case: Case, names: list[str], store: str, queue: Any) -> No
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(case.ranks), LOCAL_RANK=str(rank))
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=case.ranks)
     group, dtype, work = from_torch(), getattr(torch, case.dtype), WORKS[case.work]
-    built = {n: PEERS[n](work, group, dtype, case.backward) for n in names}
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # DeepSpeed talks
+        built = {n: PEERS[n](work, group, dtype, case.backward) for n in names}
     if len(names) == 1 and case.rounds == 2:
         for _ in range(4):
             built[names[0]][0]()

@@ -13,7 +13,7 @@ from numba import njit, types
 from numba.extending import overload
 
 ALIGN = 32
-"""Rows of an expert are rounded up to this: GEMMs with ever new row counts miss oneDNN's kernel cache."""
+"""Rows of an expert, when they are many, are rounded up to this: new row counts miss oneDNN's kernel cache."""
 
 _OPTIONS = {"cache": True, "nogil": True, "fastmath": True, "error_model": "numpy"}
 _1, _16 = np.uint32(1), np.uint32(16)
@@ -211,7 +211,7 @@ def plan_receive(row_pairs: Any, slot: Any, weight: Any, experts: int) -> Any:
         row_pairs: [N] pairs of each received row; slot: [P] local expert of each pair, weight: [P].
 
     Returns:
-        offsets [S + 1] (multiples of ALIGN), sorted_row [offsets[-1]] (0 for padding), sorted_weight (0 for padding),
+        offsets [S + 1], sorted_row [offsets[-1]] (0 for padding), sorted_weight (0 for padding),
         segment [N + 1] and place [P]: the pairs of row i lie at sorted places place[segment[i]:segment[i + 1]].
     """
     count = np.zeros(experts, np.int64)
@@ -219,7 +219,8 @@ def plan_receive(row_pairs: Any, slot: Any, weight: Any, experts: int) -> Any:
         count[slot[p]] += 1
     offsets = np.zeros(experts + 1, np.int64)
     for e in range(experts):
-        offsets[e + 1] = offsets[e] + (count[e] + ALIGN - 1) // ALIGN * ALIGN
+        padded = (count[e] + ALIGN - 1) // ALIGN * ALIGN
+        offsets[e + 1] = offsets[e] + (padded if count[e] >= 2 * ALIGN else count[e])
     at = offsets[:-1].copy()
     sorted_row = np.zeros(offsets[experts], np.int64)
     sorted_weight = np.zeros(offsets[experts], np.float32)
