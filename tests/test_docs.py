@@ -38,6 +38,18 @@ def test_links_between_docs_lead_somewhere():
             assert (doc.parent / link).exists(), f"{doc.name}: {link}"
 
 
+def test_each_test_that_the_docs_name_exists():
+    text = (ROOT / "docs" / "what-goes-wrong.md").read_text() + (ROOT / "README.md").read_text()
+    sources = {p.name: p.read_text() for p in (ROOT / "tests").rglob("test_*.py")}
+    files, names = re.findall(r"(test_\w+\.py)", text), re.findall(r"(?<![/\w])(test_\w+)(?!\.py|\w)", text)
+    assert len(files) > 12
+    assert len(names) > 12
+    for file in files:
+        assert file in sources, file
+    for name in names:
+        assert any(f"def {name}(" in s for s in sources.values()), name
+
+
 def test_the_changelog_has_the_version():
     assert f"## [{ray_ep.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 

@@ -159,6 +159,9 @@ class Driver:
             listener.start(self._describe())
         if plan.checkpoint is not None:
             self._event("resume", f"goes on from {plan.checkpoint.name}")
+            before = plan.checkpoint.manifest.get("data")
+            if before != plan.corpus.source:
+                self._event("data-changed", f"trained on {before} until here, on {plan.corpus.source} from here")
 
     def run(self) -> str:
         """Step until the end or an interruption, then save."""

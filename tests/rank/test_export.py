@@ -7,6 +7,7 @@ from ray_ep.config import load_config
 from ray_ep.errors import BadInput, CheckpointError
 from ray_ep.moe import find_experts, parallelize
 from ray_ep.placement import RoutingStatistics, random
+from ray_ep.rank import export
 from ray_ep.rank.checkpoint import Checkpoint, Directory, save_rank
 from ray_ep.rank.export import export_checkpoint
 from ray_ep.rank.optimizer import MasterOptimizer
@@ -56,3 +57,17 @@ def test_an_export_into_files_or_from_too_few_experts_is_refused(tmp_path):
         export_checkpoint(checkpoint, tmp_path / "out")
     assert lost in str(e.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_holds_one_layer_at_a_time(tmp_path, monkeypatch):
+    handed, inner = [], export._Writer.write
+
+    def write(self, weights, buffers=None):
+        handed.append(sorted(n for n in weights if ".experts." in n))
+        return inner(self, weights, buffers)
+
+    monkeypatch.setattr(export._Writer, "write", write)
+    checkpoint, model = saved("mixtral", tmp_path / "ours")
+    export.export_checkpoint(checkpoint, tmp_path / "plain")
+    layers = [[f"{n}.{p}" for p, _ in m.named_parameters(recurse=False)] for n, m in find_experts(model).items()]
+    assert handed == [[], *map(sorted, layers)]

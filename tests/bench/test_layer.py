@@ -1,0 +1,43 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RAY_EP = Path(sys.executable).with_name("ray-ep")
+
+
+def bench(*args):
+    return subprocess.run([RAY_EP, "bench", "layer", *args], capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_a_row_has_both_contenders_speed_their_ratio_and_what_bounds_ours():
+    done = bench(
+        "--work=C", "--dtype=bfloat16", "--pass=both", "--malloc=tuned", "--rounds=2", "--peers=transformers", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)
+    speed = row["tokens_per_second"]
+    assert row["case"] == {
+        "work": "C",
+        "dtype": "bfloat16",
+        "backward": True,
+        "ranks": 2,
+        "malloc": "tuned",
+        "rounds": 2,
+    }
+    assert speed.keys() == {"ray_ep", "transformers"}
+    assert row["ratio"] == pytest.approx(speed["ray_ep"] / speed["transformers"])
+    assert 0 < row["share"] < 1.5
+    assert 0 < row["experts_share"] < 1
+    # 16 tokens a rank, top-2 of 16: at most every token once to the other rank, 512 wide, there and back, both passes.
+    assert 0 < row["bytes_sent"] <= 2 * 16 * (4 * 512 * 2 + 1 + 2 * (6 + 4))
+
+
+@pytest.mark.parametrize("wrong", ["--work=D", "--dtype=float16", "--pass=backward", "--ranks=two", "--peers=megatron"])
+def test_a_word_that_is_not_allowed_is_named_with_what_is(wrong):
+    done = bench(wrong)
+    assert done.returncode == 2
+    assert wrong.partition("=")[2] in done.stderr
+    assert len(done.stderr.splitlines()) < 5
