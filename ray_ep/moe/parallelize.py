@@ -127,7 +127,8 @@ def parallelize(
         module.ray_ep_layer = layer
         module.config = copy.copy(module.config)  # its own: another model may share the config object
         module.config._experts_implementation = IMPLEMENTATION
-    kernels.warm()
+    if next(model.parameters()).device.type == "cpu":
+        kernels.warm()
     _attach_routers(model, ep)
     ep.routing.checkpoint_blocks(model)
     model.ray_ep = ep
