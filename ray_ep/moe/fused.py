@@ -74,6 +74,7 @@ def agree(
         shared: an object with group, meter and pool.
     """
     group: Group = shared.group
+    index = index.long().contiguous()  # the layout that the kernels were compiled for
     size, me = group.size, group.rank
     rows_out, pairs_out, row_token, row_pairs, pair = kernels.plan_send(index.numpy(), routes, size, me)
     sizes_out = torch.from_numpy(np.stack([rows_out, pairs_out], 1))

@@ -257,7 +257,7 @@ def warm() -> None:
     index, routes = np.zeros((2, 2), np.int64), np.zeros((2, 1), np.int32)
     _, _, row_token, row_pairs, pair = plan_send(index, routes, 1, 0)
     weight = np.ones(len(pair), np.float32)
-    _, _, sorted_weight, segment, place = plan_receive(row_pairs, np.zeros(len(pair), np.int32), weight, 1)
+    _, _, sorted_weight, segment, place = plan_receive(row_pairs, np.zeros(len(pair), np.int64), weight, 1)
     start, member = rows_of_tokens(row_token, 2)
     for dtype in (np.float32, np.uint16):
         wide, narrow = np.zeros((len(sorted_weight), 8), dtype), np.zeros((len(sorted_weight), 4), dtype)

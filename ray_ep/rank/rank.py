@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from ray_ep.collective import Group
 from ray_ep.config.schema import Config
+from ray_ep.errors import ModelError
 from ray_ep.moe import ExpertParallel, router_losses, update_bias
 from ray_ep.placement import Placement, RoutingStatistics
 from ray_ep.rank.checkpoint import Checkpoint, Directory, load_rank, save_rank
@@ -141,6 +142,8 @@ class Rank:
         router = self.cfg.router
         mine = self._share(part)
         main = self._cross_entropy(mine) / tokens
+        if not any(layer.calls for layer in self.ep.layers):
+            raise ModelError(f"{type(self.model).__name__} never called its experts through transformers' interface")
         routing, count = self.ep.routing, part[:, 1:].size
         load = self.ep.pass_load()
         losses = router_losses(routing.logits, load, routing.routers, self.group, count, router.aux_loss)

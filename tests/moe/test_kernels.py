@@ -113,6 +113,19 @@ def test_a_buffer_is_handed_out_again_only_when_nothing_refers_to_it():
     assert address in {pool.take(300, 300, like=like).data_ptr(), *(b.data_ptr() for b in pool._buffers)}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_is_compiled_in_a_step(ranks, dtype):
+    compiled = [k for k in vars(kernels).values() if hasattr(k, "signatures")]
+    kernels.warm()
+    before = {k.__name__: len(k.signatures) for k in compiled}
+    assert len(before) >= 7
+    model = build("qwen3_moe", dtype=dtype)
+    ids = torch.randint(3, VOCAB, (4, 9), generator=torch.Generator().manual_seed(2))
+    placement = placement_of(model, "replicated", 2)
+    ranks(2, lambda g: parallel_pass(model, ids, g, placement, [0, 0, 4]))
+    assert {k.__name__: len(k.signatures) for k in compiled} == before
+
+
 def test_bytes_on_the_wire_are_the_distinct_token_rank_pairs_and_little_more(ranks):
     tokens, hidden, top_k = 64, 512, 4
     model = build("qwen3_moe", hidden_size=hidden, num_experts_per_tok=top_k, head_dim=128)
