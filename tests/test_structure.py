@@ -1,7 +1,10 @@
 """How the code is built: sizes, environment variables, error mapping. Named exceptions are listed here."""
 
 import ast
+import re
 from pathlib import Path
+
+from ray_ep.config import fields
 
 ROOT = Path(__file__).parent.parent / "ray_ep"
 FILES = sorted(ROOT.rglob("*.py"))
@@ -43,3 +46,11 @@ def test_nothing_is_left_for_later_in_the_code():
     for path in FILES:
         text = path.read_text()
         assert not any(word in text for word in ("TODO", "FIXME", "NotImplementedError")), path
+
+
+def test_every_configuration_key_is_read_by_somebody():
+    code = "\n".join(p.read_text() for p in FILES if p.parent.name != "config")
+    for key, _, _ in fields():
+        section, _, leaf = key.rpartition(".")
+        reads = rf"(?<!import )(?<!from ray_ep)\b(?:cfg|{section or 'cfg'})\.(?:\w+\.)?{leaf}\b"
+        assert re.search(reads, code), f"nobody reads {key}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields as dataclass_fields
-from dataclasses import is_dataclass
 from typing import Any
 
 from ray_ep.config.load import fields
@@ -36,11 +34,6 @@ def reference() -> str:
         allowed = f" Allowed: {', '.join(f'`{a}`' for a in f.metadata['allowed'])}." if f.metadata["allowed"] else ""
         out.append(f"| `{key}` | `{_show(default)}` | {f.metadata['help']}.{allowed} |")
     return "\n".join(out) + "\n"
-
-
-def sections() -> list[str]:
-    """Names of the sections, in schema order."""
-    return [f.name for f in dataclass_fields(Config) if is_dataclass(getattr(Config(), f.name))]
 
 
 def _show(value: Any) -> str:

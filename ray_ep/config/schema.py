@@ -28,7 +28,6 @@ class ClusterConfig:
         1.0, "CPUs of a rank, and its torch threads (at least one); below one, ranks share a CPU"
     )
     wait_s: float = _opt(60.0, "how long to wait for the cluster to place the ranks")
-    collective: str = _opt("gloo", "backend of the collective groups", ("gloo",))
     collective_timeout_s: float = _opt(300.0, "a collective that takes longer fails the step")
     dashboard: bool = _opt(False, "start Ray's dashboard beside a local Ray")
 
