@@ -19,14 +19,27 @@ import torch
 from ray_ep.collective import Group
 
 
+PHASES = ("route", "pack", "exchange", "experts", "combine")
+"""Of a layer: agree who sends what; gather the rows; all-to-all, waiting included; experts; add up what came."""
+
+
 @dataclass(slots=True)
 class Meter:
     """What one rank's layers did since its making."""
 
     sent: np.ndarray  # [R] bytes of hidden states and metadata
     pairs: np.ndarray  # [L] (token, expert) pairs computed here, forward passes only
-    expert_seconds: float = 0.0
-    backward_mark: float = 0.0  # when the last combine's backward ended: the experts' backward runs from there
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    _phase: str = ""
+    _since: float = 0.0
+
+    def enter(self, phase: str) -> str:
+        """From now on time counts for `phase` ("": for none); returns the phase until now."""
+        now, left = time.perf_counter(), self._phase
+        if left:
+            self.seconds[left] += now - self._since
+        self._phase, self._since = phase, now
+        return left
 
     def add(self, sizes: list[int], row: torch.Tensor, rank: int) -> None:
         """Count `sizes` [R] rows like `row` [...]; what stays on the rank is not traffic."""
@@ -60,6 +73,7 @@ def plan(top_k_index: torch.Tensor, routes: torch.Tensor, group: Group, meter: M
         top_k_index: [T, K] expert ids; T may be 0 and may differ between ranks.
         routes: [E, C] the rank that serves an expert; token t takes column t % C (`Placement.routes`).
     """
+    meter.enter("route")
     tokens, top_k = top_k_index.shape
     column = torch.arange(tokens, device=top_k_index.device) % routes.shape[1]
     to = routes[top_k_index, column[:, None]]  # [T, K] destination rank
@@ -118,13 +132,12 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_rows, d_pair_weights):
         plan = ctx.plan
-        if plan.meter.backward_mark:
-            plan.meter.expert_seconds += time.perf_counter() - plan.meter.backward_mark
-            plan.meter.backward_mark = 0.0
+        plan.meter.enter("combine")
         d_tokens = _sum_rows(_forth(d_rows, plan, plan.rows_in, plan.rows_out), plan.send_token, plan.tokens)
         back = _forth(d_pair_weights, plan, plan.pairs_in, plan.pairs_out)
         d_weights = torch.empty_like(back)
         d_weights[plan.pair_order] = back
+        plan.meter.enter("")
         return d_tokens, d_weights.view(ctx.weights_shape).to(ctx.weights_dtype), None
 
 
@@ -140,8 +153,9 @@ class _Combine(torch.autograd.Function):
         # In a checkpointed block reading a saved tensor starts the recomputation, which exchanges: it must come before
         # this exchange on every rank, also on one without pairs, whose experts have saved nothing.
         plan, _ = ctx.plan, ctx.saved_tensors
+        plan.meter.enter("pack")
         d_partial = _forth(d_out[plan.send_token], plan, plan.rows_out, plan.rows_in)
-        plan.meter.backward_mark = time.perf_counter()
+        plan.meter.enter("experts")  # their backward runs from here to the dispatch's
         return d_partial, None
 
 
@@ -149,7 +163,9 @@ def _forth(rows: torch.Tensor, plan: Dispatch, sizes_out: list[int], sizes_in: l
     """One all-to-all of rows, counted by the meter."""
     rows = rows.contiguous()
     received = rows.new_empty(sum(sizes_in), *rows.shape[1:])
+    phase = plan.meter.enter("exchange")
     plan.group.all_to_all(received, rows, sizes_in, sizes_out)
+    plan.meter.enter(phase)
     plan.meter.add(sizes_out, rows, plan.group.rank)
     return received
 

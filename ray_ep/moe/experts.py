@@ -7,7 +7,7 @@ E experts, S experts held by this rank (each once: slots that repeat an expert s
 
 from __future__ import annotations
 
-import time
+import functools
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,9 @@ from transformers.integrations.moe import ExpertsInterface, _default_apply_gate,
 from ray_ep.collective import Group
 from ray_ep.moe.counters import Counters
 from ray_ep.moe.exchange import Meter, combine, dispatch, plan
-from ray_ep.moe.fused import FusedExperts, agree
+from ray_ep.moe.fused import FusedExperts
+from ray_ep.moe.fused_plan import agree, gather
+from ray_ep.moe.gemm import Packed
 from ray_ep.moe.pool import Pool
 from ray_ep.moe.routing import Routing, recomputing
 from ray_ep.placement import Placement
@@ -49,6 +51,9 @@ class ExpertLayer:
         self.index, self.name, self.num_experts = index, name, num_experts
         self.group, self.routing, self.meter, self.counters, self.pool = group, routing, meter, counters, pool
         self.fused = True  # use the fused body where it fits; off for comparison
+        self.way = "flat"  # how tokens travel: flat or all_gather
+        self.room = 0  # tokens of a rank that an all-gather has room for so far, equal on all ranks
+        self.packed: tuple[Packed, Packed] | None = None  # in inference
         self.calls = 0  # forward passes so far: a model that silently keeps its own experts never counts
         self.trace: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # (experts, ranks) [T, K] while tracing
         self.experts: list[int] = []  # expert in each row of the weights: the owned ones first
@@ -61,9 +66,17 @@ class ExpertLayer:
         self.owned = sum(placement.owner[self.index, e] == self.group.rank for e in self.experts)
         self.routes = torch.from_numpy(placement.routes(self.index, self.group.rank, node_of)).to(device)  # [E, C]
         self.routes32 = self.routes.cpu().numpy().astype(np.int32)
+        self.held = len(self.experts)
         row_of = torch.full((self.num_experts,), -1)
         row_of[self.experts] = torch.arange(len(self.experts))
         self.row_of = row_of.to(device)  # [E] row of the local weights, -1 if not here
+        self.row_of32 = row_of.numpy()
+        self._routes_of = functools.cache(lambda source: _routes32(placement, self.index, source, node_of))
+
+    def routes_of(self, source: int) -> np.ndarray:
+        """[E, C] int32: the rank that serves an expert for tokens of `source`."""
+        routes: np.ndarray = self._routes_of(source)
+        return routes
 
     def forward(
         self, module: torch.nn.Module, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -84,17 +97,22 @@ class ExpertLayer:
             column = torch.arange(len(hidden), device=hidden.device) % self.routes.shape[1]
             self.trace.append((top_k_index, self.routes[top_k_index, column[:, None]]))
         if self.fused and is_plain(module, hidden):
-            held = len(self.experts)
-            ours = agree(top_k_index, top_k_weights, self.routes32, self.row_of.numpy(), held, self)
+            if self.way == "all_gather":
+                ours = gather(top_k_index, top_k_weights, hidden, self)
+            else:
+                ours = agree(top_k_index, top_k_weights, self)
             self._count_pairs(len(ours.place))
-            return FusedExperts.apply(hidden, top_k_weights, module.gate_up_proj, module.down_proj, ours)
+            packed = None if torch.is_grad_enabled() else self.packed
+            return FusedExperts.apply(hidden, top_k_weights, module.gate_up_proj, module.down_proj, ours, packed)
         agreed = plan(top_k_index, self.routes, self.group, self.meter)
         self._count_pairs(len(agreed.pair_row))
         rows, weights = dispatch(hidden, top_k_weights, agreed)
-        start = time.perf_counter()
+        self.meter.enter("experts")
         partial = self._compute(module, rows, weights, agreed.pair_row, self.row_of[agreed.pair_expert])
-        self.meter.expert_seconds += time.perf_counter() - start
-        return combine(partial, agreed)
+        self.meter.enter("combine")
+        out = combine(partial, agreed)
+        self.meter.enter("")
+        return out
 
     def _count_pairs(self, pairs: int) -> None:
         if not recomputing():
@@ -124,6 +142,11 @@ def is_plain(module: Any, hidden: torch.Tensor) -> bool:
         and isinstance(module.act_fn, (torch.nn.SiLU, SiLUActivation))
         and module.gate_up_proj.dtype == hidden.dtype
     )
+
+
+def _routes32(placement: Placement, layer: int, source: int, node_of: np.ndarray | None) -> np.ndarray:
+    """[E, C] int32 of another rank."""
+    return placement.routes(layer, source, node_of).astype(np.int32)
 
 
 def _experts_forward(module: torch.nn.Module, *args: torch.Tensor) -> torch.Tensor:

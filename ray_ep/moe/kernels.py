@@ -17,6 +17,7 @@ ALIGN = 32
 
 _OPTIONS = {"cache": True, "nogil": True, "fastmath": True, "error_model": "numpy"}
 _1, _16 = np.uint32(1), np.uint32(16)
+_FIRST = np.uint16(1 << 15)
 
 
 def _widen(src: Any, dst: Any) -> None:
@@ -159,23 +160,35 @@ def sum_two(own: Any, start: Any, member: Any, back: Any, back_start: Any, back_
 
 
 @njit(**_OPTIONS)
-def plan_send(index: Any, routes: Any, ranks: int, rank: int) -> Any:
-    """Who gets which token of index [T, K] under routes [E, C].
+def choose(index: Any, routes: Any) -> Any:
+    """to [T, K] int32: the rank that serves each choice of index [T, K] under routes [E, C]; -1 for no choice."""
+    tokens, top_k = index.shape
+    choices = routes.shape[1]
+    to = np.empty((tokens, top_k), np.int32)
+    for t in range(tokens):
+        for k in range(top_k):
+            to[t, k] = routes[index[t, k], t % choices] if index[t, k] >= 0 else -1
+    return to
+
+
+@njit(**_OPTIONS)
+def plan_send(index: Any, to: Any, ranks: int, rank: int) -> Any:
+    """Who gets which token of index [T, K], given the rank of each pair, to [T, K] (-1: nobody).
 
     Rows and pairs are ordered by destination, the rank itself last, tokens ascending within.
 
     Returns:
-        rows_out [R], pairs_out [R], row_token [rows], row_pairs [rows] (pairs of each row), pair [T * K] (flat number).
+        rows_out [R], pairs_out [R], row_token [rows], pair [P] (flat number),
+        bits [P] uint16: the expert, with the highest bit set where a pair is the first of its row.
     """
     tokens, top_k = index.shape
-    choices = routes.shape[1]
     rows_out, pairs_out = np.zeros(ranks, np.int64), np.zeros(ranks, np.int64)
-    to = np.empty((tokens, top_k), np.int32)
     last = np.full(ranks, -1, np.int64)
     for t in range(tokens):
         for k in range(top_k):
-            r = routes[index[t, k], t % choices]
-            to[t, k] = r
+            r = to[t, k]
+            if r < 0:
+                continue
             pairs_out[r] += 1
             if last[r] != t:
                 last[r] = t
@@ -183,40 +196,46 @@ def plan_send(index: Any, routes: Any, ranks: int, rank: int) -> Any:
     row_at, pair_at = np.empty(ranks, np.int64), np.empty(ranks, np.int64)
     rows, pairs = 0, 0
     for i in range(ranks):
-        r = (rank + 1 + i) % ranks if i == ranks - 1 else (i if i < rank else i + 1)
+        r = rank if i == ranks - 1 else (i if i < rank else i + 1)
         row_at[r], pair_at[r] = rows, pairs
         rows += rows_out[r]
         pairs += pairs_out[r]
-    row_token, row_pairs = np.empty(rows, np.int64), np.zeros(rows, np.uint8)
-    pair = np.empty(pairs, np.int64)
+    row_token, pair, bits = np.empty(rows, np.int64), np.empty(pairs, np.int64), np.empty(pairs, np.uint16)
     last[:] = -1
     for t in range(tokens):
         for k in range(top_k):
             r = to[t, k]
+            if r < 0:
+                continue
+            bit = np.uint16(0)
             if last[r] != t:
                 last[r] = t
                 row_token[row_at[r]] = t
                 row_at[r] += 1
-            row_pairs[row_at[r] - 1] += 1
+                bit = _FIRST
             pair[pair_at[r]] = t * top_k + k
+            bits[pair_at[r]] = np.uint16(index[t, k]) | bit
             pair_at[r] += 1
-    return rows_out, pairs_out, row_token, row_pairs, pair
+    return rows_out, pairs_out, row_token, pair, bits
 
 
 @njit(**_OPTIONS)
-def plan_receive(row_pairs: Any, slot: Any, weight: Any, experts: int) -> Any:
+def plan_receive(bits: Any, weight: Any, row_of: Any, experts: int) -> Any:
     """Group received pairs by expert.
 
     Args:
-        row_pairs: [N] pairs of each received row; slot: [P] local expert of each pair, weight: [P].
+        bits: [P] as `plan_send` makes them, weight: [P], row_of: [E] local expert of an expert.
 
     Returns:
         offsets [S + 1], sorted_row [offsets[-1]] (0 for padding), sorted_weight (0 for padding),
         segment [N + 1] and place [P]: the pairs of row i lie at sorted places place[segment[i]:segment[i + 1]].
     """
-    count = np.zeros(experts, np.int64)
-    for p in range(slot.shape[0]):
+    pairs = bits.shape[0]
+    slot, count, rows = np.empty(pairs, np.int64), np.zeros(experts, np.int64), 0
+    for p in range(pairs):
+        slot[p] = row_of[bits[p] & ~_FIRST]
         count[slot[p]] += 1
+        rows += bits[p] >> 15
     offsets = np.zeros(experts + 1, np.int64)
     for e in range(experts):
         padded = (count[e] + ALIGN - 1) // ALIGN * ALIGN
@@ -224,16 +243,14 @@ def plan_receive(row_pairs: Any, slot: Any, weight: Any, experts: int) -> Any:
     at = offsets[:-1].copy()
     sorted_row = np.zeros(offsets[experts], np.int64)
     sorted_weight = np.zeros(offsets[experts], np.float32)
-    segment = np.zeros(row_pairs.shape[0] + 1, np.int64)
-    place = np.empty(slot.shape[0], np.int64)
-    p = 0
-    for i in range(row_pairs.shape[0]):
-        for _ in range(row_pairs[i]):
-            q = at[slot[p]]
-            at[slot[p]] += 1
-            sorted_row[q], sorted_weight[q], place[p] = i, weight[p], q
-            p += 1
-        segment[i + 1] = p
+    segment, place = np.zeros(rows + 1, np.int64), np.empty(pairs, np.int64)
+    i = -1
+    for p in range(pairs):
+        i += bits[p] >> 15
+        q = at[slot[p]]
+        at[slot[p]] += 1
+        sorted_row[q], sorted_weight[q], place[p] = i, weight[p], q
+        segment[i + 1] = p + 1
     return offsets, sorted_row, sorted_weight, segment, place
 
 
@@ -255,9 +272,9 @@ def rows_of_tokens(row_token: Any, tokens: int) -> Any:
 def warm() -> None:
     """Compile every kernel for float32 and bfloat16, or load it from numba's cache: never inside a timed step."""
     index, routes = np.zeros((2, 2), np.int64), np.zeros((2, 1), np.int32)
-    _, _, row_token, row_pairs, pair = plan_send(index, routes, 1, 0)
+    _, _, row_token, pair, bits = plan_send(index, choose(index, routes), 1, 0)
     weight = np.ones(len(pair), np.float32)
-    _, _, sorted_weight, segment, place = plan_receive(row_pairs, np.zeros(len(pair), np.int64), weight, 1)
+    _, _, sorted_weight, segment, place = plan_receive(bits, weight, np.zeros(1, np.int64), 1)
     start, member = rows_of_tokens(row_token, 2)
     for dtype in (np.float32, np.uint16):
         wide, narrow = np.zeros((len(sorted_weight), 8), dtype), np.zeros((len(sorted_weight), 4), dtype)

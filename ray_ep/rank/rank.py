@@ -170,5 +170,5 @@ class Rank:
     def usage(self) -> Usage:
         """Totals since this rank's making, by its own clock."""
         meter, counters = self.ep.meter, self.ep.counters
-        now, exchange = time.perf_counter(), self.group.seconds
-        return Usage(now, exchange, meter.expert_seconds, counters.seconds, meter.sent.copy(), meter.pairs.copy())
+        now, exchange, experts = time.perf_counter(), meter.seconds["exchange"], meter.seconds["experts"]
+        return Usage(now, exchange, experts, counters.seconds, meter.sent.copy(), meter.pairs.copy())

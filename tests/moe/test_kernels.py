@@ -53,20 +53,26 @@ def test_segment_sums_add_in_float32_and_round_once(dtype):
 def test_plans_send_each_token_once_a_rank_and_lose_no_pair(tokens, top_k, ranks, seed):
     rng = np.random.default_rng(seed)
     index = np.stack([rng.permutation(6)[:top_k] for _ in range(tokens)]) if tokens else np.zeros((0, top_k), np.int64)
+    index[rng.random(index.shape) < 0.2] = -1  # no choice
     routes = rng.integers(0, ranks, (6, 5)).astype(np.int32)
-    to = routes[index, np.arange(tokens)[:, None] % 5]
+    to = np.where(index < 0, -1, routes[index, np.arange(tokens)[:, None] % 5])
     rank = int(rng.integers(ranks))
-    rows_out, pairs_out, row_token, row_pairs, pair = kernels.plan_send(index.astype(np.int64), routes, ranks, rank)
+    index = index.astype(np.int64)
+    assert (kernels.choose(index, routes) == to).all()
+    rows_out, pairs_out, row_token, pair, bits = kernels.plan_send(index, to.astype(np.int32), ranks, rank)
     order = [r for r in range(ranks) if r != rank] + [rank]
     want = [(r, t) for r in order for t in range(tokens) if (to[t] == r).any()]
     assert list(row_token) == [t for _, t in want]
     assert list(rows_out) == [sum(r == x for x, _ in want) for r in range(ranks)]
-    assert list(row_pairs) == [(to[t] == r).sum() for r, t in want]
+    row_pairs = [(to[t] == r).sum() for r, t in want]
+    assert list(np.nonzero(bits >> 15)[0]) == [sum(row_pairs[:i]) for i in range(len(want))]
+    assert list(bits & 0x7FFF) == list(index.reshape(-1)[pair])
     assert list(pair) == [t * top_k + k for r, t in want for k in range(top_k) if to[t, k] == r]
     assert list(pairs_out) == [(to == r).sum() for r in range(ranks)]
 
-    slot, weight = index.reshape(-1)[pair], rng.random(len(pair)).astype(np.float32)
-    offsets, row, sorted_weight, segment, place = kernels.plan_receive(row_pairs, slot, weight, 6)
+    row_of, weight = rng.permutation(6), rng.random(len(pair)).astype(np.float32)
+    slot = row_of[index.reshape(-1)[pair]]
+    offsets, row, sorted_weight, segment, place = kernels.plan_receive(bits, weight, row_of, 6)
     counts = np.bincount(slot, minlength=6)
     assert all(n <= size < n + kernels.ALIGN for n, size in zip(counts, np.diff(offsets), strict=True))
     assert len(set(place)) == len(place)
@@ -153,7 +159,7 @@ def test_bytes_on_the_wire_are_the_distinct_token_rank_pairs_and_little_more(ran
                 continue
             theirs, their_pairs = found[r][2][me], found[r][3][me]
             rows = (visits[r] + theirs) * hidden * 4  # tokens go there, partial sums of theirs go back
-            meta = visits[r] + 6 * pairs[r]
+            meta = 6 * pairs[r]
             assert forward[r] == rows + meta
             assert backward[r] == rows + 4 * their_pairs
             assert meta < 0.02 * visits[r] * hidden * 4

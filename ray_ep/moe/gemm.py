@@ -1,0 +1,37 @@
+"""Matrix products of the CPU layer by the fastest library that torch carries, into buffers that exist.
+
+torch.mm goes to MKL in float32, which on AMD leaves a tenth to oneDNN (docs/benchmarks.md); weights that do not change
+can be packed once for oneDNN, which then reads them at memory speed in decode.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_ONEDNN = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+_ROWS = 32
+"""Rows that weights are packed for: a layout that is good for few rows and for many (measured)."""
+
+
+def mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """out [M, N] = a [M, K] @ b [K, N]; any layouts."""
+    if _ONEDNN and a.dtype == torch.float32 and a.stride(1) == 1:
+        out.copy_(torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], ""))
+    else:
+        torch.mm(a, b, out=out)
+
+
+class Packed:
+    """An expert weight [S, N, K], one packed copy a row: doubles its memory, for weights that stay as they are."""
+
+    def __init__(self, weight: torch.Tensor):
+        weight = weight.detach()
+        self._rows = [torch.ops.mkldnn._reorder_linear_weight(w, _ROWS) if _ONEDNN else w for w in weight]
+
+    def mm(self, a: torch.Tensor, row: int, out: torch.Tensor) -> None:
+        """out [M, N] = a [M, K] @ weight[row].t()."""
+        weight = self._rows[row]
+        if weight.is_mkldnn:
+            out.copy_(torch.ops.mkldnn._linear_pointwise(a, weight, None, "none", [], ""))
+        else:
+            torch.mm(a, weight.t(), out=out)
