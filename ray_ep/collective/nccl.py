@@ -77,6 +77,7 @@ class NcclGroup(SplittableGroup):
         self._why = ""  # why the group ended
         self._pending: deque[Enqueued] = deque()
         self._last: Enqueued | None = None
+        self._entered: float | None = None  # since when a thread is inside a call of the communicator
         self._seconds = 0.0
         self._stopped = threading.Event()
         threading.Thread(target=self._watch, name=f"nccl-watchdog-{rank}", daemon=True).start()
@@ -206,14 +207,17 @@ class NcclGroup(SplittableGroup):
                 done = torch.cuda.Event(enable_timing=began is not None)
                 with self._calling:
                     self._check()
+                    self._entered = time.monotonic()  # NCCL connects at the first call of a kind: that blocks the host
                     self._communicator.check_async_error()
                     self._stream.wait_stream(current)
                     if began is not None:
                         began.record(self._stream)
                     call(self._stream.cuda_stream)
                     done.record(self._stream)
+                    self._entered = None
                 current.wait_event(done)
-        except RuntimeError as e:
+        except (RuntimeError, KeyError) as e:  # KeyError: a status that CuPy has no name for
+            self._entered = None
             self._fail(f"a peer is gone: {str(e).splitlines()[0]}")
             self._check()
         if not capturing:
@@ -258,23 +262,28 @@ class NcclGroup(SplittableGroup):
         torch.cuda.set_device(self.device)  # of this thread
         oldest, since = None, time.monotonic()
         while not self._stopped.wait(SLICE.total_seconds()):
-            first = self._drain()
+            now, first, entered = time.monotonic(), self._drain(), self._entered
             if first is not oldest:
-                oldest, since = first, time.monotonic()
-            elif first is not None and time.monotonic() - since > self.timeout_s:
+                oldest, since = first, now
+            if (first is not None and now - since > self.timeout_s) or (
+                entered is not None and now - entered > self.timeout_s
+            ):
                 self._fail(f"no answer from the peers in {self.timeout_s:g} s")
-            if self._calling.acquire(blocking=False):  # else somebody is in a call, and learns of errors there
-                try:
-                    if not self._why:
-                        self._communicator.check_async_error()
-                except (RuntimeError, KeyError) as e:  # KeyError: a status that CuPy has no name for
-                    error = str(e)
-                else:
-                    error = ""
-                finally:
-                    self._calling.release()
-                if error:
-                    self._fail(f"a peer is gone: {error.splitlines()[0]}")
+            elif error := self._error():
+                self._fail(f"a peer is gone: {error}")
+
+    def _error(self) -> str:
+        """What NCCL has found to be wrong meanwhile; nothing while a thread is in a call, which learns of it there."""
+        if not self._calling.acquire(blocking=False):
+            return ""
+        try:
+            if not self._why:
+                self._communicator.check_async_error()
+        except (RuntimeError, KeyError) as e:
+            return str(e).splitlines()[0]
+        finally:
+            self._calling.release()
+        return ""
 
     def _drain(self) -> Enqueued | None:
         """Drop the calls that have ended and add up their time; returns the oldest that has not."""
@@ -295,9 +304,18 @@ class NcclGroup(SplittableGroup):
 
     def _warm(self) -> None:
         # Send and receive connect each pair by itself, apart from the rings of the reductions.
-        ones = torch.ones(self.size, device=self.device)
-        self.all_to_all(torch.empty_like(ones), ones, [1] * self.size, [1] * self.size)
-        self.barrier()
+        def connect() -> None:
+            torch.cuda.set_device(self.device)  # of this thread
+            ones = torch.ones(self.size, device=self.device)
+            self.all_to_all(torch.empty_like(ones), ones, [1] * self.size, [1] * self.size)
+            self.barrier()
+
+        what = f"rank {self.rank}: connecting the group of epoch {self.epoch}"
+        try:
+            in_time(connect, self.timeout_s, what, lambda: bool(self._why))
+        except GroupError as e:
+            self._fail(str(e))
+            raise
 
 
 def nccl(

@@ -45,6 +45,17 @@ class TorchNcclGroup(TorchGroup):
         self._last: Any = None  # keeps the last result alive until the next call
         self._live = True
 
+    @property
+    def timeout_s(self) -> float:  # type: ignore[override]
+        """Limit of one collective, seconds; torch's own watchdog has the same."""
+        return self._timeout_s
+
+    @timeout_s.setter
+    def timeout_s(self, value: float) -> None:
+        self._timeout_s = value
+        if (process_group := getattr(self, "_pg", None)) is not None:
+            process_group._set_default_timeout(timedelta(seconds=value))
+
     def all_to_all(
         self, output: torch.Tensor, input: torch.Tensor, output_sizes: Sequence[int], input_sizes: Sequence[int]
     ) -> None:
@@ -102,13 +113,16 @@ class TorchNcclGroup(TorchGroup):
     def abort(self) -> None:
         super().abort()
         live, self._live = self._live, False
-        if live:
-            # Kernels that wait for a dead peer end only with the communicator; the abort itself may hang, too.
-            with contextlib.suppress(GroupError, RuntimeError):
-                in_time(self._pg.abort, ABORT_S, "abort of torch's NCCL group")
+        if live and self._pg is not None:
+            end(self._pg)
 
     def close(self) -> None:
-        self.abort()
+        """Not collective; what is enqueued gets a second to end. A group of torch's own stays as it is."""
+        limit = time.monotonic() + 1.0
+        while not self._aborted.is_set() and self._last is not None and not self._last.is_completed():
+            if time.monotonic() > limit:
+                break
+            time.sleep(0.001)
         super().close()
 
     def _warm(self) -> None:
@@ -159,6 +173,12 @@ def check() -> None:
         raise BadInput(f"torch {torch.__version__} was built without NCCL")
 
 
+def end(process_group: Any) -> None:
+    """Abort: kernels that wait for a dead peer end only with the communicator; the abort itself may hang, too."""
+    with contextlib.suppress(GroupError, RuntimeError):
+        in_time(process_group.abort, ABORT_S, "abort of torch's NCCL group")
+
+
 def _join(
     store: dist.Store, rank: int, size: int, epoch: int, device: torch.device, timeout_s: float
 ) -> TorchNcclGroup:
@@ -175,4 +195,6 @@ def _join(
         place = dist.PrefixStore(split_key(parent, colors), store)
         return _join(place, members.index(parent.rank), len(members), parent.epoch, device, parent.timeout_s)
 
-    return TorchNcclGroup(process_group, rank, size, epoch, timeout_s, form=form, device=device)
+    return TorchNcclGroup(
+        process_group, rank, size, epoch, timeout_s, on_close=lambda: end(process_group), form=form, device=device
+    )
