@@ -54,7 +54,7 @@ class TorchNcclGroup(TorchGroup):
     def timeout_s(self, value: float) -> None:
         self._timeout_s = value
         if (process_group := getattr(self, "_pg", None)) is not None:
-            process_group._set_default_timeout(timedelta(seconds=value))
+            process_group.set_timeout(timedelta(seconds=value))
 
     def all_to_all(
         self, output: torch.Tensor, input: torch.Tensor, output_sizes: Sequence[int], input_sizes: Sequence[int]
