@@ -12,6 +12,8 @@ from ray_ep.collective.device import check_sizes, cuda_device, here, in_time, wr
 from ray_ep.collective.torch_nccl import check
 from ray_ep.errors import BadInput, GroupError
 
+from tests.models import VOCAB, build, even_shards, parallel_pass, placement_of, reference
+
 CPU = torch.device("cpu")
 
 
@@ -43,6 +45,26 @@ def test_every_call_reads_from_and_writes_to_tensors_that_need_a_buffer(ranks, s
         g.barrier()
 
     ranks(size, work)
+
+
+def test_a_model_over_staged_ranks_and_the_general_layer_equals_one_process(ranks):
+    model = build("qwen3_moe")
+    ids = torch.randint(3, VOCAB, (5, 9), generator=torch.Generator().manual_seed(1))
+    loss, logits, grads = reference(model, ids)
+    placement = placement_of(model, "replicated", 2)
+
+    def general(parallel):
+        for layer in parallel.ray_ep.layers:
+            layer.fused = False  # as on a GPU
+
+    def work(inner):
+        return parallel_pass(model, ids, StagedGroup(inner), placement, even_shards(5, 2), general)
+
+    results = ranks(2, work)
+    assert (torch.cat([r[2] for r in results]) - logits).abs().max() <= 1e-5
+    for _, total, _, got in results:
+        assert abs(total - loss) <= 1e-5
+        assert all((got[n] - g).abs().max() <= 1e-5 for n, g in grads.items())
 
 
 def test_abort_passes_through(ranks):
