@@ -66,7 +66,7 @@ def writable(
 def check_sizes(
     output: torch.Tensor, input: torch.Tensor, output_sizes: Sequence[int], input_sizes: Sequence[int], size: int
 ) -> None:
-    """Raise BadInput for an all-to-all whose sizes do not fit: the device would read or write beyond the tensors."""
+    """Raise BadInput for an all-to-all whose sizes [R] do not fit: the device would go beyond the tensors."""
     for tensor, sizes, what in ((output, output_sizes, "output"), (input, input_sizes, "input")):
         if len(sizes) != size or min(sizes) < 0 or sum(sizes) != len(tensor):
             raise BadInput(

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -168,18 +169,10 @@ class NcclGroup(SplittableGroup):
         """All-to-all of contiguous tensors on the device."""
         row = math.prod(input.shape[1:]) * input.element_size()  # bytes
         api, communicator, byte = self._nccl, self._communicator, self._nccl.NCCL_UINT8
-        sends, receives = [], []  # (peer, address, bytes)
-        own = (0, 0)
-        source, target = 0, 0  # rows so far
-        for peer, (out, come) in enumerate(zip(input_sizes, output_sizes, strict=True)):
-            if peer == self.rank:
-                own = (source, target)
-            else:
-                if out * row:
-                    sends.append((peer, input.data_ptr() + source * row, out * row))
-                if come * row:
-                    receives.append((peer, output.data_ptr() + target * row, come * row))
-            source, target = source + out, target + come
+        sends = spans(input_sizes, row, input.data_ptr(), self.rank)
+        receives = spans(output_sizes, row, output.data_ptr(), self.rank)
+        kept = input_sizes[self.rank]
+        source, target = sum(input_sizes[: self.rank]), sum(output_sizes[: self.rank])
 
         def call(stream: int) -> None:
             if sends or receives:
@@ -191,8 +184,8 @@ class NcclGroup(SplittableGroup):
                         communicator.recv(at, count, byte, peer, stream)
                 finally:
                     api.groupEnd()
-            if kept := input_sizes[self.rank]:  # on the current stream, beside the exchange
-                output[own[1] : own[1] + kept].copy_(input[own[0] : own[0] + kept])
+            if kept:  # on the current stream, beside the exchange
+                output[target : target + kept].copy_(input[source : source + kept])
 
         self._launch(call, timed=True)
 
@@ -226,7 +219,7 @@ class NcclGroup(SplittableGroup):
 
     def _is_done(self, enqueued: Enqueued) -> bool:
         try:
-            return enqueued.done.query()
+            return bool(enqueued.done.query())
         except RuntimeError as e:  # the device itself has failed
             self._fail(str(e).splitlines()[0])
             return True
@@ -340,6 +333,20 @@ def nccl(
     group = _join(place, rank, size, epoch, cuda_device(device), timeout_s, lambda: False)
     group._warm()
     return group
+
+
+def spans(sizes: Sequence[int], row: int, start: int, rank: int) -> list[tuple[int, int, int]]:
+    """(peer, address, bytes) of the parts of a rank-major tensor that travel: neither empty ones nor one's own.
+
+    Args:
+        sizes: [R] rows of each rank; row: bytes of one; start: address of the first; rank: oneself.
+    """
+    ends = list(accumulate(sizes))
+    return [
+        (peer, start + (end - size) * row, size * row)
+        for peer, (size, end) in enumerate(zip(sizes, ends, strict=True))
+        if size * row and peer != rank
+    ]
 
 
 def n_bytes(tensor: torch.Tensor) -> int:

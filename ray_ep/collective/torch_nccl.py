@@ -46,7 +46,7 @@ class TorchNcclGroup(TorchGroup):
         self._live = True
 
     @property
-    def timeout_s(self) -> float:  # type: ignore[override]
+    def timeout_s(self) -> float:
         """Limit of one collective, seconds; torch's own watchdog has the same."""
         return self._timeout_s
 
@@ -54,7 +54,8 @@ class TorchNcclGroup(TorchGroup):
     def timeout_s(self, value: float) -> None:
         self._timeout_s = value
         if (process_group := getattr(self, "_pg", None)) is not None:
-            process_group.set_timeout(timedelta(seconds=value))
+            set_limit = getattr(process_group, "_set_default_timeout", None) or process_group.set_timeout
+            set_limit(timedelta(seconds=value))
 
     def all_to_all(
         self, output: torch.Tensor, input: torch.Tensor, output_sizes: Sequence[int], input_sizes: Sequence[int]
@@ -66,7 +67,7 @@ class TorchNcclGroup(TorchGroup):
         start = time.perf_counter()
         mine = here(input, self.device)
         output = mine.new_empty(self.size, *mine.shape)
-        self._run(lambda: self._pg._allgather_base(output, mine))
+        self._run(lambda: self._pg._allgather_base(output.view(-1), mine.view(-1)))
         self.seconds += time.perf_counter() - start
         if input.device != self.device:
             self.wait()

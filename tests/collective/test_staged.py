@@ -11,7 +11,6 @@ from ray_ep.collective.cupy_nccl import library
 from ray_ep.collective.device import check_sizes, cuda_device, here, in_time, writable
 from ray_ep.collective.torch_nccl import check
 from ray_ep.errors import BadInput, GroupError
-
 from tests.models import VOCAB, build, even_shards, parallel_pass, placement_of, reference
 
 CPU = torch.device("cpu")
