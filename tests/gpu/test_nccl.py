@@ -1,4 +1,7 @@
-"""Both NCCL groups with one rank under the real library: every call, stream order, host syncs, abort, capture."""
+"""Both NCCL groups with one rank under the real library: every call, stream order, host syncs, abort, capture.
+
+Not run on a GPU yet.
+"""
 
 import threading
 import time

@@ -1,4 +1,7 @@
-"""A small Qwen3-MoE on the device equals plain transformers there: under NCCL, and with ranks that share the GPU."""
+"""A small Qwen3-MoE on the device equals plain transformers there: under NCCL, and with ranks that share the GPU.
+
+Not run on a GPU yet; the job of several ranks was run on CPU.
+"""
 
 import copy
 import subprocess
