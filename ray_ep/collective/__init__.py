@@ -1,5 +1,17 @@
-"""Groups of ranks: one small interface over gloo, inside Ray (ray_backend) or under torchrun (from_torch)."""
+"""Groups of ranks: one small interface over gloo or NCCL, inside Ray (ray_backend) or under torchrun (from_torch)."""
 
 from ray_ep.collective.group import Group, SoloGroup, TorchGroup, from_torch, gloo
+from ray_ep.collective.nccl import NcclGroup
+from ray_ep.collective.staged import StagedGroup
+from ray_ep.collective.torch_nccl import TorchNcclGroup
 
-__all__ = ["Group", "SoloGroup", "TorchGroup", "from_torch", "gloo"]
+__all__ = [
+    "Group",
+    "NcclGroup",
+    "SoloGroup",
+    "StagedGroup",
+    "TorchGroup",
+    "TorchNcclGroup",
+    "from_torch",
+    "gloo",
+]

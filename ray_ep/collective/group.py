@@ -31,6 +31,8 @@ class Group(ABC):
     rank: int
     size: int
     epoch: int
+    members: list[int]
+    """Ranks in the group that this one was split from; 0, 1, ... if it was not."""
     seconds: float = 0.0
     """Time spent in `all_to_all` and `all_gather` so far, waiting for peers included."""
 
@@ -57,21 +59,92 @@ class Group(ABC):
         """Return once every rank has called."""
 
     @abstractmethod
+    def split(self, color: int) -> Group:
+        """Divide the group (collective over all of it): ranks that give the same color form a group of their own.
+
+        Ranks of the new group follow the order of this one's; `members` tells who they are here. A subgroup is aborted
+        and closed with the group that it came from. It may be used between calls of that group in any order on which
+        its own members agree; the ranks outside need not know.
+
+        Raises:
+            GroupError: a peer died or the group was aborted meanwhile.
+        """
+
+    @abstractmethod
     def abort(self) -> None:
-        """Release this rank's waiting calls with GroupError; safe from another thread; not collective."""
+        """Release this rank's waiting calls, in subgroups too, with GroupError.
+
+        Safe from another thread; not collective.
+        """
 
     @abstractmethod
     def close(self) -> None:
-        """Free the group; not collective."""
+        """Free the group and its subgroups; not collective."""
+
+    def wait(self) -> None:  # noqa: B027
+        """Return once the results of all calls so far are there; call it before the host reads one.
+
+        Only groups on a device return from a call before that: reading (`tolist`, `item`) then waits, too, but cannot
+        be released with an error when a peer is dead.
+
+        Raises:
+            GroupError: as any call.
+        """
 
 
-class TorchGroup(Group):
+class SplittableGroup(Group):
+    """What groups over a library share: how they are split, and that subgroups go with their parent."""
+
+    def __init__(self, rank: int, size: int, epoch: int, timeout_s: float):
+        self.rank, self.size, self.epoch, self.timeout_s = rank, size, epoch, timeout_s
+        self.members = list(range(size))
+        self.splits = 0  # so far: tells the rendezvous of one split from that of the next
+        self._aborted = threading.Event()
+        self._subgroups: list[SplittableGroup] = []
+
+    @abstractmethod
+    def _form(self, colors: list[int]) -> SplittableGroup:
+        """A new group of the ranks with this rank's color, not warm yet; every rank calls it with the same colors."""
+
+    def _warm(self) -> None:
+        """Connect now: a group that connects at its first use may hang when memory is short."""
+        self.barrier()
+
+    def split(self, color: int) -> Group:
+        colors = self.all_gather(torch.tensor([color])).flatten().tolist()
+        self.splits += 1
+        group = self._form(colors)
+        group.members = same_color(colors, self.rank)
+        self._subgroups.append(group)
+        if self._aborted.is_set():  # while it was being formed
+            group.abort()
+        group._warm()
+        return group
+
+    def abort(self) -> None:
+        self._aborted.set()
+        for group in self._subgroups:
+            group.abort()
+
+    def close(self) -> None:
+        self._aborted.set()
+        for group in self._subgroups:
+            group.close()
+        self._subgroups = []
+
+    def _check(self) -> None:
+        if self._aborted.is_set():
+            raise GroupError(f"rank {self.rank}: the group of epoch {self.epoch} is closed or aborted")
+
+
+class TorchGroup(SplittableGroup):
     """A torch ProcessGroup behind the `Group` interface.
 
     Args:
         process_group: ProcessGroupGloo, or torch's default group.
         timeout_s: a collective that takes longer raises GroupError.
         on_close: called once by `close`.
+        form: makes the new group of a split from this one and every rank's color; None: it cannot be split.
     """
 
     def __init__(
@@ -82,10 +155,10 @@ class TorchGroup(Group):
         epoch: int = 0,
         timeout_s: float = 300.0,
         on_close: Callable[[], None] = lambda: None,
+        form: Callable[[TorchGroup, list[int]], TorchGroup] | None = None,
     ):
-        self._pg, self.rank, self.size, self.epoch = process_group, rank, size, epoch
-        self.timeout_s, self._on_close = timeout_s, on_close
-        self._aborted = threading.Event()
+        super().__init__(rank, size, epoch, timeout_s)
+        self._pg, self._on_close, self._make = process_group, on_close, form
 
     def all_to_all(
         self, output: torch.Tensor, input: torch.Tensor, output_sizes: Sequence[int], input_sizes: Sequence[int]
@@ -114,11 +187,8 @@ class TorchGroup(Group):
     def barrier(self) -> None:
         self._run(lambda: self._pg.barrier(dist.BarrierOptions()))
 
-    def abort(self) -> None:
-        self._aborted.set()
-
     def close(self) -> None:
-        self._aborted.set()
+        super().close()
         self._on_close()
         self._pg, self._on_close = None, lambda: None
 
@@ -130,38 +200,46 @@ class TorchGroup(Group):
         """Counterpart of `send`, in place."""
         self._run(lambda: self._pg.recv([tensor], source, 0))
 
+    def _form(self, colors: list[int]) -> TorchGroup:
+        if self._make is None:
+            raise GroupError(f"rank {self.rank}: this group cannot be split: split the one that it came from")
+        return self._make(self, colors)
+
     def _run(self, start: Callable[[], Any]) -> None:
-        """Start a collective and wait for it in slices; every failure becomes GroupError, at this one place."""
-        if self._aborted.is_set():
-            raise GroupError(f"rank {self.rank}: the group of epoch {self.epoch} is closed or aborted")
-        limit = time.monotonic() + self.timeout_s
+        """Start a collective and finish it; every failure becomes GroupError, at this one place."""
+        self._check()
         try:
-            work = start()
-            while True:
-                try:
-                    work.wait(SLICE)
-                    return
-                except RuntimeError as e:
-                    if "imed out" not in str(e) or work.is_completed():
-                        raise
-                if self._aborted.is_set():
-                    raise GroupError(f"rank {self.rank}: the group of epoch {self.epoch} was aborted")
-                if time.monotonic() > limit:
-                    raise GroupError(
-                        f"rank {self.rank}: no answer from the peers of epoch {self.epoch} in {self.timeout_s:g} s"
-                    )
+            self._finish(start())
         except RuntimeError as e:
             self._aborted.set()
             raise GroupError(
                 f"rank {self.rank}: a peer of epoch {self.epoch} is gone: {str(e).splitlines()[0]}"
             ) from None
 
+    def _finish(self, work: Any) -> None:
+        """Wait for a started collective in slices."""
+        limit = time.monotonic() + self.timeout_s
+        while True:
+            try:
+                work.wait(SLICE)
+                return
+            except RuntimeError as e:
+                if "imed out" not in str(e) or work.is_completed():
+                    raise
+            if self._aborted.is_set():
+                raise GroupError(f"rank {self.rank}: the group of epoch {self.epoch} was aborted")
+            if time.monotonic() > limit:
+                self._aborted.set()
+                raise GroupError(
+                    f"rank {self.rank}: no answer from the peers of epoch {self.epoch} in {self.timeout_s:g} s"
+                )
+
 
 class SoloGroup(Group):
     """The group of one rank: every exchange is a copy."""
 
     def __init__(self, epoch: int = 0):
-        self.rank, self.size, self.epoch = 0, 1, epoch
+        self.rank, self.size, self.epoch, self.members = 0, 1, epoch, [0]
 
     def all_to_all(
         self, output: torch.Tensor, input: torch.Tensor, output_sizes: Sequence[int], input_sizes: Sequence[int]
@@ -180,6 +258,9 @@ class SoloGroup(Group):
     def barrier(self) -> None:
         pass
 
+    def split(self, color: int) -> Group:
+        return self
+
     def abort(self) -> None:
         pass
 
@@ -197,7 +278,26 @@ def from_torch(timeout_s: float = 300.0) -> Group:
         raise GroupError(
             "no torch process group: call torch.distributed.init_process_group first (or run under torchrun)"
         )
-    return TorchGroup(dist.group.WORLD, dist.get_rank(), dist.get_world_size(), timeout_s=timeout_s)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if "nccl" in dist.get_backend():
+        from ray_ep.collective.torch_nccl import TorchNcclGroup  # it builds on this module
+
+        return TorchNcclGroup(dist.group.WORLD, rank, size, timeout_s=timeout_s, form=_new_group)
+    return TorchGroup(dist.group.WORLD, rank, size, timeout_s=timeout_s, form=_new_group)
+
+
+def _new_group(parent: TorchGroup, colors: list[int]) -> TorchGroup:
+    """A subgroup of torch's default group: torch wants every rank to make every group, in the same order."""
+    limit = timedelta(seconds=parent.timeout_s)
+    made = {
+        color: dist.new_group([r for r, c in enumerate(colors) if c == color], timeout=limit)
+        for color in sorted(set(colors))
+    }
+    own, members = made[colors[parent.rank]], same_color(colors, parent.rank)
+    return type(parent)(
+        own, members.index(parent.rank), len(members), parent.epoch, parent.timeout_s,
+        on_close=lambda: dist.destroy_process_group(own),
+    )  # fmt: skip
 
 
 def gloo(
@@ -208,6 +308,12 @@ def gloo(
     Args:
         host: address of this rank's network interface; None: what the host name resolves to.
     """
+    group = _gloo(dist.PrefixStore(f"epoch-{epoch}", store), rank, size, epoch, host, timeout_s)
+    group._warm()
+    return group
+
+
+def _gloo(store: dist.Store, rank: int, size: int, epoch: int, host: str | None, timeout_s: float) -> TorchGroup:
     options = dist.ProcessGroupGloo._Options()
     options._timeout = timedelta(seconds=timeout_s)
     options._threads = 2
@@ -216,9 +322,23 @@ def gloo(
     )
     options._devices = [device]
     try:
-        process_group = dist.ProcessGroupGloo(dist.PrefixStore(f"epoch-{epoch}", store), rank, size, options)
+        process_group = dist.ProcessGroupGloo(store, rank, size, options)
     except RuntimeError as e:
         raise GroupError(f"rank {rank}: could not join the group of epoch {epoch}: {str(e).splitlines()[0]}") from None
-    group = TorchGroup(process_group, rank, size, epoch, timeout_s)
-    group.barrier()  # connects the pairs now: a group that connects at its first use may hang when memory is short
-    return group
+
+    def form(parent: TorchGroup, colors: list[int]) -> TorchGroup:
+        members = same_color(colors, parent.rank)
+        place = dist.PrefixStore(split_key(parent, colors), store)
+        return _gloo(place, members.index(parent.rank), len(members), parent.epoch, host, parent.timeout_s)
+
+    return TorchGroup(process_group, rank, size, epoch, timeout_s, form=form)
+
+
+def same_color(colors: list[int], rank: int) -> list[int]:
+    """Ranks that have the color of `rank`, ascending; colors [size] of all ranks."""
+    return [r for r, color in enumerate(colors) if color == colors[rank]]
+
+
+def split_key(parent: SplittableGroup, colors: list[int]) -> str:
+    """Where in their parent's store the members of a subgroup meet: unlike for every other split and color."""
+    return f"split-{parent.splits}-{colors[parent.rank]}"

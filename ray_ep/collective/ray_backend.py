@@ -1,11 +1,13 @@
 """Our groups as backends of ray.util.collective: made, named and looked up the way Ray users know.
 
-`RAY_EP_GLOO` here; each process registers it once before it joins. Imports Ray, torch and group.py.
+`RAY_EP_GLOO`, `RAY_EP_NCCL` and `RAY_EP_TORCH_NCCL`; each process registers one before it joins. Imports Ray, torch and
+the groups. The two over NCCL have not run on a GPU yet.
 """
 
 from __future__ import annotations
 
 import time
+from abc import abstractmethod
 from datetime import timedelta
 from typing import Any
 
@@ -18,17 +20,19 @@ from ray.util.collective.backend_registry import BackendRegistry, register_colle
 from ray.util.collective.collective_group.base_collective_group import BaseGroup
 from ray.util.collective.types import ReduceOp
 
-from ray_ep.collective.group import Group, TorchGroup, gloo
-from ray_ep.errors import GroupError
+from ray_ep.collective import cupy_nccl, torch_nccl
+from ray_ep.collective.group import SplittableGroup, gloo
+from ray_ep.collective.nccl import nccl
+from ray_ep.errors import BadInput, GroupError
 
-BACKEND = "RAY_EP_GLOO"
 RENDEZVOUS_S = 60.0
 
 
-class GlooBackend(BaseGroup):
-    """A gloo group inside ray.util.collective; `group` is the same members as a ray_ep `Group`."""
+class OurBackend(BaseGroup):
+    """What our backends share: ranks meet in a store of rank 0; `group` is the same members as a ray_ep `Group`."""
 
-    group: TorchGroup
+    name: str
+    group: Any  # a SplittableGroup with send and receive
 
     def __init__(self, world_size: int, rank: int, group_name: str):
         super().__init__(world_size, rank, group_name)
@@ -40,21 +44,34 @@ class GlooBackend(BaseGroup):
         else:
             store = _connect(key, world_size)
         self._store, self._key = store, key
-        self.group = gloo(store, rank, world_size, host=host)
+        self.group = self.form(store, host)
+
+    @abstractmethod
+    def form(self, store: dist.Store, host: str) -> SplittableGroup:
+        """The group of all ranks that meet in the store; `host` is the address of this node."""
+
+    @classmethod
+    @abstractmethod
+    def check(cls) -> None:
+        """Raise BadInput, saying what is missing, if this process cannot use the backend."""
+
+    @classmethod
+    def backend(cls) -> str:
+        return cls.name
+
+    @classmethod
+    def check_backend_availability(cls) -> bool:
+        try:
+            cls.check()
+        except BadInput:
+            return False
+        return True
 
     def destroy_group(self) -> None:
         if self.rank == 0:
             kv._internal_kv_del(self._key)
         self.group.close()
         self._store = None
-
-    @classmethod
-    def backend(cls) -> str:
-        return BACKEND
-
-    @classmethod
-    def check_backend_availability(cls) -> bool:
-        return dist.is_gloo_available()
 
     # Ray's own calls hand over lists of one tensor (one per device).
     def allreduce(self, tensor: Any, allreduce_options: Any = None) -> None:
@@ -91,16 +108,69 @@ class GlooBackend(BaseGroup):
         self.group.receive(_one(tensor), recv_options.src_rank)
 
 
-def join(name: str, rank: int, size: int, epoch: int = 0, timeout_s: float = 300.0) -> Group:
+class GlooBackend(OurBackend):
+    """CPU tensors over gloo."""
+
+    name = "RAY_EP_GLOO"
+
+    def form(self, store: dist.Store, host: str) -> SplittableGroup:
+        return gloo(store, self.rank, self.world_size, host=host)
+
+    @classmethod
+    def check(cls) -> None:
+        if not dist.is_gloo_available():
+            raise BadInput(f"torch {torch.__version__} was built without gloo")
+
+
+class NcclBackend(OurBackend):
+    """CUDA tensors over a communicator of CuPy's NCCL."""
+
+    name = "RAY_EP_NCCL"
+
+    def form(self, store: dist.Store, host: str) -> SplittableGroup:
+        return nccl(store, self.rank, self.world_size)
+
+    @classmethod
+    def check(cls) -> None:
+        cupy_nccl.library()
+
+
+class TorchNcclBackend(OurBackend):
+    """CUDA tensors over torch's NCCL process group."""
+
+    name = "RAY_EP_TORCH_NCCL"
+
+    def form(self, store: dist.Store, host: str) -> SplittableGroup:
+        return torch_nccl.torch_nccl(store, self.rank, self.world_size)
+
+    @classmethod
+    def check(cls) -> None:
+        torch_nccl.check()
+
+
+BACKENDS: dict[str, type[OurBackend]] = {"gloo": GlooBackend, "nccl": NcclBackend, "torch_nccl": TorchNcclBackend}
+
+
+def join(
+    name: str, rank: int, size: int, epoch: int = 0, timeout_s: float = 300.0, backend: str = "gloo"
+) -> SplittableGroup:
     """Join (all ranks call) the named group through ray.util.collective, inside an actor.
 
+    Args:
+        backend: a key of `BACKENDS`: gloo, nccl (CuPy) or torch_nccl.
+
     Raises:
+        BadInput: no such backend, or it cannot be used in this process.
         GroupError: the peers did not come within the rendezvous time.
     """
-    if not BackendRegistry().is_registered(BACKEND):
-        register_collective_backend(BACKEND, GlooBackend)
-    collective.init_collective_group(size, rank, BACKEND, name)
-    group = collective.collective.get_group_handle(name).group
+    if backend not in BACKENDS:
+        raise BadInput(f"backend {backend!r}: allowed are {', '.join(BACKENDS)}")
+    ours = BACKENDS[backend]
+    ours.check()
+    if not BackendRegistry().is_registered(ours.name):
+        register_collective_backend(ours.name, ours)
+    collective.init_collective_group(size, rank, ours.name, name)
+    group: SplittableGroup = collective.collective.get_group_handle(name).group
     group.epoch, group.timeout_s = epoch, timeout_s
     return group
 

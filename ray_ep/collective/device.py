@@ -1,0 +1,109 @@
+"""What the groups over a device share: which device, tensors from elsewhere, calls that may never return.
+
+No collective here. Imports errors and torch. What needs CUDA has not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+from ray_ep.errors import BadInput, GroupError
+
+T = TypeVar("T")
+
+
+def cuda_device(device: torch.device | str | int | None) -> torch.device:
+    """A CUDA device with its number, as tensors name it; None: the current one.
+
+    Raises:
+        BadInput: no CUDA here, or the device is not a CUDA device.
+    """
+    if not torch.cuda.is_available():
+        raise BadInput(f"NCCL needs a CUDA device and a torch built for it; torch {torch.__version__} sees none")
+    if device is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if found.type != "cuda":
+        raise BadInput(f"NCCL exchanges between CUDA devices, not on {found}")
+    return found if found.index is not None else torch.device("cuda", torch.cuda.current_device())
+
+
+def here(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor itself if it is contiguous and on the device, else a copy that is."""
+    return tensor.detach().to(device).contiguous()
+
+
+@contextmanager
+def writable(
+    tensor: torch.Tensor, device: torch.device, wait: Callable[[], None], fill: bool = True
+) -> Iterator[torch.Tensor]:
+    """A contiguous tensor on the device to write into: `tensor` itself if it is one, else it is written to at the end.
+
+    Args:
+        wait: called before the copy to another device, which is a host sync.
+        fill: the block reads the tensor, too.
+    """
+    tensor = tensor.detach()
+    if tensor.device == device and tensor.is_contiguous():
+        yield tensor
+        return
+    if fill:
+        there = here(tensor, device)
+    else:
+        there = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    yield there
+    if tensor.device != device:
+        wait()
+    tensor.copy_(there)
+
+
+def check_sizes(
+    output: torch.Tensor, input: torch.Tensor, output_sizes: Sequence[int], input_sizes: Sequence[int], size: int
+) -> None:
+    """Raise BadInput for an all-to-all whose sizes [R] do not fit: the device would go beyond the tensors."""
+    for tensor, sizes, what in ((output, output_sizes, "output"), (input, input_sizes, "input")):
+        if len(sizes) != size or min(sizes) < 0 or sum(sizes) != len(tensor):
+            raise BadInput(
+                f"all_to_all {what}: sizes {list(sizes)} do not divide {len(tensor)} rows among {size} ranks"
+            )
+    if output.dtype != input.dtype or output.shape[1:] != input.shape[1:]:
+        raise BadInput(
+            f"all_to_all: rows of the output ({output.dtype} {tuple(output.shape[1:])}) are not like those of the "
+            f"input ({input.dtype} {tuple(input.shape[1:])})"
+        )
+
+
+def in_time(call: Callable[[], T], timeout_s: float, what: str, is_aborted: Callable[[], bool] = lambda: False) -> T:
+    """The result of a library's call that may block for ever, made in a thread which is then left behind.
+
+    Raises:
+        GroupError: it took longer than `timeout_s`, or `is_aborted` became true; `what` says what it was.
+    """
+    result: list[T] = []
+    errors: list[BaseException] = []
+    ended = threading.Event()
+
+    def run() -> None:
+        try:
+            result.append(call())
+        except BaseException as e:
+            errors.append(e)
+        finally:
+            ended.set()
+
+    limit = time.monotonic() + timeout_s
+    threading.Thread(target=run, name=what, daemon=True).start()
+    while not ended.wait(min(0.2, timeout_s)):
+        if is_aborted():
+            raise GroupError(f"{what}: aborted")
+        if time.monotonic() > limit:
+            raise GroupError(f"{what}: not within {timeout_s:g} s")
+    if errors:
+        raise errors[0]
+    return result[0]
