@@ -224,8 +224,11 @@ class TorchGroup(SplittableGroup):
                 work.wait(SLICE)
                 return
             except RuntimeError as e:
-                if "imed out" not in str(e) or work.is_completed():
+                if "imed out" not in str(e):
                     raise
+                if work.is_completed():  # it ended between the slice's end and here: this wait says how
+                    work.wait()
+                    return
             if self._aborted.is_set():
                 raise GroupError(f"rank {self.rank}: the group of epoch {self.epoch} was aborted")
             if time.monotonic() > limit:

@@ -1,7 +1,9 @@
 import contextlib
 import os
+import random
 import threading
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -110,3 +112,17 @@ def test_a_peer_that_never_comes_ends_in_an_error_after_the_time_limit(ranks):
 def test_from_torch_without_a_process_group_says_what_to_do():
     with pytest.raises(GroupError, match="init_process_group"):
         from_torch()
+
+
+def test_an_exchange_that_ends_just_after_a_slice_of_waiting_is_no_failure(ranks, monkeypatch):
+    monkeypatch.setattr("ray_ep.collective.group.SLICE", timedelta(milliseconds=1))
+
+    def work(group):
+        wait = random.Random(group.rank)
+        for _ in range(300):
+            time.sleep(wait.random() * 0.004)
+            x = torch.full((4,), float(group.rank))
+            group.all_reduce(x)
+            assert x.tolist() == [1.0] * 4
+
+    ranks(2, work)
