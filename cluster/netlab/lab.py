@@ -57,7 +57,11 @@ class Lab:
         return f"{PREFIX}.{self.name}.{host}"
 
     def address(self, host: str) -> str:
-        """IPv4 address of a host; labs differ in it only so that logs can be told apart."""
+        """IPv4 address of a host; labs differ in it only so that logs can be told apart.
+
+        Raises:
+            LabError: the lab has no such host.
+        """
         code = zlib.crc32(self.name.encode())
         return f"10.{64 + code % 128}.{code // 128 % 256}.{self._index(host) + 1}"
 
@@ -126,7 +130,7 @@ def _hosts(items: Any, path: str) -> tuple[Host, ...]:
         _check(named and name != SWITCH, f"{where}.name", name, "up to 11 of a-z 0-9 -, and not 'switch'")
         _check(name not in [h.name for h in hosts], f"{where}.name", name, "each name once")
         _check(ranks == int(ranks), f"{where}.ranks", ranks, "a whole number")
-        hosts.append(Host(name, int(ranks), _number(item.get("cpus", ranks), f"{where}.cpus", ranks)))
+        hosts.append(Host(name, int(ranks), _number(item.get("cpus", ranks), f"{where}.cpus", 0)))
     return tuple(hosts)
 
 
@@ -140,10 +144,11 @@ def _rates(links: Any, hosts: tuple[Host, ...], where: str) -> dict[tuple[str, s
     for i, item in enumerate(items):
         at = f"{where}.pairs[{i}]"
         item = _mapping(item, at, {"from", "to", "between", "bandwidth"})
-        both = "between" in item and not {"from", "to"} & set(item)
+        both = "between" in item
         ends = item["between"] if both else [item.get("from"), item.get("to")]
+        whole = set(item) == ({"between", "bandwidth"} if both else {"from", "to", "bandwidth"})
         known = isinstance(ends, list) and len(ends) == 2 and all(e in names for e in ends) and ends[0] != ends[1]
-        _check(known, at, item, f"from and to, or between: [A, B], two of {', '.join(names)}")
+        _check(whole and known, at, item, f"bandwidth with from and to, or between: [A, B], two of {', '.join(names)}")
         for pair in [tuple(ends), tuple(ends[::-1])][: 1 + both]:
             _check(pair not in given, at, item, "each direction of a pair once")
             given.add(pair)

@@ -12,26 +12,26 @@ Exit status: 0 done, 1 the lab failed, 2 bad input; `run` and `exec` pass on tha
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import signal
 import sys
 from pathlib import Path
 
-from lab import SWITCH, Lab, LabError, bandwidth, read_lab, spell
-from network import call, connect, is_up, measure, rates_now, remove, shape
+from lab import Lab, LabError, bandwidth, read_lab, spell
+from network import call, connect, is_cut, is_up, measure, rates_now, remove, shape
 from nodes import PORT, run_command, running, up
 
 
 def show(lab: Lab, seconds: float) -> None:
     """Print hosts and links as they are now; with seconds above 0 also the bandwidth of a transfer over each link."""
+    cut = {h.name for h in lab.hosts if is_cut(lab, h.name)}
     for host in lab.hosts:
-        port = json.loads(call("ip", "-j", "-n", lab.namespace(SWITCH), "link", "show", f"p-{host.name}"))[0]
-        state = "up" if "UP" in port["flags"] else "cut"
+        state = "cut" if host.name in cut else "up"
         print(f"{host.name:<11} {lab.address(host.name):<15} {host.ranks} ranks, {host.cpus:g} CPUs  {state}")
     for (source, target), bits in rates_now(lab).items():
-        found = f"   measured {spell(measure(lab, source, target, seconds))}" if seconds else ""
+        asked = seconds and not {source, target} & cut
+        found = f"   measured {spell(measure(lab, source, target, seconds))}" if asked else ""
         print(f"{source:>11} -> {target:<11} {spell(bits):>8}{found}", flush=True)
 
 
@@ -47,7 +47,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         [it.add_argument(n) for n in names]
         return it
 
-    verb("up", "Make hosts and links and start Ray on each host.")
+    make = verb("up", "Make hosts and links and start Ray on each host.")
+    make.add_argument("--no-ray", action="store_true", help="hosts and links only")
     run = verb("run", "Bring the lab up, run the COMMAND after -- on its first host, take the lab down.")
     run.add_argument("--keep", action="store_true", help="leave the lab up, to look into it")
     verb("exec", "Run the COMMAND after -- on a host of a running lab.").add_argument("--host", help="not the first")
@@ -70,7 +71,7 @@ def dispatch(options: argparse.Namespace, command: list[str]) -> int:
     if os.geteuid() or not shutil.which("ip") or not shutil.which("tc"):
         raise LabError("a network lab needs root, and `ip` and `tc` (Debian: iproute2)")
     if options.verb == "up":
-        up(lab)
+        up(lab, ray=not options.no_ray)
         print(f"RAY_ADDRESS={lab.address(lab.head.name)}:{PORT}  {sum(h.ranks for h in lab.hosts)} ranks")
     elif options.verb == "run":
         with running(lab, options.keep):

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from lab import SWITCH, Lab, LabError, bandwidth
+from lab import BAD_INPUT, SWITCH, Lab, LabError, bandwidth
 
 
 def call(*command: str) -> str:
@@ -87,7 +87,21 @@ def rates_now(lab: Lab) -> dict[tuple[str, str], int]:
 
 
 def remove(lab: Lab) -> None:
-    """Kill what runs in the lab's namespaces and remove them and the lab's files; does nothing where nothing is."""
+    """Kill what runs in the lab's namespaces and remove them and the lab's files; does nothing where nothing is.
+
+    Signals wait until it is done: a second, impatient Ctrl-C leaves nothing behind either.
+
+    Raises:
+        LabError: a process does not die, or a namespace stays.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        _remove(lab)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _remove(lab: Lab) -> None:
     for name in namespaces(lab):
         limit = time.monotonic() + 20
         while pids := [int(p) for p in call("ip", "netns", "pids", name).split()]:  # again: one may start another
@@ -105,22 +119,43 @@ def remove(lab: Lab) -> None:
 
 
 def shape(lab: Lab, source: str, target: str, bits: int, one_way: bool) -> None:
-    """Give a link of a running lab another bandwidth, in both directions if not told otherwise."""
-    for a, b in [(source, target), (target, source)][: 2 - one_way]:
+    """Give a link of a running lab another bandwidth (bit/s), in both directions if not told otherwise.
+
+    Raises:
+        LabError: the hosts are not two of the lab's.
+    """
+    both = [(source, target), (target, source)]
+    lab.address(source), lab.address(target)
+    if source == target:
+        raise LabError(f"{source} to {target}: a link joins two hosts; inside a host nothing is shaped", BAD_INPUT)
+    for a, b in both[: 2 - one_way]:
         _set_class("change", lab, a, b, bits)
 
 
 def connect(lab: Lab, host: str, state: str) -> None:
     """Set a host's link up or down: what it and others sent is lost silently, as with a cable that was pulled."""
-    lab.address(host)  # refuses a host that is not there
+    lab.address(host)
     call("ip", "-n", lab.namespace(SWITCH), "link", "set", f"p-{host}", state)
 
 
+def is_cut(lab: Lab, host: str) -> bool:
+    """Whether a host's link is down."""
+    text = call("ip", "-n", lab.namespace(SWITCH), "-o", "link", "show", f"p-{host}")
+    return "UP" not in text.partition("<")[2].partition(">")[0].split(",")
+
+
 def measure(lab: Lab, source: str, target: str, seconds: float) -> float:
-    """Bit/s of payload that one TCP connection from source to target moves now."""
+    """Bit/s of payload that one TCP connection from source to target moves now: 4% below the link's, for headers.
+
+    Raises:
+        LabError: the target does not answer.
+    """
     program = str(Path(__file__).with_name("transfer.py"))
     to, of = (["ip", "netns", "exec", lab.namespace(h), sys.executable, program] for h in (target, source))
     with subprocess.Popen([*to, "receive", str(seconds)], stdout=subprocess.PIPE, text=True) as receiver:
-        port = receiver.stdout.readline().strip()
-        call(*of, "send", lab.address(target), port)
-        return float(receiver.stdout.readline())
+        try:
+            port = receiver.stdout.readline().strip()
+            call(*of, "send", lab.address(target), port)
+            return float(receiver.stdout.readline())
+        finally:
+            receiver.kill()

@@ -29,7 +29,8 @@ RAY_ENV = {
 def environment(lab: Lab) -> dict[str, str]:
     """That of Ray and of commands: the lab's cluster, and this Python's programs first."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return {**os.environ, **RAY_ENV, "PATH": path, "RAY_ADDRESS": f"{lab.address(lab.head.name)}:{PORT}"}
+    address = f"{lab.address(lab.head.name)}:{PORT}"
+    return {**os.environ, **RAY_ENV, "PATH": path, "NETLAB": lab.name, "RAY_ADDRESS": address}
 
 
 def start_ray(lab: Lab, host: Host) -> None:
@@ -73,8 +74,8 @@ def run_command(lab: Lab, host: str, command: list[str]) -> int:
     return status if status >= 0 else 128 - status
 
 
-def up(lab: Lab) -> None:
-    """Bring a lab up; on any failure nothing of it is left.
+def up(lab: Lab, ray: bool = True) -> None:
+    """Bring a lab up, with Ray or with hosts and links only; on any failure nothing of it is left.
 
     Raises:
         LabError: it is up already, or a step failed.
@@ -86,9 +87,10 @@ def up(lab: Lab) -> None:
     try:
         lab.folder.mkdir(mode=0o700)
         make_network(lab)
-        start_ray(lab, lab.head)
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda host: start_ray(lab, host), lab.hosts[1:]))
+        if ray:
+            start_ray(lab, lab.head)
+            with ThreadPoolExecutor(4) as pool:
+                list(pool.map(lambda host: start_ray(lab, host), lab.hosts[1:]))
     except BaseException:
         remove(lab)
         raise

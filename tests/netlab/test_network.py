@@ -1,0 +1,109 @@
+"""Hosts and links as the kernel makes them: bandwidths by real transfers, cuts, teardown. Without Ray."""
+
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from .conftest import command, labs, left, needs_root, netlab, network
+
+pytestmark = needs_root
+
+LINKS = {
+    "default": "80mbit",
+    "pairs": [
+        {"from": "h0", "to": "h1", "bandwidth": "20mbit"},
+        {"from": "h1", "to": "h0", "bandwidth": "50mbit"},
+        {"between": ["h0", "h2"], "bandwidth": "120mbit"},
+        {"from": "h2", "to": "h1", "bandwidth": "10mbit"},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def three(make_lab):
+    """A running lab of three hosts and no Ray: (path, Lab)."""
+    path, lab = make_lab(3, LINKS)
+    netlab("up", path, "--no-ray")
+    return path, lab
+
+
+def close_to(bits):
+    """Within 20% of a link's bit/s; payload is 4% below what the link carries."""
+    return pytest.approx(bits, rel=0.2)
+
+
+def test_each_link_moves_what_the_lab_says(three):
+    _, lab = three
+    assert len(set(lab.rates.values())) >= 4
+    assert {pair: network.measure(lab, *pair, 1.0) for pair in lab.pairs()} == {
+        pair: close_to(bits) for pair, bits in lab.rates.items()
+    }
+
+
+def test_links_of_a_host_do_not_take_from_each_other(three):
+    _, lab = three
+    pairs = [("h0", "h1"), ("h0", "h2")]
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda pair: network.measure(lab, *pair, 1.0), pairs))
+    assert found == [close_to(lab.rates[pair]) for pair in pairs]
+
+
+def test_a_link_changes_while_a_transfer_runs_over_it(three):
+    path, lab = three
+    with ThreadPoolExecutor() as pool:
+        before = pool.submit(network.measure, lab, "h1", "h2", 4.0)
+        time.sleep(0.5)
+        netlab("shape", path, "h1", "h2", "16mbit")
+        slowed = before.result()
+    assert slowed < 0.6 * lab.rates["h1", "h2"]
+    assert network.measure(lab, "h1", "h2", 1.0) == close_to(16e6)
+    assert network.rates_now(lab)["h2", "h1"] == 16_000_000
+    netlab("shape", path, "h1", "h2", "40mbit", "--one-way")
+    assert network.measure(lab, "h1", "h2", 1.0) == close_to(40e6)
+    assert network.rates_now(lab)["h2", "h1"] == 16_000_000
+
+
+def test_a_host_that_is_cut_is_silent_until_it_is_healed(three):
+    path, lab = three
+    netlab("cut", path, "h2")
+    assert "cut" in netlab("show", path)[0]
+    with pytest.raises(labs.LabError):
+        network.measure(lab, "h0", "h2", 0.2)
+    assert network.measure(lab, "h0", "h1", 1.0) == close_to(lab.rates["h0", "h1"])
+    netlab("heal", path, "h2")
+    assert network.measure(lab, "h0", "h2", 1.0) == close_to(lab.rates["h0", "h2"])
+
+
+def test_what_a_running_lab_refuses_is_said(three):
+    path, _ = three
+    assert "is up already" in netlab("up", path, status=1)[1]
+    assert "no host 'h7'; allowed: h0, h1, h2" in netlab("cut", path, "h7", status=2)[1]
+    assert "no host 'h7'" in netlab("exec", path, "--host", "h7", "--", "true", status=2)[1]
+    assert "joins two hosts" in netlab("shape", path, "h0", "h0", "1mbit", status=2)[1]
+    assert "bandwidth 'fast'" in netlab("shape", path, "h0", "h1", "fast", status=2)[1]
+
+
+def test_two_labs_live_side_by_side_and_leave_one_by_one(three, make_lab):
+    _, first = three
+    path, second = make_lab(2, {"default": "30mbit"})
+    netlab("up", path, "--no-ray")
+    assert network.measure(second, "h0", "h1", 1.0) == close_to(30e6)
+    netlab("down", path)
+    assert left(second) == []
+    assert network.is_up(first)
+    assert "is not up" in netlab("show", path, status=1)[1]
+
+
+def test_down_removes_what_runs_in_a_lab_whoever_started_it_and_may_be_repeated(make_lab):
+    path, lab = make_lab(2, {})
+    netlab("up", path, "--no-ray")
+    inside = subprocess.Popen(command("exec", path, "--host", "h1", "--", "sleep", "600"))
+    while not subprocess.run(["ip", "netns", "pids", lab.namespace("h1")], capture_output=True).stdout:
+        time.sleep(0.05)
+    assert left(lab)
+    netlab("down", path)
+    assert inside.wait(10) == 137  # killed, as a shell says it
+    assert left(lab) == []
+    netlab("down", path)
