@@ -19,8 +19,8 @@ import sys
 from pathlib import Path
 
 from lab import Lab, LabError, bandwidth, read_lab, spell
-from network import call, connect, is_cut, is_up, measure, rates_now, remove, shape
-from nodes import PORT, run_command, running, up
+from network import connect, is_cut, is_up, measure, rates_now, remove, shape
+from nodes import run_command, running, up
 
 
 def show(lab: Lab, seconds: float) -> None:
@@ -48,9 +48,10 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
         return it
 
     make = verb("up", "Make hosts and links and start Ray on each host.")
-    make.add_argument("--no-ray", action="store_true", help="hosts and links only")
     run = verb("run", "Bring the lab up, run the COMMAND after -- on its first host, take the lab down.")
     run.add_argument("--keep", action="store_true", help="leave the lab up, to look into it")
+    for it in (make, run):
+        it.add_argument("--no-ray", action="store_true", help="hosts and links only")
     verb("exec", "Run the COMMAND after -- on a host of a running lab.").add_argument("--host", help="not the first")
     one = verb("shape", "Change the bandwidth of a link of a running lab.", "host1", "host2", "bandwidth")
     one.add_argument("--one-way", action="store_true", help="only what host1 sends to host2")
@@ -72,9 +73,9 @@ def dispatch(options: argparse.Namespace, command: list[str]) -> int:
         raise LabError("a network lab needs root, and `ip` and `tc` (Debian: iproute2)")
     if options.verb == "up":
         up(lab, ray=not options.no_ray)
-        print(f"RAY_ADDRESS={lab.address(lab.head.name)}:{PORT}  {sum(h.ranks for h in lab.hosts)} ranks")
+        print(f"lab {lab.name} is up: {len(lab.hosts)} hosts, {sum(h.ranks for h in lab.hosts)} ranks")
     elif options.verb == "run":
-        with running(lab, options.keep):
+        with running(lab, options.keep, ray=not options.no_ray):
             return run_command(lab, lab.head.name, command)
     elif options.verb == "down":
         remove(lab)

@@ -97,9 +97,9 @@ def up(lab: Lab, ray: bool = True) -> None:
 
 
 @contextlib.contextmanager
-def running(lab: Lab, keep: bool) -> Iterator[None]:
+def running(lab: Lab, keep: bool, ray: bool = True) -> Iterator[None]:
     """The lab, up; taken down at the end unless it is to be kept."""
-    up(lab)
+    up(lab, ray)
     try:
         yield
     finally:

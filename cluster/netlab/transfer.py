@@ -37,7 +37,7 @@ def receive(seconds: float) -> None:
 def send(address: str, port: int) -> None:
     """Send until the receiver has had enough."""
     chunk = bytes(CHUNK)
-    with socket.create_connection((address, port), timeout=10) as connection:
+    with socket.create_connection((address, port), timeout=3) as connection:
         while True:
             try:
                 connection.sendall(chunk)

@@ -1,12 +1,13 @@
 """Hosts and links as the kernel makes them: bandwidths by real transfers, cuts, teardown. Without Ray."""
 
+import signal
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from .conftest import command, labs, left, needs_root, netlab, network
+from .conftest import command, labs, left, needs_root, netlab, network, processes
 
 pytestmark = needs_root
 
@@ -53,7 +54,7 @@ def test_links_of_a_host_do_not_take_from_each_other(three):
 def test_a_link_changes_while_a_transfer_runs_over_it(three):
     path, lab = three
     with ThreadPoolExecutor() as pool:
-        before = pool.submit(network.measure, lab, "h1", "h2", 4.0)
+        before = pool.submit(network.measure, lab, "h1", "h2", 3.0)
         time.sleep(0.5)
         netlab("shape", path, "h1", "h2", "16mbit")
         slowed = before.result()
@@ -100,10 +101,40 @@ def test_down_removes_what_runs_in_a_lab_whoever_started_it_and_may_be_repeated(
     path, lab = make_lab(2, {})
     netlab("up", path, "--no-ray")
     inside = subprocess.Popen(command("exec", path, "--host", "h1", "--", "sleep", "600"))
-    while not subprocess.run(["ip", "netns", "pids", lab.namespace("h1")], capture_output=True).stdout:
-        time.sleep(0.05)
-    assert left(lab)
+    _await(lambda: "sleep 600" in processes(lab).values())
     netlab("down", path)
     assert inside.wait(10) == 137  # killed, as a shell says it
     assert left(lab) == []
     netlab("down", path)
+
+
+def test_run_passes_the_exit_status_on_and_leaves_nothing(make_lab):
+    path, lab = make_lab(2, {})
+    said, _ = netlab("run", path, "--no-ray", "--", "sh", "-c", "echo $NETLAB $RAY_ADDRESS; exit 7", status=7)
+    assert said.split() == [lab.name, f"{lab.address('h0')}:6379"]
+    assert left(lab) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_run_that_is_told_to_stop_leaves_nothing(make_lab, number):
+    path, lab = make_lab(2, {})
+    process = subprocess.Popen(command("run", path, "--no-ray", "--", "sleep", "600"))
+    _await(lambda: "sleep 600" in processes(lab).values())
+    process.send_signal(number)
+    assert process.wait(20) == 128 + number
+    assert left(lab) == []
+
+
+def test_run_keeps_the_lab_when_asked(make_lab):
+    path, lab = make_lab(2, {})
+    netlab("run", path, "--no-ray", "--keep", "--", "true")
+    assert network.is_up(lab)
+    netlab("down", path)
+    assert left(lab) == []
+
+
+def _await(condition, limit_s=20.0):
+    limit = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.05)
