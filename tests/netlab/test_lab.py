@@ -1,5 +1,7 @@
 """What a LAB.yaml may say, and the messages for what it may not."""
 
+import re
+
 import pytest
 
 from .conftest import NETLAB, labs, netlab
@@ -75,3 +77,12 @@ def test_the_program_says_bad_input_in_one_line_with_status_2(tmp_path):
     assert netlab("up", tmp_path / "none.yaml", status=2)[1].startswith("netlab: ")
     assert "a COMMAND after --" in netlab("run", NETLAB / "two-by-two.yaml", status=2)[1]
     assert "a COMMAND after --" in netlab("up", NETLAB / "two-by-two.yaml", "--", "true", status=2)[1]
+
+
+def test_the_readme_shows_each_verb_and_its_lab_can_be_read(tmp_path):
+    text = (NETLAB / "README.md").read_text()
+    verbs = re.search(r"\{([\w,]+)\}", netlab("--help")[0])[1].split(",")
+    assert len(verbs) == 8
+    assert set(verbs) == set(re.findall(r"^\$ \./netlab\.py (\w+)", text, re.M))
+    described = read(tmp_path, re.search(r"```yaml\n(.*?)```", text, re.S)[1])
+    assert described.rates == labs.read_lab(NETLAB / "two-by-two.yaml").rates
