@@ -30,7 +30,7 @@ class Host:
 
     name: str
     ranks: int
-    cpus: float
+    cpus: int
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,10 @@ def _hosts(items: Any, path: str) -> tuple[Host, ...]:
         named = isinstance(name, str) and re.fullmatch("[a-z0-9][a-z0-9-]{0,10}", name)
         _check(named and name != SWITCH, f"{where}.name", name, "up to 11 of a-z 0-9 -, and not 'switch'")
         _check(name not in [h.name for h in hosts], f"{where}.name", name, "each name once")
-        _check(ranks == int(ranks), f"{where}.ranks", ranks, "a whole number")
-        hosts.append(Host(name, int(ranks), _number(item.get("cpus", ranks), f"{where}.cpus", 0)))
+        cpus = _number(item.get("cpus", ranks), f"{where}.cpus", 0)
+        for key, value in (("ranks", ranks), ("cpus", cpus)):
+            _check(value == int(value), f"{where}.{key}", value, "a whole number")
+        hosts.append(Host(name, int(ranks), int(cpus)))
     return tuple(hosts)
 
 

@@ -28,7 +28,7 @@ def show(lab: Lab, seconds: float) -> None:
     cut = {h.name for h in lab.hosts if is_cut(lab, h.name)}
     for host in lab.hosts:
         state = "cut" if host.name in cut else "up"
-        print(f"{host.name:<11} {lab.address(host.name):<15} {host.ranks} ranks, {host.cpus:g} CPUs  {state}")
+        print(f"{host.name:<11} {lab.address(host.name):<15} {host.ranks} ranks, {host.cpus} CPUs  {state}")
     for (source, target), bits in rates_now(lab).items():
         asked = seconds and not {source, target} & cut
         found = f"   measured {spell(measure(lab, source, target, seconds))}" if asked else ""

@@ -86,36 +86,51 @@ def rates_now(lab: Lab) -> dict[tuple[str, str], int]:
     return found
 
 
-def remove(lab: Lab) -> None:
+def remove(lab: Lab, switch: bool = True) -> None:
     """Kill what runs in the lab's namespaces and remove them and the lab's files; does nothing where nothing is.
 
-    Signals wait until it is done: a second, impatient Ctrl-C leaves nothing behind either.
+    Signals wait until it is done: a second, impatient Ctrl-C leaves nothing behind either. Two at once are no matter.
+
+    Args:
+        switch: the switch's namespace, too.
 
     Raises:
         LabError: a process does not die, or a namespace stays.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     try:
-        _remove(lab)
+        there = namespaces(lab)
+        if switch and not there:  # a machine that was started anew has forgotten them, its /tmp perhaps not
+            shutil.rmtree(lab.folder, ignore_errors=True)
+        for name in there[: None if switch else -1]:
+            _kill(name)
+            if name == lab.namespace(SWITCH):  # the last; once it has gone, the next lab of this name may come
+                shutil.rmtree(lab.folder, ignore_errors=True)
+            with contextlib.suppress(LabError):  # another `down` was faster
+                call("ip", "netns", "del", name)
+            if name in namespaces(lab):
+                raise LabError(f"could not remove namespace {name}")
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _remove(lab: Lab) -> None:
-    for name in namespaces(lab):
-        limit = time.monotonic() + 20
-        while pids := [int(p) for p in call("ip", "netns", "pids", name).split()]:  # again: one may start another
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            if time.monotonic() > limit:
-                raise LabError(f"processes {pids} in {name} do not die of SIGKILL; try `down` again")
-            time.sleep(0.05)
-        with contextlib.suppress(LabError):  # another `down` was faster
-            call("ip", "netns", "del", name)
-    if left := namespaces(lab):
-        raise LabError(f"could not remove {', '.join(left)}")
-    shutil.rmtree(lab.folder, ignore_errors=True)
+def _kill(name: str) -> None:
+    """End every process of a namespace, also those that start meanwhile."""
+    limit = time.monotonic() + 20
+    while pids := _processes(name):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if time.monotonic() > limit:
+            raise LabError(f"processes {pids} in {name} do not die of SIGKILL; try `down` again")
+        time.sleep(0.05)
+
+
+def _processes(name: str) -> list[int]:
+    try:
+        return [int(pid) for pid in call("ip", "netns", "pids", name).split()]
+    except LabError:  # the namespace has gone meanwhile
+        return []
 
 
 def shape(lab: Lab, source: str, target: str, bits: int, one_way: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def start_ray(lab: Lab, host: Host) -> None:
     address = lab.address(host.name)
     head = ["--head", f"--port={PORT}", "--include-dashboard=false"]
     role = head if host == lab.head else [f"--address={lab.address(lab.head.name)}:{PORT}"]
-    told = [f"--num-cpus={host.cpus:g}", "--num-gpus=0", f"--object-store-memory={lab.object_store_mb * 10**6}"]
+    told = [f"--num-cpus={host.cpus}", "--num-gpus=0", f"--object-store-memory={lab.object_store_mb * 10**6}"]
     own = [f"--node-ip-address={address}", f"--temp-dir={lab.folder / host.name}", "--disable-usage-stats"]
     ray = [sys.executable, "-m", "ray.scripts.scripts", "start", *role, *told, *own]
     env = {k: v for k, v in environment(lab).items() if k != "RAY_ADDRESS"}
@@ -80,11 +81,15 @@ def up(lab: Lab, ray: bool = True) -> None:
     Raises:
         LabError: it is up already, or a step failed.
     """
-    if is_up(lab):
-        raise LabError(f"lab {lab.name} is up already: use `exec`, or take it `down` first")
-    remove(lab)
-    call("ip", "netns", "add", lab.namespace(SWITCH))  # of two at once only one passes here
     try:
+        call("ip", "netns", "add", lab.namespace(SWITCH))  # first: of two at once only one passes here
+    except LabError:
+        if is_up(lab):
+            raise LabError(f"lab {lab.name} is up already: use `exec`, or take it `down` first") from None
+        raise
+    try:
+        remove(lab, switch=False)  # what a teardown that was broken off left
+        shutil.rmtree(lab.folder, ignore_errors=True)
         lab.folder.mkdir(mode=0o700)
         make_network(lab)
         if ray:

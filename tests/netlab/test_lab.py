@@ -6,7 +6,7 @@ import pytest
 
 from .conftest import NETLAB, labs, netlab
 
-HOSTS = "hosts: [{name: a}, {name: b, ranks: 2}, {name: c, cpus: 0.5}]\n"
+HOSTS = "hosts: [{name: a}, {name: b, ranks: 2}, {name: c, cpus: 4}]\n"
 
 
 def read(tmp_path, text):
@@ -18,7 +18,7 @@ def read(tmp_path, text):
 def test_a_lab_is_named_after_its_file_and_hosts_have_a_cpu_a_rank(tmp_path):
     lab = read(tmp_path, HOSTS)
     assert lab.name == "some-lab"
-    assert [(h.name, h.ranks, h.cpus) for h in lab.hosts] == [("a", 1, 1), ("b", 2, 2), ("c", 1, 0.5)]
+    assert [(h.name, h.ranks, h.cpus) for h in lab.hosts] == [("a", 1, 1), ("b", 2, 2), ("c", 1, 4)]
     assert len({lab.address(h) for h in "abc"}) == len({lab.class_id(h) for h in "abc"}) == 3
 
 
@@ -44,6 +44,7 @@ def test_pairs_have_the_default_bandwidth_or_their_own_by_direction(tmp_path):
         ("hosts: [{name: switch}]", "not 'switch'"),
         ("hosts: [{name: a}, {name: a}]", "each name once"),
         ("hosts: [{name: a, ranks: 1.5}]", "a whole number"),
+        ("hosts: [{name: a, cpus: 0.5}]", "hosts[0].cpus: 0.5; allowed: a whole number"),
         ("hosts: [{name: a, cpus: .nan}]", "hosts[0].cpus: nan"),
         ("name: this-name-is-much-too-long\n" + HOSTS, "name: 'this-name"),
         ("object_store_mb: 1\n" + HOSTS, "at least 80"),

@@ -1,5 +1,6 @@
 """Hosts and links as the kernel makes them: bandwidths by real transfers, cuts, teardown. Without Ray."""
 
+import os
 import signal
 import subprocess
 import time
@@ -102,7 +103,8 @@ def test_down_removes_what_runs_in_a_lab_whoever_started_it_and_may_be_repeated(
     netlab("up", path, "--no-ray")
     inside = subprocess.Popen(command("exec", path, "--host", "h1", "--", "sleep", "600"))
     _await(lambda: "sleep 600" in processes(lab).values())
-    netlab("down", path)
+    with ThreadPoolExecutor() as pool:  # two at once are no matter
+        list(pool.map(lambda _: netlab("down", path), range(2)))
     assert inside.wait(10) == 137  # killed, as a shell says it
     assert left(lab) == []
     netlab("down", path)
@@ -115,12 +117,15 @@ def test_run_passes_the_exit_status_on_and_leaves_nothing(make_lab):
     assert left(lab) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_run_that_is_told_to_stop_leaves_nothing(make_lab, number):
     path, lab = make_lab(2, {})
-    process = subprocess.Popen(command("run", path, "--no-ray", "--", "sleep", "600"))
+    process = subprocess.Popen(command("run", path, "--no-ray", "--", "sleep", "600"), start_new_session=True)
     _await(lambda: "sleep 600" in processes(lab).values())
-    process.send_signal(number)
+    if number == signal.SIGINT:  # as a terminal does
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     assert process.wait(20) == 128 + number
     assert left(lab) == []
 
@@ -129,6 +134,32 @@ def test_run_keeps_the_lab_when_asked(make_lab):
     path, lab = make_lab(2, {})
     netlab("run", path, "--no-ray", "--keep", "--", "true")
     assert network.is_up(lab)
+    netlab("down", path)
+    assert left(lab) == []
+
+
+def test_of_two_that_bring_the_same_lab_up_one_is_refused(make_lab):
+    path, lab = make_lab(2, {})
+    both = [subprocess.Popen(command("up", path, "--no-ray"), stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    words = [process.communicate(timeout=30)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 1]
+    assert sum("is up already" in w for w in words) == 1
+    assert network.measure(lab, "h0", "h1", 0.2) > 0
+
+
+def test_up_removes_what_a_broken_teardown_left(make_lab):
+    path, lab = make_lab(2, {})
+    netlab("up", path, "--no-ray")
+    network.call("ip", "netns", "del", lab.namespace("switch"))
+    (lab.folder / "of-an-earlier-lab").touch()
+    netlab("up", path, "--no-ray")
+    assert network.measure(lab, "h0", "h1", 0.2) > 0
+    assert list(lab.folder.iterdir()) == []
+
+
+def test_down_removes_files_of_a_lab_that_a_reboot_ended(make_lab):
+    path, lab = make_lab(2, {})
+    lab.folder.mkdir()
     netlab("down", path)
     assert left(lab) == []
 
