@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup train test check format test-distributed docs clean
+.PHONY: setup train test check format test-distributed netlab docs clean
 
 setup: $(READY)
 
@@ -31,6 +31,9 @@ format: setup
 
 test-distributed: setup
 	$(BIN)/pytest tests/distributed
+
+netlab: setup  # needs root and iproute2: skipped, with the reason, where they are not
+	$(BIN)/pytest tests/netlab
 
 docs: setup
 	$(BIN)/python -m ray_ep.config.docs > docs/configuration.md
