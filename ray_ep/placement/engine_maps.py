@@ -9,10 +9,10 @@ Sources of the formats (commits of public repositories, read in 2026):
 - SGLang, python/sglang/srt/eplb/expert_location.py @ 01fec5c: `--init-expert-location`, a .json or .pt document whose
   only key is physical_to_logical_map [layers of the model, X] (it is passed on as keyword arguments, so that a second
   key stops the server); dense layers have a row, too; X is E + --ep-num-redundant-experts, ranks in order.
-- TensorRT-LLM, tensorrt_llm/llmapi/llm_args.py MoeLoadBalancerConfig and examples/ep_load_balancer/
+- TensorRT-LLM, tensorrt_llm/llmapi/llm_args.py (MoeLoadBalancerConfig) and examples/ep_load_balancer/
   generate_eplb_config.py @ 195a8bd: YAML with num_slots = X, initial_global_assignments {layer number: [X]} and
   layer_updates_per_iter (0: fixed).
-- vllm-ascend, vllm_ascend/eplb/core/eplb_utils.py: `additional_config` eplb_config.expert_map_path, JSON by device.
+- vllm-ascend, vllm_ascend/eplb/core/eplb_utils.py @ 695bb39: `additional_config` eplb_config.expert_map_path, JSON by device.
 - vLLM itself, vllm/config/parallel.py EPLBConfig @ 00193b8: no setting names a map.
 """
 
@@ -33,8 +33,8 @@ NO_VLLM = (
     "vLLM cannot be started from a given expert map: its eplb_config has window_size, step_interval, "
     "num_redundant_experts, log_balancedness, log_balancedness_interval, use_async, policy and communicator, and "
     "--expert-placement-strategy knows linear and round_robin only. Proposals (pull requests 41141, 49572, 53022) are "
-    "open; a build with 49572 takes the list under physical_to_logical_map of the sglang file, MoE layers only. Allowed: "
-    "ray_ep, sglang, tensorrt-llm, vllm-ascend"
+    "open; a build with 49572 takes the list under physical_to_logical_map of the sglang file, MoE layers only. "
+    "Allowed: ray_ep, sglang, tensorrt-llm, vllm-ascend"
 )
 
 
@@ -136,7 +136,7 @@ def _ascend(placement: Placement) -> dict[str, Any]:
         for rank, row in enumerate(ranks):
             if len(np.unique(row)) != len(row):
                 raise PlacementError(
-                    f"placement: rank {rank} holds an expert twice in layer {layer}: vllm-ascend allows it once a device"
+                    f"placement: rank {rank} holds an expert twice in layer {layer}: vllm-ascend allows it once"
                 )
     layers = [
         {

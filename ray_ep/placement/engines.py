@@ -5,8 +5,9 @@ Dimensions: P forward passes, T tokens, L layers, E experts, X physical experts 
 
 Sources of the formats (commits of public repositories, read in 2026):
 - SGLang, python/sglang/srt/eplb/expert_distribution.py @ 02295fe and expert_location.py @ 01fec5c
-- vLLM, docs/training/routed_experts_replay.md @ 0087e00 (v0.21) and vllm/entrypoints/openai/completion/protocol.py
-- TensorRT-LLM, tensorrt_llm/_torch/pyexecutor's ExpertStatistic and examples/ep_load_balancer/utils.py @ 9546c99
+- vLLM, docs/training/routed_experts_replay.md @ 0087e00 (v0.21), vllm/entrypoints/openai/completion/protocol.py
+  @ 002032e, vllm/model_executor/layers/fused_moe/routed_experts_capturer.py @ 00bd149 (zeros where nothing is captured)
+- TensorRT-LLM, tensorrt_llm/_torch/expert_statistic.py @ 0fccc5b and examples/ep_load_balancer/utils.py @ 9546c99
 """
 
 from __future__ import annotations
@@ -187,9 +188,8 @@ def _from_load(engine: str, where: str, load: npt.NDArray[np.int64], num_experts
     used = np.flatnonzero(load.any(1))
     if not len(used):
         raise PlacementError(f"{where}: no token was recorded")
-    notes = _dense_note(len(load), len(used)) + (
-        "only counts were recorded, not which experts a token visits: links cannot be judged, load can",
-    )
+    counts_only = "only counts were recorded, not which experts a token visits: load can be judged, links cannot"
+    notes = (*_dense_note(len(load), len(used)), counts_only)
     return Recorded(RoutingStatistics(load[used]), engine, tuple(int(i) for i in used), len(load), notes)
 
 
@@ -198,9 +198,10 @@ def _from_tokens(engine: str, where: str, arrays: Sequence[Array], experts: int)
     tokens = np.concatenate([a.astype(np.int32) for a in arrays])
     if tokens.max(initial=-1) >= experts:
         raise PlacementError(f"{where}: a token names expert {tokens.max()}: the model has {experts}, from 0")
-    many = tokens.shape[2] > 1
     # Nothing but -1 (SGLang) or nothing but 0 (vLLM) is what a dense layer's buffer holds.
-    used = np.flatnonzero((tokens >= 0).any((0, 2)) & ((tokens > 0).any((0, 2)) | (not many)))
+    used = np.flatnonzero((tokens > 0).any((0, 2)))
+    if not len(used):
+        raise PlacementError(f"{where}: {len(tokens)} tokens and no routing: every id is 0 or -1")
     tokens = tokens[:, used]
     tokens = tokens[:, :, (tokens >= 0).any((0, 1))]
     ordered = np.sort(tokens, 2)

@@ -1,0 +1,306 @@
+"""Opens what other engines wrote and writes what they read: the kind of a file is told from its content, not its name.
+
+The formats themselves are ray_ep.placement.engines (statistics) and engine_maps (placements); here are files only.
+torch is imported where a .pt file is opened, and loads it with weights_only=True: a record cannot run code.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import json
+import os
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ray_ep.errors import PlacementError
+from ray_ep.placement import Placement, RoutingStatistics
+from ray_ep.placement.engine_maps import ENGINES, document, from_document
+from ray_ep.placement.engines import Recorded, sglang_record, tensorrt_record, vllm_record
+
+ALLOWED = (
+    "ray_ep's own statistics (.npz); SGLang's expert-distribution records (.pt, or the directory with one a rank) or "
+    "logical_count (.json); vLLM's routed experts (.npy, .npz of [tokens, layers, top_k], or responses as .json, "
+    ".jsonl, or a directory of them); TensorRT-LLM's EXPERT_STATISTIC_PATH (a directory with meta_info.json)"
+)
+SUFFIXES = (".pt", ".npy", ".npz", ".json", ".jsonl")
+"""Files of a directory that are looked at; the rest of it is nobody's record."""
+
+
+def read_statistics(path: str | Path, num_experts: int | None = None) -> RoutingStatistics:
+    """Routing statistics that ray_ep, SGLang, vLLM or TensorRT-LLM recorded; see `read_record`."""
+    return read_record(path, num_experts).statistics
+
+
+def read_record(path: str | Path, num_experts: int | None = None) -> Recorded:
+    """Statistics with the engine's name and its layer numbers, of a file or a directory of one run's files.
+
+    Args:
+        num_experts: experts of a layer; needed where vLLM's output is too short to name the last of them.
+
+    Raises:
+        PlacementError: naming the file, what was found and what is allowed.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise PlacementError(f"{path}: no such file or directory")
+    if not path.is_dir():
+        return _record([path], path, num_experts)
+    if (path / "meta_info.json").exists():
+        return _tensorrt(path)
+    files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
+    if not files:
+        names = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
+        raise PlacementError(f"{path}: holds {names}; allowed are {ALLOWED}")
+    return _record(files, path, num_experts)
+
+
+def read_placement(path: str | Path, ranks: int | None = None, layer_ids: Sequence[int] | None = None) -> Placement:
+    """A placement of ray_ep, or one that SGLang, TensorRT-LLM or vllm-ascend starts from.
+
+    Args:
+        ranks: needed for SGLang's and TensorRT-LLM's files, which do not say it.
+        layer_ids: the engine's layers to take, to leave dense ones out (`Recorded.layer_ids`).
+
+    Raises:
+        PlacementError: naming the file, what was found and what is allowed.
+    """
+    path = Path(path)
+    head = _head(path)
+    tree = _torch(path) if head.startswith(b"PK") else _yaml(path)
+    if not isinstance(tree, Mapping):
+        raise PlacementError(f"{path}: holds a {type(tree).__name__}: expected a placement as a JSON or YAML mapping")
+    if "slots" in tree:
+        return Placement.load(path)
+    return from_document(tree, str(path), ranks, layer_ids)
+
+
+def write_placement(
+    placement: Placement,
+    engine: str,
+    path: str | Path,
+    layer_ids: Sequence[int] | None = None,
+    num_layers: int | None = None,
+) -> None:
+    """Write the file that an engine starts from: ray_ep, sglang, vllm-ascend (JSON), tensorrt-llm (YAML).
+
+    SGLang: `--init-expert-location PATH`, whose name must end in .json or .pt. TensorRT-LLM: `moe_config:
+    {load_balancer: PATH}`. vLLM takes no map and is refused with the reason. `layer_ids` and `num_layers` are those of
+    the `Recorded` that the placement was planned from; without them layers are numbered from 0.
+
+    Raises:
+        PlacementError: an unknown engine, a placement that the engine cannot take, a path that cannot be written.
+    """
+    path = Path(path)
+    if engine not in ENGINES:
+        raise PlacementError(f"engine {engine!r}: allowed are {', '.join(ENGINES)}")
+    if engine == "sglang" and path.suffix not in (".json", ".pt"):
+        raise PlacementError(f"{path}: SGLang reads a map from names that end in .json or .pt only")
+    if engine == "ray_ep":
+        content = placement.to_json().encode()
+    else:
+        tree = document(placement, engine, layer_ids, num_layers)
+        if engine == "tensorrt-llm":
+            import yaml
+
+            # One line a layer: the lists are long, and PyYAML's own wrapping makes megabytes of lines.
+            content = yaml.safe_dump(tree, default_flow_style=None, sort_keys=False, width=float("inf")).encode()
+        elif path.suffix == ".pt":
+            content = _torch_bytes(tree)
+        else:
+            content = json.dumps(tree).encode()
+    try:
+        partial = path.with_name(path.name + ".partial")
+        partial.write_bytes(content)
+        os.replace(partial, path)  # a reader never sees half a map
+    except OSError as e:
+        raise PlacementError(f"{path}: {e}") from None
+
+
+def _record(files: Sequence[Path], where: Path, num_experts: int | None) -> Recorded:
+    """All files of one engine and run."""
+    sglang: list[tuple[str, Mapping[str, Any]]] = []
+    vllm: list[tuple[str, Any]] = []
+    for file in files:
+        tree = _open(file)
+        if isinstance(tree, RoutingStatistics):
+            if len(files) > 1:
+                raise PlacementError(f"{file}: ray_ep's statistics among other files in {where}: give one file")
+            layers = len(tree.load)
+            return Recorded(tree, "ray_ep", tuple(range(layers)), layers)
+        if isinstance(tree, Mapping) and tree.keys() & {"logical_count", "records"}:
+            sglang.append((str(file), tree))
+        else:
+            vllm += _routed(tree, str(file))
+    if sglang and vllm:
+        raise PlacementError(f"{where}: SGLang's {sglang[0][0]} and vLLM's {vllm[0][0]} together: give one engine's")
+    if sglang:
+        return sglang_record(sglang, num_experts)
+    return vllm_record(vllm, num_experts)
+
+
+def _tensorrt(path: Path) -> Recorded:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    meta = _json(path / "meta_info.json")
+    if not isinstance(meta, Mapping):
+        raise PlacementError(f"{path / 'meta_info.json'}: expected num_experts and num_experts_per_token")
+    ranks = []
+    # rank0.safetensors has the counts; names with more to them (rank0_raw, cooccurrence_rank0) are other things.
+    for file in sorted(p for p in path.iterdir() if re.fullmatch(r"rank\d+\.safetensors", p.name)):
+        try:
+            ranks.append((str(file), load_file(file)))
+        except (SafetensorError, OSError, ValueError) as e:
+            raise PlacementError(f"{file}: not a safetensors file: {e}") from None
+    return tensorrt_record(str(path), meta, ranks)
+
+
+def _open(file: Path) -> Any:
+    """What the file holds: statistics, an array, a mapping of a record, or JSON values."""
+    head = _head(file)
+    if head.startswith(b"\x93NUMPY"):
+        return _numpy(file, np.load)
+    if head.startswith(b"PK"):
+        try:
+            names = zipfile.ZipFile(file).namelist()
+        except (zipfile.BadZipFile, OSError) as e:
+            raise PlacementError(f"{file}: a damaged zip archive (.pt or .npz): {e}") from None
+        if any(name.endswith("data.pkl") for name in names):
+            return _torch(file)
+        if "load.npy" in names:
+            return RoutingStatistics.load_file(file)
+        arrays = _numpy(file, lambda f, allow_pickle: dict(np.load(f, allow_pickle=allow_pickle)))
+        return [{"routed_experts": a} for a in arrays.values()]
+    if head[:1] in (b"{", b"["):
+        return _json_values(file)
+    found = "an empty file" if not head else f"content that starts with {head[:8]!r}"
+    raise PlacementError(f"{file}: {found}; allowed are {ALLOWED}")
+
+
+def _routed(tree: Any, where: str) -> Iterator[tuple[str, Any]]:
+    """vLLM's arrays [T, L, K] in a response, a list of responses, or an array; prompts and completions alike."""
+    if isinstance(tree, np.ndarray):
+        yield where, tree
+    elif isinstance(tree, list) and all(isinstance(x, Mapping) for x in tree):
+        for i, item in enumerate(tree):
+            yield from _routed(item, where if len(tree) == 1 else f"{where}: [{i}]")
+    elif isinstance(tree, Mapping) and tree.keys() & {"choices", "outputs", "routed_experts", "prompt_routed_experts"}:
+        for key in ("prompt_routed_experts", "routed_experts"):
+            if tree.get(key) is not None:  # null: the request was aborted, or the server does not capture
+                yield f"{where}: {key}", _array(tree[key], f"{where}: {key}")
+        for key in ("choices", "outputs"):
+            yield from _routed(tree.get(key) or [], f"{where}: {key}")
+    else:
+        found = f"keys {sorted(map(str, tree))[:8]}" if isinstance(tree, Mapping) else f"a {type(tree).__name__}"
+        raise PlacementError(f"{where}: not a routing record, it holds {found}; allowed are {ALLOWED}")
+
+
+def _array(value: Any, where: str) -> Any:
+    """Nested lists (v0.21) as they are; base64 of .npy bytes (later) decoded."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return np.load(io.BytesIO(base64.b64decode(value, validate=True)), allow_pickle=False)
+    except (binascii.Error, ValueError, EOFError, OSError) as e:
+        raise PlacementError(f"{where}: expected base64 of a .npy file: {e}") from None
+
+
+def _head(file: Path) -> bytes:
+    try:
+        with open(file, "rb") as f:
+            return f.read(64).lstrip()
+    except OSError as e:
+        raise PlacementError(f"{file}: {e}") from None
+
+
+def _numpy(file: Path, load: Callable[..., Any]) -> Any:
+    try:
+        return load(file, allow_pickle=False)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
+        raise PlacementError(f"{file}: a damaged NumPy file: {e}") from None
+
+
+def _torch(file: Path) -> Any:
+    import pickle
+
+    import torch
+
+    try:
+        # Records hold tensors of the GPUs that wrote them.
+        tree = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
+        raise PlacementError(f"{file}: torch cannot load it as plain tensors: {str(e).splitlines()[0]}") from None
+    return _plain(tree)
+
+
+def _plain(value: Any) -> Any:
+    """Tensors as arrays, containers kept."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.numpy() if value.dtype is not torch.bfloat16 else value.float().numpy()
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list) and value and isinstance(value[0], (torch.Tensor, Mapping)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _torch_bytes(tree: Mapping[str, Any]) -> bytes:
+    import torch
+
+    out = io.BytesIO()
+    torch.save({k: torch.tensor(v) for k, v in tree.items()}, out)
+    return out.getvalue()
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise PlacementError(f"{file}: {e}") from None
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(_text(file))
+    except ValueError as e:
+        raise PlacementError(f"{file}: not JSON: {e}") from None
+
+
+def _json_values(file: Path) -> Any:
+    """One JSON document, or one a line."""
+    text = _text(file)
+    try:
+        return json.loads(text)
+    except ValueError as whole:
+        lines = [line for line in text.splitlines() if line.strip()]
+        if len(lines) < 2 or not lines[0].rstrip().endswith("}"):
+            raise PlacementError(f"{file}: not JSON: {whole}") from None
+    values = []
+    for number, line in enumerate(lines, 1):
+        try:
+            values.append(json.loads(line))
+        except ValueError as e:
+            raise PlacementError(f"{file}, line {number}: not JSON: {e}") from None
+    return values
+
+
+def _yaml(file: Path) -> Any:
+    """YAML or JSON, which is most of YAML and read faster."""
+    text = _text(file)
+    if text.lstrip()[:1] == "{" and '"' in text:
+        return _json(file)
+    import yaml
+
+    try:
+        return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError as e:
+        raise PlacementError(f"{file}: not YAML: {e}") from None
