@@ -1,7 +1,7 @@
 """Opens what other engines wrote and writes what they read: the kind of a file is told from its content, not its name.
 
 The formats themselves are ray_ep.placement.engines (statistics) and engine_maps (placements); here are files only.
-torch is imported where a .pt file is opened, and loads it with weights_only=True: a record cannot run code.
+A .pt file is loaded with weights_only=True: a record cannot run code.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
+from ray_ep.cli.engine_files import head_of, json_file, json_values, numpy_file, torch_bytes, torch_file, yaml_file
 from ray_ep.errors import PlacementError
 from ray_ep.placement import Placement, RoutingStatistics
 from ray_ep.placement.engine_maps import ENGINES, document, from_document
@@ -72,8 +74,8 @@ def read_placement(path: str | Path, ranks: int | None = None, layer_ids: Sequen
         PlacementError: naming the file, what was found and what is allowed.
     """
     path = Path(path)
-    head = _head(path)
-    tree = _torch(path) if head.startswith(b"PK") else _yaml(path)
+    head = head_of(path)
+    tree = torch_file(path) if head.startswith(b"PK\x03\x04") else yaml_file(path)
     if not isinstance(tree, Mapping):
         raise PlacementError(f"{path}: holds a {type(tree).__name__}: expected a placement as a JSON or YAML mapping")
     if "slots" in tree:
@@ -107,12 +109,10 @@ def write_placement(
     else:
         tree = document(placement, engine, layer_ids, num_layers)
         if engine == "tensorrt-llm":
-            import yaml
-
             # One line a layer: the lists are long, and PyYAML's own wrapping makes megabytes of lines.
             content = yaml.safe_dump(tree, default_flow_style=None, sort_keys=False, width=float("inf")).encode()
         elif path.suffix == ".pt":
-            content = _torch_bytes(tree)
+            content = torch_bytes(tree)
         else:
             content = json.dumps(tree).encode()
     try:
@@ -142,6 +142,10 @@ def _record(files: Sequence[Path], where: Path, num_experts: int | None) -> Reco
         raise PlacementError(f"{where}: SGLang's {sglang[0][0]} and vLLM's {vllm[0][0]} together: give one engine's")
     if sglang:
         return sglang_record(sglang, num_experts)
+    if not vllm:
+        raise PlacementError(
+            f"{where}: responses without routed experts: start vLLM with --enable-return-routed-experts"
+        )
     return vllm_record(vllm, num_experts)
 
 
@@ -149,7 +153,7 @@ def _tensorrt(path: Path) -> Recorded:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    meta = _json(path / "meta_info.json")
+    meta = json_file(path / "meta_info.json")
     if not isinstance(meta, Mapping):
         raise PlacementError(f"{path / 'meta_info.json'}: expected num_experts and num_experts_per_token")
     ranks = []
@@ -164,22 +168,22 @@ def _tensorrt(path: Path) -> Recorded:
 
 def _open(file: Path) -> Any:
     """What the file holds: statistics, an array, a mapping of a record, or JSON values."""
-    head = _head(file)
+    head = head_of(file)
     if head.startswith(b"\x93NUMPY"):
-        return _numpy(file, np.load)
-    if head.startswith(b"PK"):
+        return numpy_file(file, np.load)
+    if head.startswith(b"PK\x03\x04"):
         try:
             names = zipfile.ZipFile(file).namelist()
         except (zipfile.BadZipFile, OSError) as e:
             raise PlacementError(f"{file}: a damaged zip archive (.pt or .npz): {e}") from None
         if any(name.endswith("data.pkl") for name in names):
-            return _torch(file)
+            return torch_file(file)
         if "load.npy" in names:
             return RoutingStatistics.load_file(file)
-        arrays = _numpy(file, lambda f, allow_pickle: dict(np.load(f, allow_pickle=allow_pickle)))
+        arrays = numpy_file(file, lambda f, allow_pickle: dict(np.load(f, allow_pickle=allow_pickle)))
         return [{"routed_experts": a} for a in arrays.values()]
     if head[:1] in (b"{", b"["):
-        return _json_values(file)
+        return json_values(file)
     found = "an empty file" if not head else f"content that starts with {head[:8]!r}"
     raise PlacementError(f"{file}: {found}; allowed are {ALLOWED}")
 
@@ -210,97 +214,3 @@ def _array(value: Any, where: str) -> Any:
         return np.load(io.BytesIO(base64.b64decode(value, validate=True)), allow_pickle=False)
     except (binascii.Error, ValueError, EOFError, OSError) as e:
         raise PlacementError(f"{where}: expected base64 of a .npy file: {e}") from None
-
-
-def _head(file: Path) -> bytes:
-    try:
-        with open(file, "rb") as f:
-            return f.read(64).lstrip()
-    except OSError as e:
-        raise PlacementError(f"{file}: {e}") from None
-
-
-def _numpy(file: Path, load: Callable[..., Any]) -> Any:
-    try:
-        return load(file, allow_pickle=False)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
-        raise PlacementError(f"{file}: a damaged NumPy file: {e}") from None
-
-
-def _torch(file: Path) -> Any:
-    import pickle
-
-    import torch
-
-    try:
-        # Records hold tensors of the GPUs that wrote them.
-        tree = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
-        raise PlacementError(f"{file}: torch cannot load it as plain tensors: {str(e).splitlines()[0]}") from None
-    return _plain(tree)
-
-
-def _plain(value: Any) -> Any:
-    """Tensors as arrays, containers kept."""
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return value.numpy() if value.dtype is not torch.bfloat16 else value.float().numpy()
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list) and value and isinstance(value[0], (torch.Tensor, Mapping)):
-        return [_plain(v) for v in value]
-    return value
-
-
-def _torch_bytes(tree: Mapping[str, Any]) -> bytes:
-    import torch
-
-    out = io.BytesIO()
-    torch.save({k: torch.tensor(v) for k, v in tree.items()}, out)
-    return out.getvalue()
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise PlacementError(f"{file}: {e}") from None
-
-
-def _json(file: Path) -> Any:
-    try:
-        return json.loads(_text(file))
-    except ValueError as e:
-        raise PlacementError(f"{file}: not JSON: {e}") from None
-
-
-def _json_values(file: Path) -> Any:
-    """One JSON document, or one a line."""
-    text = _text(file)
-    try:
-        return json.loads(text)
-    except ValueError as whole:
-        lines = [line for line in text.splitlines() if line.strip()]
-        if len(lines) < 2 or not lines[0].rstrip().endswith("}"):
-            raise PlacementError(f"{file}: not JSON: {whole}") from None
-    values = []
-    for number, line in enumerate(lines, 1):
-        try:
-            values.append(json.loads(line))
-        except ValueError as e:
-            raise PlacementError(f"{file}, line {number}: not JSON: {e}") from None
-    return values
-
-
-def _yaml(file: Path) -> Any:
-    """YAML or JSON, which is most of YAML and read faster."""
-    text = _text(file)
-    if text.lstrip()[:1] == "{" and '"' in text:
-        return _json(file)
-    import yaml
-
-    try:
-        return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError as e:
-        raise PlacementError(f"{file}: not YAML: {e}") from None

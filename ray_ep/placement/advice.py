@@ -127,9 +127,9 @@ def advice(
     others = [name for name in judged if name != now]
     lines += [_sentence(name, judged[now], judged[name], expert_bytes) for name in others]
     if statistics.sample is None or not statistics.sample.shape[1]:
-        lines.append(
-            "Remote nodes are unknown: the record has counts only (SGLang: record per_token; vLLM: any output)."
-        )
+        lines.append("Remote nodes are unknown: only counts were recorded (SGLang: record in mode per_token).")
+    if any(o.replica_slots for o in judged.values()):
+        lines.append("Assumed: a token goes to the nearest replica. An engine that picks any gains less on the links.")
     lines.append(_verdict(now, judged))
     return "\n".join(lines)
 
@@ -152,28 +152,30 @@ def _sentence(name: str, now: Outlook, new: Outlook, expert_bytes: int | None) -
 
 
 def _verdict(now: str, judged: Mapping[str, Outlook]) -> str:
-    """The best of the other placements, if it gains enough."""
-    gains = {name: _gain(judged[now], o) for name, o in judged.items() if name != now}
-    best = max(gains, key=lambda name: gains[name], default=now)
-    if best == now or gains[best] < WORTH:
-        bound = f"{max(gains.values(), default=0.0):.0%}"
+    """Change, stay, or the trade in between: which of compute and links bounds a step is not known here."""
+    gains = {name: _gains(judged[now], o) for name, o in judged.items() if name != now}
+    clear = [name for name, g in gains.items() if max(g) >= WORTH and min(g) >= -WORTH]
+    if clear:
+        best = max(clear, key=lambda name: max(gains[name]))
         return (
-            f"Stay with {now}: no other placement gains more than {bound}, less than drift may take back ({WORTH:.0%})."
+            f"Rebalancing would help: {best} gains up to {max(gains[best]):.0%} where compute or slow links bound the step; "
+            "that is a bound: measure throughput, every stall in it, against the placement of now before you keep it."
         )
-    return (
-        f"Rebalancing would help: {best} gains up to {gains[best]:.0%} where expert compute or slow links bound the step. "
-        "That is a bound: measure throughput, every stall in it, against the placement of now before you keep it."
-    )
+    mixed = [name for name, g in gains.items() if max(g) >= WORTH]
+    if mixed:
+        best = max(mixed, key=lambda name: sum(gains[name]))
+        compute, links = gains[best]
+        better, worse = ("expert compute", "slow links") if compute > links else ("slow links", "expert compute")
+        return f"Stay with {now} unless its steps wait for {better}: {best} is better there, but worse for {worse}."
+    return f"Stay with {now}: nothing here gains {WORTH:.0%} or more, and less than that drift may take back."
 
 
-def _gain(now: Outlook, new: Outlook) -> float:
-    """Share saved; negative where compute or links get worse. Which of the two is the slower is not known here, so
-    the better one counts only as far as the other does not lose."""
-    compute = 1 - _ratio(now.balancedness, new.balancedness)
-    if now.remote_nodes is None or new.remote_nodes is None:
-        return compute
-    links = 1 - _ratio(new.remote_nodes, now.remote_nodes)
-    return max(compute, links) if min(compute, links) >= -WORTH else min(compute, links)
+def _gains(now: Outlook, new: Outlook) -> tuple[float, float]:
+    """Shares of expert compute and of slow-link traffic that are saved; negative where there is more."""
+    links = 0.0
+    if now.remote_nodes is not None and new.remote_nodes is not None:
+        links = 1 - _ratio(new.remote_nodes, now.remote_nodes)
+    return 1 - _ratio(now.balancedness, new.balancedness), links
 
 
 def _ratio(a: float, b: float) -> float:

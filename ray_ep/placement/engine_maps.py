@@ -12,7 +12,8 @@ Sources of the formats (commits of public repositories, read in 2026):
 - TensorRT-LLM, tensorrt_llm/llmapi/llm_args.py (MoeLoadBalancerConfig) and examples/ep_load_balancer/
   generate_eplb_config.py @ 195a8bd: YAML with num_slots = X, initial_global_assignments {layer number: [X]} and
   layer_updates_per_iter (0: fixed).
-- vllm-ascend, vllm_ascend/eplb/core/eplb_utils.py @ 695bb39: `additional_config` eplb_config.expert_map_path, JSON by device.
+- vllm-ascend, vllm_ascend/eplb/core/eplb_utils.py @ 695bb39: `additional_config`
+  eplb_config.expert_map_path, JSON by layer and device.
 - vLLM itself, vllm/config/parallel.py EPLBConfig @ 00193b8: no setting names a map.
 """
 
@@ -165,9 +166,9 @@ def _read_flat(tree: Mapping[str, Any], where: str, layer_ids: Sequence[int] | N
         by_number: dict[int, Any] = dict(enumerate(rows))
     else:
         key = "initial_global_assignments"
-        if not isinstance(tree[key], Mapping) or not all(isinstance(n, int) for n in tree[key]):
+        if not isinstance(tree[key], Mapping) or not all(str(n).isdigit() for n in tree[key]):
             raise PlacementError(f"{where}: {key}: expected a list of experts under each layer number")
-        by_number = dict(tree[key])
+        by_number = {int(n): row for n, row in tree[key].items()}  # JSON makes numbers of keys into text
     flat = _ints(f"{where}: {key}", _pick(by_number, where, layer_ids), 2)
     if tree.get("num_slots", flat.shape[1]) != flat.shape[1]:
         raise PlacementError(f"{where}: num_slots is {tree['num_slots']}, but a layer lists {flat.shape[1]} slots")

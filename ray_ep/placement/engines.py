@@ -144,9 +144,8 @@ def tensorrt_record(where: str, meta: Mapping[str, Any], ranks: Sequence[tuple[s
 
 def _sglang_counts(name: str, tree: Mapping[str, Any]) -> npt.NDArray[np.int64]:
     """[L, E] logical_count summed over passes."""
-    dims = np.ndim(tree["logical_count"])
-    counts = _counts(f"{name}: logical_count", tree["logical_count"], 3 if dims == 3 else 2)
-    return counts.sum(0) if dims == 3 else counts
+    counts = _counts(f"{name}: logical_count", tree["logical_count"], 2, 3)
+    return counts.sum(0) if counts.ndim == 3 else counts
 
 
 def _logical(
@@ -243,22 +242,23 @@ def _dense_note(layers: int, used: int) -> tuple[str, ...]:
     return () if used == layers else (f"{layers - used} of {layers} layers routed no token (dense) and are left out",)
 
 
-def _integers(what: str, value: Any, dims: int) -> npt.NDArray[np.int64]:
-    """The value as integers with `dims` dimensions; PlacementError otherwise."""
+def _integers(what: str, value: Any, *dims: int) -> npt.NDArray[np.int64]:
+    """The value as integers with a number of dimensions that `dims` names; PlacementError otherwise."""
     try:
         array = np.asarray(value)
     except ValueError as e:
         raise PlacementError(f"{what}: {e}") from None
-    if array.ndim != dims or array.dtype.kind not in "iu":
+    if array.ndim not in dims or array.dtype.kind not in "iu":
+        allowed = " or ".join(map(str, dims))
         raise PlacementError(
-            f"{what} has shape {array.shape} and type {array.dtype}: expected integers in {dims} dimensions"
+            f"{what} has shape {array.shape} and type {array.dtype}: expected integers in {allowed} dimensions"
         )
     return array.astype(np.int64)
 
 
-def _counts(what: str, value: Any, dims: int) -> npt.NDArray[np.int64]:
+def _counts(what: str, value: Any, *dims: int) -> npt.NDArray[np.int64]:
     """The value as counts, none negative; PlacementError otherwise."""
-    counts = _integers(what, value, dims)
+    counts = _integers(what, value, *dims)
     if counts.min(initial=0) < 0:
         raise PlacementError(f"{what} has a negative count, {counts.min()}")
     return counts
