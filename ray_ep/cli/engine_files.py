@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,22 +26,20 @@ def numpy_file(file: Path, load: Callable[..., Any]) -> Any:
     """What `load` makes of the file, pickles refused."""
     try:
         return load(file, allow_pickle=False)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as e:
-        raise PlacementError(f"{file}: a damaged NumPy file: {e}") from None
+    except Exception as e:  # on damaged bytes NumPy raises SyntaxError, TokenError, zlib.error, MemoryError and more
+        raise PlacementError(f"{file}: a damaged NumPy file: {_first_line(e)}") from None
 
 
 def torch_file(file: Path) -> Any:
     """What torch.save wrote, tensors as arrays; only tensors and plain containers are loaded."""
-    import pickle
-
     import torch
 
     try:
         # Records hold tensors of the GPUs that wrote them.
         tree = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as e:
-        raise PlacementError(f"{file}: torch cannot load it as plain tensors: {str(e).splitlines()[0]}") from None
-    return _plain(tree)
+        return _plain(tree)
+    except Exception as e:  # a damaged pickle can raise what any of its instructions raises
+        raise PlacementError(f"{file}: torch cannot load it as plain tensors: {_first_line(e)}") from None
 
 
 def _plain(value: Any) -> Any:
@@ -56,6 +53,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list) and value and isinstance(value[0], (torch.Tensor, Mapping)):
         return [_plain(v) for v in value]
     return value
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def torch_bytes(tree: Mapping[str, Any]) -> bytes:

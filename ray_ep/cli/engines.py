@@ -14,6 +14,7 @@ import os
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,10 @@ def read_placement(path: str | Path, ranks: int | None = None, layer_ids: Sequen
     if not isinstance(tree, Mapping):
         raise PlacementError(f"{path}: holds a {type(tree).__name__}: expected a placement as a JSON or YAML mapping")
     if "slots" in tree:
-        return Placement.load(path)
+        try:
+            return Placement.from_json(json.dumps(tree, default=str))
+        except PlacementError as e:
+            raise PlacementError(f"{path}: {e}") from None
     return from_document(tree, str(path), ranks, layer_ids)
 
 
@@ -178,14 +182,22 @@ def _open(file: Path) -> Any:
             raise PlacementError(f"{file}: a damaged zip archive (.pt or .npz): {e}") from None
         if any(name.endswith("data.pkl") for name in names):
             return torch_file(file)
-        if "load.npy" in names:
-            return RoutingStatistics.load_file(file)
         arrays = numpy_file(file, lambda f, allow_pickle: dict(np.load(f, allow_pickle=allow_pickle)))
+        if "load" in arrays:
+            return _own(file, arrays)
         return [{"routed_experts": a} for a in arrays.values()]
     if head[:1] in (b"{", b"["):
         return json_values(file)
     found = "an empty file" if not head else f"content that starts with {head[:8]!r}"
     raise PlacementError(f"{file}: {found}; allowed are {ALLOWED}")
+
+
+def _own(file: Path, arrays: Mapping[str, Any]) -> RoutingStatistics:
+    """What RoutingStatistics.save wrote."""
+    try:
+        return RoutingStatistics(**{f.name: arrays[f.name] for f in fields(RoutingStatistics) if f.name in arrays})
+    except (TypeError, PlacementError) as e:
+        raise PlacementError(f"{file}: {e}") from None
 
 
 def _routed(tree: Any, where: str) -> Iterator[tuple[str, Any]]:

@@ -46,9 +46,18 @@ class Outlook:
 
 
 def outlook(
-    statistics: RoutingStatistics, placement: Placement, node_of: Sequence[int], current: Placement | None = None
+    statistics: RoutingStatistics,
+    placement: Placement,
+    node_of: Sequence[int] | Ints,
+    current: Placement | None = None,
+    nearest: bool = True,
 ) -> Outlook:
     """Judge one placement; tokens start evenly on all ranks and go to the nearest replica, split by `shares`.
+
+    Args:
+        node_of: [R] node of each rank.
+        current: what runs now, to count what moves; None: nothing does.
+        nearest: False: any replica serves, by `shares`, as in vLLM and in SGLang's dynamic dispatch.
 
     Raises:
         PlacementError: statistics of another model, or node_of of another number of ranks.
@@ -65,12 +74,13 @@ def outlook(
     nodes = np.unique(nodes, return_inverse=True)[1]
     member = (nodes[:, None] == np.arange(nodes.max(initial=0) + 1)).astype(np.float64)  # [R, J]
     share = _shares(placement)  # [L, E, R]
-    load = np.stack([_rank_load(statistics.load[n], share[n], member) for n in range(layers)])
+    taken = [_nearest(share[n], member) if nearest else share[n] for n in range(layers)]
+    load = np.stack([statistics.load[n] @ taken[n] for n in range(layers)])
     filled = (placement.slots >= 0).sum((0, 2))  # [R]
     return Outlook(
         _balancedness(load),
         _balancedness(load @ member),
-        _remote_nodes(statistics.sample, share, nodes, member),
+        _remote_nodes(statistics.sample, share, nodes, member, nearest),
         int(filled.sum()) - layers * experts,
         int(filled.max()) - layers * experts // placement.num_ranks,
         0 if current is None else moved_slots(current, placement),
@@ -86,9 +96,10 @@ def moved_slots(old: Placement, new: Placement) -> int:
 def advice(
     statistics: RoutingStatistics,
     placements: Mapping[str, Placement],
-    node_of: Sequence[int] | None = None,
+    node_of: Sequence[int] | Ints | None = None,
     expert_bytes: int | None = None,
     current: str | None = None,
+    nearest: bool = True,
 ) -> str:
     """A table of the placements and, in words, whether to change to one of them and what that costs.
 
@@ -97,6 +108,7 @@ def advice(
         node_of: [R] node of each rank; None: all on one.
         expert_bytes: bytes of one expert's weights in one layer; None: costs are given in slots.
         current: the name of what runs now; None: the first.
+        nearest: whether the engine sends a token to the nearest replica, or (False) to any, as `outlook` says.
 
     Raises:
         PlacementError: no placements, a name that is not there, placements or nodes that do not fit the statistics.
@@ -107,7 +119,7 @@ def advice(
     if now not in placements:
         raise PlacementError(f"advice: current is {now!r}: allowed are {', '.join(placements)}")
     judged = {
-        name: outlook(statistics, p, [0] * p.num_ranks if node_of is None else node_of, placements[now])
+        name: outlook(statistics, p, [0] * p.num_ranks if node_of is None else node_of, placements[now], nearest)
         for name, p in placements.items()
     }
     lines = [_row("placement", "balance", "nodes'", "remote nodes", "replica slots", "moved slots")]
@@ -129,7 +141,7 @@ def advice(
     if statistics.sample is None or not statistics.sample.shape[1]:
         lines.append("Remote nodes are unknown: only counts were recorded (SGLang: record in mode per_token).")
     if any(o.replica_slots for o in judged.values()):
-        lines.append("Assumed: a token goes to the nearest replica. An engine that picks any gains less on the links.")
+        lines.append(f"Assumed: a token goes to {'its nearest replica' if nearest else 'any replica, near or far'}.")
     lines.append(_verdict(now, judged))
     return "\n".join(lines)
 
@@ -158,8 +170,8 @@ def _verdict(now: str, judged: Mapping[str, Outlook]) -> str:
     if clear:
         best = max(clear, key=lambda name: max(gains[name]))
         return (
-            f"Rebalancing would help: {best} gains up to {max(gains[best]):.0%} where compute or slow links bound the step; "
-            "that is a bound: measure throughput, every stall in it, against the placement of now before you keep it."
+            f"Rebalancing would help: {best} saves up to {max(gains[best]):.0%} if compute or slow links bound a step; "
+            "that is a bound: measure throughput, every stall in it, against what runs now before you keep it."
         )
     mixed = [name for name, g in gains.items() if max(g) >= WORTH]
     if mixed:
@@ -204,16 +216,16 @@ def _shares(placement: Placement) -> Floats:
     return np.asarray(out / out.sum(2, keepdims=True))
 
 
-def _rank_load(load: Ints, share: Floats, member: Floats) -> Floats:
-    """[R] expected tokens: a source rank that holds the expert keeps them, else its node's replicas, else all."""
+def _nearest(share: Floats, member: Floats) -> Floats:
+    """[E, R] part of an expert's tokens that each rank takes: a source rank that holds the expert keeps its own, else
+    the replicas of its node take them, else all replicas."""
     holds = share > 0  # [E, R]
     near = share @ member  # [E, J] share of a node's replicas
     has = near > 0
     lacking = (~holds).astype(np.float64) @ member  # [E, J] source ranks of a node without the expert
     inside = np.divide(lacking, near, out=np.zeros_like(near), where=has)  # per unit of share
     outside = (lacking * ~has).sum(1)  # [E] source ranks on nodes without the expert
-    taken = holds + share * (inside @ member.T + outside[:, None])  # [E, R] source ranks served
-    return np.asarray(load @ taken / holds.shape[1])
+    return np.asarray((holds + share * (inside @ member.T + outside[:, None])) / holds.shape[1])
 
 
 def _balancedness(load: Floats) -> float:
@@ -221,7 +233,9 @@ def _balancedness(load: Floats) -> float:
     return float(np.where(top > 0, load.mean(1) / np.maximum(top, 1e-30), 1.0).mean()) if len(load) else 1.0
 
 
-def _remote_nodes(sample: npt.NDArray[np.int32] | None, share: Floats, nodes: Ints, member: Floats) -> float | None:
+def _remote_nodes(
+    sample: npt.NDArray[np.int32] | None, share: Floats, nodes: Ints, member: Floats, nearest: bool
+) -> float | None:
     """Mean over layers and sampled tokens of the distinct other nodes that serve a token."""
     if sample is None or not sample.shape[1]:
         return None
@@ -229,8 +243,9 @@ def _remote_nodes(sample: npt.NDArray[np.int32] | None, share: Floats, nodes: In
     visits = []
     for layer, tokens in enumerate(sample[:, :TOKENS]):
         source = nodes[rng.integers(0, len(nodes), len(tokens))]  # [N]
-        far = np.cumsum(share[layer] @ member, 1)  # [E, J]
-        local = (share[layer] @ member)[tokens, source[:, None]] > 0  # [N, K]
+        near = share[layer] @ member  # [E, J] share of a node's replicas
+        far = np.cumsum(near, 1)
+        local = (near[tokens, source[:, None]] > 0) & nearest  # [N, K]
         drawn = (rng.random(tokens.shape)[:, :, None] >= far[tokens]).sum(2)  # [N, K] a node by share
         goes = np.where(local, source[:, None], np.minimum(drawn, member.shape[1] - 1))
         seen = np.zeros((len(tokens), member.shape[1]), bool)

@@ -29,6 +29,9 @@ Source = tuple[str, Mapping[str, Any]]
 SAMPLE = 8192
 """Tokens kept in `RoutingStatistics.sample`."""
 
+MOST_EXPERTS = 4096
+"""Ids from here on are taken for damage: pair counts of more experts would fill the memory."""
+
 CHUNK = 1 << 15
 """Tokens whose pairs are counted at once: bounds the memory at CHUNK * K * K indices."""
 
@@ -76,6 +79,10 @@ def sglang_record(dumps: Sequence[Source], num_experts: int | None = None) -> Re
             )
     maps = [_integers(f"{n}: last_physical_to_logical_map", t["last_physical_to_logical_map"], 2) for n, t in dumps]
     _same_shapes("sglang", [n for n, _ in dumps], maps)
+    for (name, _), to_logical in zip(dumps, maps, strict=True):
+        top = num_experts or min(to_logical.shape[1], MOST_EXPERTS)  # every expert has a slot
+        if to_logical.min(initial=0) < 0 or to_logical.max(initial=-1) >= top:
+            raise PlacementError(f"{name}: last_physical_to_logical_map names experts outside 0 to {top - 1}")
     experts = num_experts or int(max(m.max(initial=-1) for m in maps)) + 1
     load = np.zeros((len(maps[0]), experts), np.int64)
     tokens: list[Array] = []
@@ -111,7 +118,7 @@ def vllm_record(outputs: Sequence[tuple[str, Array]], num_experts: int | None = 
                 f"{name}: routed experts of {a.shape[1]} layers and top {a.shape[2]}, but {outputs[0][0]} has "
                 f"{arrays[0].shape[1]} and {arrays[0].shape[2]}: outputs of one model are expected"
             )
-    experts = num_experts or int(max((a.max(initial=-1) for a in arrays), default=-1)) + 1
+    experts = num_experts or min(int(max(a.max(initial=-1) for a in arrays)) + 1, MOST_EXPERTS)
     return _from_tokens("vllm", outputs[0][0], arrays, experts)
 
 
@@ -122,8 +129,8 @@ def tensorrt_record(where: str, meta: Mapping[str, Any], ranks: Sequence[tuple[s
         PlacementError: naming the file, what was found and what is allowed.
     """
     experts = meta.get("num_experts")
-    if not isinstance(experts, int) or experts < 1:
-        raise PlacementError(f"{where}: meta_info.json has num_experts {experts!r}: expected a positive number")
+    if not isinstance(experts, int) or not 1 <= experts <= MOST_EXPERTS:
+        raise PlacementError(f"{where}: meta_info.json has num_experts {experts!r}: expected 1 to {MOST_EXPERTS}")
     total: dict[int, npt.NDArray[np.int64]] = {}
     for name, arrays in ranks:
         for key, value in arrays.items():
@@ -160,8 +167,6 @@ def _logical(
             f"{where}: global_physical_count has shape {physical.shape}, last_physical_to_logical_map "
             f"{to_logical.shape}: they must agree"
         )
-    if to_logical.min(initial=0) < 0 or to_logical.max(initial=-1) >= experts:
-        raise PlacementError(f"{where}: last_physical_to_logical_map names experts outside 0 to {experts - 1}")
     out = np.zeros((len(physical), experts), np.int64)
     np.add.at(out, (np.arange(len(physical))[:, None], to_logical), physical)
     return out
@@ -194,9 +199,10 @@ def _from_load(engine: str, where: str, load: npt.NDArray[np.int64], num_experts
 
 def _from_tokens(engine: str, where: str, arrays: Sequence[Array], experts: int) -> Recorded:
     """Expert sets of tokens [T, L, K] -> loads, pairs, transitions and a sample, of the tokens that are whole."""
+    top = max(int(a.max(initial=-1)) for a in arrays)
+    if top >= experts:
+        raise PlacementError(f"{where}: a token names expert {top}: allowed are 0 to {experts - 1}")
     tokens = np.concatenate([a.astype(np.int32) for a in arrays])
-    if tokens.max(initial=-1) >= experts:
-        raise PlacementError(f"{where}: a token names expert {tokens.max()}: the model has {experts}, from 0")
     # Nothing but -1 (SGLang) or nothing but 0 (vLLM) is what a dense layer's buffer holds.
     used = np.flatnonzero((tokens > 0).any((0, 2)))
     if not len(used):

@@ -1,6 +1,7 @@
 """Files of other engines, written here as those engines write them, opened by content; and the files that they open."""
 
 import base64
+import contextlib
 import io
 import json
 import re
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ray_ep.cli.engines import read_placement, read_record, read_statistics, write_placement
@@ -128,6 +131,15 @@ def test_written_files_are_what_the_engines_load(tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a.json", "m.json", "m.pt", "m.yaml", "own.json"]
 
 
+def test_from_a_record_to_the_engines_own_layer_numbers(tmp_path):
+    torch.save(stat_dump(), tmp_path / "r.pt")
+    got = read_record(tmp_path / "r.pt")
+    placed = random(2, 4, 2, 3, seed=2)
+    write_placement(placed, got.engine, tmp_path / "m.json", got.layer_ids, got.num_layers)
+    rows = json.loads((tmp_path / "m.json").read_text())["physical_to_logical_map"]
+    assert rows == [[0, 1, 2, 3, 0, 1], *placed.slots.reshape(2, 6).tolist()]
+
+
 FILES = {
     "empty.json": b"",
     "text.json": b"hello",
@@ -165,6 +177,55 @@ def test_a_malformed_file_is_named_with_what_is_wrong(name, tmp_path):
         read_record(tmp_path / name)
 
 
+KEYS = st.sampled_from(
+    ["logical_count", "records", "last_physical_to_logical_map", "global_physical_count", "topk_ids_of_layer",
+     "choices", "outputs", "routed_experts", "prompt_routed_experts", "slots", "num_experts", "physical_to_logical_map",
+     "initial_global_assignments", "num_slots", "layer_list", "device_list", "layer_id", "device_expert", "0"]
+)  # fmt: skip
+NUMBERS = st.lists(st.lists(st.integers(-1, 3), min_size=1, max_size=2), min_size=1, max_size=2)
+LEAVES = st.none() | st.booleans() | st.integers(-2, 4) | st.floats() | st.text(max_size=4) | NUMBERS
+TREES = st.recursive(LEAVES, lambda t: st.lists(t, max_size=3) | st.dictionaries(KEYS, t, max_size=4), max_leaves=12)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(KEYS, TREES, max_size=4) | st.lists(TREES, max_size=3))
+def test_no_json_ends_in_anything_but_a_result_or_bad_input(tmp_path_factory, tree):
+    file = tmp_path_factory.mktemp("x") / "x.json"
+    file.write_text(json.dumps(tree))
+    with contextlib.suppress(PlacementError):
+        read_record(file)
+    with contextlib.suppress(PlacementError):
+        read_placement(file, ranks=1)
+
+
+@pytest.mark.parametrize("name", ["a.pt", "b.npy", "c.npz", "rank0.safetensors"])
+def test_damaged_binary_files_end_in_a_result_or_bad_input(name, tmp_path):
+    if name == "a.pt":
+        torch.save(token_dump(0, [[0, 1]]), tmp_path / name)
+    elif name == "b.npy":
+        np.save(tmp_path / name, ROUTES)
+    elif name == "c.npz":
+        RoutingStatistics(np.array([[1, 2]])).save(tmp_path / name)
+    else:
+        (tmp_path / "meta_info.json").write_text('{"num_experts": 2}')
+        save_file({"1_0": torch.tensor([1, 2])}, tmp_path / name)
+    whole, rng = (tmp_path / name).read_bytes(), np.random.default_rng(0)
+    damaged = [whole[: len(whole) * n // 12] for n in range(12)]
+    for _ in range(60):
+        flipped = bytearray(whole)
+        flipped[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+        damaged.append(bytes(flipped))
+    refused = []
+    for content in damaged:
+        (tmp_path / name).write_bytes(content)
+        try:
+            read_record(tmp_path if name.startswith("rank") else tmp_path / name)
+        except PlacementError as e:
+            refused.append(str(e))
+    assert len(refused) >= 12  # every cut one
+    assert all(name in message for message in refused)
+
+
 def test_directories_that_are_no_record(tmp_path):
     with pytest.raises(PlacementError, match="gone: no such file"):
         read_record(tmp_path / "gone")
@@ -176,6 +237,9 @@ def test_directories_that_are_no_record(tmp_path):
         read_record(tmp_path)
     RoutingStatistics(np.array([[1, 2]])).save(tmp_path / "c.npz")
     with pytest.raises(PlacementError, match=r"c.npz: ray_ep's statistics among other files"):
+        read_record(tmp_path)
+    (tmp_path / "meta_info.json").write_text("[")
+    with pytest.raises(PlacementError, match=r"meta_info.json: not JSON"):
         read_record(tmp_path)
     (tmp_path / "meta_info.json").write_text("[]")
     with pytest.raises(PlacementError, match=r"meta_info.json: expected num_experts"):
@@ -204,8 +268,13 @@ def test_placements_that_cannot_be_written_or_read(tmp_path):
         ("d.json", '{"x": 1}', r"not a placement: its keys are \['x'\]"),
     ]:
         (tmp_path / name).write_text(text)
-        with pytest.raises(PlacementError, match=f"{says}"):
+        with pytest.raises(PlacementError, match=f"{re.escape(name)}.*{says}"):
             read_placement(tmp_path / name)
+    (tmp_path / "e.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(PlacementError, match=r"e\.json: 'utf-8' codec"):
+        read_placement(tmp_path / "e.json")
+    with pytest.raises(PlacementError, match=r"gone: .*No such file"):
+        read_placement(tmp_path / "gone")
 
 
 def test_reading_without_pt_files_loads_no_torch(tmp_path):

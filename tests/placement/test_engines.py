@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_ep.errors import PlacementError
@@ -83,6 +83,7 @@ def logits(tokens, layers, experts, k, seed):
     return np.argsort(np.random.default_rng(seed).random((tokens, layers, experts)), 2)[:, :, :k]
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 3), st.integers(2, 6), st.integers(0, 99))
 def test_counts_are_those_of_a_slow_count(tokens, layers, experts, seed):
     k = min(2, experts)
@@ -110,6 +111,12 @@ def broken(**change):
     return {**sglang_dump(PASSES, topk=True), **change}
 
 
+def broken_tokens(ids):
+    dump = sglang_dump(PASSES)
+    dump["records"][0]["topk_ids_of_layer"] = ids
+    return dump
+
+
 @pytest.mark.parametrize(
     ("read", "says"),
     [
@@ -132,11 +139,20 @@ def broken(**change):
             lambda: sglang_record([("a", broken(last_physical_to_logical_map=np.zeros((3, 5), int)))]),
             r"records\[0\]: global_physical_count has shape \(3, 4\).*\(3, 5\)",
         ),
+        (
+            lambda: sglang_record([("a", broken(last_physical_to_logical_map=np.full((3, 4), 9)))], 3),
+            r"a: last_physical_to_logical_map names experts outside 0 to 2",
+        ),
+        (
+            lambda: sglang_record([("a", broken_tokens(np.full((3, 1, 8), 4)))]),
+            r"records\[0\]: topk_ids_of_layer has shape \(3, 1, 8\) and ids up to 4: expected 3 layers and ids below 4",
+        ),
         (lambda: vllm_record([]), "--enable-return-routed-experts"),
         (lambda: vllm_record([("a", np.zeros((2, 2), int))]), r"a: routed experts has shape \(2, 2\).*3 dimensions"),
         (lambda: vllm_record([("a", np.zeros((4, 2, 2), int))]), "a: 4 tokens and no routing: every id is 0 or -1"),
+        (lambda: vllm_record([("a", np.full((4, 2, 2), 1 << 40))]), "expert 1099511627776: allowed are 0 to 4095"),
         (lambda: vllm_record([("a", np.full((4, 2, 2), 3))]), "a: none of 4 tokens has 2 different experts"),
-        (lambda: vllm_record([("a", logits(5, 2, 6, 2, 0))], 3), "a: a token names expert 5: the model has 3"),
+        (lambda: vllm_record([("a", logits(5, 2, 6, 2, 0))], 3), "a: a token names expert 5: allowed are 0 to 2"),
         (
             lambda: vllm_record([("a", logits(5, 2, 6, 2, 0)), ("b", logits(5, 3, 6, 2, 0))]),
             "b: routed experts of 3 layers and top 2, but a has 2 and 2",
@@ -163,6 +179,7 @@ def logical_to_physical(rows, experts):
     return [[[x for x, e in enumerate(row) if e == expert] for expert in range(experts)] for row in rows]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 3), st.integers(0, 2), st.integers(0, 9))
 def test_every_filled_placement_survives_each_format(layers, experts, ranks, spare, seed):
     slots = min(-(-experts // ranks) + spare, experts)
