@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import io
 import json
 import os
@@ -119,11 +120,13 @@ def write_placement(
             content = torch_bytes(tree)
         else:
             content = json.dumps(tree).encode()
+    partial = path.with_name(path.name + ".partial")
     try:
-        partial = path.with_name(path.name + ".partial")
         partial.write_bytes(content)
         os.replace(partial, path)  # a reader never sees half a map
     except OSError as e:
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise PlacementError(f"{path}: {e}") from None
 
 

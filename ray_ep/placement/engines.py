@@ -77,12 +77,13 @@ def sglang_record(dumps: Sequence[Source], num_experts: int | None = None) -> Re
                 "logical_count (modes stat, stat_approx), or records and last_physical_to_logical_map (modes per_pass, "
                 "per_token), the same in all files"
             )
-    maps = [_integers(f"{n}: last_physical_to_logical_map", t["last_physical_to_logical_map"], 2) for n, t in dumps]
+    key = "last_physical_to_logical_map"
+    maps = [_integers(f"{n}: {key}", t[key], 2).astype(np.int64) for n, t in dumps]
     _same_shapes("sglang", [n for n, _ in dumps], maps)
     for (name, _), to_logical in zip(dumps, maps, strict=True):
         top = num_experts or min(to_logical.shape[1], MOST_EXPERTS)  # every expert has a slot
         if to_logical.min(initial=0) < 0 or to_logical.max(initial=-1) >= top:
-            raise PlacementError(f"{name}: last_physical_to_logical_map names experts outside 0 to {top - 1}")
+            raise PlacementError(f"{name}: {key} names experts outside 0 to {top - 1}")
     experts = num_experts or int(max(m.max(initial=-1) for m in maps)) + 1
     load = np.zeros((len(maps[0]), experts), np.int64)
     tokens: list[Array] = []
@@ -118,7 +119,7 @@ def vllm_record(outputs: Sequence[tuple[str, Array]], num_experts: int | None = 
                 f"{name}: routed experts of {a.shape[1]} layers and top {a.shape[2]}, but {outputs[0][0]} has "
                 f"{arrays[0].shape[1]} and {arrays[0].shape[2]}: outputs of one model are expected"
             )
-    experts = num_experts or min(int(max(a.max(initial=-1) for a in arrays)) + 1, MOST_EXPERTS)
+    experts = num_experts or min(max(_top(a) for a in arrays) + 1, MOST_EXPERTS)
     return _from_tokens("vllm", outputs[0][0], arrays, experts)
 
 
@@ -175,9 +176,9 @@ def _logical(
 def _sglang_tokens(where: str, ids: Any, to_logical: npt.NDArray[np.int64]) -> Array:
     """[T, L, K] logical ids of one pass, -1 where unused."""
     physical = _integers(f"{where}: topk_ids_of_layer", ids, 3)
-    if len(physical) != len(to_logical) or physical.max(initial=-1) >= to_logical.shape[1]:
+    if len(physical) != len(to_logical) or _top(physical) >= to_logical.shape[1]:
         raise PlacementError(
-            f"{where}: topk_ids_of_layer has shape {physical.shape} and ids up to {physical.max(initial=-1)}: expected "
+            f"{where}: topk_ids_of_layer has shape {physical.shape} and ids up to {_top(physical)}: expected "
             f"{len(to_logical)} layers and ids below {to_logical.shape[1]}"
         )
     layers = np.arange(len(physical))[:, None, None]
@@ -199,10 +200,11 @@ def _from_load(engine: str, where: str, load: npt.NDArray[np.int64], num_experts
 
 def _from_tokens(engine: str, where: str, arrays: Sequence[Array], experts: int) -> Recorded:
     """Expert sets of tokens [T, L, K] -> loads, pairs, transitions and a sample, of the tokens that are whole."""
-    top = max(int(a.max(initial=-1)) for a in arrays)
+    top = max(_top(a) for a in arrays)
     if top >= experts:
         raise PlacementError(f"{where}: a token names expert {top}: allowed are 0 to {experts - 1}")
-    tokens = np.concatenate([a.astype(np.int32) for a in arrays])
+    small = np.int16 if experts <= np.iinfo(np.int16).max else np.int32  # a million tokens of 58 layers are 0.9 GB
+    tokens = np.concatenate([a.astype(small) for a in arrays])
     # Nothing but -1 (SGLang) or nothing but 0 (vLLM) is what a dense layer's buffer holds.
     used = np.flatnonzero((tokens > 0).any((0, 2)))
     if not len(used):
@@ -223,7 +225,7 @@ def _from_tokens(engine: str, where: str, arrays: Sequence[Array], experts: int)
     return Recorded(statistics, engine, tuple(int(i) for i in used), arrays[0].shape[1], notes)
 
 
-def _count(tokens: npt.NDArray[np.int32], experts: int) -> RoutingStatistics:
+def _count(tokens: Array, experts: int) -> RoutingStatistics:
     """Every count of whole tokens [T, L, K]; deterministic."""
     layers = tokens.shape[1]
     pairs = np.zeros((layers, experts, experts), np.int64)
@@ -237,7 +239,8 @@ def _count(tokens: npt.NDArray[np.int32], experts: int) -> RoutingStatistics:
                 follow[layer] += _bins(here + part[:, layer + 1, None, :], experts)
     load = np.diagonal(pairs, axis1=1, axis2=2).copy()
     keep = np.sort(np.random.default_rng(0).permutation(len(tokens))[:SAMPLE])
-    return RoutingStatistics(load, pairs, follow, np.ascontiguousarray(tokens[keep].transpose(1, 0, 2)))
+    sample = tokens[keep].transpose(1, 0, 2).astype(np.int32, order="C")
+    return RoutingStatistics(load, pairs, follow, sample)
 
 
 def _bins(index: npt.NDArray[np.int64], experts: int) -> npt.NDArray[np.int64]:
@@ -248,7 +251,7 @@ def _dense_note(layers: int, used: int) -> tuple[str, ...]:
     return () if used == layers else (f"{layers - used} of {layers} layers routed no token (dense) and are left out",)
 
 
-def _integers(what: str, value: Any, *dims: int) -> npt.NDArray[np.int64]:
+def _integers(what: str, value: Any, *dims: int) -> Array:
     """The value as integers with a number of dimensions that `dims` names; PlacementError otherwise."""
     try:
         array = np.asarray(value)
@@ -259,12 +262,17 @@ def _integers(what: str, value: Any, *dims: int) -> npt.NDArray[np.int64]:
         raise PlacementError(
             f"{what} has shape {array.shape} and type {array.dtype}: expected integers in {allowed} dimensions"
         )
-    return array.astype(np.int64)
+    return array
+
+
+def _top(array: Array) -> int:
+    """The highest id, -1 where there is none."""
+    return int(array.max()) if array.size else -1
 
 
 def _counts(what: str, value: Any, *dims: int) -> npt.NDArray[np.int64]:
     """The value as counts, none negative; PlacementError otherwise."""
-    counts = _integers(what, value, *dims)
+    counts = _integers(what, value, *dims).astype(np.int64)
     if counts.min(initial=0) < 0:
         raise PlacementError(f"{what} has a negative count, {counts.min()}")
     return counts

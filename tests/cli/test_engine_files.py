@@ -260,7 +260,10 @@ def test_placements_that_cannot_be_written_or_read(tmp_path):
         write_placement(p, "x", tmp_path / "m")
     with pytest.raises(PlacementError, match="No such file"):
         write_placement(p, "ray_ep", tmp_path / "no" / "m")
-    assert not list(tmp_path.iterdir())
+    (tmp_path / "dir").mkdir()
+    with pytest.raises(PlacementError, match="dir: "):
+        write_placement(p, "ray_ep", tmp_path / "dir")
+    assert [f.name for f in tmp_path.iterdir()] == ["dir"]
     for name, text, says in [
         ("a.yaml", "a: [1", "neither JSON nor YAML"),
         ("b.yaml", "- 1", "holds a list: expected a placement"),

@@ -33,10 +33,10 @@ def test_load_is_what_the_routes_of_the_placement_give(layers, experts, ranks, s
     p = random(layers, experts, ranks, min(experts, -(-experts // ranks) + 1), seed=seed)
     ranked = p.rank_load(s.load.astype(float), nodes)
     got = outlook(s, p, list(nodes))
-    # Routes split far tokens in 1/32 steps of a source rank's tokens of an expert: that is the whole difference.
-    assert got.balancedness == pytest.approx((ranked.mean(1) / ranked.max(1)).mean(), abs=0.04)
+    # Routes split far tokens in steps of 1/32; where shares are even that evens out over the sources.
+    assert got.balancedness == pytest.approx((ranked.mean(1) / ranked.max(1)).mean(), abs=0.01)
     node = np.stack([ranked[:, nodes == n].sum(1) for n in range(nodes.max() + 1)], 1)
-    assert got.node_balancedness == pytest.approx((node.mean(1) / node.max(1)).mean(), abs=0.04)
+    assert got.node_balancedness == pytest.approx((node.mean(1) / node.max(1)).mean(), abs=0.01)
 
 
 @settings(max_examples=30, deadline=None)
