@@ -1,0 +1,115 @@
+"""Opens files that other programs wrote, by format; every failure names the file. torch is imported only for .pt."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ray_ep.errors import PlacementError
+
+
+def head_of(file: Path) -> bytes:
+    """The first bytes, blanks before them left out."""
+    try:
+        with open(file, "rb") as f:
+            return f.read(64).lstrip()
+    except OSError as e:
+        raise PlacementError(f"{file}: {e}") from None
+
+
+def numpy_file(file: Path, load: Callable[..., Any]) -> Any:
+    """What `load` makes of the file, pickles refused."""
+    try:
+        return load(file, allow_pickle=False)
+    except Exception as e:  # on damaged bytes NumPy raises SyntaxError, TokenError, zlib.error, MemoryError and more
+        raise PlacementError(f"{file}: a damaged NumPy file: {_first_line(e)}") from None
+
+
+def torch_file(file: Path) -> Any:
+    """What torch.save wrote, tensors as arrays; only tensors and plain containers are loaded."""
+    import torch
+
+    try:
+        # Records hold tensors of the GPUs that wrote them.
+        tree = torch.load(file, map_location="cpu", weights_only=True)
+        return _plain(tree)
+    except Exception as e:  # a damaged pickle can raise what any of its instructions raises
+        raise PlacementError(f"{file}: torch cannot load it as plain tensors: {_first_line(e)}") from None
+
+
+def _plain(value: Any) -> Any:
+    """Tensors as arrays, containers kept."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.numpy() if value.dtype is not torch.bfloat16 else value.float().numpy()
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list) and value and isinstance(value[0], (torch.Tensor, Mapping)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def torch_bytes(tree: Mapping[str, Any]) -> bytes:
+    """The values as tensors, as torch.save writes them."""
+    import torch
+
+    out = io.BytesIO()
+    torch.save({k: torch.tensor(v) for k, v in tree.items()}, out)
+    return out.getvalue()
+
+
+def text_of(file: Path) -> str:
+    """The whole file as UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise PlacementError(f"{file}: {e}") from None
+
+
+def json_file(file: Path) -> Any:
+    """One JSON document."""
+    try:
+        return json.loads(text_of(file))
+    except ValueError as e:
+        raise PlacementError(f"{file}: not JSON: {e}") from None
+
+
+def json_values(file: Path) -> Any:
+    """One JSON document, or one a line."""
+    text = text_of(file)
+    try:
+        return json.loads(text)
+    except ValueError as whole:
+        lines = [line for line in text.splitlines() if line.strip()]
+        if len(lines) < 2 or not lines[0].rstrip().endswith("}"):
+            raise PlacementError(f"{file}: not JSON: {whole}") from None
+    values = []
+    for number, line in enumerate(lines, 1):
+        try:
+            values.append(json.loads(line))
+        except ValueError as e:
+            raise PlacementError(f"{file}, line {number}: not JSON: {e}") from None
+    return values
+
+
+def yaml_file(file: Path) -> Any:
+    """A YAML document, or JSON, which is read faster."""
+    text = text_of(file)
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass
+    try:
+        return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError as e:
+        raise PlacementError(f"{file}: neither JSON nor YAML: {e}") from None
