@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ray_ep.placement.step_flows import compiled, flows, nearest, rank_seconds, single_rank
+from ray_ep.placement.step_flows import compiled, flows, inlined, nearest, rank_seconds, single_rank
 
 SHORTLIST = 4
 """Receivers that are looked at for a new guest before all others: those with most room."""
 
-ROUNDS = 10
+ROUNDS = 6
 """Most levels that are tried for one plan."""
 
 GUEST_WEIGHT = 0.01
@@ -78,7 +78,7 @@ def even_level(seconds: Any, per_pair: Any, near: Any) -> float:
     return level
 
 
-@compiled
+@inlined
 def _kinds(counts: Any, rows: Any, e: int, a: int, b: int, most: int) -> tuple[int, int, int]:
     """Pairs of expert e on rank a that come from b, from others, from a itself (`flows` order); `most` in all."""
     q = rows[a, e]
@@ -89,7 +89,7 @@ def _kinds(counts: Any, rows: Any, e: int, a: int, b: int, most: int) -> tuple[i
     return home, others, min(own, most - home - others)
 
 
-@compiled
+@inlined
 def _portion(giver: Any, taker: Any, kinds: Any, travel: float, level: float, least: int) -> tuple[int, float, float]:
     """How many pairs to move so that the giver comes down to `level` and the taker stays under it.
 
@@ -120,7 +120,7 @@ def _portion(giver: Any, taker: Any, kinds: Any, travel: float, level: float, le
     return x, a, b
 
 
-@compiled
+@inlined
 def _try(best: Move, state: State, counts: Any, rules: Rules, level: float, way: Any) -> Move:
     """The better of `best` and the move `way` = (expert, from, to, rank that sends the weights or -1)."""
     e, a, b, h = way
@@ -140,7 +140,7 @@ def _try(best: Move, state: State, counts: Any, rules: Rules, level: float, way:
     return best
 
 
-@compiled
+@inlined
 def _to_holders(a: int, state: State, made: int, counts: Any, rules: Rules, level: float) -> Move:
     """The best move from rank a to a replica or to a guest made before: no weights travel."""
     best = Move(0.0, -1, -1, -1, 0, 0.0, 0.0)
@@ -159,7 +159,7 @@ def _to_holders(a: int, state: State, made: int, counts: Any, rules: Rules, leve
     return best
 
 
-@compiled
+@inlined
 def _sender(e: int, b: int, rules: Rules, far: bool) -> int:
     """The rank that sends expert e's weights to b: the cheapest that holds them, the owner among equals; -1: none.
 
@@ -174,7 +174,7 @@ def _sender(e: int, b: int, rules: Rules, far: bool) -> int:
     return best
 
 
-@compiled
+@inlined
 def _roomiest(a: int, state: State, rules: Rules, level: float, out: Any) -> int:
     """Fill `out` with the ranks that may take a guest from a's load, most room in pairs first; returns how many."""
     found, size = 0, len(out)
@@ -193,7 +193,7 @@ def _roomiest(a: int, state: State, rules: Rules, level: float, out: Any) -> int
     return found
 
 
-@compiled
+@inlined
 def _to_guest(a: int, state: State, counts: Any, rules: Rules, level: float, takers: Any) -> Move:
     """The best move from rank a to a new guest on one of its roomiest ranks (as many as `takers` has entries)."""
     best = Move(0.0, -1, -1, -1, 0, 0.0, 0.0)
@@ -210,7 +210,7 @@ def _to_guest(a: int, state: State, counts: Any, rules: Rules, level: float, tak
     return best
 
 
-@compiled
+@inlined
 def _apply(a: int, move: Move, state: State, made: int, rules: Rules) -> int:
     """Do the move; returns the number of guests."""
     state.rows[a, move.expert] -= move.pairs
@@ -297,6 +297,21 @@ def _fresh(rows: Any, seconds: Any, pairs: Any, room: int) -> State:
 
 
 @compiled
+def _guest_share(seconds: Any, level: float, rules: Rules) -> float:
+    """Seconds a rank that guests will cost, were there one on each rank under the level: where the search begins."""
+    ranks, takers, cost, links = len(seconds), 0, 0.0, 0
+    if rules.slots == 0:
+        return 0.0
+    for r in range(ranks):
+        takers += seconds[r] < level
+        for b in range(ranks):
+            if b != r and rules.near[r, b] and rules.expert_seconds[r, b] < np.inf:
+                cost += rules.expert_seconds[r, b]
+                links += 1
+    return 2.0 * takers * cost / (max(links, 1) * ranks)
+
+
+@compiled
 def search(rows: Any, seconds: Any, tolerance: float, counts: Any, rules: Rules) -> tuple[State, int]:
     """The best plan over the levels tried, from the split `rows` [R, E] that takes `seconds` [R].
 
@@ -311,7 +326,7 @@ def search(rows: Any, seconds: Any, tolerance: float, counts: Any, rules: Rules)
     low, high, best_score = even_level(seconds, rules.per_pair, rules.near), top, top
     if top <= low * (1 + tolerance):
         return best, 0
-    level = low * (1 + 0.5 * tolerance)
+    level = (low + _guest_share(seconds, low, rules)) * (1 + 0.5 * tolerance)
     for _ in range(ROUNDS):
         state = _fresh(rows, seconds, pairs, room)
         made = fill(level, state, counts, rules)
@@ -320,13 +335,14 @@ def search(rows: Any, seconds: Any, tolerance: float, counts: Any, rules: Rules)
         if score < best_score:
             best, best_made, best_score = state, made, score
         high = min(high, reached)
-        if reached <= level * (1 + 1e-9):
-            high = level
-        else:
-            low = level
-        if high - low <= 0.005 * low:
+        if reached > level * (1 + 1e-9):
+            low = max(low, level)
+        if high <= low * (1 + 2 * tolerance + 1e-3):
             break
-        level = 0.5 * (low + high)
+        # What these guests cost is now known: the level at which they would all be even is the best guess.
+        level = even_level(state.seconds, rules.per_pair, rules.near) * (1 + 0.5 * tolerance)
+        if not 1.002 * low < level < 0.998 * high:
+            level = 0.5 * (low + high)
     return best, best_made
 
 
@@ -411,7 +427,8 @@ def plan(counts: Any, arrays: Any, numbers: Any) -> Any:
     moved = not _same(first, state.rows)
     if moved:
         guests, only, between, after, weights = _outcome(state, made, counts, rules)
-        if after >= before:  # the search adds up single moves; the flows as they will be have the last word
+        # The search adds up single moves; the flows as they will be have the last word.
+        if after >= before * (1 - tolerance):
             state, made, moved = _fresh(first, seconds, pairs, len(state.guests)), 0, False
     if state.pairs.max() > cap:
         made = enforce_cap(state, made, rules)
