@@ -127,7 +127,7 @@ def _try(best: Move, state: State, counts: Any, rules: Rules, level: float, way:
     top, cost, least = state.seconds[a], 0.0, 1
     if h >= 0:
         cost, least = rules.expert_seconds[h, b], rules.least
-        if h != a and state.seconds[h] + cost >= top:
+        if h != a and cost > 0.0 and state.seconds[h] + cost >= top:
             return best
     kinds = _kinds(counts, state.rows, e, a, b, rules.cap - state.pairs[b])
     giver = (top + cost if h == a else top, rules.per_pair[a])
@@ -322,11 +322,13 @@ def search(rows: Any, seconds: Any, tolerance: float, counts: Any, rules: Rules)
     room = ranks * min(rules.slots, experts)
     pairs = rows.sum(1)
     best, best_made = _fresh(rows, seconds, pairs, room), 0
-    top = seconds.max()
-    low, high, best_score = even_level(seconds, rules.per_pair, rules.near), top, top
-    if top <= low * (1 + tolerance):
+    top, slack = seconds.max(), 1 + 0.25 * tolerance
+    start = even_level(seconds, rules.per_pair, rules.near)
+    if top <= start * (1 + tolerance):
         return best, 0
-    level = (low + _guest_share(seconds, low, rules)) * (1 + 0.5 * tolerance)
+    # `low` bounds what can be reached from below: no level under it is worth a trial. Travelling pairs may come home.
+    low, high, best_score = even_level(pairs * rules.per_pair, rules.per_pair, rules.near), top, top
+    level = (start + _guest_share(seconds, start, rules)) * slack
     for _ in range(ROUNDS):
         state = _fresh(rows, seconds, pairs, room)
         made = fill(level, state, counts, rules)
@@ -337,10 +339,12 @@ def search(rows: Any, seconds: Any, tolerance: float, counts: Any, rules: Rules)
         high = min(high, reached)
         if reached > level * (1 + 1e-9):
             low = max(low, level)
-        if high <= low * (1 + 2 * tolerance + 1e-3):
+        # What these guests cost is now known: the level at which all were even is the best guess for the next round.
+        even = even_level(state.seconds, rules.per_pair, rules.near)
+        done = reached <= even * (1 + tolerance) and even <= start * (1 + 2 * tolerance)
+        if done or high <= low * (1 + tolerance):
             break
-        # What these guests cost is now known: the level at which they would all be even is the best guess.
-        level = even_level(state.seconds, rules.per_pair, rules.near) * (1 + 0.5 * tolerance)
+        level = even * slack
         if not 1.002 * low < level < 0.998 * high:
             level = 0.5 * (low + high)
     return best, best_made
