@@ -123,12 +123,10 @@ def _portion(giver: Any, taker: Any, kinds: Any, travel: float, level: float, le
 @inlined
 def _try(best: Move, state: State, counts: Any, rules: Rules, level: float, way: Any) -> Move:
     """The better of `best` and the move `way` = (expert, from, to, rank that sends the weights or -1)."""
-    e, a, b, h = way
+    e, a, b, h = way  # a sender of weights may rise above the giver: it is helped next, the score of the level decides
     top, cost, least = state.seconds[a], 0.0, 1
     if h >= 0:
         cost, least = rules.expert_seconds[h, b], rules.least
-        if h != a and cost > 0.0 and state.seconds[h] + cost >= top:
-            return best
     kinds = _kinds(counts, state.rows, e, a, b, rules.cap - state.pairs[b])
     giver = (top + cost if h == a else top, rules.per_pair[a])
     taker = (state.seconds[b] + cost, rules.per_pair[b])
