@@ -209,17 +209,16 @@ def plan(counts: Any, arrays: Any, numbers: Any) -> Any:
     uneven = _imbalance(pairs, per_pair)
 
     state, made = search(first, seconds, tolerance, counts, rules)
-    moved = not _same(first, state.rows)
-    if moved:
+    if not _same(first, state.rows):
         guests, only, between, after, weights = _outcome(state, made, counts, rules)
         # The search adds up single moves; the flows as they will be have the last word.
         if after >= before * (1 - tolerance):
-            state, made, moved = _fresh(first, seconds, pairs, len(state.guests)), 0, False
+            state, made = _fresh(first, seconds, pairs, len(state.guests)), 0
+            guests, only, between, after, weights = _outcome(state, made, counts, rules)
     if state.pairs.max() > cap:
         made = enforce_cap(state, made, rules)
-        moved = not _same(first, state.rows)
-    if moved or len(guests):
         guests, only, between, after, weights = _outcome(state, made, counts, rules)
+    moved = not _same(first, state.rows)
     figures = (uneven, _imbalance(state.pairs, per_pair), before, after, weights)
     most = state.pairs.max() if counts.size == 0 or counts.min() >= 0 else -1
     return state.rows, guests, between, only, figures, moved, most
