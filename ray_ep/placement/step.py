@@ -227,7 +227,8 @@ def balance_step(
     Args:
         counts: int [R, E] pairs of each source rank that chose each expert.
         bound: with free guests, slots enough and `min_pairs` 0, no rank's load is more than this times its fair share
-            (of its group's load, by speed; whole pairs permitting).
+            (of the fullest group's load, by speed; whole pairs permitting). Imbalance under 1%, or under a smaller
+            bound, is left alone; under 1.01 the bound is approached, not promised.
         cap: most pairs that a rank may compute, for memory's sake: kept even if it makes the step slower, over slow
             links if need be, as far as guest slots and allowed links go (see `StepPlan.above_cap`).
         cross: pairs and guests may move over slow links, too, where that pays.

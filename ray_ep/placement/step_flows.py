@@ -1,6 +1,6 @@
 """Compiled kernels of a step's flows: which rank computes which source's pairs. step_search.py finds the quotas.
 
-numba's cache does not see that a file below has changed: touch step_fill.py and step_search.py after a change here.
+After a change here or in step_fill.py, `BELOW` of step_search.py changes, too: see there.
 No fastmath: every rank must reach the same plan bit for bit, on whatever CPU it runs. `rows` is a quota transposed
 to [R, E]: a rank's experts lie side by side. E experts, R ranks, G guests.
 """

@@ -14,6 +14,10 @@ import numpy as np
 from ray_ep.placement.step_fill import Move, Rules, State, apply, fill, sender
 from ray_ep.placement.step_flows import compiled, flows, nearest, rank_seconds, single_rank
 
+BELOW = "0a9dc967424ad104"
+"""Digest of step_flows.py and step_fill.py. numba's cache looks at the text of one file alone: without a change in this
+one, it would go on with the old kernels of those (also after an upgrade, which leaves the cache where it is)."""
+
 ROUNDS = 6
 """Most levels that are tried for one plan."""
 

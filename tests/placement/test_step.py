@@ -1,9 +1,11 @@
 """balance_step against plain NumPy references, cases by hand, and the optimum where it can be enumerated."""
 
 import dataclasses
+import hashlib
 import itertools
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_ep.errors import PlacementError
-from ray_ep.placement import Placement, Topology, contiguous
+from ray_ep.placement import Placement, Topology, contiguous, step_search
 from ray_ep.placement.step import FAR_BANDWIDTH, MIN_PAIRS, StepRules, balance_step, warm
 
 QUICK = settings(max_examples=150, deadline=None)
@@ -500,3 +502,9 @@ def test_bad_input_says_what_is_wrong():
         StepRules.of(contiguous(1, 4, 2), 0, Topology.of_nodes([0, 0, 0]), 1.0, 1.0, 1.0, 1, False)
     with pytest.raises(PlacementError, match="layer 1"):
         StepRules.of(contiguous(1, 4, 2), 1, Topology.of_nodes([0, 0]), 1.0, 1.0, 1.0, 1, False)
+
+
+def test_a_change_of_the_kernels_below_reaches_the_compiled_search():
+    folder = Path(step_search.__file__).parent
+    text = b"".join((folder / f"{name}.py").read_bytes() for name in ("step_flows", "step_fill"))
+    assert hashlib.sha256(text).hexdigest()[:16] == step_search.BELOW, "write the new digest into step_search.BELOW"
