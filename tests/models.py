@@ -82,9 +82,9 @@ def reference(model, ids):
     return loss.detach(), logits.detach(), {n: p.grad for n, p in model.named_parameters()}
 
 
-def parallel_pass(model, ids, group, placement, shards, before=None):
+def parallel_pass(model, ids, group, placement, shards, before=None, node_of=None):
     """One rank's forward and backward over its rows of ids; gradients as the optimizer would see them."""
-    model = ray_ep.moe.parallelize(copy.deepcopy(model), group, placement)
+    model = ray_ep.moe.parallelize(copy.deepcopy(model), group, placement, node_of=node_of)
     if before:
         before(model)
     part = ids[shards[group.rank] : shards[group.rank + 1]]

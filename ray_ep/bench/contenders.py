@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ray_ep.collective import Group
-from ray_ep.moe import parallelize
+from ray_ep.moe import choose, parallelize
 
 Step = Callable[[], None]
 
@@ -78,9 +78,19 @@ def _steps(module: torch.nn.Module, x: torch.Tensor, backward: bool) -> Step:
 
 
 def ours(work: Work, group: Group, dtype: torch.dtype, backward: bool) -> tuple[Step, Any]:
-    """ray_ep's layer, contiguous placement; counting of statistics included. Also returns the block."""
+    """ray_ep's layer, contiguous placement, exchange chosen by measurement; counting of statistics included.
+
+    Also returns the block.
+    """
     module = parallelize(block(work, dtype), group)
-    return _steps(module, tokens(work, group.rank, dtype, backward), backward), module
+    x = tokens(work, group.rank, dtype, backward)
+    if not backward:
+        module.ray_ep.inference().__enter__()  # weights stay as they are: packed once
+    step, layer = _steps(module, x, backward), module.ray_ep.layers[0]
+    layer.capture = True
+    step()
+    choose(module.ray_ep, layer.captured, 0, {"gloo": group}, backward=backward)  # as a run does at its start
+    return step, module
 
 
 def transformers(work: Work, group: Group, dtype: torch.dtype, backward: bool) -> tuple[Step, Any]:

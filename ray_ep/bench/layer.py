@@ -22,6 +22,7 @@ import torch.multiprocessing as mp
 from ray_ep.bench.contenders import PEERS, WORKS, floor
 from ray_ep.collective import from_torch
 from ray_ep.errors import BadInput
+from ray_ep.moe import PHASES
 
 TUNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 """glibc keeps freed memory instead of giving it back and faulting it in again."""
@@ -49,8 +50,7 @@ class Result:
     case: Case
     seconds: dict[str, float]
     floor_seconds: float
-    exchange_share: float  # of our seconds, waiting for peers included
-    experts_share: float
+    phases: dict[str, float]  # share of our seconds by phase (ray_ep.moe.PHASES); waiting for peers is exchange
     bytes_sent: int  # by all ranks to other ranks in one step of ours
     peak_mib: dict[str, int] = field(default_factory=dict)
 
@@ -144,12 +144,12 @@ def _rank(rank: int, case: Case, names: list[str], store: str, queue: Any) -> No
 def _measure(case: Case, built: dict[str, Any], lower: Any, group: Any) -> Result:
     """Interleave the contenders; every rank returns the same medians."""
     seconds: dict[str, list[float]] = {n: [] for n in built}
-    floors, shares = [], []
+    floors, spent = [], []
     ep = built["ray_ep"][1].ray_ep
     for number in range(WARM + case.rounds):
         floors.append(lower() * (3 if case.backward else 1))
         for name, (step, _) in built.items():
-            before = (group.seconds, ep.meter.expert_seconds, ep.meter.sent.sum())
+            before = [*ep.meter.seconds.values(), ep.meter.sent.sum()]
             group.barrier()
             start = time.perf_counter()
             step()
@@ -158,14 +158,15 @@ def _measure(case: Case, built: dict[str, Any], lower: Any, group: Any) -> Resul
             if number >= WARM:
                 seconds[name].append(took)
                 if name == "ray_ep":
-                    after = (group.seconds, ep.meter.expert_seconds, ep.meter.sent.sum())
-                    shares.append([(b - a) for a, b in zip(before, after, strict=True)])
+                    after = [*ep.meter.seconds.values(), ep.meter.sent.sum()]
+                    spent.append([(b - a) for a, b in zip(before, after, strict=True)])
     median = {n: statistics.median(s) for n, s in seconds.items()}
-    exchange, experts, sent = np.median(shares, 0)
+    *phases, sent = np.median(spent, 0).tolist()
+    shares = {name: s / median["ray_ep"] for name, s in zip(PHASES, phases, strict=True)}
     total = torch.tensor([float(sent)], dtype=torch.float64)
     group.all_reduce(total)
     best = statistics.median(floors[WARM:])
-    return Result(case, median, best, exchange / median["ray_ep"], experts / median["ray_ep"], int(total.item()))
+    return Result(case, median, best, shares, int(total.item()))
 
 
 def _peak_mib() -> int:

@@ -7,6 +7,7 @@ from itertools import product
 from ray_ep.bench.contenders import WORKS
 from ray_ep.bench.layer import Case, Result
 from ray_ep.errors import BadInput
+from ray_ep.moe import PHASES
 
 _ALLOWED = {
     "works": list(WORKS),
@@ -34,9 +35,10 @@ def cases(
 
 def title() -> str:
     """Head of the table."""
+    phases = " ".join(f"{p:>8}" for p in PHASES)
     return (
         f"{'work':4} {'dtype':8} {'pass':7} {'ranks':>5} {'malloc':7} {'ray_ep':>9} {'transf.':>9} {'deepsp.':>9} "
-        f"{'ratio':>6} {'floor':>6} {'experts':>8} {'exchange':>8} {'MB sent':>8}  peak MiB\n"
+        f"{'ratio':>6} {'floor':>6} {phases} {'MB sent':>8}  peak MiB\n"
         f"{'':35} {'tokens/s':>9} {'tokens/s':>9} {'tokens/s':>9} {'':>6} {'share':>6}"
     )
 
@@ -49,8 +51,8 @@ def line(result: Result) -> str:
     )
     ratio = "-" if result.ratio is None else f"{result.ratio:.2f}"
     peaks = " ".join(f"{n} {m}" for n, m in result.peak_mib.items())
+    phases = " ".join(f"{result.phases[p]:8.1%}" for p in PHASES)
     return (
         f"{c.work:4} {c.dtype:8} {'both' if c.backward else 'forward':7} {c.ranks:5} {c.malloc:7} {cells}{ratio:>6} "
-        f"{result.share_of_floor:6.2f} {result.experts_share:8.0%} {result.exchange_share:8.0%} "
-        f"{result.bytes_sent / 1e6:8.2f}  {peaks}"
+        f"{result.share_of_floor:6.2f} {phases} {result.bytes_sent / 1e6:8.2f}  {peaks}"
     )

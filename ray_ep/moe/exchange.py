@@ -11,13 +11,14 @@ N token copies received, P (token, expert) pairs received.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from ray_ep.collective import Group
-
+from ray_ep.moe.float8 import pack, unpack
 
 PHASES = ("route", "pack", "exchange", "experts", "combine")
 """Of a layer: agree who sends what; gather the rows; all-to-all, waiting included; experts; add up what came."""
@@ -57,48 +58,54 @@ class Dispatch:
     send_token: torch.Tensor  # [sum(rows_out)] token of each row sent, rank-major
     rows_out: list[int]  # [R] rows sent to each rank
     rows_in: list[int]  # [R] rows received from each rank; N is the sum
-    pair_order: torch.Tensor  # [T * K] pair numbers in the order they are sent
+    pair_order: torch.Tensor  # [pairs of this rank's tokens] their flat numbers in the order they are sent
     pairs_out: list[int]  # [R]
     pairs_in: list[int]  # [R]; P is the sum
     pair_row: torch.Tensor  # [P] received row that a received pair belongs to
     pair_expert: torch.Tensor  # [P] expert id
     group: Group = field(repr=False)
     meter: Meter = field(repr=False)
+    float8: bool = False
 
 
-def plan(top_k_index: torch.Tensor, routes: torch.Tensor, group: Group, meter: Meter) -> Dispatch:
+def plan(top_k_index: torch.Tensor, routes: torch.Tensor, group: Group, meter: Meter, float8: bool = False) -> Dispatch:
     """Agree with all ranks on one layer's exchange (collective).
 
     Args:
-        top_k_index: [T, K] expert ids; T may be 0 and may differ between ranks.
+        top_k_index: [T, K] expert ids, -1 for no choice; T may be 0 and may differ between ranks.
         routes: [E, C] the rank that serves an expert; token t takes column t % C (`Placement.routes`).
+        float8: dispatch tokens in 8 bits.
     """
     meter.enter("route")
     tokens, top_k = top_k_index.shape
-    column = torch.arange(tokens, device=top_k_index.device) % routes.shape[1]
-    to = routes[top_k_index, column[:, None]]  # [T, K] destination rank
-    visits = torch.zeros(tokens, group.size, dtype=torch.bool, device=to.device).scatter_(1, to, True)
-    send_token = visits.t().nonzero()[:, 1]  # rank-major, tokens ascending
-    pair_order = torch.argsort(to.reshape(-1), stable=True)  # rank-major, tokens ascending
-    pair_to = to.reshape(-1)[pair_order]
-    pair_token = pair_order // max(top_k, 1)
-    row_in_block = (visits.cumsum(0) - 1)[pair_token, pair_to]  # [T * K]
-    sizes_out = torch.stack([visits.sum(0), torch.bincount(pair_to, minlength=group.size)], 1)  # [R, 2]
+    device, size = top_k_index.device, group.size
+    valid = top_k_index >= 0
+    column = torch.arange(tokens, device=device) % routes.shape[1]
+    to = torch.where(valid, routes[top_k_index.clamp_min(0), column[:, None]], size)  # [T, K] destination, R for none
+    visits = torch.zeros(tokens, size + 1, dtype=torch.int64, device=device).scatter_(1, to, 1)[:, :size]
+    pair_to = to.reshape(-1)
+    pairs = torch.zeros(size + 1, dtype=torch.int64, device=device).scatter_add_(0, pair_to, torch.ones_like(pair_to))
+    sizes_out = torch.stack([visits.sum(0), pairs[:size]], 1)  # [R, 2]
     sizes_in = torch.empty_like(sizes_out)
-    ones = [1] * group.size
-    group.all_to_all(sizes_in, sizes_out, ones, ones)
-    rows_out, pairs_out = sizes_out.t().tolist()
-    rows_in, pairs_in = sizes_in.t().tolist()
+    ones = [1] * size
+    _timed(meter, lambda: group.all_to_all(sizes_in, sizes_out, ones, ones))
+    group.wait()
+    both = torch.cat([sizes_out, sizes_in]).tolist()  # the one time that the host waits for the device
+    (rows_out, pairs_out), (rows_in, pairs_in) = zip(*both[:size], strict=True), zip(*both[size:], strict=True)
 
+    # Rank-major, tokens ascending: stable sorts, cut to the sizes that the host knows.
+    send_token = torch.argsort(1 - visits.t().reshape(-1), stable=True)[: sum(rows_out)] % max(tokens, 1)
+    pair_order = torch.argsort(pair_to, stable=True)[: sum(pairs_out)]
+    row_in_block = (visits.cumsum(0) - 1)[pair_order // max(top_k, 1), pair_to[pair_order]]
     meta_out = torch.stack([top_k_index.reshape(-1)[pair_order], row_in_block], 1).to(torch.int32)
     meta_in = meta_out.new_empty(sum(pairs_in), 2)
-    group.all_to_all(meta_in, meta_out, pairs_in, pairs_out)
-    meter.add(pairs_out, meta_out, group.rank)
-    start = torch.tensor([0, *rows_in[:-1]], device=to.device).cumsum(0)  # first row of each source
-    block = torch.repeat_interleave(start, torch.tensor(pairs_in, device=to.device), output_size=sum(pairs_in))
+    _timed(meter, lambda: group.all_to_all(meta_in, meta_out, pairs_in, pairs_out))
+    meter.add(list(pairs_out), meta_out, group.rank)
+    start = sizes_in[:, 0].cumsum(0) - sizes_in[:, 0]  # first row of each source
+    block = torch.repeat_interleave(start, sizes_in[:, 1], output_size=sum(pairs_in))
     return Dispatch(
-        tokens, send_token, rows_out, rows_in, pair_order, pairs_out, pairs_in,
-        meta_in[:, 1].long() + block, meta_in[:, 0].long(), group, meter,
+        tokens, send_token, list(rows_out), list(rows_in), pair_order, list(pairs_out), list(pairs_in),
+        meta_in[:, 1].long() + block, meta_in[:, 0].long(), group, meter, float8,
     )  # fmt: skip
 
 
@@ -124,7 +131,11 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tokens, weights, plan):
         ctx.plan, ctx.weights_shape, ctx.weights_dtype = plan, weights.shape, weights.dtype
-        rows = _forth(tokens[plan.send_token], plan, plan.rows_out, plan.rows_in)
+        rows = tokens[plan.send_token]
+        if plan.float8:
+            rows = unpack(_forth(pack(rows), plan, plan.rows_out, plan.rows_in), rows.dtype)
+        else:
+            rows = _forth(rows, plan, plan.rows_out, plan.rows_in)
         pair_weights = _forth(weights.reshape(-1)[plan.pair_order], plan, plan.pairs_out, plan.pairs_in)
         ctx.set_materialize_grads(True)
         return rows, pair_weights
@@ -135,7 +146,7 @@ class _Dispatch(torch.autograd.Function):
         plan.meter.enter("combine")
         d_tokens = _sum_rows(_forth(d_rows, plan, plan.rows_in, plan.rows_out), plan.send_token, plan.tokens)
         back = _forth(d_pair_weights, plan, plan.pairs_in, plan.pairs_out)
-        d_weights = torch.empty_like(back)
+        d_weights = back.new_zeros(ctx.weights_shape).view(-1)
         d_weights[plan.pair_order] = back
         plan.meter.enter("")
         return d_tokens, d_weights.view(ctx.weights_shape).to(ctx.weights_dtype), None
@@ -163,11 +174,15 @@ def _forth(rows: torch.Tensor, plan: Dispatch, sizes_out: list[int], sizes_in: l
     """One all-to-all of rows, counted by the meter."""
     rows = rows.contiguous()
     received = rows.new_empty(sum(sizes_in), *rows.shape[1:])
-    phase = plan.meter.enter("exchange")
-    plan.group.all_to_all(received, rows, sizes_in, sizes_out)
-    plan.meter.enter(phase)
+    _timed(plan.meter, lambda: plan.group.all_to_all(received, rows, sizes_in, sizes_out))
     plan.meter.add(sizes_out, rows, plan.group.rank)
     return received
+
+
+def _timed(meter: Meter, exchange: Callable[[], None]) -> None:
+    phase = meter.enter("exchange")
+    exchange()
+    meter.enter(phase)
 
 
 def _sum_rows(rows: torch.Tensor, token: torch.Tensor, tokens: int) -> torch.Tensor:

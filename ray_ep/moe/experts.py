@@ -16,6 +16,7 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ExpertsInterface, _default_apply_gate, grouped_mm_experts_forward
 
 from ray_ep.collective import Group
+from ray_ep.moe.bounded import bounded
 from ray_ep.moe.counters import Counters
 from ray_ep.moe.exchange import Meter, combine, dispatch, plan
 from ray_ep.moe.fused import FusedExperts
@@ -23,6 +24,7 @@ from ray_ep.moe.fused_plan import agree, gather
 from ray_ep.moe.gemm import Packed
 from ray_ep.moe.pool import Pool
 from ray_ep.moe.routing import Routing, recomputing
+from ray_ep.moe.ways import Exchange, by_row, gateways
 from ray_ep.placement import Placement
 
 IMPLEMENTATION = "ray_ep"
@@ -47,14 +49,17 @@ class ExpertLayer:
         meter: Meter,
         counters: Counters,
         pool: Pool,
+        exchange: Exchange,
     ):
         self.index, self.name, self.num_experts = index, name, num_experts
         self.group, self.routing, self.meter, self.counters, self.pool = group, routing, meter, counters, pool
         self.fused = True  # use the fused body where it fits; off for comparison
-        self.way = "flat"  # how tokens travel: flat or all_gather
+        self.exchange = exchange  # shared by all layers
         self.room = 0  # tokens of a rank that an all-gather has room for so far, equal on all ranks
         self.packed: tuple[Packed, Packed] | None = None  # in inference
         self.calls = 0  # forward passes so far: a model that silently keeps its own experts never counts
+        self.capture = False  # keep what the next pass computes on, in `captured`
+        self.captured: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         self.trace: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # (experts, ranks) [T, K] while tracing
         self.experts: list[int] = []  # expert in each row of the weights: the owned ones first
         self.pass_load = torch.zeros(num_experts, dtype=torch.int64)  # [E] of the last forward
@@ -71,7 +76,10 @@ class ExpertLayer:
         row_of[self.experts] = torch.arange(len(self.experts))
         self.row_of = row_of.to(device)  # [E] row of the local weights, -1 if not here
         self.row_of32 = row_of.numpy()
-        self._routes_of = functools.cache(lambda source: _routes32(placement, self.index, source, node_of))
+        self._routes_of = functools.cache(lambda source: placement.routes(self.index, source, node_of).astype(np.int32))
+        nodes = np.zeros(self.group.size, np.int64) if node_of is None else np.asarray(node_of)
+        self.gateways = torch.from_numpy(gateways(self.routes.cpu().numpy(), nodes, self.group.rank)).to(device)
+        self._all_routes: torch.Tensor | None = None
 
     def routes_of(self, source: int) -> np.ndarray:
         """[E, C] int32: the rank that serves an expert for tokens of `source`."""
@@ -85,26 +93,65 @@ class ExpertLayer:
         self.calls += 1
         if self.routing.idle:
             self.pass_load = torch.zeros(self.num_experts, dtype=torch.int64)
-            out = self._exchange(module, hidden[:0], top_k_index[:0], top_k_weights[:0])
+            out = self.compute(module, hidden[:0], top_k_index[:0], top_k_weights[:0])
             return torch.zeros_like(hidden) + out.sum()  # the sum of nothing: keeps the backward exchange in the graph
         self.pass_load = self.counters.count(self.index, top_k_index)
-        return self._exchange(module, hidden, top_k_index, top_k_weights)
+        return self.compute(module, hidden, top_k_index, top_k_weights)
 
-    def _exchange(
+    def compute(
         self, module: torch.nn.Module, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
+        """`forward` without counting: hidden [T, H], top_k_index [T, K] (-1: no choice), top_k_weights [T, K]."""
+        if self.capture:
+            self.captured, self.capture = (hidden.detach(), top_k_index, top_k_weights.detach()), False
         if self.trace is not None:
             column = torch.arange(len(hidden), device=hidden.device) % self.routes.shape[1]
             self.trace.append((top_k_index, self.routes[top_k_index, column[:, None]]))
+        chunks = self.exchange.chunks
+        if chunks == 1:
+            return self._travel(module, hidden, top_k_index, top_k_weights)
+        parts = zip(*(x.tensor_split(chunks) for x in (hidden, top_k_index, top_k_weights)), strict=True)
+        if hidden.device.type != "cuda":
+            return torch.cat([self._travel(module, *part) for part in parts])
+        main, out = torch.cuda.current_stream(), []
+        for part in parts:  # a stream each: one part's experts run while the next is on its way (not run on a GPU yet)
+            stream = torch.cuda.Stream()
+            stream.wait_stream(main)
+            with torch.cuda.stream(stream):
+                out.append(self._travel(module, *part))
+            for tensor in (*part, out[-1]):
+                tensor.record_stream(stream)
+            out[-1].record_stream(main)
+            main.wait_stream(stream) if len(out) == chunks else None
+        return torch.cat(out)
+
+    def _travel(
+        self, module: torch.nn.Module, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        way = self.exchange
+        kind = "flat" if self.trace is not None else way.kind  # only there a source knows which rank answers
+        if kind == "two_level":
+            first = plan(top_k_index, self.gateways, self.group, self.meter, way.float8)
+            rows, pair_weights = dispatch(hidden, top_k_weights, first)
+            index, weights = by_row(first, pair_weights, len(rows), top_k_index.shape[1])
+            return combine(self._flat(module, rows, index, weights, kind), first)
+        if kind == "all_gather" and not (self.fused and is_plain(module, hidden)):
+            out = bounded(module, hidden, top_k_index, top_k_weights, way.tokens, self.all_routes(), self)
+            return out
+        return self._flat(module, hidden, top_k_index, top_k_weights, kind)
+
+    def _flat(
+        self, module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, kind: str
+    ) -> torch.Tensor:
         if self.fused and is_plain(module, hidden):
-            if self.way == "all_gather":
+            if kind == "all_gather":
                 ours = gather(top_k_index, top_k_weights, hidden, self)
             else:
                 ours = agree(top_k_index, top_k_weights, self)
             self._count_pairs(len(ours.place))
             packed = None if torch.is_grad_enabled() else self.packed
             return FusedExperts.apply(hidden, top_k_weights, module.gate_up_proj, module.down_proj, ours, packed)
-        agreed = plan(top_k_index, self.routes, self.group, self.meter)
+        agreed = plan(top_k_index, self.routes, self.group, self.meter, self.exchange.float8)
         self._count_pairs(len(agreed.pair_row))
         rows, weights = dispatch(hidden, top_k_weights, agreed)
         self.meter.enter("experts")
@@ -113,6 +160,13 @@ class ExpertLayer:
         out = combine(partial, agreed)
         self.meter.enter("")
         return out
+
+    def all_routes(self) -> torch.Tensor:
+        """[R, E, C] the rank that serves an expert for tokens of each source."""
+        if self._all_routes is None:
+            every = np.stack([self.routes_of(source) for source in range(self.group.size)])
+            self._all_routes = torch.from_numpy(every).to(self.row_of.device).long()
+        return self._all_routes
 
     def _count_pairs(self, pairs: int) -> None:
         if not recomputing():
@@ -142,11 +196,6 @@ def is_plain(module: Any, hidden: torch.Tensor) -> bool:
         and isinstance(module.act_fn, (torch.nn.SiLU, SiLUActivation))
         and module.gate_up_proj.dtype == hidden.dtype
     )
-
-
-def _routes32(placement: Placement, layer: int, source: int, node_of: np.ndarray | None) -> np.ndarray:
-    """[E, C] int32 of another rank."""
-    return placement.routes(layer, source, node_of).astype(np.int32)
 
 
 def _experts_forward(module: torch.nn.Module, *args: torch.Tensor) -> torch.Tensor:

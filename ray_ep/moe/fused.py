@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ray_ep.moe import kernels
+from ray_ep.moe.float8 import pack, unpack
 from ray_ep.moe.fused_plan import Agreed
 from ray_ep.moe.gemm import Packed, mm
 
@@ -39,7 +40,7 @@ class FusedExperts(torch.autograd.Function):
         packed: tuple[Packed, Packed] | None,
     ) -> torch.Tensor:
         pool, n_others = plan.pool, plan.others_in
-        x = _collect(hidden, plan, plan.gathered)
+        x = _collect(hidden, plan, forward=True)
         plan.meter.enter("experts")
         total, longest = int(plan.offsets[-1]), _longest(plan)
         g = pool.take(total, gate_up.shape[1], like=hidden)
@@ -66,7 +67,7 @@ class FusedExperts(torch.autograd.Function):
         x, g, gate_up, down = ctx.saved_tensors  # first: in a checkpointed block this recomputes, and so exchanges
         plan: Agreed = ctx.plan
         pool, n_others = plan.pool, plan.others_in
-        dy = _collect(d_out.contiguous(), plan)
+        dy = _collect(d_out.contiguous(), plan, forward=False)
         plan.meter.enter("experts")
         total, longest = int(plan.offsets[-1]), _longest(plan)
         dx = pool.take(total, x.shape[1], like=x)
@@ -106,17 +107,26 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, row: int, packed: Packed | No
         packed.mm(x, row, out)
 
 
-def _collect(tokens: torch.Tensor, plan: Agreed, gathered: torch.Tensor | None = None) -> torch.Tensor:
+def _collect(tokens: torch.Tensor, plan: Agreed, forward: bool) -> torch.Tensor:
     """tokens [T, H] -> X [N, H]: others' copies by exchange, own ones by a gather."""
     plan.meter.enter("pack")
     pool, out, n = plan.pool, plan.others_out, plan.others_in
     own = plan.row_token[out:]
     x = pool.take(n + len(own), tokens.shape[1], like=tokens)
-    if gathered is None:
+    if forward and plan.float8:
+        codes = pack(tokens)
+        if plan.gathered is None:
+            theirs = torch.empty(n, codes.shape[1], dtype=torch.uint8)
+            plan.move(theirs, codes[plan.row_token[:out]], plan.rows_out, plan.rows_in)
+        else:
+            theirs = plan.gathered
+        x[:n], x[n:] = unpack(theirs, x.dtype), unpack(codes[own], x.dtype)
+        return x
+    if forward and plan.gathered is not None:
+        x[:n] = plan.gathered
+    else:
         send = torch.index_select(tokens, 0, plan.row_token[:out], out=pool.take(out, tokens.shape[1], like=tokens))
         plan.move(x[:n], send, plan.rows_out, plan.rows_in)
-    else:
-        x[:n] = gathered
     torch.index_select(tokens, 0, own, out=x[n:])
     return x
 

@@ -16,6 +16,7 @@ import torch
 from ray_ep.collective import Group
 from ray_ep.moe import kernels
 from ray_ep.moe.exchange import Meter
+from ray_ep.moe.float8 import pack
 from ray_ep.moe.pool import Pool
 
 _PAIR = np.dtype([("expert", np.uint16), ("weight", np.float32)], align=False)  # 6 bytes on the wire
@@ -41,7 +42,8 @@ class Agreed:
     place: np.ndarray  # [P] row of G and Y of each pair
     own_start: np.ndarray  # [T + 1] own pairs of each token, into place
     back: tuple[np.ndarray, np.ndarray]  # CSR: rows sent to others, by token
-    gathered: torch.Tensor | None = None  # [others in, H] others' rows of X, if they came with the metadata
+    gathered: torch.Tensor | None  # [others in, ...] others' rows as they travel, if they came with the metadata
+    float8: bool  # rows are dispatched in 8 bits
 
     @property
     def others_out(self) -> int:
@@ -118,22 +120,24 @@ def gather(index: torch.Tensor, weights: torch.Tensor, tokens: torch.Tensor, lay
     meter.enter("route")
     chosen, weight = _arrays(index, weights)
     count, top_k = chosen.shape
+    tokens = pack(tokens) if layer.exchange.float8 else tokens.detach()
     row = tokens.shape[1] * tokens.element_size()
     while True:
         room = layer.room
-        message = torch.empty(8 + room * (row + top_k * _PAIR.itemsize), dtype=torch.uint8)
+        size = 8 + room * (row + top_k * _PAIR.itemsize)
+        message = torch.empty(-(-size // 8) * 8, dtype=torch.uint8)  # so that every rank's part can be viewed
         message[:8] = torch.tensor([count]).view(torch.uint8)
         if count <= room:
             pairs = np.empty((count, top_k), _PAIR)
             pairs["expert"], pairs["weight"] = chosen.astype(np.int16).view(np.uint16), weight.reshape(count, top_k)
             body = message[8 : 8 + room * row]
-            body[: count * row] = tokens.detach().contiguous().view(-1).view(torch.uint8)
+            body[: count * row] = tokens.contiguous().view(-1).view(torch.uint8)
             message[8 + room * row :][: pairs.nbytes] = torch.from_numpy(pairs.view(np.uint8).reshape(-1))
         meter.enter("exchange")
         everything = group.all_gather(message)
         meter.enter("route")
         meter.add([1] * group.size, message[None], me)
-        counts = [int(c) for c in everything[:, :8].contiguous().view(torch.int64).flatten()]
+        counts = everything[:, :8].numpy().view(np.int64).ravel().tolist()
         if max(counts) <= room:
             break
         layer.room = max(counts)
@@ -148,7 +152,7 @@ def gather(index: torch.Tensor, weights: torch.Tensor, tokens: torch.Tensor, lay
         to = kernels.choose(theirs, layer.routes_of(source))
         other = Sent.of(theirs, pairs["weight"].reshape(-1), to, group.size, source)
         for_me = other.row_token[other.block(other.rows, source, me)]
-        rows_of.append(data[: n * row].view(tokens.dtype).view(n, -1)[torch.from_numpy(for_me)])
+        rows_of.append(data[: n * row].view(tokens.dtype).view(n, tokens.shape[1])[torch.from_numpy(for_me)])
         pairs_of.append(other.wire[other.block(other.pairs, source, me)])
         take[source] = len(pairs_of[-1])
     return _finish(layer, sent, np.concatenate(pairs_of), take, count, torch.cat(rows_of))
@@ -177,6 +181,7 @@ def _finish(
         layer.group, layer.meter, layer.pool, _others(sent.rows, me), rows_in.tolist(), _others(sent.pairs, me),
         pairs_in, torch.from_numpy(sent.row_token), sent.pair, offsets, torch.from_numpy(sorted_row), sorted_weight,
         segment, place, own_start + segment[n], kernels.rows_of_tokens(sent.row_token[:others], tokens), gathered,
+        layer.exchange.float8,
     )  # fmt: skip
 
 

@@ -18,10 +18,12 @@ from ray_ep.errors import ModelError, PlacementError
 from ray_ep.moe import kernels
 from ray_ep.moe.counters import Counters
 from ray_ep.moe.exchange import Meter
-from ray_ep.moe.experts import IMPLEMENTATION, ExpertLayer
+from ray_ep.moe.experts import IMPLEMENTATION, ExpertLayer, is_plain
+from ray_ep.moe.gemm import Packed
 from ray_ep.moe.pool import Pool
 from ray_ep.moe.replicas import ReplicaExchange
 from ray_ep.moe.routing import Routing
+from ray_ep.moe.ways import Exchange
 from ray_ep.placement import Placement, contiguous
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "_is_expert_parallel")
@@ -33,7 +35,7 @@ class ExpertParallel:
     Attributes:
         modules: the transformers experts modules in layer order; their direct parameters hold this rank's experts.
         layers: the `ExpertLayer` of each.
-        routing, counters, meter: shared by all layers.
+        routing, counters, meter, exchange: shared by all layers.
     """
 
     def __init__(self, modules: dict[str, torch.nn.Module], group: Group, sample: int, seed: int):
@@ -44,15 +46,17 @@ class ExpertParallel:
         self.routing = Routing(len(modules))
         self.counters = Counters(len(modules), self.num_experts, sample, seed + group.rank)
         self.meter = Meter(np.zeros(group.size, np.int64), np.zeros(len(modules), np.int64))
+        self.exchange = Exchange()
         pool = Pool()
         self.layers = [
-            ExpertLayer(i, name, self.num_experts, group, self.routing, self.meter, self.counters, pool)
+            ExpertLayer(i, name, self.num_experts, group, self.routing, self.meter, self.counters, pool, self.exchange)
             for i, name in enumerate(modules)
         ]
 
     def place(self, placement: Placement, node_of: np.ndarray | None, device: torch.device) -> None:
         """Take on the maps of a placement in every layer (weights are moved by the caller)."""
         self.placement = placement
+        self.num_nodes = 1 if node_of is None else len(set(np.asarray(node_of).tolist()))
         for layer in self.layers:
             layer.place(placement, node_of, device)
         self.replicas = [ReplicaExchange(placement, i, self.group) for i in range(len(self.layers))]
@@ -68,6 +72,21 @@ class ExpertParallel:
     def pass_load(self) -> torch.Tensor:
         """[L, E] tokens that this rank sent to each expert in the last forward."""
         return torch.stack([layer.pass_load for layer in self.layers])
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Inside: passes without gradients use weights packed for the CPU, which must not change meanwhile.
+
+        Decode reads packed weights twice as fast; they take the experts' memory once more.
+        """
+        for module, layer in zip(self.modules, self.layers, strict=True):
+            if is_plain(module, module.gate_up_proj):  # type: ignore[arg-type]
+                layer.packed = (Packed(module.gate_up_proj), Packed(module.down_proj))  # type: ignore[arg-type]
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.packed = None
 
     @contextmanager
     def idle(self) -> Iterator[None]:

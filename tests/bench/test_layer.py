@@ -30,7 +30,8 @@ def test_a_row_has_both_contenders_speed_their_ratio_and_what_bounds_ours():
     assert speed.keys() == {"ray_ep", "transformers"}
     assert row["ratio"] == pytest.approx(speed["ray_ep"] / speed["transformers"])
     assert 0 < row["share"] < 1.5
-    assert 0 < row["experts_share"] < 1
+    assert set(row["phases"]) == {"route", "pack", "exchange", "experts", "combine"}
+    assert 0.3 < sum(row["phases"].values()) < 1.05
     # 16 tokens a rank, top-2 of 16: at most every token once to the other rank, 512 wide, there and back, both passes.
     assert 0 < row["bytes_sent"] <= 2 * 16 * (4 * 512 * 2 + 1 + 2 * (6 + 4))
 

@@ -1,0 +1,130 @@
+"""The exchange is chosen by measurement: every way is timed on a layer's own tokens and routing, the fastest is taken.
+
+All ranks time the same and agree on the slowest rank's seconds, so all choose the same.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ray_ep.collective import Group
+from ray_ep.moe.parallelize import ExpertParallel
+from ray_ep.moe.ways import KINDS
+
+_GATHER_BYTES = 64 << 20
+"""All-gather is not tried where every rank would receive more than this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One way's figure: median seconds of one pass over the layer on the slowest rank."""
+
+    kind: str
+    transport: str
+    seconds: float
+    rounds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was taken, and what it was compared with on how much work."""
+
+    kind: str
+    transport: str
+    pinned: bool
+    layer: int
+    tokens: int  # of this rank
+    backward: bool
+    seconds: float  # that the choice took
+    timings: list[Timing]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For exchange.json."""
+        return asdict(self)
+
+    def words(self) -> str:
+        """One line for people."""
+        if len(self.timings) < 2:
+            return f"{self.kind} over {self.transport}" + (" (pinned)" if self.pinned else " (the only way here)")
+        rows = sorted(self.timings, key=lambda t: t.seconds)
+        rest = ", ".join(f"{t.kind} over {t.transport} {t.seconds * 1e3:.2f} ms" for t in rows)
+        return f"{self.kind} over {self.transport}, by {rows[0].rounds} rounds on layer {self.layer}: {rest}"
+
+
+def choose(
+    ep: ExpertParallel,
+    work: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    index: int,
+    groups: dict[str, Group],
+    *,
+    kinds: tuple[str, ...] = KINDS,
+    backward: bool,
+    budget_s: float = 1.5,
+) -> Choice:
+    """Time the ways on layer `index`, and let all layers take the fastest (collective).
+
+    Args:
+        work: hidden [T, H], top_k_index [T, K], top_k_weights [T, K] of this rank, as `ExpertLayer.capture` keeps them.
+        groups: transports to choose from by name, each with the same ranks.
+        kinds: ways to choose from; those that cannot win here are left out (`candidates`).
+        backward: time forward and backward.
+        budget_s: time for all rounds together; the first round alone may take longer.
+    """
+    began, layer, module = time.perf_counter(), ep.layers[index], ep.modules[index]
+    hidden, chosen, weights = work
+    ways = [(k, name) for name in groups for k in _candidates(ep, hidden, chosen, kinds)]
+    found: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
+    enabled, ep.counters.enabled = ep.counters.enabled, False
+
+    def timed(kind: str, transport: str) -> float:
+        ep.exchange.kind, layer.group = kind, groups[transport]
+        inputs = [hidden.detach().requires_grad_(backward), weights.detach().requires_grad_(backward)]
+        layer.group.barrier()
+        _synchronise(hidden)
+        start = time.perf_counter()
+        with torch.set_grad_enabled(backward):
+            out = layer.compute(module, inputs[0], chosen, inputs[1])
+            if backward:
+                torch.autograd.grad(out.float().sum(), inputs)
+        _synchronise(hidden)
+        took = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
+        layer.group.all_reduce(took, "max")
+        return float(took)
+
+    first = {way: timed(*way) for way in ways} if len(ways) > 1 else {}
+    if first:
+        rounds = min(9, int(budget_s / sum(first.values())))
+        for _ in range(rounds):
+            for way in ways:
+                found[way].append(timed(*way))
+    median = {way: sorted(s)[len(s) // 2] if s else first.get(way, 0.0) for way, s in found.items()}
+    best = min(ways, key=lambda way: median[way])
+    ep.counters.enabled = enabled
+    ep.exchange.kind = best[0]
+    for one in ep.layers:
+        one.group = groups[best[1]]
+    timings = [Timing(*way, median[way], max(len(found[way]), 1)) for way in ways]
+    seconds = time.perf_counter() - began
+    return Choice(*best, len(kinds) == 1, index, len(hidden), backward, seconds, timings)
+
+
+def _candidates(ep: ExpertParallel, hidden: torch.Tensor, chosen: torch.Tensor, kinds: tuple[str, ...]) -> list[str]:
+    """Ways that could win, the same on every rank: two levels need nodes of several ranks, all-gather few tokens."""
+    most = torch.tensor([len(hidden)])
+    ep.group.all_reduce(most, "max")
+    received = int(most) * ep.group.size * hidden.shape[1] * hidden.element_size()
+    sensible = {
+        "flat": True,
+        "two_level": 1 < ep.num_nodes < ep.group.size,
+        "all_gather": ep.group.size > 1 and received <= _GATHER_BYTES,
+    }
+    return [k for k in kinds if sensible[k]] or [kinds[0]]
+
+
+def _synchronise(like: torch.Tensor) -> None:
+    if like.device.type == "cuda":
+        torch.cuda.synchronize()
