@@ -93,8 +93,14 @@ class FusedExperts(torch.autograd.Function):
         plan.meter.enter("combine")
         partial = pool.take(n_others, x.shape[1], like=x)
         kernels.sum_segments(_np(dx), plan.segment[: n_others + 1], plan.place, _np(partial))
-        d_hidden = _return(partial, dx, d_out, plan)
-        d_weights = _weights_home(d_weight, ctx.weights, plan)
+        by_pair = torch.from_numpy(d_weight[plan.place])
+        if plan.gathered is None:
+            d_hidden = _return(partial, dx, d_out, plan)
+            home = plan.move(_pairs(sum(plan.pairs_out)), by_pair[: sum(plan.pairs_in)], plan.pairs_in, plan.pairs_out)
+        else:
+            back, home = _one_message(partial, by_pair, d_out, plan)
+            d_hidden = _add_up(dx, back, d_out, plan)
+        d_weights = _to_tokens(home, by_pair, ctx.weights, plan)
         plan.meter.enter("")
         return d_hidden, d_weights, d_gate_up, d_down, None, None
 
@@ -134,24 +140,44 @@ def _collect(tokens: torch.Tensor, plan: Agreed, forward: bool) -> torch.Tensor:
 def _return(partial: torch.Tensor, rows: torch.Tensor, like: torch.Tensor, plan: Agreed) -> torch.Tensor:
     """Others' partial sums go home; each token's own rows and what came back for it are added: [T, H]."""
     back = plan.pool.take(plan.others_out, like.shape[1], like=like)
-    plan.move(back, partial, plan.rows_in, plan.rows_out)
+    return _add_up(rows, plan.move(back, partial, plan.rows_in, plan.rows_out), like, plan)
+
+
+def _add_up(rows: torch.Tensor, back: torch.Tensor, like: torch.Tensor, plan: Agreed) -> torch.Tensor:
     out = plan.pool.take(*like.shape, like=like)
     kernels.sum_two(_np(rows), plan.own_start, plan.place, _np(back), *plan.back, _np(out))
     return out
 
 
-def _weights_home(sorted_gradient: np.ndarray, shape_dtype: Any, plan: Agreed) -> torch.Tensor:
-    """Gradients of the pair weights -> [T, K] at the tokens' rank."""
+def _one_message(
+    partial: torch.Tensor, by_pair: torch.Tensor, like: torch.Tensor, plan: Agreed
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of rows and gradients of pair weights go home in one exchange: for few tokens each costs its latency.
+
+    Returns the rows that came back [others out, H] and the pairs' gradients [sum(pairs_out)].
+    """
+    row = like.shape[1] * like.element_size()
+    give = [row * r + 4 * p for r, p in zip(plan.rows_in, plan.pairs_in, strict=True)]
+    take = [row * r + 4 * p for r, p in zip(plan.rows_out, plan.pairs_out, strict=True)]
+    rows, pairs = partial.reshape(-1).view(torch.uint8), by_pair[: sum(plan.pairs_in)].view(torch.uint8)
+    blocks = zip(rows.split([row * r for r in plan.rows_in]), pairs.split([4 * p for p in plan.pairs_in]), strict=True)
+    message = torch.cat([part for block in blocks for part in block])
+    parts = plan.move(torch.empty(sum(take), dtype=torch.uint8), message, give, take).split(take)
+    at = [row * r for r in plan.rows_out]
+    back = torch.cat([part[:n] for part, n in zip(parts, at, strict=True)]).view(like.dtype).view(-1, like.shape[1])
+    return back, torch.cat([part[n:] for part, n in zip(parts, at, strict=True)]).view(torch.float32)
+
+
+def _to_tokens(home: torch.Tensor, by_pair: torch.Tensor, shape_dtype: Any, plan: Agreed) -> torch.Tensor:
+    """Gradients of the pair weights, others' `home` and own, -> [T, K]."""
     shape, dtype = shape_dtype
-    by_pair = torch.from_numpy(sorted_gradient[plan.place])
-    foreign = sum(plan.pairs_in)
-    home = torch.empty(len(plan.pair), dtype=torch.float32)
-    others = sum(plan.pairs_out)
-    plan.move(home[:others], by_pair[:foreign], plan.pairs_in, plan.pairs_out)
-    home[others:] = by_pair[foreign:]
     out = torch.zeros(shape, dtype=torch.float32).view(-1)
-    out[torch.from_numpy(plan.pair)] = home
+    out[torch.from_numpy(plan.pair)] = torch.cat([home, by_pair[sum(plan.pairs_in) :]])
     return out.view(shape).to(dtype)
+
+
+def _pairs(count: int) -> torch.Tensor:
+    return torch.empty(count, dtype=torch.float32)
 
 
 def _experts(plan: Agreed) -> list[tuple[int, int, int]]:
