@@ -1,0 +1,111 @@
+"""Compiled packing of a node's experts on its ranks: replicas for the heaviest, then swaps until the ranks are even.
+
+What is evened out is the ranks' load *and* its risk: experts that are busy together are put apart, so that a topic that
+comes up later falls on all ranks alike (the covariance of a mean-variance portfolio). Pure numba, NumPy in and out.
+M items (a replica of an expert on this node each), P ranks of the node.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+_OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
+
+
+@njit(**_OPTIONS)
+def add_replicas(load: Any, least: Any, spare: int, ranks: int) -> Any:
+    """Give `spare` more slots to the experts with the most load a replica; at most one replica a rank.
+
+    load: [X] of the experts on this node, least: [X] replicas that they have -> replicas [X].
+    """
+    count = least.copy()
+    for _ in range(spare):
+        best = -1
+        for x in range(load.shape[0]):
+            if count[x] < ranks and (best < 0 or load[x] / count[x] > load[best] / count[best]):
+                best = x
+        if best < 0:
+            break
+        count[best] += 1
+    return count
+
+
+@njit(**_OPTIONS)
+def _may_join(expert: Any, where: Any, p: Any, rank: Any, leaving: Any) -> Any:
+    """Whether item p may go to a rank that `leaving` leaves: no other replica of its expert is there."""
+    for q in range(expert.shape[0]):
+        if q != p and q != leaving and where[q] == rank and expert[q] == expert[p]:
+            return False
+    return True
+
+
+@njit(**_OPTIONS)
+def pack(expert: Any, joint: Any, load: Any, room: Any, speed: Any, sweeps: int) -> Any:
+    """Spread items over ranks, minimising the sum over ranks of x' joint x / speed^2, x being the items on the rank.
+
+    Args:
+        expert: [M] whose replica an item is: two of one expert never share a rank.
+        joint: [M, M] symmetric; load[p] * load[q] plus the risk that both are busy at once.
+        load: [M]; room: [P] slots, their sum at least M; speed: [P] relative.
+
+    Returns:
+        rank [M], -1 for a replica that found no rank without its expert.
+    """
+    items, ranks = load.shape[0], room.shape[0]
+    where, left = np.full(items, -1, np.int64), room.copy()
+    inter = np.zeros((items, ranks))  # sum of joint over the items of a rank
+    inv = 1.0 / (speed * speed)
+    for p in np.argsort(-load, kind="mergesort"):
+        best, best_cost = -1, np.inf
+        for r in range(ranks):
+            if left[r] > 0 and _may_join(expert, where, p, r, -1):
+                cost = (2.0 * inter[p, r] + joint[p, p]) * inv[r]
+                if cost < best_cost:
+                    best, best_cost = r, cost
+        if best >= 0:
+            where[p] = best
+            left[best] -= 1
+            for q in range(items):
+                inter[q, best] += joint[p, q]
+    for _ in range(sweeps):
+        moved = False
+        for p in range(items):
+            r = where[p]
+            if r < 0:
+                continue
+            best_q, best_u, best_gain = -1, -1, 1e-12
+            for u in range(ranks):  # a free slot
+                if u != r and left[u] > 0 and _may_join(expert, where, p, u, -1):
+                    gain = (2.0 * inter[p, r] - joint[p, p]) * inv[r] - (2.0 * inter[p, u] + joint[p, p]) * inv[u]
+                    if gain > best_gain:
+                        best_u, best_gain = u, gain
+            for q in range(items):  # an exchange
+                u = where[q]
+                if u < 0 or u == r or expert[q] == expert[p]:
+                    continue
+                here = 2.0 * (inter[p, r] - inter[q, r]) + 2.0 * joint[p, q] - joint[p, p] - joint[q, q]
+                there = 2.0 * (inter[q, u] - inter[p, u]) + 2.0 * joint[p, q] - joint[p, p] - joint[q, q]
+                gain = here * inv[r] + there * inv[u]
+                if gain > best_gain and _may_join(expert, where, p, u, q) and _may_join(expert, where, q, r, p):
+                    best_q, best_u, best_gain = q, u, gain
+            if best_u < 0:
+                continue
+            moved = True
+            where[p] = best_u
+            for x in range(items):
+                inter[x, r] -= joint[p, x]
+                inter[x, best_u] += joint[p, x]
+            if best_q < 0:
+                left[r] += 1
+                left[best_u] -= 1
+            else:
+                where[best_q] = r
+                for x in range(items):
+                    inter[x, best_u] -= joint[best_q, x]
+                    inter[x, r] += joint[best_q, x]
+        if not moved:
+            break
+    return where

@@ -1,0 +1,243 @@
+"""Compiled search for the grouping of experts on nodes: exact swaps on sampled token sets, held as bit sets. NumPy in and out.
+
+A token visits a node once, however many of its experts lie there. Every expert has the set of sampled tokens that chose
+it (one bit a token), every node the set of tokens that do not visit it and of those that have exactly one expert there:
+the change of visits by any swap is then a few population counts, exact, without a counter to keep.
+Besides the N nodes there is one more place, number N, "everywhere": its experts have a replica on every node, so their
+tokens never travel, and their load is spread as the tokens' sources are.
+E experts, N nodes, B words of 64 tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+_OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
+
+_M1, _M2, _M4 = np.uint64(0x5555555555555555), np.uint64(0x3333333333333333), np.uint64(0x0F0F0F0F0F0F0F0F)
+_H, _S1, _S2, _S4, _S56 = (
+    np.uint64(0x0101010101010101),
+    np.uint64(1),
+    np.uint64(2),
+    np.uint64(4),
+    np.uint64(56),
+)
+
+
+@njit(**_OPTIONS)
+def _ones(x: Any) -> Any:
+    """Bits set in a word; LLVM turns this into its population count."""
+    x = x - ((x >> _S1) & _M1)
+    x = (x & _M2) + ((x >> _S2) & _M2)
+    x = (x + (x >> _S4)) & _M4
+    return (x * _H) >> _S56
+
+
+@njit(**_OPTIONS)
+def _common(a: Any, b: Any) -> Any:
+    """Tokens in both sets [B]."""
+    total = np.uint64(0)
+    for w in range(a.shape[0]):
+        total += _ones(a[w] & b[w])
+    return np.int64(total)
+
+
+@njit(**_OPTIONS)
+def _common3(a: Any, b: Any, c: Any) -> Any:
+    """Tokens in all three sets [B]."""
+    total = np.uint64(0)
+    for w in range(a.shape[0]):
+        total += _ones(a[w] & b[w] & c[w])
+    return np.int64(total)
+
+
+@njit(**_OPTIONS)
+def token_bits(sample: Any, experts: int) -> Any:
+    """sample [T, K] -> [E, B] which tokens chose each expert."""
+    bits = np.zeros((experts, (sample.shape[0] + 63) // 64), np.uint64)
+    for t in range(sample.shape[0]):
+        for k in range(sample.shape[1]):
+            bits[sample[t, k], t >> 6] |= np.uint64(1) << np.uint64(t & 63)
+    return bits
+
+
+@njit(**_OPTIONS)
+def _refresh(bits: Any, place: Any, n: int, absent: Any, alone: Any) -> None:
+    """Recompute a node's sets: tokens that do not visit it, tokens with exactly one expert there. In place."""
+    words = bits.shape[1]
+    for w in range(words):
+        absent[n, w] = 0
+        alone[n, w] = 0
+    for e in range(place.shape[0]):
+        if place[e] == n:
+            for w in range(words):  # absent: any, alone: twice, until the end
+                alone[n, w] |= absent[n, w] & bits[e, w]
+                absent[n, w] |= bits[e, w]
+    for w in range(words):
+        alone[n, w] = absent[n, w] & ~alone[n, w]
+        absent[n, w] = ~absent[n, w]
+
+
+@njit(**_OPTIONS)
+def _gains(bits: Any, place: Any, n: int, absent: Any, alone: Any, leave: Any, enter: Any) -> None:
+    """Recompute leave [E] (visits saved when an expert leaves node n) and enter [E, n] (visits added). In place."""
+    for e in range(place.shape[0]):
+        enter[e, n] = _common(bits[e], absent[n])
+        if place[e] == n:
+            leave[e] = _common(bits[e], alone[n])
+
+
+@njit(**_OPTIONS)
+def _part(place: Any, n: Any, source: Any) -> Any:
+    """Share of an expert's load that node n bears when the expert lies at `place`."""
+    if place == source.shape[0]:
+        return source[n]
+    return 1.0 if place == n else 0.0
+
+
+@njit(**_OPTIONS)
+def _unbalance(weight: Any, target: Any) -> Any:
+    total = 0.0
+    for n in range(weight.shape[0]):
+        x = weight[n] / target[n] - 1.0
+        total += x * x
+    return total
+
+
+@njit(**_OPTIONS)
+def start_grouping(bits: Any, load: Any, room: Any, source: Any, target: Any, price: Any, stiff: Any, order: Any) -> Any:
+    """Greedy start: experts in `order` [E], each to the node where it adds least; the first room[N] go everywhere.
+
+    Args:
+        bits: [E, B]; load: [E]; room: [N + 1] experts that fit on each node, and everywhere.
+        source: [N] share of tokens that start on each node; target: [N] load that each node should have.
+        price: [N] cost of one sampled token's visit; stiff: cost of squared relative deviation from the target.
+
+    Returns:
+        place [E], N for everywhere.
+    """
+    nodes = target.shape[0]
+    place = np.full(load.shape[0], -1, np.int64)
+    left, weight = room.copy(), np.zeros(nodes)
+    absent = np.full((nodes, bits.shape[1]), ~np.uint64(0), np.uint64)
+    for e in order:
+        if left[nodes] > 0:
+            left[nodes] -= 1
+            place[e] = nodes
+            for n in range(nodes):
+                weight[n] += load[e] * source[n]
+            continue
+        best, best_cost = -1, np.inf
+        for n in range(nodes):
+            if left[n] > 0:
+                after = (weight[n] + load[e]) / target[n]
+                before = weight[n] / target[n]
+                cost = price[n] * _common(bits[e], absent[n]) + stiff * (after * after - before * before)
+                if cost < best_cost:
+                    best, best_cost = n, cost
+        place[e] = best
+        left[best] -= 1
+        weight[best] += load[e]
+        for w in range(bits.shape[1]):
+            absent[best, w] &= ~bits[e, w]
+    return place
+
+
+@njit(**_OPTIONS)
+def improve_grouping(
+    bits: Any, load: Any, place: Any, source: Any, target: Any, price: Any, stiff: Any, order: Any
+) -> Any:
+    """Swap pairs of experts between places while that lowers price . visits + stiff * imbalance. `place` in place.
+
+    Args:
+        as for `start_grouping`; order: [sweeps, E] the order in which each sweep seeks partners.
+
+    Returns:
+        swaps made.
+    """
+    nodes, experts, words = target.shape[0], load.shape[0], bits.shape[1]
+    absent, alone = np.zeros((nodes, words), np.uint64), np.zeros((nodes, words), np.uint64)
+    leave, enter = np.zeros(experts, np.int64), np.zeros((experts, nodes + 1), np.int64)
+    weight = np.zeros(nodes)
+    for n in range(nodes):
+        _refresh(bits, place, n, absent, alone)
+        _gains(bits, place, n, absent, alone, leave, enter)
+    for e in range(experts):
+        for n in range(nodes):
+            weight[n] += load[e] * _part(place[e], n, source)
+    swaps = 0
+    for sweep in range(order.shape[0]):
+        before = swaps
+        for a in order[sweep]:
+            i = place[a]
+            best, best_gain = -1, 1e-12
+            for b in range(experts):
+                j = place[b]
+                if i == j:
+                    continue
+                d = load[b] - load[a]
+                gain = 0.0
+                if i < nodes and j < nodes:
+                    xi, xj = weight[i] / target[i] - 1.0, weight[j] / target[j] - 1.0
+                    yi, yj = xi + d / target[i], xj - d / target[j]
+                    gain = stiff * (xi * xi + xj * xj - yi * yi - yj * yj)
+                else:  # one of the two is everywhere: every node's load changes
+                    n0, sign = (j, -d) if i == nodes else (i, d)  # the node whose own expert is exchanged
+                    for n in range(nodes):
+                        change = sign * (_part(n0, n, source) - source[n])
+                        x = weight[n] / target[n] - 1.0
+                        y = x + change / target[n]
+                        gain += stiff * (x * x - y * y)
+                if i < nodes:
+                    gain += price[i] * (leave[a] - enter[b, i])
+                if j < nodes:
+                    gain += price[j] * (leave[b] - enter[a, j])
+                if gain <= best_gain:
+                    continue
+                # Tokens that chose both were counted as leaving, though the other expert keeps them there.
+                if i < nodes:
+                    gain -= price[i] * _common3(bits[a], bits[b], alone[i])
+                if j < nodes:
+                    gain -= price[j] * _common3(bits[a], bits[b], alone[j])
+                if gain > best_gain:
+                    best, best_gain = b, gain
+            if best < 0:
+                continue
+            j = place[best]
+            place[a], place[best] = j, i
+            d = load[best] - load[a]
+            for n in range(nodes):
+                weight[n] += d * (_part(i, n, source) - _part(j, n, source))
+            for n in (i, j):
+                if n < nodes:
+                    _refresh(bits, place, n, absent, alone)
+                    _gains(bits, place, n, absent, alone, leave, enter)
+            if i == nodes:
+                leave[best] = 0
+            if j == nodes:
+                leave[a] = 0
+            swaps += 1
+        if swaps == before:
+            break
+    return swaps
+
+
+@njit(**_OPTIONS)
+def grouping_cost(bits: Any, load: Any, place: Any, source: Any, target: Any, price: Any, stiff: Any) -> Any:
+    """price . visits + stiff * imbalance of a grouping."""
+    nodes = target.shape[0]
+    weight, cost = np.zeros(nodes), 0.0
+    for e in range(place.shape[0]):
+        for n in range(nodes):
+            weight[n] += load[e] * _part(place[e], n, source)
+    for n in range(nodes):
+        for w in range(bits.shape[1]):
+            here = np.uint64(0)
+            for e in range(place.shape[0]):
+                if place[e] == n:
+                    here |= bits[e, w]
+            cost += price[n] * _ones(here)
+    return cost + stiff * _unbalance(weight, target)
