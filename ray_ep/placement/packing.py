@@ -16,17 +16,19 @@ _OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"
 
 
 @njit(**_OPTIONS)
-def add_replicas(load: Any, least: Any, spare: int, ranks: int) -> Any:
+def add_replicas(load: Any, least: Any, had: Any, spare: int, ranks: int) -> Any:
     """Give `spare` more slots to the experts with the most load a replica; at most one replica a rank.
 
-    load: [X] of the experts on this node, least: [X] replicas that they have -> replicas [X].
+    load: [X] of the experts on this node, least: [X] replicas that they have, had: [X] replicas that they had before
+    (kept unless another would gain a tenth more) -> replicas [X].
     """
     count = least.copy()
     for _ in range(spare):
-        best = -1
+        best, most = -1, -1.0
         for x in range(load.shape[0]):
-            if count[x] < ranks and (best < 0 or load[x] / count[x] > load[best] / count[best]):
-                best = x
+            each = load[x] / max(count[x], 1) * (1.1 if count[x] < had[x] else 1.0)
+            if count[x] < ranks and each > most:
+                best, most = x, each
         if best < 0:
             break
         count[best] += 1
@@ -43,13 +45,28 @@ def _may_join(expert: Any, where: Any, p: Any, rank: Any, leaving: Any) -> Any:
 
 
 @njit(**_OPTIONS)
-def pack(expert: Any, joint: Any, load: Any, room: Any, speed: Any, sweeps: int) -> Any:
+def _seat(p: Any, r: Any, where: Any, left: Any, inter: Any, joint: Any) -> None:
+    where[p] = r
+    left[r] -= 1
+    for q in range(where.shape[0]):
+        inter[q, r] += joint[p, q]
+
+
+@njit(**_OPTIONS)
+def _stays(home: Any, p: Any, r: Any, u: Any, stay: Any) -> Any:
+    """Gain from moves when item p goes from rank r to u: what it costs to be away from home."""
+    return stay * ((1.0 if home[p] == u else 0.0) - (1.0 if home[p] == r else 0.0))
+
+
+@njit(**_OPTIONS)
+def pack(expert: Any, joint: Any, load: Any, room: Any, speed: Any, home: Any, stay: Any, sweeps: int) -> Any:
     """Spread items over ranks, minimising the sum over ranks of x' joint x / speed^2, x being the items on the rank.
 
     Args:
         expert: [M] whose replica an item is: two of one expert never share a rank.
         joint: [M, M] symmetric; load[p] * load[q] plus the risk that both are busy at once.
         load: [M]; room: [P] slots, their sum at least M; speed: [P] relative.
+        home: [M] rank where the item is now, -1 for none; stay: cost of leaving it.
 
     Returns:
         rank [M], -1 for a replica that found no rank without its expert.
@@ -58,18 +75,18 @@ def pack(expert: Any, joint: Any, load: Any, room: Any, speed: Any, sweeps: int)
     where, left = np.full(items, -1, np.int64), room.copy()
     inter = np.zeros((items, ranks))  # sum of joint over the items of a rank
     inv = 1.0 / (speed * speed)
+    for p in range(items):
+        if home[p] >= 0 and left[home[p]] > 0:
+            _seat(p, home[p], where, left, inter, joint)
     for p in np.argsort(-load, kind="mergesort"):
         best, best_cost = -1, np.inf
         for r in range(ranks):
-            if left[r] > 0 and _may_join(expert, where, p, r, -1):
+            if where[p] < 0 and left[r] > 0 and _may_join(expert, where, p, r, -1):
                 cost = (2.0 * inter[p, r] + joint[p, p]) * inv[r]
                 if cost < best_cost:
                     best, best_cost = r, cost
         if best >= 0:
-            where[p] = best
-            left[best] -= 1
-            for q in range(items):
-                inter[q, best] += joint[p, q]
+            _seat(p, best, where, left, inter, joint)
     for _ in range(sweeps):
         moved = False
         for p in range(items):
@@ -80,32 +97,32 @@ def pack(expert: Any, joint: Any, load: Any, room: Any, speed: Any, sweeps: int)
             for u in range(ranks):  # a free slot
                 if u != r and left[u] > 0 and _may_join(expert, where, p, u, -1):
                     gain = (2.0 * inter[p, r] - joint[p, p]) * inv[r] - (2.0 * inter[p, u] + joint[p, p]) * inv[u]
+                    gain += _stays(home, p, r, u, stay)
                     if gain > best_gain:
                         best_u, best_gain = u, gain
             for q in range(items):  # an exchange
                 u = where[q]
                 if u < 0 or u == r or expert[q] == expert[p]:
                     continue
-                here = 2.0 * (inter[p, r] - inter[q, r]) + 2.0 * joint[p, q] - joint[p, p] - joint[q, q]
-                there = 2.0 * (inter[q, u] - inter[p, u]) + 2.0 * joint[p, q] - joint[p, p] - joint[q, q]
-                gain = here * inv[r] + there * inv[u]
+                both = 2.0 * joint[p, q] - joint[p, p] - joint[q, q]
+                here, there = 2.0 * (inter[p, r] - inter[q, r]) + both, 2.0 * (inter[q, u] - inter[p, u]) + both
+                gain = here * inv[r] + there * inv[u] + _stays(home, p, r, u, stay) + _stays(home, q, u, r, stay)
                 if gain > best_gain and _may_join(expert, where, p, u, q) and _may_join(expert, where, q, r, p):
                     best_q, best_u, best_gain = q, u, gain
             if best_u < 0:
                 continue
             moved = True
             where[p] = best_u
-            for x in range(items):
-                inter[x, r] -= joint[p, x]
-                inter[x, best_u] += joint[p, x]
-            if best_q < 0:
-                left[r] += 1
-                left[best_u] -= 1
-            else:
+            left[r] += 1
+            left[best_u] -= 1
+            if best_q >= 0:
                 where[best_q] = r
-                for x in range(items):
-                    inter[x, best_u] -= joint[best_q, x]
-                    inter[x, r] += joint[best_q, x]
+                left[r] -= 1
+                left[best_u] += 1
+            for x in range(items):
+                d = joint[p, x] - (joint[best_q, x] if best_q >= 0 else 0.0)
+                inter[x, r] -= d
+                inter[x, best_u] += d
         if not moved:
             break
     return where

@@ -99,26 +99,32 @@ def _part(place: Any, n: Any, source: Any) -> Any:
 
 
 @njit(**_OPTIONS)
-def _unbalance(weight: Any, target: Any) -> Any:
-    total = 0.0
-    for n in range(weight.shape[0]):
-        x = weight[n] / target[n] - 1.0
-        total += x * x
-    return total
+def _even(x: Any, y: Any) -> Any:
+    """How much less uneven: squared relative deviation of load over target before and after."""
+    return (x - 1.0) * (x - 1.0) - (y - 1.0) * (y - 1.0)
 
 
 @njit(**_OPTIONS)
-def start_grouping(bits: Any, load: Any, room: Any, source: Any, target: Any, price: Any, stiff: Any, order: Any) -> Any:
+def _away(place: Any, home: Any, nodes: Any) -> Any:
+    """Slots that an expert fills anew: those of every other node when it goes everywhere, none where it is already."""
+    if place == home or home == nodes or home < 0:
+        return 0.0
+    return float(nodes - 1) if place == nodes else 1.0
+
+
+@njit(**_OPTIONS)
+def start_grouping(bits: Any, load: Any, room: Any, world: Any, order: Any) -> Any:
     """Greedy start: experts in `order` [E], each to the node where it adds least; the first room[N] go everywhere.
 
     Args:
         bits: [E, B]; load: [E]; room: [N + 1] experts that fit on each node, and everywhere.
-        source: [N] share of tokens that start on each node; target: [N] load that each node should have.
-        price: [N] cost of one sampled token's visit; stiff: cost of squared relative deviation from the target.
+        world: source [N] share of tokens that start on each node; target [N] load that each node should have;
+            price [N] cost of one sampled token's visit; stiff: cost of squared relative deviation from the target.
 
     Returns:
         place [E], N for everywhere.
     """
+    source, target, price, stiff = world
     nodes = target.shape[0]
     place = np.full(load.shape[0], -1, np.int64)
     left, weight = room.copy(), np.zeros(nodes)
@@ -133,8 +139,7 @@ def start_grouping(bits: Any, load: Any, room: Any, source: Any, target: Any, pr
         best, best_cost = -1, np.inf
         for n in range(nodes):
             if left[n] > 0:
-                after = (weight[n] + load[e]) / target[n]
-                before = weight[n] / target[n]
+                after, before = (weight[n] + load[e]) / target[n], weight[n] / target[n]
                 cost = price[n] * _common(bits[e], absent[n]) + stiff * (after * after - before * before)
                 if cost < best_cost:
                     best, best_cost = n, cost
@@ -147,21 +152,37 @@ def start_grouping(bits: Any, load: Any, room: Any, source: Any, target: Any, pr
 
 
 @njit(**_OPTIONS)
-def improve_grouping(
-    bits: Any, load: Any, place: Any, source: Any, target: Any, price: Any, stiff: Any, order: Any
-) -> Any:
-    """Swap pairs of experts between places while that lowers price . visits + stiff * imbalance. `place` in place.
+def _balance_gain(load: Any, weight: Any, a: Any, b: Any, i: Any, j: Any, source: Any, target: Any) -> Any:
+    """Gain in evenness when a leaves place i for b's place j, and b the other way."""
+    nodes, d = target.shape[0], load[b] - load[a]
+    if i < nodes and j < nodes:
+        gain = _even(weight[i] / target[i], (weight[i] + d) / target[i])
+        return gain + _even(weight[j] / target[j], (weight[j] - d) / target[j])
+    gain = 0.0  # one of the two is everywhere: every node's load changes
+    for n in range(nodes):
+        after = weight[n] + d * (_part(i, n, source) - _part(j, n, source))
+        gain += _even(weight[n] / target[n], after / target[n])
+    return gain
+
+
+@njit(**_OPTIONS)
+def improve_grouping(bits: Any, load: Any, place: Any, world: Any, home: Any, stay: Any, order: Any) -> Any:
+    """Swap pairs of experts between places while that lowers price . visits + stiff * imbalance + moves. In place.
 
     Args:
-        as for `start_grouping`; order: [sweeps, E] the order in which each sweep seeks partners.
+        bits, load, world: as for `start_grouping`; place: [E], changed in place.
+        home: [E] where each expert is now, -1 for none; stay: [E] cost of each slot that it fills anew.
+        order: [sweeps, E] the order in which each sweep seeks partners.
 
     Returns:
         swaps made.
     """
+    source, target, price, stiff = world
     nodes, experts, words = target.shape[0], load.shape[0], bits.shape[1]
     absent, alone = np.zeros((nodes, words), np.uint64), np.zeros((nodes, words), np.uint64)
     leave, enter = np.zeros(experts, np.int64), np.zeros((experts, nodes + 1), np.int64)
-    weight = np.zeros(nodes)
+    weight, cost = np.zeros(nodes), np.zeros(nodes + 1)
+    cost[:nodes] = price  # visits of "everywhere" cost nothing
     for n in range(nodes):
         _refresh(bits, place, n, absent, alone)
         _gains(bits, place, n, absent, alone, leave, enter)
@@ -178,37 +199,23 @@ def improve_grouping(
                 j = place[b]
                 if i == j:
                     continue
-                d = load[b] - load[a]
-                gain = 0.0
-                if i < nodes and j < nodes:
-                    xi, xj = weight[i] / target[i] - 1.0, weight[j] / target[j] - 1.0
-                    yi, yj = xi + d / target[i], xj - d / target[j]
-                    gain = stiff * (xi * xi + xj * xj - yi * yi - yj * yj)
-                else:  # one of the two is everywhere: every node's load changes
-                    n0, sign = (j, -d) if i == nodes else (i, d)  # the node whose own expert is exchanged
-                    for n in range(nodes):
-                        change = sign * (_part(n0, n, source) - source[n])
-                        x = weight[n] / target[n] - 1.0
-                        y = x + change / target[n]
-                        gain += stiff * (x * x - y * y)
-                if i < nodes:
-                    gain += price[i] * (leave[a] - enter[b, i])
-                if j < nodes:
-                    gain += price[j] * (leave[b] - enter[a, j])
+                gain = cost[i] * (leave[a] - enter[b, i]) + cost[j] * (leave[b] - enter[a, j])
+                gain += stiff * _balance_gain(load, weight, a, b, i, j, source, target)
+                gain += stay[a] * (_away(i, home[a], nodes) - _away(j, home[a], nodes))
+                gain += stay[b] * (_away(j, home[b], nodes) - _away(i, home[b], nodes))
                 if gain <= best_gain:
                     continue
                 # Tokens that chose both were counted as leaving, though the other expert keeps them there.
                 if i < nodes:
-                    gain -= price[i] * _common3(bits[a], bits[b], alone[i])
+                    gain -= cost[i] * _common3(bits[a], bits[b], alone[i])
                 if j < nodes:
-                    gain -= price[j] * _common3(bits[a], bits[b], alone[j])
+                    gain -= cost[j] * _common3(bits[a], bits[b], alone[j])
                 if gain > best_gain:
                     best, best_gain = b, gain
             if best < 0:
                 continue
-            j = place[best]
+            j, d = place[best], load[best] - load[a]
             place[a], place[best] = j, i
-            d = load[best] - load[a]
             for n in range(nodes):
                 weight[n] += d * (_part(i, n, source) - _part(j, n, source))
             for n in (i, j):
@@ -226,18 +233,58 @@ def improve_grouping(
 
 
 @njit(**_OPTIONS)
-def grouping_cost(bits: Any, load: Any, place: Any, source: Any, target: Any, price: Any, stiff: Any) -> Any:
+def grouping_cost(bits: Any, load: Any, place: Any, world: Any) -> Any:
     """price . visits + stiff * imbalance of a grouping."""
-    nodes = target.shape[0]
-    weight, cost = np.zeros(nodes), 0.0
-    for e in range(place.shape[0]):
-        for n in range(nodes):
-            weight[n] += load[e] * _part(place[e], n, source)
+    source, target, price, stiff = world
+    nodes, total = target.shape[0], 0.0
     for n in range(nodes):
+        weight, visits = 0.0, np.uint64(0)
+        for e in range(place.shape[0]):
+            weight += load[e] * _part(place[e], n, source)
         for w in range(bits.shape[1]):
             here = np.uint64(0)
             for e in range(place.shape[0]):
                 if place[e] == n:
                     here |= bits[e, w]
-            cost += price[n] * _ones(here)
-    return cost + stiff * _unbalance(weight, target)
+            visits += _ones(here)
+        x = weight / target[n] - 1.0
+        total += price[n] * np.float64(visits) + stiff * x * x
+    return total
+
+
+@njit(**_OPTIONS)
+def split_bits(bits: Any, item: Any) -> Any:
+    """Deal each expert's tokens out to its items in turn: [E, B], item [I] expert of each -> [I, B]."""
+    total = np.zeros(bits.shape[0], np.int64)
+    number = np.empty(item.shape[0], np.int64)
+    for x in range(item.shape[0]):
+        number[x] = total[item[x]]
+        total[item[x]] += 1
+    out = np.zeros((item.shape[0], bits.shape[1]), np.uint64)
+    for x in range(item.shape[0]):
+        e = item[x]
+        if total[e] == 1:
+            out[x] = bits[e]
+            continue
+        turn = 0
+        for w in range(bits.shape[1]):
+            for t in range(64):
+                mask = np.uint64(1) << np.uint64(t)
+                if bits[e, w] & mask:
+                    if turn % total[e] == number[x]:
+                        out[x, w] |= mask
+                    turn += 1
+    return out
+
+
+@njit(**_OPTIONS)
+def covariance(bits: Any, load: Any, tokens: int) -> Any:
+    """[E, E] how much more often two experts are chosen together than by chance, per token (load [E] per token)."""
+    experts = bits.shape[0]
+    out = np.empty((experts, experts))
+    for a in range(experts):
+        for b in range(a + 1):
+            together = _common(bits[a], bits[b]) / tokens - load[a] * load[b]
+            out[a, b] = together
+            out[b, a] = together
+    return out
