@@ -87,11 +87,10 @@ def choose_items(problem: Problem, load: Floats) -> Items:
     """Spend the spare slots: second replicas where one unit cannot bear an expert, then the hottest everywhere."""
     nodes, experts = problem.nodes, problem.experts
     room = problem.node_room()
-    units = problem.ranks if problem.level == "rank" else nodes
-    limit = HOT * load.sum() / units
+    limit = _bulk(problem, load)
     by_load = np.argsort(-load, kind="stable")
     spare = int(room.sum()) - experts
-    wanted = np.minimum(np.ceil(load / limit) - 1, problem.ranks - 1) if limit > 0 else np.zeros(experts)
+    wanted = np.clip(np.ceil(load / limit) - 1, 0, problem.ranks - 1) if limit > 0 else np.zeros(experts)
     everywhere = min(spare // (nodes - 1), int(room.min())) if nodes > 1 else 0
     while everywhere and everywhere * (nodes - 1) + wanted[by_load[everywhere:]].sum() > spare:
         everywhere -= 1
@@ -140,10 +139,15 @@ def _item_arrays(traffic: Traffic, items: Items) -> tuple[npt.NDArray[np.uint64]
     return bits, load
 
 
-def _world(problem: Problem, traffic: Traffic) -> tuple[Floats, Floats, Floats, float]:
+def _world(problem: Problem, traffic: Traffic) -> tuple[Floats, Floats, Floats, float, float]:
     speed = problem.node_speed()
     target = traffic.load.sum() * speed / speed.sum()
-    return problem.source, target, problem.price() / len(traffic.sets), problem.stiff
+    return problem.source, target, problem.price() / len(traffic.sets), problem.stiff, _bulk(problem, traffic.load)
+
+
+def _bulk(problem: Problem, load: Floats) -> float:
+    """Load that one replica outside "everywhere" may bear."""
+    return HOT * float(load.sum()) / (problem.ranks if problem.level == "rank" else problem.nodes)
 
 
 def _orders(items: int, seed: int, sweeps: int) -> Ints:
@@ -165,6 +169,7 @@ def _group(problem: Problem, traffic: Traffic, items: Items, seed: int, starts: 
     best, best_cost = none, np.inf
     for start in range(starts):
         shuffled = heat * (rng.uniform(0.7, 1.3, len(heat)) if start else 1.0)
+        shuffled = np.where(load > world[-1], np.inf, shuffled)
         order = np.argsort(-shuffled, kind="stable")
         place = search.start_grouping(bits, load, room, world, order)
         search.improve_grouping(bits, load, place, world, none, free, _orders(len(load), seed + start, SWEEPS))

@@ -119,12 +119,13 @@ def start_grouping(bits: Any, load: Any, room: Any, world: Any, order: Any) -> A
     Args:
         bits: [E, B]; load: [E]; room: [N + 1] experts that fit on each node, and everywhere.
         world: source [N] share of tokens that start on each node; target [N] load that each node should have;
-            price [N] cost of one sampled token's visit; stiff: cost of squared relative deviation from the target.
+            price [N] cost of one sampled token's visit; stiff: cost of squared relative deviation from the target;
+            bulk: load above which an expert that is everywhere must stay so.
 
     Returns:
         place [E], N for everywhere.
     """
-    source, target, price, stiff = world
+    source, target, price, stiff, _ = world
     nodes = target.shape[0]
     place = np.full(load.shape[0], -1, np.int64)
     left, weight = room.copy(), np.zeros(nodes)
@@ -177,7 +178,7 @@ def improve_grouping(bits: Any, load: Any, place: Any, world: Any, home: Any, st
     Returns:
         swaps made.
     """
-    source, target, price, stiff = world
+    source, target, price, stiff, bulk = world
     nodes, experts, words = target.shape[0], load.shape[0], bits.shape[1]
     absent, alone = np.zeros((nodes, words), np.uint64), np.zeros((nodes, words), np.uint64)
     leave, enter = np.zeros(experts, np.int64), np.zeros((experts, nodes + 1), np.int64)
@@ -197,7 +198,7 @@ def improve_grouping(bits: Any, load: Any, place: Any, world: Any, home: Any, st
             best, best_gain = -1, 1e-12
             for b in range(experts):
                 j = place[b]
-                if i == j:
+                if i == j or (i == nodes and load[a] > bulk) or (j == nodes and load[b] > bulk):
                     continue
                 gain = cost[i] * (leave[a] - enter[b, i]) + cost[j] * (leave[b] - enter[a, j])
                 gain += stiff * _balance_gain(load, weight, a, b, i, j, source, target)
@@ -235,7 +236,7 @@ def improve_grouping(bits: Any, load: Any, place: Any, world: Any, home: Any, st
 @njit(**_OPTIONS)
 def grouping_cost(bits: Any, load: Any, place: Any, world: Any) -> Any:
     """price . visits + stiff * imbalance of a grouping."""
-    source, target, price, stiff = world
+    source, target, price, stiff, _ = world
     nodes, total = target.shape[0], 0.0
     for n in range(nodes):
         weight, visits = 0.0, np.uint64(0)
