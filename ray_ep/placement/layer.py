@@ -22,6 +22,8 @@ HOT = 0.8
 """Share of a unit's fair load above which an expert gets a second replica."""
 RISK = 0.04
 """Weight of the covariance of loads beside the loads: the variance of topics' shares from window to window."""
+NODE_RISK = {"node": 0.1, "rank": 0.05}
+"""Of that, what counts between nodes, where it is at odds with traffic: tokens of a topic want few nodes."""
 SWEEPS = 20
 SMALL = 2e6
 """Cost of one sweep (in additions) up to which a layer is refined slot by slot on its exact expectation."""
@@ -79,7 +81,8 @@ def warm_layer(problem: Problem, traffic: Traffic, current: Ints, stay: float, o
     empty = place < 0
     place[empty] = _free_places(problem, items)
     order = _orders(len(place), seed, SWEEPS)
-    search.improve_grouping(bits, load, place, _world(problem, traffic), items.home, price, order)
+    risk = _item_risk(problem, traffic, items)
+    search.improve_grouping(bits, load, risk, place, _world(problem, traffic), items.home, price, order)
     return _pack_nodes(problem, traffic, items, place, current, stay)
 
 
@@ -139,6 +142,15 @@ def _item_arrays(traffic: Traffic, items: Items) -> tuple[npt.NDArray[np.uint64]
     return bits, load
 
 
+def _item_risk(problem: Problem, traffic: Traffic, items: Items) -> Floats:
+    """[I, I] covariance of the items' loads, weighted for nodes."""
+    real = items.expert[items.expert >= 0]
+    out = np.zeros((len(items.expert), len(items.expert)))
+    part = 1.0 / np.maximum(np.bincount(real, minlength=len(traffic.load)), 1)[real]
+    out[: len(real), : len(real)] = NODE_RISK[problem.level] * traffic.risk[np.ix_(real, real)] * np.outer(part, part)
+    return out
+
+
 def _world(problem: Problem, traffic: Traffic) -> tuple[Floats, Floats, Floats, float, float]:
     speed = problem.node_speed()
     target = traffic.load.sum() * speed / speed.sum()
@@ -160,7 +172,7 @@ def _group(problem: Problem, traffic: Traffic, items: Items, seed: int, starts: 
     if problem.nodes == 1:
         return np.zeros(len(items.expert), np.int64)
     bits, load = _item_arrays(traffic, items)
-    world = _world(problem, traffic)
+    world, risk = _world(problem, traffic), _item_risk(problem, traffic, items)
     room = np.append(problem.node_room() - items.everywhere, items.everywhere)
     none, free = np.full(len(load), -1, np.int64), np.zeros(len(load))
     rng = np.random.default_rng(seed)
@@ -172,7 +184,7 @@ def _group(problem: Problem, traffic: Traffic, items: Items, seed: int, starts: 
         shuffled = np.where(load > world[-1], np.inf, shuffled)
         order = np.argsort(-shuffled, kind="stable")
         place = search.start_grouping(bits, load, room, world, order)
-        search.improve_grouping(bits, load, place, world, none, free, _orders(len(load), seed + start, SWEEPS))
+        search.improve_grouping(bits, load, risk, place, world, none, free, _orders(len(load), seed + start, SWEEPS))
         cost = search.grouping_cost(bits, load, place, world)
         if cost < best_cost:
             best, best_cost = place, cost
@@ -183,35 +195,52 @@ def _pack_nodes(
     problem: Problem, traffic: Traffic, items: Items, place: Ints, current: Ints | None, stay: float
 ) -> Ints:
     """Slots [R, S]: each node's items on its ranks, those that are there already kept where that is no loss."""
-    slots = np.full((problem.ranks, int(problem.room.max())), -1, np.int64)
-    _, load = _item_arrays(traffic, items)
-    real = items.expert >= 0
-    expert, place, load = items.expert[real], place[real], load[real]
-    fair = (traffic.load.sum() / problem.ranks) ** 2
+    slots = np.full((problem.ranks, int(problem.room.max(initial=0))), -1, np.int64)
+    count = np.bincount(items.expert[items.expert >= 0], minlength=problem.experts)
     for n in range(problem.nodes):
         members = np.nonzero(problem.node_of == n)[0]
-        here = (place == n) | (place == problem.nodes)
-        part = load[here] * np.where(place[here] == problem.nodes, problem.source[n], 1.0)
-        weight = np.bincount(expert[here], part, problem.experts)
-        least = np.minimum(np.bincount(expert[here], minlength=problem.experts), len(members))
-        mine = np.nonzero(least)[0]
-        had = np.zeros(len(mine), np.int64) if current is None else _times(current[members], mine)
-        spare = int(problem.room[members].sum() - least.sum())
-        count = packing.add_replicas(weight[mine], least[mine], had, spare, len(members))
-        which = np.repeat(np.arange(len(mine)), count)
-        each = (weight[mine] / count)[which]
-        share = each / np.maximum(traffic.load[mine], 1e-30)[which]
-        joint = np.outer(each, each) + traffic.risk[np.ix_(mine[which], mine[which])] * np.outer(share, share)
-        home = np.full(len(which), -1, np.int64) if current is None else _homes(current[members], mine[which])
-        # Where ranks are balanced inside the step, a rank of its node is as good as another: those that stay, stay.
-        sweeps = 0 if current is not None and problem.level == "node" else SWEEPS
-        where = packing.pack(
-            mine[which], joint * (problem.stiff / fair), each, problem.room[members], problem.speed[members], home, stay, sweeps
-        )
-        for i, r in enumerate(members):
-            kept = mine[which[where == i]]
-            slots[r, : problem.room[r]] = _arranged(kept, None if current is None else current[r], problem.room[r])
+        if current is not None and problem.level == "node":
+            # Ranks are balanced inside the step: a node that keeps its experts keeps its slots.
+            before = (items.home == n) | (items.home == problem.nodes)
+            if (((place == n) | (place == problem.nodes)) == before)[items.expert >= 0].all():
+                slots[members] = current[members]
+                continue
+        here = ((place == n) | (place == problem.nodes)) & (items.expert >= 0)
+        mine = items.expert[here]
+        part = np.where(place[here] == problem.nodes, problem.source[n], 1.0)
+        weight = np.bincount(mine, part * traffic.load[mine] / count[mine], problem.experts)
+        least = np.minimum(np.bincount(mine, minlength=problem.experts), len(members))
+        _pack_node(problem, traffic, members, weight, least, current, stay, slots)
     return slots
+
+
+def _pack_node(
+    problem: Problem,
+    traffic: Traffic,
+    members: Ints,
+    weight: Floats,
+    least: Ints,
+    current: Ints | None,
+    stay: float,
+    slots: Ints,
+) -> None:
+    """Fill `slots` [R, S] of a node's ranks `members` with its experts: weight [E] load here, least [E] replicas."""
+    mine = np.nonzero(least)[0]
+    now = None if current is None else current[members]
+    had = np.zeros(len(mine), np.int64) if now is None else _times(now, mine)
+    spare = int(problem.room[members].sum() - least.sum())
+    count = packing.add_replicas(weight[mine], least[mine], had, spare, len(members))
+    which = np.repeat(mine, count)
+    each = weight[which] / np.repeat(count, count)
+    share = each / np.maximum(traffic.load[which], 1e-30)
+    joint = np.outer(each, each) + traffic.risk[which[:, None], which] * np.outer(share, share)
+    joint *= problem.stiff / (traffic.load.sum() / problem.ranks) ** 2
+    home = np.full(len(which), -1, np.int64) if now is None else _homes(now, which)
+    sweeps = 0 if now is not None and problem.level == "node" else SWEEPS
+    room, speed = problem.room[members], problem.speed[members]
+    where = packing.pack(which, joint, each, room, speed, home, stay, sweeps)
+    for i, r in enumerate(members):
+        slots[r, : room[i]] = _arranged(which[where == i], None if now is None else now[i], room[i])
 
 
 def _times(slots: Ints, experts: Ints) -> Ints:
@@ -220,39 +249,42 @@ def _times(slots: Ints, experts: Ints) -> Ints:
 
 
 def _homes(slots: Ints, experts: Ints) -> Ints:
-    """[M] a rank that holds each replica now, the k-th replica the k-th rank; -1 where there are more replicas."""
-    out = np.full(len(experts), -1, np.int64)
-    seen: dict[int, int] = {}
+    """[M] a rank that holds each replica now, the k-th replica the k-th rank; -1 where there are more replicas.
+
+    slots: [P, S]; experts: [M], equal ones side by side.
+    """
     hosts = (slots[:, :, None] == experts).any(1)  # [P, M]
-    for m, e in enumerate(experts):
-        ranks = np.nonzero(hosts[:, m])[0]
-        k = seen.get(int(e), 0)
-        if k < len(ranks):
-            out[m] = ranks[k]
-        seen[int(e)] = k + 1
-    return out
+    first = np.searchsorted(experts, experts)
+    turn = np.arange(len(experts)) - first
+    order = np.argsort(~hosts, axis=0, kind="stable")  # ranks that hold it first
+    pick = np.minimum(turn, len(slots) - 1)
+    return np.where(turn < hosts.sum(0), order[pick, np.arange(len(experts))], -1)
 
 
 def _arranged(experts: Ints, current: Ints | None, room: int) -> Ints:
     """A rank's slots [room]: what stays keeps its slot, newcomers fill the others in ascending order."""
-    out = np.full(room, -1, np.int64)
-    if current is None:
-        out[: len(experts)] = np.sort(experts)
-        return out
-    keep = np.isin(current[:room], experts)
-    out[keep] = current[:room][keep]
-    new = np.setdiff1d(experts, out)
-    out[np.nonzero(out < 0)[0][: len(new)]] = new
-    return out
+    new = sorted(experts.tolist())
+    out = [-1] * int(room)
+    if current is not None:
+        for s, e in enumerate(current.tolist()[:room]):
+            if e in new:
+                out[s] = e
+                new.remove(e)
+    for s in range(len(out)):
+        if out[s] < 0 and new:
+            out[s] = new.pop(0)
+    return np.asarray(out, np.int64)
 
 
 def _refine_small(problem: Problem, traffic: Traffic, slots: Ints, seed: int, rounds: int = 8) -> Ints:
     """Where sums over all token sets are cheap, improve slot by slot on the exact expectation."""
-    sets, times = np.unique(np.sort(traffic.sets, 1), axis=0, return_counts=True)
     ranks, room = slots.shape
+    if problem.nodes == 1 or problem.experts * problem.ranks * room > SMALL / 100:
+        return slots
+    sets, times = np.unique(np.sort(traffic.sets, 1), axis=0, return_counts=True)
     sweep = (ranks * room) * (problem.experts + ranks * room / 2)
     each = len(sets) * problem.nodes**2 * sets.shape[1] + problem.experts * ranks + problem.experts**2 * ranks
-    if sweep * each > SMALL or problem.nodes == 1:
+    if sweep * each > SMALL:
         return slots
     unit_of = np.arange(ranks) if problem.level == "rank" else problem.node_of
     speed = np.bincount(unit_of, problem.speed)

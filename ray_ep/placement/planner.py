@@ -25,10 +25,10 @@ from ray_ep.placement.topology import Topology
 
 WORTH = 0.01
 """A layer stays as it is unless its predicted time falls by this share: less is noise of the statistics."""
-KEEP = 0.95
-"""Of several answers the one that moves least is taken that keeps this share of the best one's gain."""
-AFRESH = 0.4
-"""A layer is planned anew when improving it would move more than this share of its slots anyway."""
+MOVING = 0.1
+"""What moving every slot of a layer must gain at least, as a share of its time: moves that gain less are left out."""
+AFRESH = 0.3
+"""A layer is also planned anew when improving it moves more than this share of its slots."""
 
 
 def plan(
@@ -103,33 +103,21 @@ def _fitted(current: Ints, problem: Problem) -> Ints | None:
 
 
 def _replan(problem: Problem, traffic: Traffic, current: Ints, seed: int) -> Ints:
-    """Slots [R, S] of one layer: stay, a few moves, or a fresh plan laid over the current one."""
+    """Slots [R, S] of one layer: stay, a few moves, or a fresh plan: what gains most after the price of its moves."""
     now = layer_seconds(problem, traffic, current)
-    answers: list[tuple[Ints, float, int]] = []
-
-    def consider(slots: Ints) -> tuple[float, int]:
-        gain, moves = now - layer_seconds(problem, traffic, slots), moved_slots(current, slots)
-        answers.append((slots, gain, moves))
-        return gain, moves
-
-    _, moves = consider(layer.warm_layer(problem, traffic, current, problem.stay, problem.owned, seed))
     filled = int((current >= 0).sum())
-    if moves > AFRESH * filled:
-        consider(layer.fresh_layer(problem, traffic, seed))
-    best = max(gain for _, gain, _ in answers)
-    if best < WORTH * now:
-        return current
-    # Dearer moves leave out the ones that gain least, until that costs too much of the gain.
-    price = max(problem.stay, 1e-3)
-    while moves > 0.02 * filled:
-        gain, fewer = consider(
-            layer.warm_layer(problem, traffic, current, price, price + problem.owned - problem.stay, seed)
-        )
-        if gain < KEEP * best or fewer == moves:
-            break
-        moves, price = fewer, price * 3
-    best = max(gain for _, gain, _ in answers)
-    return min((a for a in answers if a[1] >= KEEP * best), key=lambda a: a[2])[0]
+    # A layer's cost in the units of the search, spread over its slots, gives the price of a move there.
+    price = max(problem.stay, MOVING * (problem.stiff / 3 + problem.nodes / 4) / filled)
+    few = layer.warm_layer(problem, traffic, current, price, price + problem.owned - problem.stay, seed)
+    answers = [current, few]
+    if moved_slots(current, few) > AFRESH * filled:
+        answers.append(layer.fresh_layer(problem, traffic, seed))
+
+    def worth(slots: Ints) -> float:
+        gain = 1 - layer_seconds(problem, traffic, slots) / now
+        return gain - MOVING * moved_slots(current, slots) / filled if gain >= WORTH else 0.0
+
+    return max(answers, key=worth) if now > 0 else current
 
 
 def moved_slots(before: Ints, after: Ints) -> int:

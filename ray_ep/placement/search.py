@@ -99,12 +99,6 @@ def _part(place: Any, n: Any, source: Any) -> Any:
 
 
 @njit(**_OPTIONS)
-def _even(x: Any, y: Any) -> Any:
-    """How much less uneven: squared relative deviation of load over target before and after."""
-    return (x - 1.0) * (x - 1.0) - (y - 1.0) * (y - 1.0)
-
-
-@njit(**_OPTIONS)
 def _away(place: Any, home: Any, nodes: Any) -> Any:
     """Slots that an expert fills anew: those of every other node when it goes everywhere, none where it is already."""
     if place == home or home == nodes or home < 0:
@@ -153,25 +147,42 @@ def start_grouping(bits: Any, load: Any, room: Any, world: Any, order: Any) -> A
 
 
 @njit(**_OPTIONS)
-def _balance_gain(load: Any, weight: Any, a: Any, b: Any, i: Any, j: Any, source: Any, target: Any) -> Any:
-    """Gain in evenness when a leaves place i for b's place j, and b the other way."""
-    nodes, d = target.shape[0], load[b] - load[a]
+def _balance_gain(d: Any, over: Any, i: Any, j: Any, source: Any, inv: Any) -> Any:
+    """Gain in evenness when load d comes to place i from place j.
+
+    over: [N] relative deviation from the target, the squares of which are the cost; inv: [N] 1 / target.
+    """
+    nodes = inv.shape[0]
     if i < nodes and j < nodes:
-        gain = _even(weight[i] / target[i], (weight[i] + d) / target[i])
-        return gain + _even(weight[j] / target[j], (weight[j] - d) / target[j])
+        x, y = d * inv[i], d * inv[j]
+        return y * (2.0 * over[j] - y) - x * (2.0 * over[i] + x)
     gain = 0.0  # one of the two is everywhere: every node's load changes
     for n in range(nodes):
-        after = weight[n] + d * (_part(i, n, source) - _part(j, n, source))
-        gain += _even(weight[n] / target[n], after / target[n])
+        x = d * (_part(i, n, source) - _part(j, n, source)) * inv[n]
+        gain -= x * (2.0 * over[n] + x)
     return gain
 
 
 @njit(**_OPTIONS)
-def improve_grouping(bits: Any, load: Any, place: Any, world: Any, home: Any, stay: Any, order: Any) -> Any:
+def _risk_gain(risk: Any, ia: Any, ja: Any, inter: Any, b: Any, a: Any, i: Any, j: Any, inv: Any) -> Any:
+    """Fall of the nodes' relative load variance when a leaves place i for b's place j, and b the other way.
+
+    ia, ja: what expert a shares with its own place and with b's. inv: [N + 1], 0 for everywhere.
+    """
+    both = 2.0 * risk[a, b] - risk[a, a] - risk[b, b]
+    here, there = 2.0 * (ia - inter[i, b]) + both, 2.0 * (inter[j, b] - ja) + both
+    return here * inv[i] * inv[i] + there * inv[j] * inv[j]
+
+
+@njit(**_OPTIONS)
+def improve_grouping(
+    bits: Any, load: Any, risk: Any, place: Any, world: Any, home: Any, stay: Any, order: Any
+) -> Any:
     """Swap pairs of experts between places while that lowers price . visits + stiff * imbalance + moves. In place.
 
     Args:
         bits, load, world: as for `start_grouping`; place: [E], changed in place.
+        risk: [E, E] covariance of loads; what is everywhere bears none, since it falls on all nodes alike.
         home: [E] where each expert is now, -1 for none; stay: [E] cost of each slot that it fills anew.
         order: [sweeps, E] the order in which each sweep seeks partners.
 
@@ -182,14 +193,16 @@ def improve_grouping(bits: Any, load: Any, place: Any, world: Any, home: Any, st
     nodes, experts, words = target.shape[0], load.shape[0], bits.shape[1]
     absent, alone = np.zeros((nodes, words), np.uint64), np.zeros((nodes, words), np.uint64)
     leave, enter = np.zeros(experts, np.int64), np.zeros((experts, nodes + 1), np.int64)
-    weight, cost = np.zeros(nodes), np.zeros(nodes + 1)
-    cost[:nodes] = price  # visits of "everywhere" cost nothing
+    over, cost, inv = np.full(nodes, -1.0), np.zeros(nodes + 1), np.zeros(nodes + 1)
+    cost[:nodes], inv[:nodes] = price, 1.0 / target  # visits of "everywhere" cost nothing
     for n in range(nodes):
         _refresh(bits, place, n, absent, alone)
         _gains(bits, place, n, absent, alone, leave, enter)
+    inter = np.zeros((nodes + 1, experts))  # sum of risk with the experts of a place
     for e in range(experts):
         for n in range(nodes):
-            weight[n] += load[e] * _part(place[e], n, source)
+            over[n] += load[e] * _part(place[e], n, source) * inv[n]
+        inter[place[e]] += risk[e]
     swaps = 0
     for sweep in range(order.shape[0]):
         before = swaps
@@ -201,7 +214,8 @@ def improve_grouping(bits: Any, load: Any, place: Any, world: Any, home: Any, st
                 if i == j or (i == nodes and load[a] > bulk) or (j == nodes and load[b] > bulk):
                     continue
                 gain = cost[i] * (leave[a] - enter[b, i]) + cost[j] * (leave[b] - enter[a, j])
-                gain += stiff * _balance_gain(load, weight, a, b, i, j, source, target)
+                gain += stiff * _balance_gain(load[b] - load[a], over, i, j, source, inv[:nodes])
+                gain += stiff * _risk_gain(risk, inter[i, a], inter[j, a], inter, b, a, i, j, inv)
                 gain += stay[a] * (_away(i, home[a], nodes) - _away(j, home[a], nodes))
                 gain += stay[b] * (_away(j, home[b], nodes) - _away(i, home[b], nodes))
                 if gain <= best_gain:
@@ -217,8 +231,10 @@ def improve_grouping(bits: Any, load: Any, place: Any, world: Any, home: Any, st
                 continue
             j, d = place[best], load[best] - load[a]
             place[a], place[best] = j, i
+            inter[i] += risk[best] - risk[a]
+            inter[j] -= risk[best] - risk[a]
             for n in range(nodes):
-                weight[n] += d * (_part(i, n, source) - _part(j, n, source))
+                over[n] += d * (_part(i, n, source) - _part(j, n, source)) * inv[n]
             for n in (i, j):
                 if n < nodes:
                     _refresh(bits, place, n, absent, alone)
