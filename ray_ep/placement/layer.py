@@ -24,6 +24,8 @@ RISK = 0.04
 """Weight of the covariance of loads beside the loads: the variance of topics' shares from window to window."""
 NODE_RISK = {"node": 0.1, "rank": 0.05}
 """Of that, what counts between nodes, where it is at odds with traffic: tokens of a topic want few nodes."""
+RANK_MOVE = 40.0
+"""Moves between ranks of a node against those between nodes: evening out ranks that are near the mean gains nothing."""
 SWEEPS = 20
 SMALL = 2e6
 """Cost of one sweep (in additions) up to which a layer is refined slot by slot on its exact expectation."""
@@ -83,7 +85,7 @@ def warm_layer(problem: Problem, traffic: Traffic, current: Ints, stay: float, o
     order = _orders(len(place), seed, SWEEPS)
     risk = _item_risk(problem, traffic, items)
     search.improve_grouping(bits, load, risk, place, _world(problem, traffic), items.home, price, order)
-    return _pack_nodes(problem, traffic, items, place, current, stay)
+    return _pack_nodes(problem, traffic, items, place, current, RANK_MOVE * stay)
 
 
 def choose_items(problem: Problem, load: Floats) -> Items:

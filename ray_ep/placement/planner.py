@@ -23,10 +23,12 @@ from ray_ep.placement.problem import Problem
 from ray_ep.placement.statistics import RoutingStatistics
 from ray_ep.placement.topology import Topology
 
-WORTH = 0.01
+WORTH = 0.005
 """A layer stays as it is unless its predicted time falls by this share: less is noise of the statistics."""
-MOVING = 0.1
+MOVING = 0.05
 """What moving every slot of a layer must gain at least, as a share of its time: moves that gain less are left out."""
+KEEP = 0.9
+"""A fresh plan is taken only where improving the current one keeps less than this of its gain."""
 AFRESH = 0.3
 """A layer is also planned anew when improving it moves more than this share of its slots."""
 
@@ -109,15 +111,14 @@ def _replan(problem: Problem, traffic: Traffic, current: Ints, seed: int) -> Int
     # A layer's cost in the units of the search, spread over its slots, gives the price of a move there.
     price = max(problem.stay, MOVING * (problem.stiff / 3 + problem.nodes / 4) / filled)
     few = layer.warm_layer(problem, traffic, current, price, price + problem.owned - problem.stay, seed)
-    answers = [current, few]
-    if moved_slots(current, few) > AFRESH * filled:
-        answers.append(layer.fresh_layer(problem, traffic, seed))
-
-    def worth(slots: Ints) -> float:
-        gain = 1 - layer_seconds(problem, traffic, slots) / now
-        return gain - MOVING * moved_slots(current, slots) / filled if gain >= WORTH else 0.0
-
-    return max(answers, key=worth) if now > 0 else current
+    moves = moved_slots(current, few)
+    gain = now - layer_seconds(problem, traffic, few) if moves else 0.0
+    if moves > AFRESH * filled:
+        fresh = layer.fresh_layer(problem, traffic, seed)
+        more = now - layer_seconds(problem, traffic, fresh)
+        if KEEP * more > gain and more - gain > MOVING * now * (moved_slots(current, fresh) - moves) / filled:
+            few, gain = fresh, more
+    return few if gain > WORTH * now else current
 
 
 def moved_slots(before: Ints, after: Ints) -> int:
