@@ -33,6 +33,24 @@ def _draw(hosts: Any, weight: Any, node_of: Any, node: Any, turn: Any) -> Any:
 
 
 @njit(**_OPTIONS)
+def _smooth(to_rank: Any, to_node: Any, node_of: Any, members: Any) -> None:
+    """What leaves a node does not depend on which of its ranks a token starts: average it over them. In place.
+
+    Few sampled tokens start on each rank; the busiest of many such small samples would look busier than it is.
+    """
+    ranks, nodes = to_node.shape
+    rank_mean, node_mean = np.zeros((nodes, ranks)), np.zeros((nodes, nodes))
+    for s in range(ranks):
+        rank_mean[node_of[s]] += to_rank[s] / members[node_of[s]]
+        node_mean[node_of[s]] += to_node[s] / members[node_of[s]]
+    for s in range(ranks):
+        to_node[s] = node_mean[node_of[s]]
+        for r in range(ranks):
+            if node_of[r] != node_of[s]:
+                to_rank[s, r] = rank_mean[node_of[s], r]
+
+
+@njit(**_OPTIONS)
 def simulate(sample: Any, held: Any, weight: Any, node_of: Any, nodes: int) -> Any:
     """Dispatch sampled tokens, spread evenly over source ranks.
 
@@ -98,4 +116,5 @@ def simulate(sample: Any, held: Any, weight: Any, node_of: Any, nodes: int) -> A
     for s in range(ranks):
         to_rank[s] /= max(tokens[s], 1.0)
         to_node[s] /= max(tokens[s], 1.0)
+    _smooth(to_rank, to_node, node_of, members)
     return part, to_rank, to_node
