@@ -18,6 +18,9 @@ from ray_ep.placement.placement import Floats, Ints, Placement
 from ray_ep.placement.statistics import RoutingStatistics
 from ray_ep.placement.topology import Topology
 
+DRAWS = 32768
+"""Dispatches of sampled tokens that a layer's prediction plays through."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepCosts:
@@ -167,7 +170,7 @@ class Migration:
 
 
 def migration(old: Placement, new: Placement, topology: Topology, costs: StepCosts | None = None) -> Migration:
-    """Price the change from one placement to another: weights of arriving replicas, optimizer state of new primaries."""
+    """Price a change of placement: weights of arriving replicas, optimizer state of new primaries."""
     costs = costs or StepCosts()
     if (old.num_layers, old.num_experts, old.num_ranks) != (new.num_layers, new.num_experts, new.num_ranks):
         raise PlacementError("the two placements are not of one model on one set of ranks")
@@ -201,7 +204,9 @@ def held(placement: Placement, layer: int) -> npt.NDArray[np.bool_]:
     return out[:-1]
 
 
-def dispatch_layer(placement: Placement, layer: int, sample: Ints, node_of: Ints) -> tuple[Floats, tuple[Floats, Floats]]:
+def dispatch_layer(
+    placement: Placement, layer: int, sample: Ints, node_of: Ints
+) -> tuple[Floats, tuple[Floats, Floats]]:
     """part [E, R] of each expert's tokens that a rank computes, and copies (to ranks [R, R], across to nodes [R, N])
 
     that the mean token of each source rank sends.
@@ -211,7 +216,9 @@ def dispatch_layer(placement: Placement, layer: int, sample: Ints, node_of: Ints
     ranks = np.broadcast_to(np.arange(placement.num_ranks)[:, None], slots.shape)
     share = 1.0 if placement.shares is None else placement.shares[layer]
     np.add.at(weight, (slots, ranks), share)
-    part, to_rank, to_node = simulate(sample, held(placement, layer), weight[:-1], node_of, int(node_of.max()) + 1)
+    nodes = int(node_of.max()) + 1
+    sources = int(np.clip(DRAWS // max(len(sample), 1), 1, placement.num_ranks))
+    part, to_rank, to_node = simulate(sample, held(placement, layer), weight[:-1], node_of, nodes, sources)
     return part, (to_rank, to_node)
 
 
@@ -300,6 +307,6 @@ class Links:
         members = np.bincount(self.node_of)
         arriving = np.where(near, 0.0, to_rank).sum(0)  # [R] copies each rank gets from other nodes
         relay = near * (arriving / members[self.node_of])[None]
-        inside = np.where(near, to_rank, 0.0) + relay
+        inside: Floats = np.where(near, to_rank, 0.0) + relay
         np.fill_diagonal(inside, 0.0)
         return inside

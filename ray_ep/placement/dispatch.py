@@ -9,12 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-_OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
+from ray_ep.placement.compiled import kernel
 
 
-@njit(**_OPTIONS)
+@kernel
 def _draw(hosts: Any, weight: Any, node_of: Any, node: Any, turn: Any) -> Any:
     """One of `hosts` (those on `node`, or all when node < 0) in proportion to weight; turn in [0, 1)."""
     total, count = 0.0, 0
@@ -32,7 +31,7 @@ def _draw(hosts: Any, weight: Any, node_of: Any, node: Any, turn: Any) -> Any:
     return last
 
 
-@njit(**_OPTIONS)
+@kernel
 def _smooth(to_rank: Any, to_node: Any, node_of: Any, members: Any) -> None:
     """What leaves a node does not depend on which of its ranks a token starts: average it over them. In place.
 
@@ -50,12 +49,15 @@ def _smooth(to_rank: Any, to_node: Any, node_of: Any, members: Any) -> None:
                 to_rank[s, r] = rank_mean[node_of[s], r]
 
 
-@njit(**_OPTIONS)
-def simulate(sample: Any, held: Any, weight: Any, node_of: Any, nodes: int) -> Any:
+@kernel
+def simulate(  # noqa: C901 (one pass over its loops)
+    sample: Any, held: Any, weight: Any, node_of: Any, nodes: int, sources: int
+) -> Any:
     """Dispatch sampled tokens, spread evenly over source ranks.
 
     Args:
         sample: [T, K]; held: [E, R] bool; weight: [E, R] share of each replica; node_of: [R] numbers 0 to N - 1.
+        sources: ranks that each sampled token starts from, at most R; the more, the less noise.
 
     Returns:
         part: [E, R] share of the expert's tokens that a rank computes, exact for even sources.
@@ -96,22 +98,22 @@ def simulate(sample: Any, held: Any, weight: Any, node_of: Any, nodes: int) -> A
     to_rank, to_node = np.zeros((ranks, ranks)), np.zeros((ranks, nodes))
     seen, seen_node, tokens = np.full(ranks, -1), np.full(nodes, -1), np.zeros(ranks)
     golden = 0.6180339887498949
-    for t in range(sample.shape[0]):
-        s = t % ranks
+    for run in range(sample.shape[0] * sources):
+        t, s = run // sources, (run // sources + run % sources * ranks // sources) % ranks
         tokens[s] += 1.0
         for k in range(sample.shape[1]):
             e = sample[t, k]
             r = s
             if not held[e, s]:
                 node = node_of[s] if on[e, node_of[s]] > 0 else -1
-                turn = (t // ranks * golden + e * 0.7548776662466927) % 1.0
+                turn = (run // ranks * golden + e * 0.7548776662466927) % 1.0
                 r = _draw(member[start[e] : start[e + 1]], weight[e], node_of, node, turn)
-            if r != s and seen[r] != t:
-                seen[r] = t
+            if r != s and seen[r] != run:
+                seen[r] = run
                 to_rank[s, r] += 1.0
             n = node_of[r]
-            if n != node_of[s] and seen_node[n] != t:
-                seen_node[n] = t
+            if n != node_of[s] and seen_node[n] != run:
+                seen_node[n] = run
                 to_node[s, n] += 1.0
     for s in range(ranks):
         to_rank[s] /= max(tokens[s], 1.0)

@@ -24,6 +24,8 @@ RISK = 0.04
 """Weight of the covariance of loads beside the loads: the variance of topics' shares from window to window."""
 NODE_RISK = {"node": 0.1, "rank": 0.05}
 """Of that, what counts between nodes, where it is at odds with traffic: tokens of a topic want few nodes."""
+FLOW = 1.0
+"""How much the price of a visit grows from a node without traffic to one with the usual traffic, as a share of it."""
 RANK_MOVE = 40.0
 """Moves between ranks of a node against those between nodes: evening out ranks that are near the mean gains nothing."""
 SWEEPS = 20
@@ -84,7 +86,8 @@ def warm_layer(problem: Problem, traffic: Traffic, current: Ints, stay: float, o
     place[empty] = _free_places(problem, items)
     order = _orders(len(place), seed, SWEEPS)
     risk = _item_risk(problem, traffic, items)
-    search.improve_grouping(bits, load, risk, place, _world(problem, traffic), items.home, price, order)
+    world = _world(problem, traffic, bits, place)
+    search.improve_grouping(bits, load, risk, place, world, items.home, price, order)
     return _pack_nodes(problem, traffic, items, place, current, RANK_MOVE * stay)
 
 
@@ -110,7 +113,7 @@ def items_of(problem: Problem, current: Ints) -> Items:
     on = np.zeros((problem.experts + 1, nodes), np.int64)
     np.add.at(on, (current, np.broadcast_to(problem.node_of[:, None], current.shape)), 1)
     on = on[:-1]
-    everywhere = (on > 0).all(1) & (nodes > 1)
+    everywhere = np.logical_and((on > 0).all(1), np.full(len(on), nodes > 1))
     expert, home = np.nonzero(on * ~everywhere[:, None])
     times = on[expert, home]
     hot = np.nonzero(everywhere)[0]
@@ -153,10 +156,16 @@ def _item_risk(problem: Problem, traffic: Traffic, items: Items) -> Floats:
     return out
 
 
-def _world(problem: Problem, traffic: Traffic) -> tuple[Floats, Floats, Floats, float, float]:
+def _world(
+    problem: Problem, traffic: Traffic, bits: npt.NDArray[np.uint64], place: Ints
+) -> tuple[Floats, Floats, Floats, float, float, float]:
+    """What the search is told of nodes; `place` gives the traffic that is usual for one."""
     speed = problem.node_speed()
     target = traffic.load.sum() * speed / speed.sum()
-    return problem.source, target, problem.price() / len(traffic.sets), problem.stiff, _bulk(problem, traffic.load)
+    price = problem.price() / len(traffic.sets)
+    usual = float((price * search.visits_of(bits, place, problem.nodes)).mean())
+    steep = FLOW / (2 * usual) if usual > 0 else 0.0
+    return problem.source, target, price, problem.stiff, _bulk(problem, traffic.load), steep
 
 
 def _bulk(problem: Problem, load: Floats) -> float:
@@ -174,8 +183,10 @@ def _group(problem: Problem, traffic: Traffic, items: Items, seed: int, starts: 
     if problem.nodes == 1:
         return np.zeros(len(items.expert), np.int64)
     bits, load = _item_arrays(traffic, items)
-    world, risk = _world(problem, traffic), _item_risk(problem, traffic, items)
+    risk = _item_risk(problem, traffic, items)
     room = np.append(problem.node_room() - items.everywhere, items.everywhere)
+    # Any spread tells what traffic is usual: items in turn over the nodes.
+    world = _world(problem, traffic, bits, np.arange(len(load)) % problem.nodes)
     none, free = np.full(len(load), -1, np.int64), np.zeros(len(load))
     rng = np.random.default_rng(seed)
     # Hot experts go everywhere, so the order starts with them, whole; later starts shuffle the others a little.
@@ -183,7 +194,7 @@ def _group(problem: Problem, traffic: Traffic, items: Items, seed: int, starts: 
     best, best_cost = none, np.inf
     for start in range(starts):
         shuffled = heat * (rng.uniform(0.7, 1.3, len(heat)) if start else 1.0)
-        shuffled = np.where(load > world[-1], np.inf, shuffled)
+        shuffled = np.where(load > _bulk(problem, traffic.load), np.inf, shuffled)
         order = np.argsort(-shuffled, kind="stable")
         place = search.start_grouping(bits, load, room, world, order)
         search.improve_grouping(bits, load, risk, place, world, none, free, _orders(len(load), seed + start, SWEEPS))
@@ -210,7 +221,7 @@ def _pack_nodes(
         here = ((place == n) | (place == problem.nodes)) & (items.expert >= 0)
         mine = items.expert[here]
         part = np.where(place[here] == problem.nodes, problem.source[n], 1.0)
-        weight = np.bincount(mine, part * traffic.load[mine] / count[mine], problem.experts)
+        weight: Floats = np.bincount(mine, part * traffic.load[mine] / count[mine], problem.experts).astype(np.float64)
         least = np.minimum(np.bincount(mine, minlength=problem.experts), len(members))
         _pack_node(problem, traffic, members, weight, least, current, stay, slots)
     return slots
@@ -299,6 +310,6 @@ def _refine_small(problem: Problem, traffic: Traffic, slots: Ints, seed: int, ro
     weight = times / times.sum()
     stiff = problem.stiff / (3 if problem.level == "rank" else 1)
     best, _ = small.refine(
-        sets, weight, traffic.load, traffic.risk, start, (*world, target), problem.pair, stiff, kicks
+        sets, weight, traffic.load, traffic.risk, start, (*world, target, problem.compute, problem.pair, stiff), kicks
     )
     return np.where(best < 0, -1, best)

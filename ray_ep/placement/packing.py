@@ -10,12 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-_OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
+from ray_ep.placement.compiled import kernel
 
 
-@njit(**_OPTIONS)
+@kernel
 def add_replicas(load: Any, least: Any, had: Any, spare: int, ranks: int) -> Any:
     """Give `spare` more slots to the experts with the most load a replica; at most one replica a rank.
 
@@ -35,7 +34,7 @@ def add_replicas(load: Any, least: Any, had: Any, spare: int, ranks: int) -> Any
     return count
 
 
-@njit(**_OPTIONS)
+@kernel
 def _may_join(expert: Any, where: Any, p: Any, rank: Any, leaving: Any) -> Any:
     """Whether item p may go to a rank that `leaving` leaves: no other replica of its expert is there."""
     for q in range(expert.shape[0]):
@@ -44,7 +43,7 @@ def _may_join(expert: Any, where: Any, p: Any, rank: Any, leaving: Any) -> Any:
     return True
 
 
-@njit(**_OPTIONS)
+@kernel
 def _seat(p: Any, r: Any, where: Any, left: Any, inter: Any, joint: Any) -> None:
     where[p] = r
     left[r] -= 1
@@ -52,14 +51,16 @@ def _seat(p: Any, r: Any, where: Any, left: Any, inter: Any, joint: Any) -> None
         inter[q, r] += joint[p, q]
 
 
-@njit(**_OPTIONS)
+@kernel
 def _stays(home: Any, p: Any, r: Any, u: Any, stay: Any) -> Any:
     """Gain from moves when item p goes from rank r to u: what it costs to be away from home."""
     return stay * ((1.0 if home[p] == u else 0.0) - (1.0 if home[p] == r else 0.0))
 
 
-@njit(**_OPTIONS)
-def pack(expert: Any, joint: Any, load: Any, room: Any, speed: Any, home: Any, stay: Any, sweeps: int) -> Any:
+@kernel
+def pack(  # noqa: C901 (one pass over its loops)
+    expert: Any, joint: Any, load: Any, room: Any, speed: Any, home: Any, stay: Any, sweeps: int
+) -> Any:
     """Spread items over ranks, minimising the sum over ranks of x' joint x / speed^2, x being the items on the rank.
 
     Args:

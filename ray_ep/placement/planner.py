@@ -133,7 +133,7 @@ def layer_seconds(problem: Problem, traffic: Traffic, slots: Ints) -> float:
     held = np.zeros((problem.experts + 1, ranks), bool)
     held[slots, np.arange(ranks)[:, None]] = True
     part, to_rank, to_node = simulate(
-        traffic.sets, held[:-1], held[:-1].astype(np.float64), problem.node_of, problem.nodes
+        traffic.sets, held[:-1], held[:-1].astype(np.float64), problem.node_of, problem.nodes, 1
     )
     load = traffic.load @ part * ranks * problem.costs.tokens_per_rank
     unit = np.arange(ranks) if problem.level == "rank" else problem.node_of

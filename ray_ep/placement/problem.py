@@ -31,6 +31,7 @@ class Problem:
         node_of: [R] numbers 0 to N - 1. room: [R] slots. speed: [R], their mean 1. source: [N] share of tokens that
             start on each node.
         pair: [N, N] price of a token from a node (row) that visits another, mean 1. visit_seconds: what 1 is.
+        compute: a token's experts on an evenly loaded rank, in visits.
         stiff: cost of squared relative deviation from even load, of nodes at level node, of ranks at level rank.
         stay: cost of each slot filled anew; owned: of an expert whose only replica moves.
         costs, links: for predictions.
@@ -44,6 +45,7 @@ class Problem:
     source: Floats
     pair: Floats
     visit_seconds: float
+    compute: float
     stiff: float
     stay: float
     owned: float
@@ -66,7 +68,7 @@ class Problem:
 
     def node_speed(self) -> Floats:
         """[N] sum of the ranks' speeds."""
-        return np.bincount(self.node_of, self.speed, self.nodes)
+        return np.bincount(self.node_of, self.speed, self.nodes).astype(np.float64)
 
     def node_room(self) -> Ints:
         """[N] slots."""
@@ -105,7 +107,7 @@ class Problem:
         else:
             pair = 1.0 - np.eye(nodes)
         # The slowest unit's compute, in visits: how much a deviation of load may cost against traffic.
-        compute = top_k * costs.expert_seconds / visit if visit > 0 else np.inf
+        compute = top_k * costs.expert_seconds / visit if visit > 0 else 3.0
         stiff = float(np.clip(compute, 1.0, 3.0)) * (3.0 if level == "rank" else 1.0)
         step_unit = visit * costs.tokens_per_rank * ranks  # seconds a step of one visit by every token, on all links
         slot_seconds = float(slow[slow > 0].mean()) if visit > 0 else 0.0
@@ -116,7 +118,20 @@ class Problem:
         links = Links.of(topology, node_of)
         source = size / ranks
         return Problem(
-            experts, level, node_of, room, speed / speed.mean(), source, pair, visit, stiff, stay, owned, costs, links
+            experts,
+            level,
+            node_of,
+            room,
+            speed / speed.mean(),
+            source,
+            pair,
+            visit,
+            compute,
+            stiff,
+            stay,
+            owned,
+            costs,
+            links,
         )
 
 

@@ -1,4 +1,4 @@
-"""Compiled search for the grouping of experts on nodes: exact swaps on sampled token sets, held as bit sets. NumPy in and out.
+"""Compiled search for the grouping of experts on nodes: exact swaps on sampled token sets, held as bit sets.
 
 A token visits a node once, however many of its experts lie there. Every expert has the set of sampled tokens that chose
 it (one bit a token), every node the set of tokens that do not visit it and of those that have exactly one expert there:
@@ -13,9 +13,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-_OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
+from ray_ep.placement.compiled import kernel
 
 _M1, _M2, _M4 = np.uint64(0x5555555555555555), np.uint64(0x3333333333333333), np.uint64(0x0F0F0F0F0F0F0F0F)
 _H, _S1, _S2, _S4, _S56 = (
@@ -27,7 +26,7 @@ _H, _S1, _S2, _S4, _S56 = (
 )
 
 
-@njit(**_OPTIONS)
+@kernel
 def _ones(x: Any) -> Any:
     """Bits set in a word; LLVM turns this into its population count."""
     x = x - ((x >> _S1) & _M1)
@@ -36,7 +35,7 @@ def _ones(x: Any) -> Any:
     return (x * _H) >> _S56
 
 
-@njit(**_OPTIONS)
+@kernel
 def _common(a: Any, b: Any) -> Any:
     """Tokens in both sets [B]."""
     total = np.uint64(0)
@@ -45,7 +44,7 @@ def _common(a: Any, b: Any) -> Any:
     return np.int64(total)
 
 
-@njit(**_OPTIONS)
+@kernel
 def _common3(a: Any, b: Any, c: Any) -> Any:
     """Tokens in all three sets [B]."""
     total = np.uint64(0)
@@ -54,7 +53,7 @@ def _common3(a: Any, b: Any, c: Any) -> Any:
     return np.int64(total)
 
 
-@njit(**_OPTIONS)
+@kernel
 def token_bits(sample: Any, experts: int) -> Any:
     """sample [T, K] -> [E, B] which tokens chose each expert."""
     bits = np.zeros((experts, (sample.shape[0] + 63) // 64), np.uint64)
@@ -64,7 +63,7 @@ def token_bits(sample: Any, experts: int) -> Any:
     return bits
 
 
-@njit(**_OPTIONS)
+@kernel
 def _refresh(bits: Any, place: Any, n: int, absent: Any, alone: Any) -> None:
     """Recompute a node's sets: tokens that do not visit it, tokens with exactly one expert there. In place."""
     words = bits.shape[1]
@@ -81,7 +80,7 @@ def _refresh(bits: Any, place: Any, n: int, absent: Any, alone: Any) -> None:
         absent[n, w] = ~absent[n, w]
 
 
-@njit(**_OPTIONS)
+@kernel
 def _gains(bits: Any, place: Any, n: int, absent: Any, alone: Any, leave: Any, enter: Any) -> None:
     """Recompute leave [E] (visits saved when an expert leaves node n) and enter [E, n] (visits added). In place."""
     for e in range(place.shape[0]):
@@ -90,7 +89,7 @@ def _gains(bits: Any, place: Any, n: int, absent: Any, alone: Any, leave: Any, e
             leave[e] = _common(bits[e], alone[n])
 
 
-@njit(**_OPTIONS)
+@kernel
 def _part(place: Any, n: Any, source: Any) -> Any:
     """Share of an expert's load that node n bears when the expert lies at `place`."""
     if place == source.shape[0]:
@@ -98,7 +97,7 @@ def _part(place: Any, n: Any, source: Any) -> Any:
     return 1.0 if place == n else 0.0
 
 
-@njit(**_OPTIONS)
+@kernel
 def _away(place: Any, home: Any, nodes: Any) -> Any:
     """Slots that an expert fills anew: those of every other node when it goes everywhere, none where it is already."""
     if place == home or home == nodes or home < 0:
@@ -106,7 +105,7 @@ def _away(place: Any, home: Any, nodes: Any) -> Any:
     return float(nodes - 1) if place == nodes else 1.0
 
 
-@njit(**_OPTIONS)
+@kernel
 def start_grouping(bits: Any, load: Any, room: Any, world: Any, order: Any) -> Any:
     """Greedy start: experts in `order` [E], each to the node where it adds least; the first room[N] go everywhere.
 
@@ -114,12 +113,13 @@ def start_grouping(bits: Any, load: Any, room: Any, world: Any, order: Any) -> A
         bits: [E, B]; load: [E]; room: [N + 1] experts that fit on each node, and everywhere.
         world: source [N] share of tokens that start on each node; target [N] load that each node should have;
             price [N] cost of one sampled token's visit; stiff: cost of squared relative deviation from the target;
-            bulk: load above which an expert that is everywhere must stay so.
+            bulk: load above which an expert that is everywhere must stay so; steep: how much more a visit to a node
+            costs per unit of traffic that the node has already, so that no node becomes the bottleneck.
 
     Returns:
         place [E], N for everywhere.
     """
-    source, target, price, stiff, _ = world
+    source, target, price, stiff = world[:4]
     nodes = target.shape[0]
     place = np.full(load.shape[0], -1, np.int64)
     left, weight = room.copy(), np.zeros(nodes)
@@ -146,7 +146,7 @@ def start_grouping(bits: Any, load: Any, room: Any, world: Any, order: Any) -> A
     return place
 
 
-@njit(**_OPTIONS)
+@kernel
 def _balance_gain(d: Any, over: Any, i: Any, j: Any, source: Any, inv: Any) -> Any:
     """Gain in evenness when load d comes to place i from place j.
 
@@ -163,19 +163,39 @@ def _balance_gain(d: Any, over: Any, i: Any, j: Any, source: Any, inv: Any) -> A
     return gain
 
 
-@njit(**_OPTIONS)
-def _risk_gain(risk: Any, ia: Any, ja: Any, inter: Any, b: Any, a: Any, i: Any, j: Any, inv: Any) -> Any:
+@kernel
+def _risk_gain(risk: Any, inter: Any, a: Any, b: Any, i: Any, j: Any, inv: Any) -> Any:
     """Fall of the nodes' relative load variance when a leaves place i for b's place j, and b the other way.
 
-    ia, ja: what expert a shares with its own place and with b's. inv: [N + 1], 0 for everywhere.
+    inter: [N + 1, E] what each expert shares with a place. inv: [N + 1] 1 / target, 0 for everywhere.
     """
     both = 2.0 * risk[a, b] - risk[a, a] - risk[b, b]
-    here, there = 2.0 * (ia - inter[i, b]) + both, 2.0 * (inter[j, b] - ja) + both
+    here, there = 2.0 * (inter[i, a] - inter[i, b]) + both, 2.0 * (inter[j, b] - inter[j, a]) + both
     return here * inv[i] * inv[i] + there * inv[j] * inv[j]
 
 
-@njit(**_OPTIONS)
-def improve_grouping(
+@kernel
+def _flow_gain(price: Any, fewer: Any, visits: Any, steep: Any) -> Any:
+    """Fall of x + steep x^2, x being price . visits of a node, when it has `fewer` visits."""
+    return price * fewer * (1.0 + steep * price * (2.0 * visits - fewer))
+
+
+@kernel
+def visits_of(bits: Any, place: Any, nodes: int) -> Any:
+    """[N] sampled tokens that visit each node."""
+    out = np.zeros(nodes)
+    for n in range(nodes):
+        for w in range(bits.shape[1]):
+            here = np.uint64(0)
+            for e in range(place.shape[0]):
+                if place[e] == n:
+                    here |= bits[e, w]
+            out[n] += np.float64(_ones(here))
+    return out
+
+
+@kernel
+def improve_grouping(  # noqa: C901 (one pass over its loops)
     bits: Any, load: Any, risk: Any, place: Any, world: Any, home: Any, stay: Any, order: Any
 ) -> Any:
     """Swap pairs of experts between places while that lowers price . visits + stiff * imbalance + moves. In place.
@@ -189,7 +209,7 @@ def improve_grouping(
     Returns:
         swaps made.
     """
-    source, target, price, stiff, bulk = world
+    source, target, price, stiff, bulk, steep = world
     nodes, experts, words = target.shape[0], load.shape[0], bits.shape[1]
     absent, alone = np.zeros((nodes, words), np.uint64), np.zeros((nodes, words), np.uint64)
     leave, enter = np.zeros(experts, np.int64), np.zeros((experts, nodes + 1), np.int64)
@@ -198,6 +218,8 @@ def improve_grouping(
     for n in range(nodes):
         _refresh(bits, place, n, absent, alone)
         _gains(bits, place, n, absent, alone, leave, enter)
+    visits = np.zeros(nodes + 1)
+    visits[:nodes] = visits_of(bits, place, nodes)
     inter = np.zeros((nodes + 1, experts))  # sum of risk with the experts of a place
     for e in range(experts):
         for n in range(nodes):
@@ -213,18 +235,21 @@ def improve_grouping(
                 j = place[b]
                 if i == j or (i == nodes and load[a] > bulk) or (j == nodes and load[b] > bulk):
                     continue
-                gain = cost[i] * (leave[a] - enter[b, i]) + cost[j] * (leave[b] - enter[a, j])
-                gain += stiff * _balance_gain(load[b] - load[a], over, i, j, source, inv[:nodes])
-                gain += stiff * _risk_gain(risk, inter[i, a], inter[j, a], inter, b, a, i, j, inv)
+                fewer_i, fewer_j = leave[a] - enter[b, i], leave[b] - enter[a, j]
+                flow = _flow_gain(cost[i], fewer_i, visits[i], steep) + _flow_gain(cost[j], fewer_j, visits[j], steep)
+                gain = flow + stiff * _balance_gain(load[b] - load[a], over, i, j, source, inv[:nodes])
+                gain += stiff * _risk_gain(risk, inter, a, b, i, j, inv)
                 gain += stay[a] * (_away(i, home[a], nodes) - _away(j, home[a], nodes))
                 gain += stay[b] * (_away(j, home[b], nodes) - _away(i, home[b], nodes))
                 if gain <= best_gain:
                     continue
                 # Tokens that chose both were counted as leaving, though the other expert keeps them there.
                 if i < nodes:
-                    gain -= cost[i] * _common3(bits[a], bits[b], alone[i])
+                    fewer_i -= _common3(bits[a], bits[b], alone[i])
                 if j < nodes:
-                    gain -= cost[j] * _common3(bits[a], bits[b], alone[j])
+                    fewer_j -= _common3(bits[a], bits[b], alone[j])
+                gain += _flow_gain(cost[i], fewer_i, visits[i], steep) + _flow_gain(cost[j], fewer_j, visits[j], steep)
+                gain -= flow
                 if gain > best_gain:
                     best, best_gain = b, gain
             if best < 0:
@@ -239,6 +264,7 @@ def improve_grouping(
                 if n < nodes:
                     _refresh(bits, place, n, absent, alone)
                     _gains(bits, place, n, absent, alone, leave, enter)
+                    visits[n] = 64.0 * words - _common(absent[n], absent[n])
             if i == nodes:
                 leave[best] = 0
             if j == nodes:
@@ -249,27 +275,22 @@ def improve_grouping(
     return swaps
 
 
-@njit(**_OPTIONS)
+@kernel
 def grouping_cost(bits: Any, load: Any, place: Any, world: Any) -> Any:
-    """price . visits + stiff * imbalance of a grouping."""
-    source, target, price, stiff, _ = world
-    nodes, total = target.shape[0], 0.0
-    for n in range(nodes):
-        weight, visits = 0.0, np.uint64(0)
+    """Priced visits, steeper where a node has many, + stiff * imbalance of a grouping."""
+    source, target, price, stiff, _, steep = world
+    total = 0.0
+    flow = price * visits_of(bits, place, target.shape[0])
+    for n in range(target.shape[0]):
+        weight = 0.0
         for e in range(place.shape[0]):
             weight += load[e] * _part(place[e], n, source)
-        for w in range(bits.shape[1]):
-            here = np.uint64(0)
-            for e in range(place.shape[0]):
-                if place[e] == n:
-                    here |= bits[e, w]
-            visits += _ones(here)
         x = weight / target[n] - 1.0
-        total += price[n] * np.float64(visits) + stiff * x * x
+        total += flow[n] + steep * flow[n] * flow[n] + stiff * x * x
     return total
 
 
-@njit(**_OPTIONS)
+@kernel
 def split_bits(bits: Any, item: Any) -> Any:
     """Deal each expert's tokens out to its items in turn: [E, B], item [I] expert of each -> [I, B]."""
     total = np.zeros(bits.shape[0], np.int64)
@@ -294,7 +315,7 @@ def split_bits(bits: Any, item: Any) -> Any:
     return out
 
 
-@njit(**_OPTIONS)
+@kernel
 def covariance(bits: Any, load: Any, tokens: int) -> Any:
     """[E, E] how much more often two experts are chosen together than by chance, per token (load [E] per token)."""
     experts = bits.shape[0]
