@@ -16,17 +16,17 @@ import numpy.typing as npt
 
 from ray_ep.placement import packing, search, small
 from ray_ep.placement.placement import Floats, Ints
-from ray_ep.placement.problem import Problem
+from ray_ep.placement.problem import STIFF, Problem
 
 HOT = 0.8
 """Share of a unit's fair load above which an expert gets a second replica."""
 RISK = 0.04
 """Weight of the covariance of loads beside the loads: the variance of topics' shares from window to window."""
-NODE_RISK = {"node": 0.1, "rank": 0.05}
+NODE_RISK = {"node": 0.12, "rank": 0.04}
 """Of that, what counts between nodes, where it is at odds with traffic: tokens of a topic want few nodes."""
 FLOW = 1.0
 """How much the price of a visit grows from a node without traffic to one with the usual traffic, as a share of it."""
-RANK_MOVE = 40.0
+RANK_MOVE = 150.0
 """Moves between ranks of a node against those between nodes: evening out ranks that are near the mean gains nothing."""
 SWEEPS = 20
 SMALL = 2e6
@@ -308,7 +308,7 @@ def _refine_small(problem: Problem, traffic: Traffic, slots: Ints, seed: int, ro
     ends = (ranks, room, ranks, room)
     kicks = np.stack([rng.integers(0, end, (rounds, 2)) for end in ends], axis=-1)
     weight = times / times.sum()
-    stiff = problem.stiff / (3 if problem.level == "rank" else 1)
+    stiff = problem.stiff / STIFF[problem.level]
     best, _ = small.refine(
         sets, weight, traffic.load, traffic.risk, start, (*world, target, problem.compute, problem.pair, stiff), kicks
     )

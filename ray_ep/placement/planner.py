@@ -23,12 +23,14 @@ from ray_ep.placement.problem import Problem
 from ray_ep.placement.statistics import RoutingStatistics
 from ray_ep.placement.topology import Topology
 
-WORTH = 0.005
+WORTH = 0.01
 """A layer stays as it is unless its predicted time falls by this share: less is noise of the statistics."""
 MOVING = 0.05
 """What moving every slot of a layer must gain at least, as a share of its time: moves that gain less are left out."""
 KEEP = 0.9
 """A fresh plan is taken only where improving the current one keeps less than this of its gain."""
+UNEVEN = 1.05
+"""Mean prices of nodes further apart than this are taken for different links, not for noise of the probe."""
 AFRESH = 0.3
 """A layer is also planned anew when improving it moves more than this share of its slots."""
 
@@ -75,7 +77,7 @@ def plan(
         traffic = Traffic.of(np.asarray(statistics.load[i], np.float64), sets[i])
         now = None if current is None else _fitted(current.slots[i], problem)
         if now is None:
-            return layer.fresh_layer(problem, traffic, seed)
+            return _fresh(problem, traffic, seed)
         return _replan(problem, traffic, now, seed)
 
     with ThreadPoolExecutor(max(1, min(layers, os.cpu_count() or 1))) as pool:
@@ -104,17 +106,31 @@ def _fitted(current: Ints, problem: Problem) -> Ints | None:
     return out
 
 
+def _fresh(problem: Problem, traffic: Traffic, seed: int) -> Ints:
+    """Slots [R, S] of one layer planned from nothing.
+
+    The search adds links' times up while a step waits for the busiest: where links differ, shunning a slow one may only
+    load its other direction, so a plan that takes all for equal competes on the predicted time.
+    """
+    slots = layer.fresh_layer(problem, traffic, seed)
+    price = problem.price()
+    if problem.nodes == 1 or price.max() <= UNEVEN * price.min():
+        return slots
+    even = layer.fresh_layer(problem.with_even_links(), traffic, seed)
+    return min((slots, even), key=lambda x: layer_seconds(problem, traffic, x))
+
+
 def _replan(problem: Problem, traffic: Traffic, current: Ints, seed: int) -> Ints:
     """Slots [R, S] of one layer: stay, a few moves, or a fresh plan: what gains most after the price of its moves."""
     now = layer_seconds(problem, traffic, current)
     filled = int((current >= 0).sum())
     # A layer's cost in the units of the search, spread over its slots, gives the price of a move there.
-    price = max(problem.stay, MOVING * (problem.stiff / 3 + problem.nodes / 4) / filled)
+    price = max(problem.stay, MOVING * (problem.compute + problem.nodes / 4) / filled)
     few = layer.warm_layer(problem, traffic, current, price, price + problem.owned - problem.stay, seed)
     moves = moved_slots(current, few)
     gain = now - layer_seconds(problem, traffic, few) if moves else 0.0
     if moves > AFRESH * filled:
-        fresh = layer.fresh_layer(problem, traffic, seed)
+        fresh = _fresh(problem, traffic, seed)
         more = now - layer_seconds(problem, traffic, fresh)
         if KEEP * more > gain and more - gain > MOVING * now * (moved_slots(current, fresh) - moves) / filled:
             few, gain = fresh, more
@@ -140,7 +156,7 @@ def layer_seconds(problem: Problem, traffic: Traffic, slots: Ints) -> float:
     compute = (np.bincount(unit, load) / np.bincount(unit, problem.speed)).max() * problem.costs.expert_seconds
     if problem.visit_seconds == 0:
         visits = float(to_node.sum()) * problem.costs.tokens_per_rank
-        return float(compute) * (1 + visits / (ranks * problem.costs.tokens_per_rank * problem.stiff))
+        return float(compute) * (1 + visits / (ranks * problem.costs.tokens_per_rank * problem.compute))
     return float(compute) + problem.links.seconds((to_rank, to_node), problem.costs)
 
 

@@ -8,7 +8,7 @@ L layers, E experts, R ranks, N nodes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,6 +20,10 @@ from ray_ep.placement.topology import Topology
 
 FASTER = 1.5
 """Links inside a node must be this much faster than those across for its ranks to be planned as one node."""
+
+
+STIFF = {"node": 1.9, "rank": 5.7}
+"""Cost of squared relative deviation, in computes of an even rank; loads that drift make evenness worth more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,10 @@ class Problem:
         """[N] mean price of a token's visit to each node, over where tokens start."""
         return self.source @ self.pair
 
+    def with_even_links(self) -> Problem:
+        """The same with every visit at the mean price."""
+        return replace(self, pair=1.0 - np.eye(self.nodes))
+
     def node_speed(self) -> Floats:
         """[N] sum of the ranks' speeds."""
         return np.bincount(self.node_of, self.speed, self.nodes).astype(np.float64)
@@ -108,7 +116,7 @@ class Problem:
             pair = 1.0 - np.eye(nodes)
         # The slowest unit's compute, in visits: how much a deviation of load may cost against traffic.
         compute = top_k * costs.expert_seconds / visit if visit > 0 else 3.0
-        stiff = float(np.clip(compute, 1.0, 3.0)) * (3.0 if level == "rank" else 1.0)
+        stiff = float(np.clip(compute, 1.0, 3.0)) * STIFF[level]
         step_unit = visit * costs.tokens_per_rank * ranks  # seconds a step of one visit by every token, on all links
         slot_seconds = float(slow[slow > 0].mean()) if visit > 0 else 0.0
         per_byte = slot_seconds / (horizon_steps * step_unit) if step_unit > 0 else 0.0

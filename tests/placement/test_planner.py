@@ -149,7 +149,7 @@ def test_slow_ranks_get_less(slow):
     assert ours.balancedness > max(0.85, theirs.balancedness + 0.2)
 
 
-def test_a_slow_link_is_planned_around():
+def test_a_slow_node_is_no_reason_for_a_slower_plan():
     stats = statistics(trace(2, 32, 2, 8192), 32)
     good = cluster(4, 2)
     bandwidth = good.bandwidth.copy()
@@ -157,14 +157,16 @@ def test_a_slow_link_is_planned_around():
     bandwidth[:6, 6:] /= 20
     poor = Topology(bandwidth, good.latency, good.node_of)
     blind, aware = (predict(plan(stats, t, 5), stats, poor, level="node") for t in (good, poor))
-    assert aware.traffic.sum() < 0.9 * blind.traffic.sum()
+    assert aware.step_seconds <= 1.01 * blind.step_seconds
 
 
 def test_ranks_whose_links_are_no_faster_inside_a_node_are_planned_one_by_one():
     stats = statistics(trace(2, 16, 2, 4096), 16)
     same = cluster(2, 2, inside=1e9, across=1e9)
     p = plan(stats, same, 5, level="node")
-    assert predict(p, stats, same, level="rank").balancedness > 0.92
+    by_node = plan(stats, cluster(2, 2), 5, level="node")
+    ours, theirs = (predict(x, stats, same, level="rank") for x in (p, by_node))
+    assert ours.step_seconds < theirs.step_seconds
 
 
 @pytest.mark.parametrize("kept", [{"coactivation"}, set()])
