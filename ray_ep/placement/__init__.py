@@ -1,8 +1,25 @@
-"""Placement of experts: pure NumPy, usable alone, from a notebook, for a cluster that does not exist."""
+"""Placement of experts: pure NumPy and compiled kernels, usable alone, for a cluster that does not exist."""
 
 from ray_ep.placement.baselines import contiguous, random, slots_needed
+from ray_ep.placement.cost import Migration, Prediction, StepCosts, migration, predict
+from ray_ep.placement.eplb import load_only
 from ray_ep.placement.placement import Placement
+from ray_ep.placement.planner import plan
 from ray_ep.placement.statistics import RoutingStatistics
 from ray_ep.placement.topology import Topology
 
-__all__ = ["Placement", "RoutingStatistics", "Topology", "contiguous", "random", "slots_needed"]
+__all__ = [
+    "Migration",
+    "Placement",
+    "Prediction",
+    "RoutingStatistics",
+    "StepCosts",
+    "Topology",
+    "contiguous",
+    "load_only",
+    "migration",
+    "plan",
+    "predict",
+    "random",
+    "slots_needed",
+]

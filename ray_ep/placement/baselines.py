@@ -40,7 +40,7 @@ def random(
 def _fill(order: Ints, ranks: int, slots_per_rank: int | Sequence[int] | None) -> Placement:
     """Deal each layer's `order` [L, E] out to the ranks, then fill what is left with replicas, first to last."""
     layers, experts = order.shape
-    room = _room(experts, ranks, slots_per_rank)
+    room = room_of_ranks(experts, ranks, slots_per_rank)
     share = _even_shares(experts, room)
     slots = np.full((layers, ranks, max(room)), -1, np.int64)
     starts = np.concatenate([[0], np.cumsum(share)])
@@ -55,7 +55,8 @@ def _fill(order: Ints, ranks: int, slots_per_rank: int | Sequence[int] | None) -
     return Placement(slots, experts, primary=primary)
 
 
-def _room(experts: int, ranks: int, slots_per_rank: int | Sequence[int] | None) -> list[int]:
+def room_of_ranks(experts: int, ranks: int, slots_per_rank: int | Sequence[int] | None) -> list[int]:
+    """Slots of each rank; raises PlacementError where they do not fit the ranks or hold too few experts."""
     if slots_per_rank is None:
         slots_per_rank = slots_needed(experts, ranks)
     room = [slots_per_rank] * ranks if isinstance(slots_per_rank, int) else [int(s) for s in slots_per_rank]

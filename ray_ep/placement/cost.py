@@ -1,0 +1,312 @@
+"""What a step costs under a placement, predicted: compute, traffic over the measured links, and the price of moving.
+
+The model is alpha-beta: a layer takes as long as its slowest rank computes, plus what its busiest rank sends or
+receives, both ways (dispatch and combine), a token counted once per destination. Kernels are in dispatch.py.
+L layers, E experts, R ranks, N nodes, K top_k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from ray_ep.errors import PlacementError
+from ray_ep.placement.dispatch import simulate
+from ray_ep.placement.placement import Floats, Ints, Placement
+from ray_ep.placement.statistics import RoutingStatistics
+from ray_ep.placement.topology import Topology
+
+DRAWS = 32768
+"""Dispatches of sampled tokens that a layer's prediction plays through."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepCosts:
+    """The figures that the cost model multiplies; the defaults are DeepSeek-V3's layer in bf16 on an H800.
+
+    Args:
+        tokens_per_rank: tokens that each rank brings to a layer in a step.
+        token_bytes: of one token's hidden state, one way.
+        expert_seconds: one token through one expert on a rank of speed 1, forward and backward if the job trains.
+        expert_bytes: weights of one expert: what a new replica costs to send.
+        optimizer_bytes: master weights and optimizer state of one expert: what a primary costs on top.
+        speed: [R] relative compute speed of each rank; None: all 1.
+        two_level: one copy a node across nodes, then inside the node; False: one copy a rank; None: the faster.
+    """
+
+    tokens_per_rank: int = 4096
+    token_bytes: float = 7168 * 2
+    expert_seconds: float = 0.22e-6
+    expert_bytes: float = 3 * 7168 * 2048 * 2
+    optimizer_bytes: float = 3 * 7168 * 2048 * 12
+    speed: tuple[float, ...] | None = None
+    two_level: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("tokens_per_rank", "token_bytes", "expert_seconds", "expert_bytes", "optimizer_bytes"):
+            value = getattr(self, name)
+            if not np.isfinite(value) or value < 0:
+                raise PlacementError(f"costs: {name}={value}: expected a finite number, not negative")
+        if self.speed is not None and not all(np.isfinite(s) and s > 0 for s in self.speed):
+            raise PlacementError(f"costs: speed={self.speed}: expected finite positive numbers, one a rank")
+
+    def speeds(self, ranks: int) -> Floats:
+        """[R] relative speed; raises PlacementError when their number is not R."""
+        if self.speed is None:
+            return np.ones(ranks)
+        if len(self.speed) != ranks:
+            raise PlacementError(f"costs: speed has {len(self.speed)} entries for {ranks} ranks")
+        return np.asarray(self.speed, np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Predicted step under a placement.
+
+    Args:
+        compute: [L] seconds of the slowest rank (or of the slowest node, its ranks even).
+        traffic: [L] seconds of dispatch and combine.
+        rank_load: [L, R] tokens that each rank computes in a step.
+        remote_nodes: [L] other nodes that a token visits, mean. remote_ranks: [L] other ranks.
+        balancedness: mean over layers of speed-weighted mean rank load / max (1 is perfect).
+        node_balancedness: the same for nodes.
+    """
+
+    compute: Floats
+    traffic: Floats
+    rank_load: Floats
+    remote_nodes: Floats
+    remote_ranks: Floats
+    balancedness: float
+    node_balancedness: float
+    step_seconds: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "step_seconds", float(self.compute.sum() + self.traffic.sum()))
+
+
+def predict(
+    placement: Placement,
+    statistics: RoutingStatistics,
+    topology: Topology,
+    costs: StepCosts | None = None,
+    level: str = "rank",
+) -> Prediction:
+    """Predict the expert layers' part of a step.
+
+    Tokens start evenly on all ranks and go to the nearest replica (see `Placement.routes`). Loads come from
+    `statistics.load`; traffic from its sampled token sets, or sets drawn to fit its counts where there is no sample.
+
+    Args:
+        level: rank: the slowest rank holds the layer up; node: ranks of a node are balanced inside the step.
+
+    Raises:
+        PlacementError: placement, statistics and topology do not fit one another.
+    """
+    costs = costs or StepCosts()
+    check_fit(placement, statistics, topology)
+    if level not in ("rank", "node"):
+        raise PlacementError(f"level={level!r}: allowed are rank and node")
+    ranks, layers = placement.num_ranks, placement.num_layers
+    speed = costs.speeds(ranks)
+    node_of = np.unique(topology.node_of, return_inverse=True)[1].astype(np.int64)
+    links = Links.of(topology, node_of)
+    sample = token_sets(statistics)
+    compute, traffic, nodes, others = np.zeros(layers), np.zeros(layers), np.zeros(layers), np.zeros(layers)
+    rank_load = np.zeros((layers, ranks))
+    even, node_even = np.ones(layers), np.ones(layers)
+    node_speed = np.bincount(node_of, speed)
+    for i in range(layers):
+        part, copies = dispatch_layer(placement, i, sample[i], node_of)
+        chosen = statistics.load[i].sum()
+        rank_load[i] = statistics.load[i] @ part / max(chosen, 1) * sample.shape[2] * ranks * costs.tokens_per_rank
+        by_rank = rank_load[i] / speed
+        by_node = np.bincount(node_of, rank_load[i]) / node_speed
+        compute[i] = (by_rank if level == "rank" else by_node).max() * costs.expert_seconds
+        traffic[i] = links.seconds(copies, costs)
+        nodes[i] = copies[1].sum() / ranks
+        others[i] = copies[0].sum() / ranks
+        fair = rank_load[i].sum() / speed.sum()
+        if fair > 0:
+            even[i], node_even[i] = fair / by_rank.max(), fair / by_node.max()
+    mean = (float(even.mean()), float(node_even.mean())) if layers else (1.0, 1.0)
+    return Prediction(compute, traffic, rank_load, nodes, others, *mean)
+
+
+def check_fit(placement: Placement, statistics: RoutingStatistics, topology: Topology) -> None:
+    """Raise PlacementError unless the three are of one model and one cluster."""
+    have = (placement.num_layers, placement.num_experts)
+    if have != np.shape(statistics.load):
+        layers, experts = np.shape(statistics.load)
+        raise PlacementError(
+            f"the placement is for {have[0]} layers x {have[1]} experts, the statistics for {layers} x {experts}"
+        )
+    if placement.num_ranks != topology.num_ranks:
+        raise PlacementError(f"the placement has {placement.num_ranks} ranks, the topology {topology.num_ranks}")
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """What changing placements moves.
+
+    Args:
+        replicas: (layer, rank, expert) that arrive with weights alone. primaries: owners that change, whose optimizer
+            state travels too.
+        slots: filled slots of the new placement.
+        seconds: of the rank that sends or receives longest.
+    """
+
+    replicas: int
+    primaries: int
+    slots: int
+    seconds: float
+
+    @property
+    def moved(self) -> float:
+        """Share of slots whose expert is new on its rank."""
+        return self.replicas / max(self.slots, 1)
+
+
+def migration(old: Placement, new: Placement, topology: Topology, costs: StepCosts | None = None) -> Migration:
+    """Price a change of placement: weights of arriving replicas, optimizer state of new primaries."""
+    costs = costs or StepCosts()
+    if (old.num_layers, old.num_experts, old.num_ranks) != (new.num_layers, new.num_experts, new.num_ranks):
+        raise PlacementError("the two placements are not of one model on one set of ranks")
+    slow = 1.0 / topology.bandwidth
+    sent, received = np.zeros(new.num_ranks), np.zeros(new.num_ranks)
+    replicas = primaries = 0
+    for layer in range(new.num_layers):
+        before, after = held(old, layer), held(new, layer)
+        arrives = after & ~before
+        replicas += int(arrives.sum())
+        for e, r in zip(*np.nonzero(arrives), strict=True):
+            hosts = np.nonzero(before[e])[0]
+            source = hosts[np.argmin(slow[hosts, r])]
+            seconds = costs.expert_bytes * slow[source, r] + topology.latency[source, r]
+            sent[source] += seconds
+            received[r] += seconds
+        moved = np.nonzero(old.owner[layer] != new.owner[layer])[0]
+        primaries += len(moved)
+        for e in moved:
+            a, b = old.owner[layer, e], new.owner[layer, e]
+            sent[a] += costs.optimizer_bytes * slow[a, b]
+            received[b] += costs.optimizer_bytes * slow[a, b]
+    seconds = float(np.maximum(sent, received).max(initial=0.0))
+    return Migration(replicas, primaries, int((new.slots >= 0).sum()), seconds)
+
+
+def held(placement: Placement, layer: int) -> npt.NDArray[np.bool_]:
+    """[E, R] whether a rank has a slot with the expert."""
+    out = np.zeros((placement.num_experts + 1, placement.num_ranks), bool)
+    out[placement.slots[layer], np.arange(placement.num_ranks)[:, None]] = True  # empty slots fill the extra row
+    return out[:-1]
+
+
+def dispatch_layer(
+    placement: Placement, layer: int, sample: Ints, node_of: Ints
+) -> tuple[Floats, tuple[Floats, Floats]]:
+    """part [E, R] of each expert's tokens that a rank computes, and copies (to ranks [R, R], across to nodes [R, N])
+
+    that the mean token of each source rank sends.
+    """
+    weight = np.zeros((placement.num_experts + 1, placement.num_ranks))
+    slots = placement.slots[layer]
+    ranks = np.broadcast_to(np.arange(placement.num_ranks)[:, None], slots.shape)
+    share = 1.0 if placement.shares is None else placement.shares[layer]
+    np.add.at(weight, (slots, ranks), share)
+    nodes = int(node_of.max()) + 1
+    sources = int(np.clip(DRAWS // max(len(sample), 1), 1, placement.num_ranks))
+    part, to_rank, to_node = simulate(sample, held(placement, layer), weight[:-1], node_of, nodes, sources)
+    return part, (to_rank, to_node)
+
+
+def token_sets(statistics: RoutingStatistics, limit: int = 4096, top_k: int | None = None, seed: int = 0) -> Ints:
+    """[L, T, K] expert sets of tokens: the sample, at most `limit` of it, or sets drawn to fit the counts."""
+    if statistics.sample is not None and statistics.sample.shape[1]:
+        have = statistics.sample.shape[1]
+        pick = np.arange(have) if have <= limit else np.linspace(0, have - 1, limit).astype(np.int64)
+        return np.ascontiguousarray(statistics.sample[:, pick], np.int64)
+    return _drawn_sets(statistics, min(limit, 2048), top_k, seed)
+
+
+def _drawn_sets(statistics: RoutingStatistics, tokens: int, top_k: int | None, seed: int) -> Ints:
+    """Sets whose experts are drawn one after the other, each in proportion to its counts with those before."""
+    load = np.asarray(statistics.load, np.float64)
+    layers, experts = load.shape
+    pairs = statistics.coactivation
+    if top_k is None:
+        chosen = load.sum()
+        together = 0.0 if pairs is None else float(np.sum(pairs)) - chosen
+        top_k = int(np.clip(round(1 + together / max(chosen, 1)), 1, experts))
+    rng = np.random.default_rng(seed)
+    out = np.empty((layers, tokens, top_k), np.int64)
+    rows = np.arange(tokens)
+    for layer in range(layers):
+        alone = load[layer] + 1e-9 * max(load[layer].max(), 1)
+        odds = np.tile(np.log(alone), (tokens, 1))
+        for k in range(top_k):
+            pick = np.argmax(odds + rng.gumbel(size=odds.shape), axis=1)  # a draw in proportion to exp(odds)
+            out[layer, :, k] = pick
+            if pairs is not None:
+                lift = np.log((pairs[layer] + 1e-3) / np.outer(alone, alone) * alone.sum())
+                odds = odds + lift[pick]
+            odds[rows, pick] = -np.inf
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """Seconds a byte between ranks and, mean over their ranks, from ranks to nodes; zero where not measured.
+
+    Args:
+        rank: [R, R]; node: [R, N] from a rank to a node; home: [R, N] from a node to a rank; wait: [R] longest latency.
+    """
+
+    rank: Floats
+    node: Floats
+    home: Floats
+    wait: Floats
+    node_of: Ints
+
+    @staticmethod
+    def of(topology: Topology, node_of: Ints) -> Links:
+        """From measured bandwidth [R, R]."""
+        slow = 1.0 / topology.bandwidth
+        np.fill_diagonal(slow, 0.0)
+        latency = topology.latency.copy()
+        np.fill_diagonal(latency, 0.0)
+        member = (node_of[:, None] == np.arange(node_of.max() + 1)) / np.bincount(node_of)  # [R, N]
+        return Links(slow, slow @ member, slow.T @ member, latency.max(1), node_of)
+
+    def seconds(self, copies: tuple[Floats, Floats], costs: StepCosts) -> float:
+        """Dispatch and combine of one layer: the busiest rank's sends or receives, both ways, and two latencies."""
+        to_rank, to_node = copies
+        size = costs.token_bytes * costs.tokens_per_rank
+        wait = 2 * float(self.wait.max())
+        flat = self._both_ways(to_rank) * size
+        near = self.node_of[:, None] == self.node_of[None]
+        # A node's arrivals are shared out over its ranks; inside, each destination rank gets its copy from there.
+        members = np.bincount(self.node_of)
+        out = (to_node * self.node).sum(1), (to_node * self.home).sum(1)
+        into = (to_node * self.node).sum(0) / members, (to_node * self.home).sum(0) / members
+        cross = sum(max(float(o.max()), float(i.max())) for o, i in zip(out, into, strict=True)) * size
+        inside = self._both_ways(self._inside(to_rank, near)) * size
+        two = cross + inside + (wait if near.sum() > len(near) else 0.0)
+        chosen = {True: two, False: flat, None: min(two, flat)}[costs.two_level]
+        return chosen + wait
+
+    def _both_ways(self, to_rank: Floats) -> float:
+        """Dispatch, then the way back: each the longest of any rank's sends and receives."""
+        there, back = to_rank * self.rank, to_rank * self.rank.T
+        return sum(max(float(x.sum(1).max()), float(x.sum(0).max())) for x in (there, back))
+
+    def _inside(self, to_rank: Floats, near: npt.NDArray[np.bool_]) -> Floats:
+        """[R, R] copies inside nodes when tokens of other nodes come through all ranks of the node evenly."""
+        members = np.bincount(self.node_of)
+        arriving = np.where(near, 0.0, to_rank).sum(0)  # [R] copies each rank gets from other nodes
+        relay = near * (arriving / members[self.node_of])[None]
+        inside: Floats = np.where(near, to_rank, 0.0) + relay
+        np.fill_diagonal(inside, 0.0)
+        return inside

@@ -1,0 +1,122 @@
+"""Compiled simulation of nearest-replica dispatch: which rank computes what, how many copies of a token travel.
+
+The rule is that of `Placement.routes`: the source rank itself, else ranks of its node, else any, split by shares.
+T tokens, K top_k, E experts, R ranks, N nodes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ray_ep.placement.compiled import kernel
+
+
+@kernel
+def _draw(hosts: Any, weight: Any, node_of: Any, node: Any, turn: Any) -> Any:
+    """One of `hosts` (those on `node`, or all when node < 0) in proportion to weight; turn in [0, 1)."""
+    total, count = 0.0, 0
+    for h in hosts:
+        if node < 0 or node_of[h] == node:
+            total += weight[h]
+            count += 1
+    at, last = turn * (total if total > 0 else float(count)), -1
+    for h in hosts:
+        if node < 0 or node_of[h] == node:
+            last = h
+            at -= weight[h] if total > 0 else 1.0
+            if at < 0:
+                break
+    return last
+
+
+@kernel
+def _smooth(to_rank: Any, to_node: Any, node_of: Any, members: Any) -> None:
+    """What leaves a node does not depend on which of its ranks a token starts: average it over them. In place.
+
+    Few sampled tokens start on each rank; the busiest of many such small samples would look busier than it is.
+    """
+    ranks, nodes = to_node.shape
+    rank_mean, node_mean = np.zeros((nodes, ranks)), np.zeros((nodes, nodes))
+    for s in range(ranks):
+        rank_mean[node_of[s]] += to_rank[s] / members[node_of[s]]
+        node_mean[node_of[s]] += to_node[s] / members[node_of[s]]
+    for s in range(ranks):
+        to_node[s] = node_mean[node_of[s]]
+        for r in range(ranks):
+            if node_of[r] != node_of[s]:
+                to_rank[s, r] = rank_mean[node_of[s], r]
+
+
+@kernel
+def simulate(  # noqa: C901 (one pass over its loops)
+    sample: Any, held: Any, weight: Any, node_of: Any, nodes: int, sources: int
+) -> Any:
+    """Dispatch sampled tokens, spread evenly over source ranks.
+
+    Args:
+        sample: [T, K]; held: [E, R] bool; weight: [E, R] share of each replica; node_of: [R] numbers 0 to N - 1.
+        sources: ranks that each sampled token starts from, at most R; the more, the less noise.
+
+    Returns:
+        part: [E, R] share of the expert's tokens that a rank computes, exact for even sources.
+        to_rank: [R, R] copies to each other rank, per token of the source rank (row), counted on the sample.
+        to_node: [R, N] the same to other nodes, a node once.
+    """
+    experts, ranks = held.shape
+    part = np.zeros((experts, ranks))
+    start = np.zeros(experts + 1, np.int64)
+    member = np.empty(held.sum(), np.int64)
+    on = np.zeros((experts, nodes), np.int64)
+    members = np.zeros(nodes)
+    for r in range(ranks):
+        members[node_of[r]] += 1.0
+    at = 0
+    for e in range(experts):
+        for r in range(ranks):
+            if held[e, r]:
+                member[at] = r
+                at += 1
+                on[e, node_of[r]] += 1
+        start[e + 1] = at
+    for e in range(experts):
+        hosts = member[start[e] : start[e + 1]]
+        away, total = 0.0, 0.0
+        near = np.zeros(nodes)
+        for n in range(nodes):
+            if on[e, n] == 0:
+                away += members[n]
+        for h in hosts:
+            total += weight[e, h]
+            near[node_of[h]] += weight[e, h]
+        for h in hosts:
+            n = node_of[h]
+            mine = weight[e, h] / near[n] if near[n] > 0 else 1.0 / on[e, n]
+            all_ = weight[e, h] / total if total > 0 else 1.0 / hosts.shape[0]
+            part[e, h] = (1.0 + (members[n] - on[e, n]) * mine + away * all_) / ranks
+    to_rank, to_node = np.zeros((ranks, ranks)), np.zeros((ranks, nodes))
+    seen, seen_node, tokens = np.full(ranks, -1), np.full(nodes, -1), np.zeros(ranks)
+    golden = 0.6180339887498949
+    for run in range(sample.shape[0] * sources):
+        t, s = run // sources, (run // sources + run % sources * ranks // sources) % ranks
+        tokens[s] += 1.0
+        for k in range(sample.shape[1]):
+            e = sample[t, k]
+            r = s
+            if not held[e, s]:
+                node = node_of[s] if on[e, node_of[s]] > 0 else -1
+                turn = (run // ranks * golden + e * 0.7548776662466927) % 1.0
+                r = _draw(member[start[e] : start[e + 1]], weight[e], node_of, node, turn)
+            if r != s and seen[r] != run:
+                seen[r] = run
+                to_rank[s, r] += 1.0
+            n = node_of[r]
+            if n != node_of[s] and seen_node[n] != run:
+                seen_node[n] = run
+                to_node[s, n] += 1.0
+    for s in range(ranks):
+        to_rank[s] /= max(tokens[s], 1.0)
+        to_node[s] /= max(tokens[s], 1.0)
+    _smooth(to_rank, to_node, node_of, members)
+    return part, to_rank, to_node

@@ -1,0 +1,315 @@
+"""Plan one layer: which experts go everywhere, which to which node, and on which rank of it. NumPy around the kernels.
+
+1. Replicas: experts too hot for one rank (or node) get several items, and what spare slots remain put the hottest
+   experts on every node, where nearest-replica dispatch makes their tokens stay.
+2. Nodes: swaps of items between nodes, and with those everywhere, on the exact visits of sampled tokens.
+3. Ranks: items of a node are packed so that load and its risk are even.
+E experts, R ranks, S slots, N nodes, I items (replicas that are placed on their own).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ray_ep.placement import packing, search, small
+from ray_ep.placement.placement import Floats, Ints
+from ray_ep.placement.problem import STIFF, Problem
+
+HOT = 0.8
+"""Share of a unit's fair load above which an expert gets a second replica."""
+RISK = 0.04
+"""Weight of the covariance of loads beside the loads: the variance of topics' shares from window to window."""
+NODE_RISK = {"node": 0.12, "rank": 0.04}
+"""Of that, what counts between nodes, where it is at odds with traffic: tokens of a topic want few nodes."""
+FLOW = 1.0
+"""How much the price of a visit grows from a node without traffic to one with the usual traffic, as a share of it."""
+RANK_MOVE = 150.0
+"""Moves between ranks of a node against those between nodes: evening out ranks that are near the mean gains nothing."""
+SWEEPS = 20
+SMALL = 2e6
+"""Cost of one sweep (in additions) up to which a layer is refined slot by slot on its exact expectation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What is known of one layer's tokens.
+
+    Args:
+        load: [E] tokens of each expert, per token. bits: [E, B] sampled tokens that chose each expert.
+        sets: [T, K] the sampled tokens. risk: [E, E] covariance of choices.
+    """
+
+    load: Floats
+    bits: npt.NDArray[np.uint64]
+    sets: Ints
+    risk: Floats
+
+    @staticmethod
+    def of(load: Floats, sets: Ints) -> Traffic:
+        """From counts [E] and sampled sets [T, K]."""
+        counts = np.asarray(load, np.float64)
+        total = counts.sum()
+        share = counts / total if total > 0 else np.full(len(counts), 1 / len(counts))
+        share = share * sets.shape[1]
+        bits = search.token_bits(sets, len(counts))
+        return Traffic(share, bits, sets, RISK * search.covariance(bits, share, len(sets)))
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """Replicas to place. expert: [I], -1 for a slot left to step 3; home: [I] node now, N everywhere, -1 none."""
+
+    expert: Ints
+    home: Ints
+    everywhere: int
+
+
+def fresh_layer(problem: Problem, traffic: Traffic, seed: int, starts: int = 2) -> Ints:
+    """Slots [R, S] planned from nothing."""
+    items = choose_items(problem, traffic.load)
+    place = _group(problem, traffic, items, seed, starts)
+    slots = _pack_nodes(problem, traffic, items, place, None, problem.stay)
+    return _refine_small(problem, traffic, slots, seed)
+
+
+def warm_layer(problem: Problem, traffic: Traffic, current: Ints, stay: float, owned: float, seed: int) -> Ints:
+    """Slots [R, S] improved from `current` [R, S], each slot filled anew at the price `stay`, or `owned`."""
+    items = items_of(problem, current)
+    bits, load = _item_arrays(traffic, items)
+    count = np.bincount(items.expert[items.expert >= 0], minlength=problem.experts)
+    price = np.where(items.expert < 0, 0.0, np.where(count[items.expert] == 1, owned, stay))
+    place = items.home.copy()
+    empty = place < 0
+    place[empty] = _free_places(problem, items)
+    order = _orders(len(place), seed, SWEEPS)
+    risk = _item_risk(problem, traffic, items)
+    world = _world(problem, traffic, bits, place)
+    search.improve_grouping(bits, load, risk, place, world, items.home, price, order)
+    return _pack_nodes(problem, traffic, items, place, current, RANK_MOVE * stay)
+
+
+def choose_items(problem: Problem, load: Floats) -> Items:
+    """Spend the spare slots: second replicas where one unit cannot bear an expert, then the hottest everywhere."""
+    nodes, experts = problem.nodes, problem.experts
+    room = problem.node_room()
+    limit = _bulk(problem, load)
+    by_load = np.argsort(-load, kind="stable")
+    spare = int(room.sum()) - experts
+    wanted = np.clip(np.ceil(load / limit) - 1, 0, problem.ranks - 1) if limit > 0 else np.zeros(experts)
+    everywhere = min(spare // (nodes - 1), int(room.min())) if nodes > 1 else 0
+    while everywhere and everywhere * (nodes - 1) + wanted[by_load[everywhere:]].sum() > spare:
+        everywhere -= 1
+    rest = by_load[everywhere:]
+    extra = np.repeat(rest, wanted[rest].astype(np.int64))[: spare - everywhere * (nodes - 1)]
+    return _filled(problem, np.concatenate([np.arange(experts), extra]), None, everywhere)
+
+
+def items_of(problem: Problem, current: Ints) -> Items:
+    """The replicas of a placement, as items at home."""
+    nodes = problem.nodes
+    on = np.zeros((problem.experts + 1, nodes), np.int64)
+    np.add.at(on, (current, np.broadcast_to(problem.node_of[:, None], current.shape)), 1)
+    on = on[:-1]
+    everywhere = np.logical_and((on > 0).all(1), np.full(len(on), nodes > 1))
+    expert, home = np.nonzero(on * ~everywhere[:, None])
+    times = on[expert, home]
+    hot = np.nonzero(everywhere)[0]
+    experts = np.concatenate([hot, np.repeat(expert, times)])
+    homes = np.concatenate([np.full(len(hot), nodes), np.repeat(home, times)])
+    return _filled(problem, experts, homes, len(hot))
+
+
+def _filled(problem: Problem, expert: Ints, home: Ints | None, everywhere: int) -> Items:
+    """Add an empty item for every slot that is left."""
+    left = int(problem.node_room().sum()) - everywhere * problem.nodes - (len(expert) - everywhere)
+    home = np.full(len(expert), -1, np.int64) if home is None else home.astype(np.int64)
+    empty = np.full(max(left, 0), -1, np.int64)
+    return Items(np.concatenate([expert.astype(np.int64), empty]), np.concatenate([home, empty]), everywhere)
+
+
+def _free_places(problem: Problem, items: Items) -> Ints:
+    """Nodes of the empty items."""
+    taken = np.bincount(items.home[items.home >= 0], minlength=problem.nodes + 1)[: problem.nodes]
+    return np.repeat(np.arange(problem.nodes), problem.node_room() - items.everywhere - taken)
+
+
+def _item_arrays(traffic: Traffic, items: Items) -> tuple[npt.NDArray[np.uint64], Floats]:
+    """Tokens [I, B] and load [I] of each item: replicas share out their expert's."""
+    real = items.expert[items.expert >= 0]
+    count = np.bincount(real, minlength=len(traffic.load))
+    bits = np.zeros((len(items.expert), traffic.bits.shape[1]), np.uint64)
+    load = np.zeros(len(items.expert))
+    bits[: len(real)] = search.split_bits(traffic.bits, real)
+    load[: len(real)] = (traffic.load / np.maximum(count, 1))[real]
+    return bits, load
+
+
+def _item_risk(problem: Problem, traffic: Traffic, items: Items) -> Floats:
+    """[I, I] covariance of the items' loads, weighted for nodes."""
+    real = items.expert[items.expert >= 0]
+    out = np.zeros((len(items.expert), len(items.expert)))
+    part = 1.0 / np.maximum(np.bincount(real, minlength=len(traffic.load)), 1)[real]
+    out[: len(real), : len(real)] = NODE_RISK[problem.level] * traffic.risk[np.ix_(real, real)] * np.outer(part, part)
+    return out
+
+
+def _world(
+    problem: Problem, traffic: Traffic, bits: npt.NDArray[np.uint64], place: Ints
+) -> tuple[Floats, Floats, Floats, float, float, float]:
+    """What the search is told of nodes; `place` gives the traffic that is usual for one."""
+    speed = problem.node_speed()
+    target = traffic.load.sum() * speed / speed.sum()
+    price = problem.price() / len(traffic.sets)
+    usual = float((price * search.visits_of(bits, place, problem.nodes)).mean())
+    steep = FLOW / (2 * usual) if usual > 0 else 0.0
+    return problem.source, target, price, problem.stiff, _bulk(problem, traffic.load), steep
+
+
+def _bulk(problem: Problem, load: Floats) -> float:
+    """Load that one replica outside "everywhere" may bear."""
+    return HOT * float(load.sum()) / (problem.ranks if problem.level == "rank" else problem.nodes)
+
+
+def _orders(items: int, seed: int, sweeps: int) -> Ints:
+    rng = np.random.default_rng(seed)
+    return np.argsort(rng.random((sweeps, items)), axis=1)
+
+
+def _group(problem: Problem, traffic: Traffic, items: Items, seed: int, starts: int) -> Ints:
+    """[I] node of each item, N for everywhere: the best of several greedy starts, each improved by swaps."""
+    if problem.nodes == 1:
+        return np.zeros(len(items.expert), np.int64)
+    bits, load = _item_arrays(traffic, items)
+    risk = _item_risk(problem, traffic, items)
+    room = np.append(problem.node_room() - items.everywhere, items.everywhere)
+    # Any spread tells what traffic is usual: items in turn over the nodes.
+    world = _world(problem, traffic, bits, np.arange(len(load)) % problem.nodes)
+    none, free = np.full(len(load), -1, np.int64), np.zeros(len(load))
+    rng = np.random.default_rng(seed)
+    # Hot experts go everywhere, so the order starts with them, whole; later starts shuffle the others a little.
+    heat = np.where(items.expert >= 0, traffic.load[items.expert], -1.0) + 1e-9 * load
+    best, best_cost = none, np.inf
+    for start in range(starts):
+        shuffled = heat * (rng.uniform(0.7, 1.3, len(heat)) if start else 1.0)
+        shuffled = np.where(load > _bulk(problem, traffic.load), np.inf, shuffled)
+        order = np.argsort(-shuffled, kind="stable")
+        place = search.start_grouping(bits, load, room, world, order)
+        search.improve_grouping(bits, load, risk, place, world, none, free, _orders(len(load), seed + start, SWEEPS))
+        cost = search.grouping_cost(bits, load, place, world)
+        if cost < best_cost:
+            best, best_cost = place, cost
+    return best
+
+
+def _pack_nodes(
+    problem: Problem, traffic: Traffic, items: Items, place: Ints, current: Ints | None, stay: float
+) -> Ints:
+    """Slots [R, S]: each node's items on its ranks, those that are there already kept where that is no loss."""
+    slots = np.full((problem.ranks, int(problem.room.max(initial=0))), -1, np.int64)
+    count = np.bincount(items.expert[items.expert >= 0], minlength=problem.experts)
+    for n in range(problem.nodes):
+        members = np.nonzero(problem.node_of == n)[0]
+        if current is not None and problem.level == "node":
+            # Ranks are balanced inside the step: a node that keeps its experts keeps its slots.
+            before = (items.home == n) | (items.home == problem.nodes)
+            if (((place == n) | (place == problem.nodes)) == before)[items.expert >= 0].all():
+                slots[members] = current[members]
+                continue
+        here = ((place == n) | (place == problem.nodes)) & (items.expert >= 0)
+        mine = items.expert[here]
+        part = np.where(place[here] == problem.nodes, problem.source[n], 1.0)
+        weight: Floats = np.bincount(mine, part * traffic.load[mine] / count[mine], problem.experts).astype(np.float64)
+        least = np.minimum(np.bincount(mine, minlength=problem.experts), len(members))
+        _pack_node(problem, traffic, members, weight, least, current, stay, slots)
+    return slots
+
+
+def _pack_node(
+    problem: Problem,
+    traffic: Traffic,
+    members: Ints,
+    weight: Floats,
+    least: Ints,
+    current: Ints | None,
+    stay: float,
+    slots: Ints,
+) -> None:
+    """Fill `slots` [R, S] of a node's ranks `members` with its experts: weight [E] load here, least [E] replicas."""
+    mine = np.nonzero(least)[0]
+    now = None if current is None else current[members]
+    had = np.zeros(len(mine), np.int64) if now is None else _times(now, mine)
+    spare = int(problem.room[members].sum() - least.sum())
+    count = packing.add_replicas(weight[mine], least[mine], had, spare, len(members))
+    which = np.repeat(mine, count)
+    each = weight[which] / np.repeat(count, count)
+    share = each / np.maximum(traffic.load[which], 1e-30)
+    joint = np.outer(each, each) + traffic.risk[which[:, None], which] * np.outer(share, share)
+    joint *= problem.stiff / (traffic.load.sum() / problem.ranks) ** 2
+    home = np.full(len(which), -1, np.int64) if now is None else _homes(now, which)
+    sweeps = 0 if now is not None and problem.level == "node" else SWEEPS
+    room, speed = problem.room[members], problem.speed[members]
+    where = packing.pack(which, joint, each, room, speed, home, stay, sweeps)
+    for i, r in enumerate(members):
+        slots[r, : room[i]] = _arranged(which[where == i], None if now is None else now[i], room[i])
+
+
+def _times(slots: Ints, experts: Ints) -> Ints:
+    """How many ranks hold each expert."""
+    return np.asarray((slots[:, :, None] == experts).any(1).sum(0), np.int64)
+
+
+def _homes(slots: Ints, experts: Ints) -> Ints:
+    """[M] a rank that holds each replica now, the k-th replica the k-th rank; -1 where there are more replicas.
+
+    slots: [P, S]; experts: [M], equal ones side by side.
+    """
+    hosts = (slots[:, :, None] == experts).any(1)  # [P, M]
+    first = np.searchsorted(experts, experts)
+    turn = np.arange(len(experts)) - first
+    order = np.argsort(~hosts, axis=0, kind="stable")  # ranks that hold it first
+    pick = np.minimum(turn, len(slots) - 1)
+    return np.where(turn < hosts.sum(0), order[pick, np.arange(len(experts))], -1)
+
+
+def _arranged(experts: Ints, current: Ints | None, room: int) -> Ints:
+    """A rank's slots [room]: what stays keeps its slot, newcomers fill the others in ascending order."""
+    new = sorted(experts.tolist())
+    out = [-1] * int(room)
+    if current is not None:
+        for s, e in enumerate(current.tolist()[:room]):
+            if e in new:
+                out[s] = e
+                new.remove(e)
+    for s in range(len(out)):
+        if out[s] < 0 and new:
+            out[s] = new.pop(0)
+    return np.asarray(out, np.int64)
+
+
+def _refine_small(problem: Problem, traffic: Traffic, slots: Ints, seed: int, rounds: int = 8) -> Ints:
+    """Where sums over all token sets are cheap, improve slot by slot on the exact expectation."""
+    ranks, room = slots.shape
+    if problem.nodes == 1 or problem.experts * problem.ranks * room > SMALL / 100:
+        return slots
+    sets, times = np.unique(np.sort(traffic.sets, 1), axis=0, return_counts=True)
+    sweep = (ranks * room) * (problem.experts + ranks * room / 2)
+    each = len(sets) * problem.nodes**2 * sets.shape[1] + problem.experts * ranks + problem.experts**2 * ranks
+    if sweep * each > SMALL:
+        return slots
+    unit_of = np.arange(ranks) if problem.level == "rank" else problem.node_of
+    speed = np.bincount(unit_of, problem.speed)
+    world = (problem.node_of, unit_of, (problem.source / np.bincount(problem.node_of))[problem.node_of])
+    target = traffic.load.sum() * speed / speed.sum()
+    start = np.where(np.arange(room)[None] < problem.room[:, None], slots, -2)
+    rng = np.random.default_rng(seed)
+    ends = (ranks, room, ranks, room)
+    kicks = np.stack([rng.integers(0, end, (rounds, 2)) for end in ends], axis=-1)
+    weight = times / times.sum()
+    stiff = problem.stiff / STIFF[problem.level]
+    best, _ = small.refine(
+        sets, weight, traffic.load, traffic.risk, start, (*world, target, problem.compute, problem.pair, stiff), kicks
+    )
+    return np.where(best < 0, -1, best)

@@ -1,0 +1,212 @@
+"""The planner: a placement that makes the predicted step short, and changes little of the one that is there.
+
+Layers are independent (a token goes home after each), so they are planned in parallel, in threads: the kernels hold no
+GIL. With a current placement every layer has three answers: stay, improve it swap by swap, or plan it anew.
+L layers, E experts, R ranks, S slots.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from ray_ep.errors import PlacementError
+from ray_ep.placement import layer, packing, search, small
+from ray_ep.placement.cost import StepCosts, check_fit, token_sets
+from ray_ep.placement.dispatch import simulate
+from ray_ep.placement.layer import Traffic
+from ray_ep.placement.placement import Ints, Placement
+from ray_ep.placement.problem import Problem
+from ray_ep.placement.statistics import RoutingStatistics
+from ray_ep.placement.topology import Topology
+
+WORTH = 0.01
+"""A layer stays as it is unless its predicted time falls by this share: less is noise of the statistics."""
+MOVING = 0.05
+"""What moving every slot of a layer must gain at least, as a share of its time: moves that gain less are left out."""
+KEEP = 0.9
+"""A fresh plan is taken only where improving the current one keeps less than this of its gain."""
+UNEVEN = 1.05
+"""Mean prices of nodes further apart than this are taken for different links, not for noise of the probe."""
+SETTLE = 4
+"""Most rounds in which a fresh plan is improved as if it were the current one."""
+AFRESH = 0.3
+"""A layer is also planned anew when improving it moves more than this share of its slots."""
+
+
+def plan(
+    statistics: RoutingStatistics,
+    topology: Topology,
+    slots_per_rank: int | Sequence[int] | None = None,
+    current: Placement | None = None,
+    horizon_steps: float = 1000,
+    level: str = "node",
+    seed: int = 0,
+    costs: StepCosts | None = None,
+) -> Placement:
+    """Decide replicas, nodes and ranks of every expert so that the predicted step time is low.
+
+    Pure; a function of its arguments alone. Best with sampled token sets in `statistics`: pair counts, or loads alone,
+    are turned into drawn sets. At most 4,096 sampled tokens a layer are used.
+
+    Args:
+        slots_per_rank: slots of a rank and layer, one number or one per rank; None: just enough for every expert.
+        current: the placement to start from. A layer where nothing is gained comes back unchanged.
+        horizon_steps: steps over which moving pays back.
+        level: node: ranks of a node are balanced inside each step, so nodes must be even; rank: ranks must be.
+        seed: of the order in which the search looks at experts.
+        costs: figures of the cost model, ranks' speeds among them.
+
+    Returns:
+        A placement; its version is the current one's plus one, or the same where every layer stays.
+
+    Raises:
+        PlacementError: fewer slots than experts, statistics, topology, costs and current that do not fit one another.
+    """
+    costs = costs or StepCosts()
+    layers, experts = np.shape(statistics.load)
+    if current is not None:
+        check_fit(current, statistics, topology)
+    sets = token_sets(statistics)
+    if sets.size and (sets.min() < 0 or sets.max() >= experts):
+        raise PlacementError(f"statistics: the sample names expert {sets.max()}: allowed are 0 to {experts - 1}")
+    problem = Problem.of(topology, experts, sets.shape[2], slots_per_rank, level, horizon_steps, costs)
+
+    def one(i: int) -> Ints:
+        traffic = Traffic.of(np.asarray(statistics.load[i], np.float64), sets[i])
+        now = None if current is None else _fitted(current.slots[i], problem)
+        if now is None:
+            return _settled(problem, traffic, _fresh(problem, traffic, seed), seed)
+        return _replan(problem, traffic, now, seed)
+
+    with ThreadPoolExecutor(max(1, min(layers, os.cpu_count() or 1))) as pool:
+        found = list(pool.map(one, range(layers)))
+    width = int(problem.room.max(initial=0))
+    slots = np.stack(found) if found else np.zeros((0, problem.ranks, width), np.int64)
+    if current is None:
+        return Placement(slots, experts, primary=_primaries(slots, experts, None))
+    padded = np.full((layers, problem.ranks, max(width, current.slots.shape[2])), -1, np.int64)
+    padded[:, :, :width] = slots
+    if (padded[:, :, : current.slots.shape[2]] == current.slots).all():
+        return current
+    primary = _primaries(slots, experts, current.owner)
+    return Placement(slots, experts, current.version + 1, primary)
+
+
+def _fitted(current: Ints, problem: Problem) -> Ints | None:
+    """Current slots [R, S] at the problem's width, or None where a rank holds more than it has room for."""
+    width = int(problem.room.max())
+    if ((current >= 0).sum(1) > problem.room).any():
+        return None
+    out = np.full((problem.ranks, width), -1, np.int64)
+    for rank, row in enumerate(current):
+        kept = row[row >= 0] if len(row) > problem.room[rank] else row
+        out[rank, : len(kept)] = kept
+    return out
+
+
+def _fresh(problem: Problem, traffic: Traffic, seed: int) -> Ints:
+    """Slots [R, S] of one layer planned from nothing.
+
+    The search adds links' times up while a step waits for the busiest: where links differ, shunning a slow one may only
+    load its other direction, so a plan that takes all for equal competes on the predicted time.
+    """
+    slots = layer.fresh_layer(problem, traffic, seed)
+    price = problem.price()
+    if problem.nodes == 1 or price.max() <= UNEVEN * price.min():
+        return slots
+    even = layer.fresh_layer(problem.with_even_links(), traffic, seed)
+    return min((slots, even), key=lambda x: layer_seconds(problem, traffic, x))
+
+
+def _settled(problem: Problem, traffic: Traffic, slots: Ints, seed: int) -> Ints:
+    """Slots [R, S] replanned until they stay, so that a later plan from the same figures finds nothing to move.
+
+    Nearly always the first look changes nothing; replicas that filled spare slots may find better places in it.
+    """
+    for _ in range(SETTLE):
+        better = _replan(problem, traffic, slots, seed)
+        if better is slots:
+            break
+        slots = better
+    return slots
+
+
+def _replan(problem: Problem, traffic: Traffic, current: Ints, seed: int) -> Ints:
+    """Slots [R, S] of one layer: stay, a few moves, or a fresh plan: what gains most after the price of its moves."""
+    now = layer_seconds(problem, traffic, current)
+    filled = int((current >= 0).sum())
+    # A layer's cost in the units of the search, spread over its slots, gives the price of a move there.
+    price = max(problem.stay, MOVING * (problem.compute + problem.nodes / 4) / filled)
+    few = layer.warm_layer(problem, traffic, current, price, price + problem.owned - problem.stay, seed)
+    moves = moved_slots(current, few)
+    gain = now - layer_seconds(problem, traffic, few) if moves else 0.0
+    if moves > AFRESH * filled:
+        fresh = _fresh(problem, traffic, seed)
+        more = now - layer_seconds(problem, traffic, fresh)
+        if KEEP * more > gain and more - gain > MOVING * now * (moved_slots(current, fresh) - moves) / filled:
+            few, gain = fresh, more
+    return few if gain > WORTH * now else current
+
+
+def moved_slots(before: Ints, after: Ints) -> int:
+    """Slots of `after` [R, S] whose expert was not on that rank in `before` [R, S]."""
+    there = (after[:, :, None] == before[:, None, :]).any(2)
+    return int(((after >= 0) & ~there).sum())
+
+
+def layer_seconds(problem: Problem, traffic: Traffic, slots: Ints) -> float:
+    """Predicted seconds of one layer (see cost.predict), with traffic in units of visits where no link is measured."""
+    ranks = problem.ranks
+    held = np.zeros((problem.experts + 1, ranks), bool)
+    held[slots, np.arange(ranks)[:, None]] = True
+    part, to_rank, to_node = simulate(
+        traffic.sets, held[:-1], held[:-1].astype(np.float64), problem.node_of, problem.nodes, 1
+    )
+    load = traffic.load @ part * ranks * problem.costs.tokens_per_rank
+    unit = np.arange(ranks) if problem.level == "rank" else problem.node_of
+    compute = (np.bincount(unit, load) / np.bincount(unit, problem.speed)).max() * problem.costs.expert_seconds
+    if problem.visit_seconds == 0:
+        visits = float(to_node.sum()) * problem.costs.tokens_per_rank
+        return float(compute) * (1 + visits / (ranks * problem.costs.tokens_per_rank * problem.compute))
+    return float(compute) + problem.links.seconds((to_rank, to_node), problem.costs)
+
+
+def _primaries(slots: Ints, experts: int, before: Ints | None) -> Ints:
+    """[L, E] owner of each expert: as before where it still holds the expert, else the holder that owns fewest."""
+    layers, ranks = slots.shape[:2]
+    primary = np.full((layers, experts), -1, np.int64)
+    for i in range(layers):
+        held = np.zeros((experts + 1, ranks), bool)
+        held[slots[i], np.arange(ranks)[:, None]] = True
+        held = held[:-1]
+        if before is not None:
+            keep = held[np.arange(experts), before[i]]
+            primary[i, keep] = before[i, keep]
+        times = held.sum(1)
+        alone = (primary[i] < 0) & (times == 1)
+        primary[i, alone] = held[alone].argmax(1)
+        owns = np.bincount(primary[i][primary[i] >= 0], minlength=ranks)
+        for e in np.nonzero(primary[i] < 0)[0]:
+            hosts = np.nonzero(held[e])[0]
+            primary[i, e] = hosts[np.argmin(owns[hosts])]
+            owns[primary[i, e]] += 1
+    return primary
+
+
+def warm() -> None:
+    """Compile the planner's kernels, or load them from numba's cache, so that no plan waits for it."""
+    load = np.array([[3, 2, 1, 1], [1, 1, 2, 3]])
+    sample = np.array([[[0, 1], [2, 3]], [[3, 2], [1, 0]]], np.int32)
+    statistics = RoutingStatistics(load, sample=sample)
+    for nodes in ([0, 0, 1, 1], [0, 1, 2, 3]):
+        topology = Topology.of_nodes(nodes)
+        first = plan(statistics, topology, 2)
+        plan(RoutingStatistics(load[::-1], sample=sample), topology, 2, current=first)
+
+
+KERNELS = (packing.pack, packing.add_replicas, search.improve_grouping, small.refine, simulate)
+"""What `warm` compiles; a test checks that no plan compiles another."""
