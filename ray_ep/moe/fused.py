@@ -159,13 +159,18 @@ def _one_message(
     row = like.shape[1] * like.element_size()
     give = [row * r + 4 * p for r, p in zip(plan.rows_in, plan.pairs_in, strict=True)]
     take = [row * r + 4 * p for r, p in zip(plan.rows_out, plan.pairs_out, strict=True)]
-    rows, pairs = partial.reshape(-1).view(torch.uint8), by_pair[: sum(plan.pairs_in)].view(torch.uint8)
+    rows, pairs = (
+        torch.from_numpy(_np(partial).reshape(-1).view(np.uint8)),
+        torch.from_numpy(by_pair.numpy().view(np.uint8)),
+    )
     blocks = zip(rows.split([row * r for r in plan.rows_in]), pairs.split([4 * p for p in plan.pairs_in]), strict=True)
     message = torch.cat([part for block in blocks for part in block])
     parts = plan.move(torch.empty(sum(take), dtype=torch.uint8), message, give, take).split(take)
     at = [row * r for r in plan.rows_out]
-    back = torch.cat([part[:n] for part, n in zip(parts, at, strict=True)]).view(like.dtype).view(-1, like.shape[1])
-    return back, torch.cat([part[n:] for part, n in zip(parts, at, strict=True)]).view(torch.float32)
+    back = torch.cat([part[:n] for part, n in zip(parts, at, strict=True)])
+    back = back.view(like.dtype).view(plan.others_out, like.shape[1])
+    home = torch.cat([part[n:] for part, n in zip(parts, at, strict=True)])
+    return back, torch.from_numpy(home.numpy().view(np.float32))
 
 
 def _to_tokens(home: torch.Tensor, by_pair: torch.Tensor, shape_dtype: Any, plan: Agreed) -> torch.Tensor:
