@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -74,6 +74,7 @@ def measure(
     budget_s: float = 20.0,
     device: torch.device | str = "cpu",
     messages: Messages | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Topology:
     """Latency and bandwidth of the links between all ranks (collective; no other call of the group may be under way).
 
@@ -85,6 +86,7 @@ def measure(
         budget_s: about how long it may take; each pair is given at least the few messages that two sizes need.
         device: where the messages lie, as the group's exchanges have them.
         messages: how two ranks talk; None: over the group's own connections.
+        clock: seconds.
 
     Returns:
         the same topology on every rank, with spread, measured, groups and measured_at.
@@ -106,7 +108,7 @@ def measure(
     plan = rounds(node_of)
     mine = torch.full((group.size, 4), math.nan, dtype=torch.float64)  # latency, bandwidth, spread, time of day
     mine[:, 3] = time.time()
-    start, now = time.perf_counter(), "starting"
+    start, now = clock(), "starting"
     try:
         for number, pairs in enumerate(plan):
             now = f"round {number + 1} of {len(plan)}"
@@ -115,8 +117,8 @@ def measure(
             if partner is None:
                 continue
             now += f", link with rank {partner}"
-            budget = round_budget(budget_s, time.perf_counter() - start, len(plan) - number) / 2
-            end = _End(messages, partner, torch.device(device))
+            budget = round_budget(budget_s, clock() - start, len(plan) - number) / 2
+            end = _End(messages, partner, torch.device(device), clock)
             for sender in sorted((group.rank, partner)):
                 if sender == group.rank:
                     found = end.lead(budget)
@@ -136,13 +138,16 @@ def measure(
 class _End:
     """One end of a link. The leader says (bytes, repeats) before each size, (0, 0) at the end; the follower answers."""
 
-    def __init__(self, messages: Messages, partner: int, device: torch.device):
-        self._messages, self._partner, self._device = messages, partner, device
+    def __init__(self, messages: Messages, partner: int, device: torch.device, clock: Callable[[], float]):
+        self._messages, self._partner, self._device, self._clock = messages, partner, device, clock
         self._byte = torch.zeros(1, dtype=torch.uint8, device=device)
 
     def lead(self, budget_s: float) -> LinkFit:
-        """Time the link to the partner."""
-        found = fit(time_link(self._ping, budget_s))
+        """Time the link to the partner; NaN where the times are none, for the other ranks must hear of it."""
+        try:
+            found = fit(time_link(self._ping, budget_s))
+        except PlacementError:
+            found = LinkFit(math.nan, math.nan, math.nan)
         self._messages.send(torch.tensor([0, 0], device=self._device), self._partner)
         return found
 
@@ -151,11 +156,11 @@ class _End:
         self._messages.send(torch.tensor([size, repeats], device=self._device), self._partner)
         seconds = []
         for _ in range(repeats):
-            start = time.perf_counter()
+            start = self._clock()
             self._messages.send(payload, self._partner)
             self._messages.receive(self._byte, self._partner)
             self._byte.cpu()  # on a GPU, the message has arrived only then
-            seconds.append(time.perf_counter() - start)
+            seconds.append(self._clock() - start)
         return seconds
 
     def follow(self) -> None:

@@ -22,8 +22,8 @@ Pair = tuple[int, int]
 
 SIZES = (1, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
 """Bytes of the messages tried, smallest first; a link that is too slow for its time stops earlier, after two sizes."""
-REPEATS = (3, 9)
-"""Fewest and most messages of a size."""
+REPEATS = (5, 9)
+"""Fewest and most messages of a size: the lower quartile of five is the second fastest, so three may be disturbed."""
 ROUND_S = 0.4
 """Longest planned time of a round: a 3 GB/s link is done in 30 ms, one of 10 MB/s gets to messages of 256 KiB."""
 
@@ -77,21 +77,20 @@ def rounds(
         [(node[a], node[b]) for node, games in zip(nodes, inside, strict=True) if i < len(games) for a, b in games[i]]
         for i in range(max(map(len, inside)))
     ]
-    first = np.random.default_rng(seed).integers(0, 1 << 30, (len(nodes), len(nodes)))
+    first = np.random.default_rng(seed).integers(0, 1 << 30, (len(nodes), len(nodes), 2))
     for sample in range(min(samples, most)):
         for meetings in tournament(len(nodes)):
-            pairs = [_representatives(nodes[a], nodes[b], sample, int(first[a, b])) for a, b in meetings]
+            pairs = [_representatives(nodes[a], nodes[b], sample, first[a, b].tolist()) for a, b in meetings]
             plan.append([(min(p), max(p)) for p in pairs if p])
     return [pairs for pairs in plan if pairs]
 
 
-def _representatives(one: list[int], other: list[int], sample: int, first: int) -> Pair | None:
+def _representatives(one: list[int], other: list[int], sample: int, first: Pair) -> Pair | None:
     """The sample-th pair of ranks of two nodes, diagonal by diagonal, so that ranks repeat late; None: all had."""
     if sample >= len(one) * len(other):
         return None
-    k = (sample + first) % (len(one) * len(other))
-    diagonal = k // math.lcm(len(one), len(other))
-    return one[k % len(one)], other[(k + diagonal) % len(other)]
+    diagonal = sample // math.lcm(len(one), len(other))
+    return one[(sample + first[0]) % len(one)], other[(sample + diagonal + first[1]) % len(other)]
 
 
 def _members(node_of: Sequence[int] | npt.NDArray[np.int64]) -> list[list[int]]:
@@ -124,47 +123,68 @@ def time_link(ping: Callable[[int, int], list[float]], budget_s: float) -> dict[
 
     Args:
         ping: (bytes n, repeats) -> seconds of each trip there with n bytes and back with one byte.
-        budget_s: stop before a size that would probably pass it; two sizes are always tried.
+        budget_s: stop before a size that would probably pass it; but not before the size makes a difference of a half
+            to the time, for without one there is no bandwidth to be seen.
 
     Returns:
         seconds by size.
     """
     fewest, most = REPEATS
-    spent = sum(ping(1, fewest))  # the first messages of a link set it up; not kept
-    found: dict[int, list[float]] = {}
+    first = ping(1, fewest)  # the first messages of a link set it up; not kept
+    spent, found = sum(first), dict[int, list[float]]()
     for size in SIZES:
-        per_message = _expected(found, size)
-        repeats = most
-        if per_message > 0:
-            # A quarter of what is left: the next size takes up to four times as long.
-            repeats = int(min(most, max(fewest, (budget_s - spent) / 4 / per_message)))
-        if len(found) >= 2 and spent + fewest * per_message > budget_s:
+        expected = _expected(found, size) if found else min(first)
+        seen = len(found) > 1 and _typical(found[max(found)]) > 1.5 * _typical(found[1])
+        if seen and spent + fewest * expected > budget_s:
             break
+        # A quarter of what is left: the next size takes up to four times as long.
+        repeats = int(min(most, max(fewest, (budget_s - spent) / 4 / max(expected, 1e-9))))
         found[size] = ping(size, repeats)
         spent += sum(found[size])
+    for size in sorted(found)[-2:]:  # what the bandwidth hangs on, again where it was disturbed
+        if _spread(found[size]) > 0.1 and spent + most * _typical(found[size]) < budget_s:
+            found[size] = found[size] + ping(size, most)
+            spent += sum(found[size][-most:])
     return found
 
 
 def _expected(found: Mapping[int, list[float]], size: int) -> float:
-    """Seconds that a message of `size` will take, by the sizes already timed; 0 where none was."""
-    if not found:
-        return 0.0
+    """Seconds that a message of `size` will take, by the sizes already timed."""
     sizes = sorted(found)
-    last = float(np.median(found[sizes[-1]]))
+    last = _typical(found[sizes[-1]])
     if len(sizes) == 1:
         return last
-    slope = max(0.0, last - float(np.median(found[sizes[-2]]))) / (sizes[-1] - sizes[-2])
+    slope = max(0.0, last - _typical(found[sizes[-2]])) / (sizes[-1] - sizes[-2])
     return last + slope * (size - sizes[-1])
+
+
+def _typical(seconds: Sequence[float]) -> float:
+    """The lower quartile: disturbances only add time, but a shaper lets a first burst pass, which the minimum is."""
+    return _quantile(seconds, 0.25)
+
+
+def _spread(seconds: Sequence[float]) -> float:
+    """Half the interquartile range over the median."""
+    return (_quantile(seconds, 0.75) - _quantile(seconds, 0.25)) / 2 / _quantile(seconds, 0.5)
+
+
+def _quantile(values: Sequence[float], q: float) -> float:
+    """Linear between the neighbours; np.quantile takes 100 us for three numbers, and a large cluster has many links."""
+    ordered = sorted(values)
+    place = q * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 def fit(timings: Mapping[int, Sequence[float]]) -> LinkFit:
     """Latency, bandwidth and spread of a link from trips there with n bytes and back with one.
 
-    The lower quartile of each size (disturbances only ever add time, but a shaper lets a first burst pass, so the
-    minimum would not do), then least squares weighted by 1 / time^2, for errors are relative to the time. Where the
-    line misses the largest messages by more than a tenth, the link is not of one kind (a burst, a protocol that
-    changes with the size): the bandwidth is then the slope between the two largest sizes, for large messages
-    are what it is needed for. The way back is taken to have the latency of the way there: clocks are not compared.
+    The lower quartile of each size, then least squares weighted by 1 / time^2, for errors are relative. Where the line
+    misses the largest messages by more than a tenth and more than their spread, the link is not of one kind (a burst, a
+    protocol that changes with the size): the bandwidth is then the slope between the two largest sizes, for large
+    messages are what it is needed for. The way back is taken to have the latency of the way there: clocks are not
+    compared.
 
     Args:
         timings: seconds by size in bytes; at least two sizes.
@@ -178,18 +198,19 @@ def fit(timings: Mapping[int, Sequence[float]]) -> LinkFit:
     for size, times in timings.items():
         if not len(times) or not all(math.isfinite(t) and t > 0 for t in times):
             raise PlacementError(f"probe: times {list(times)} s of {size} bytes, expected positive and finite")
-    typical = np.array([np.percentile(timings[int(n)], 25) for n in sizes])
+    typical = np.array([_typical(timings[int(n)]) for n in sizes])
     weight = typical**-2.0
     mean_n, mean_t = np.average(sizes, weights=weight), np.average(typical, weights=weight)
     slope = float(np.sum(weight * (sizes - mean_n) * (typical - mean_t)) / np.sum(weight * (sizes - mean_n) ** 2))
     base = float(mean_t - slope * mean_n)
-    if base < 0 or abs(base + slope * sizes[-1] - typical[-1]) > 0.1 * typical[-1]:
+    largest = timings[int(sizes[-1])]
+    spread = _spread(largest)
+    if abs(base + slope * sizes[-1] - typical[-1]) > max(0.1, 2 * spread) * typical[-1] or base < 0:
         slope = float((typical[-1] - typical[-2]) / (sizes[-1] - sizes[-2]))
         base = float(typical[0])
-    if slope <= 0:  # the size makes no difference that the noise lets through: at least this fast
-        slope = float(typical[-1] / sizes[-1])
-    low, middle, high = np.percentile(timings[int(sizes[-1])], [25, 50, 75])
-    return LinkFit(base / 2, 1 / slope, float((high - low) / 2 / middle))
+    if slope <= 0:  # hidden in the noise: the largest message takes at most that
+        slope = float(max(2 * spread, 1e-3) * _quantile(largest, 0.5) / sizes[-1])
+    return LinkFit(base / 2, 1 / slope, spread)
 
 
 # --- all links
