@@ -24,7 +24,7 @@ SIZES = (1, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
 """Bytes of the messages tried, smallest first; a link that is too slow for its time stops earlier, after two sizes."""
 REPEATS = (5, 9)
 """Fewest and most messages of a size: the lower quartile of five is the second fastest, so three may be disturbed."""
-ROUND_S = 0.4
+ROUND_S = 1.0
 """Longest planned time of a round: a 3 GB/s link is done in 30 ms, one of 10 MB/s gets to messages of 256 KiB."""
 
 
@@ -123,8 +123,8 @@ def time_link(ping: Callable[[int, int], list[float]], budget_s: float) -> dict[
 
     Args:
         ping: (bytes n, repeats) -> seconds of each trip there with n bytes and back with one byte.
-        budget_s: stop before a size that would probably pass it; but not before the size makes a difference of a half
-            to the time, for without one there is no bandwidth to be seen.
+        budget_s: stop before a size that would probably pass it; but not before a message takes twice as long as one
+            byte, for until then noise of a tenth in the times is more than a fifth in the bandwidth.
 
     Returns:
         seconds by size.
@@ -134,7 +134,7 @@ def time_link(ping: Callable[[int, int], list[float]], budget_s: float) -> dict[
     spent, found = sum(first), dict[int, list[float]]()
     for size in SIZES:
         expected = _expected(found, size) if found else min(first)
-        seen = len(found) > 1 and _typical(found[max(found)]) > 1.5 * _typical(found[1])
+        seen = len(found) > 1 and _typical(found[max(found)]) > 2 * _typical(found[1])
         if seen and spent + fewest * expected > budget_s:
             break
         # A quarter of what is left: the next size takes up to four times as long.

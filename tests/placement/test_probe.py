@@ -169,7 +169,7 @@ def test_times_that_are_none_are_refused(timings):
 def test_the_budget_is_shared_by_the_rounds_that_are_left():
     assert round_budget(1.0, 0.0, 10) == pytest.approx(0.1)
     assert round_budget(1.0, 0.9, 2) == pytest.approx(0.05)
-    assert round_budget(100.0, 0.0, 2) == pytest.approx(0.4)
+    assert round_budget(100.0, 0.0, 2) == pytest.approx(1.0)
     assert round_budget(1.0, 5.0, 3) == 0
 
 
