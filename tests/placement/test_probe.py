@@ -1,7 +1,6 @@
 """The pure half of probing: schedule, fit, assembly, groups, contradictions, and the whole on imagined links."""
 
 import itertools
-import time
 from collections import Counter
 
 import numpy as np
@@ -142,6 +141,22 @@ def test_a_link_too_slow_for_its_time_is_still_timed_until_the_size_makes_a_diff
 
     assert fit(time_link(slow, 0.01)).bandwidth == pytest.approx(1e4, rel=0.01)
     assert sent == [(1, 5), (1, 5), (1 << 14, 5)]
+
+
+def test_a_disturbed_size_is_timed_again_in_what_is_left_of_the_time():
+    calls = []
+
+    def ping(size, repeats):
+        calls.append(size)
+        exact = link(1e-5, 1e9)(size, repeats)
+        first = size == 1 << 22 and calls.count(size) == 1
+        return [t * (1 + i) for i, t in enumerate(exact)] if first else exact
+
+    found = time_link(ping, 1.0)
+    assert calls.count(1 << 22) == 2
+    assert calls.count(1 << 20) == 1
+    assert len(found[1 << 22]) == 18
+    assert fit(found).bandwidth == pytest.approx(1e9, rel=0.01)
 
 
 def test_a_far_but_fast_link_gets_messages_large_enough_to_see_its_bandwidth():
@@ -363,30 +378,15 @@ def test_sixty_four_ranks_on_eight_nodes_are_probed_in_less_than_thirty_seconds(
 
 @pytest.mark.parametrize("across", [(2e-5, 3e9), (1e-3, 1e7)])
 def test_the_time_grows_at_most_linearly_with_nodes_up_to_1024_ranks(across):
-    # 2 ranks a node keep this test cheap; the rounds across, one pair of ranks a pair of nodes, are those of 8 a node.
-    seconds = {n: simulate(n, 2, budget_s=1e9, across=across)[1] for n in (8, 32, 64)}
-    rounds_of = {n: len(rounds(blocks(n, 8))) for n in (8, 16, 32, 64, 128)}
-    assert seconds[32] <= 4 * seconds[8]
-    assert seconds[64] <= 2.1 * seconds[32]
-    for n in (16, 32, 64, 128):
-        assert rounds_of[n] <= rounds_of[8] * n / 8
+    nodes = (8, 16, 32, 64, 128)
+    seconds = [simulate(n, 8, budget_s=1e9, across=across)[1] for n in nodes]
+    for n, s in zip(nodes, seconds, strict=True):
+        assert s <= seconds[0] * n / 8
+    assert len(rounds(blocks(128, 8))) == 7 + 127
 
 
-def test_a_thousand_ranks_are_probed_within_the_budget_and_the_planning_of_it_is_quick():
-    start = time.process_time()
-    plan = rounds(blocks(128, 8))
-    assert time.process_time() - start < 5
-    assert len(plan) == 7 + 127
-    # The slowest link of each round decides: both ways, in the time that a round is given.
-    for latency, bandwidth in ((2e-5, 3e9), (1e-3, 1e7)):
-        taken = []
-
-        def ping(size, repeats, exact=(latency, bandwidth), taken=taken):
-            taken.extend(link(*exact)(size, repeats))
-            return taken[-repeats:]
-
-        time_link(ping, round_budget(20.0, 0.0, len(plan)) / 2)
-        assert 2 * sum(taken) * len(plan) < 30
+def test_a_thousand_ranks_over_slow_links_keep_to_the_budget():
+    assert simulate(128, 8, budget_s=20.0, across=(1e-3, 1e7))[1] < 30
 
 
 def test_one_slow_link_is_found_among_many():
