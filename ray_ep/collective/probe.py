@@ -1,0 +1,177 @@
+"""Measuring links, the half that sends: every rank of a group calls `measure`, every rank gets the same topology.
+
+Which pairs, sizes and fits is ray_ep.placement.probe's; here are messages, clocks and failures. No Ray.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ray_ep.collective.group import Group, SoloGroup, TorchGroup
+from ray_ep.errors import GroupError, PlacementError
+from ray_ep.placement.groups import find_groups
+from ray_ep.placement.probe import LinkFit, assemble, fit, round_budget, rounds, time_link
+from ray_ep.placement.topology import Topology
+
+PATIENCE_S = 20.0
+"""How long a rank waits for a message of its partner before probing fails."""
+
+
+class Messages(Protocol):
+    """Messages between two ranks of a group, the others not taking part."""
+
+    def send(self, tensor: torch.Tensor, to: int) -> None:
+        """Return when the tensor may be changed."""
+
+    def receive(self, tensor: torch.Tensor, source: int) -> None:
+        """In place."""
+
+
+class PointToPoint:
+    """Messages over the connections that a TorchGroup's exchanges use.
+
+    Not `all_to_all` with one partner: over gloo that waits for an empty message of *every* rank, so each link would be
+    timed as the slowest one of its round. Not `TorchGroup.send` and `receive`: gloo closes the connection when a wait
+    for a single message runs out, and they wait in slices of 200 ms; so these wait once, and see an abort only then.
+    """
+
+    def __init__(self, group: TorchGroup, patience_s: float = PATIENCE_S):
+        self._group, self._patience = group, timedelta(seconds=patience_s)
+
+    def send(self, tensor: torch.Tensor, to: int) -> None:
+        """Return when the tensor may be changed."""
+        self._group._run(lambda: _Patient(self._group._pg.send([tensor], to, 0), self._patience))
+
+    def receive(self, tensor: torch.Tensor, source: int) -> None:
+        """In place."""
+        self._group._run(lambda: _Patient(self._group._pg.recv([tensor], source, 0), self._patience))
+
+
+class _Patient:
+    """A torch Work whose slices are one long wait."""
+
+    def __init__(self, work: Any, patience: timedelta):
+        self._work, self._patience = work, patience
+
+    def wait(self, _slice: timedelta) -> None:
+        self._work.wait(self._patience)
+
+    def is_completed(self) -> bool:
+        return True  # a wait that ran out is not begun again
+
+
+def measure(
+    group: Group,
+    node_of: Sequence[int] | npt.NDArray[np.int64],
+    budget_s: float = 20.0,
+    device: torch.device | str = "cpu",
+    messages: Messages | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Topology:
+    """Latency and bandwidth of the links between all ranks (collective; no other call of the group may be under way).
+
+    A link is timed by its sender, as trips there with n bytes and back with one: no clocks are compared. Both
+    directions of a pair are timed one after the other, the disjoint pairs of a round at once.
+
+    Args:
+        node_of: [R] node of each rank, the same on every rank.
+        budget_s: about how long it may take; each pair is given at least the few messages that two sizes need.
+        device: where the messages lie, as the group's exchanges have them.
+        messages: how two ranks talk; None: over the group's own connections.
+        clock: seconds.
+
+    Returns:
+        the same topology on every rank, with spread, measured, groups and measured_at.
+
+    Raises:
+        PlacementError: `node_of` does not fit the group, a budget that is not positive, a rank that reports nonsense.
+        GroupError: a rank died or did not answer while probing; the group is then unusable.
+    """
+    if len(node_of) != group.size:
+        raise PlacementError(f"probe: node_of names {len(node_of)} ranks, the group has {group.size}")
+    if not (math.isfinite(budget_s) and budget_s > 0):
+        raise PlacementError(f"probe: budget_s is {budget_s}, expected a positive number of seconds")
+    if isinstance(group, SoloGroup):
+        return Topology.of_nodes(list(node_of))
+    if messages is None:
+        if not isinstance(group, TorchGroup):
+            raise PlacementError(f"probe: {type(group).__name__} has no messages between two ranks: give `messages`")
+        messages = PointToPoint(group)
+    plan = rounds(node_of)
+    mine = torch.full((group.size, 4), math.nan, dtype=torch.float64)  # latency, bandwidth, spread, time of day
+    mine[:, 3] = time.time()
+    start, now = clock(), "starting"
+    try:
+        for number, pairs in enumerate(plan):
+            now = f"round {number + 1} of {len(plan)}"
+            group.barrier()
+            partner = next((b if a == group.rank else a for a, b in pairs if group.rank in (a, b)), None)
+            if partner is None:
+                continue
+            now += f", link with rank {partner}"
+            budget = round_budget(budget_s, clock() - start, len(plan) - number) / 2
+            end = _End(messages, partner, torch.device(device), clock)
+            for sender in sorted((group.rank, partner)):
+                if sender == group.rank:
+                    found = end.lead(budget)
+                    mine[partner, :3] = torch.tensor([found.latency, found.bandwidth, found.spread])
+                else:
+                    end.follow()
+        now = "gathering the results"
+        everything = group.all_gather(mine.to(device)).cpu().numpy()  # [R, R, 4]
+    except GroupError as e:
+        raise GroupError(f"rank {group.rank}: probing the links failed ({now}): {e}") from None
+    fits = {
+        (a, b): LinkFit(*everything[a, b, :3].tolist()) for pairs in plan for x, y in pairs for a, b in ((x, y), (y, x))
+    }
+    return find_groups(assemble(node_of, fits, measured_at=float(everything[0, 0, 3])))
+
+
+class _End:
+    """One end of a link. The leader says (bytes, repeats) before each size, (0, 0) at the end; the follower answers."""
+
+    def __init__(self, messages: Messages, partner: int, device: torch.device, clock: Callable[[], float]):
+        self._messages, self._partner, self._device, self._clock = messages, partner, device, clock
+        self._byte = torch.zeros(1, dtype=torch.uint8, device=device)
+
+    def lead(self, budget_s: float) -> LinkFit:
+        """Time the link to the partner; NaN where the times are none, for the other ranks must hear of it."""
+        try:
+            found = fit(time_link(self._ping, budget_s))
+        except PlacementError:
+            found = LinkFit(math.nan, math.nan, math.nan)
+        self._messages.send(torch.tensor([0, 0], device=self._device), self._partner)
+        return found
+
+    def _ping(self, size: int, repeats: int) -> list[float]:
+        payload = torch.zeros(size, dtype=torch.uint8, device=self._device)
+        self._messages.send(torch.tensor([size, repeats], device=self._device), self._partner)
+        seconds = []
+        for _ in range(repeats):
+            start = self._clock()
+            self._messages.send(payload, self._partner)
+            self._messages.receive(self._byte, self._partner)
+            self._byte.cpu()  # on a GPU, the message has arrived only then
+            seconds.append(self._clock() - start)
+        return seconds
+
+    def follow(self) -> None:
+        """Answer the partner until it is done."""
+        order = torch.zeros(2, dtype=torch.int64, device=self._device)
+        while True:
+            self._messages.receive(order, self._partner)
+            size, repeats = order.tolist()
+            if size == 0:
+                return
+            payload = torch.empty(size, dtype=torch.uint8, device=self._device)
+            for _ in range(repeats):
+                self._messages.receive(payload, self._partner)
+                self._messages.send(self._byte, self._partner)
