@@ -159,11 +159,9 @@ def _one_message(
     row = like.shape[1] * like.element_size()
     give = [row * r + 4 * p for r, p in zip(plan.rows_in, plan.pairs_in, strict=True)]
     take = [row * r + 4 * p for r, p in zip(plan.rows_out, plan.pairs_out, strict=True)]
-    rows, pairs = (
-        torch.from_numpy(_np(partial).reshape(-1).view(np.uint8)),
-        torch.from_numpy(by_pair.numpy().view(np.uint8)),
-    )
-    blocks = zip(rows.split([row * r for r in plan.rows_in]), pairs.split([4 * p for p in plan.pairs_in]), strict=True)
+    rows = torch.from_numpy(_np(partial).reshape(-1).view(np.uint8)).split([row * r for r in plan.rows_in])
+    gradients = torch.from_numpy(by_pair.numpy().view(np.uint8)[: 4 * sum(plan.pairs_in)])
+    blocks = zip(rows, gradients.split([4 * p for p in plan.pairs_in]), strict=True)
     message = torch.cat([part for block in blocks for part in block])
     parts = plan.move(torch.empty(sum(take), dtype=torch.uint8), message, give, take).split(take)
     at = [row * r for r in plan.rows_out]
