@@ -14,17 +14,19 @@ import numpy as np
 import torch
 
 from ray_ep.collective import Group
-from ray_ep.errors import ModelError, PlacementError
+from ray_ep.errors import BadInput, ModelError, PlacementError
 from ray_ep.moe import kernels
 from ray_ep.moe.counters import Counters
 from ray_ep.moe.exchange import Meter
 from ray_ep.moe.experts import IMPLEMENTATION, ExpertLayer, is_plain
 from ray_ep.moe.gemm import Packed
+from ray_ep.moe.guests import MODES, Balancer
+from ray_ep.moe.guests import warm as warm_step
 from ray_ep.moe.pool import Pool
 from ray_ep.moe.replicas import ReplicaExchange
 from ray_ep.moe.routing import Routing
 from ray_ep.moe.ways import Exchange
-from ray_ep.placement import Placement, contiguous
+from ray_ep.placement import Placement, Topology, contiguous
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "_is_expert_parallel")
 
@@ -38,7 +40,7 @@ class ExpertParallel:
         routing, counters, meter, exchange: shared by all layers.
     """
 
-    def __init__(self, modules: dict[str, torch.nn.Module], group: Group, sample: int, seed: int):
+    def __init__(self, modules: dict[str, torch.nn.Module], group: Group, sample: int, seed: int, balancer: Balancer):
         self.modules = list(modules.values())
         self.names = list(modules)
         self.group = group
@@ -46,16 +48,19 @@ class ExpertParallel:
         self.routing = Routing(len(modules))
         self.counters = Counters(len(modules), self.num_experts, sample, seed + group.rank)
         self.meter = Meter(np.zeros(group.size, np.int64), np.zeros(len(modules), np.int64))
-        self.exchange = Exchange()
+        self.exchange, self.balancer = Exchange(), balancer
         pool = Pool()
         self.layers = [
-            ExpertLayer(i, name, self.num_experts, group, self.routing, self.meter, self.counters, pool, self.exchange)
+            ExpertLayer(
+                i, name, self.num_experts, group, self.routing, self.meter, self.counters, pool, self.exchange, balancer
+            )
             for i, name in enumerate(modules)
         ]
 
     def place(self, placement: Placement, node_of: np.ndarray | None, device: torch.device) -> None:
         """Take on the maps of a placement in every layer (weights are moved by the caller)."""
         self.placement = placement
+        self.balancer.place(placement, node_of)
         self.num_nodes = 1 if node_of is None else len(set(np.asarray(node_of).tolist()))
         for layer in self.layers:
             layer.place(placement, node_of, device)
@@ -102,7 +107,11 @@ def parallelize(
     model: torch.nn.Module,
     group: Group,
     placement: Placement | None = None,
+    balance: str = "auto",
     *,
+    guest_mb: int = 512,
+    most: float = 2.0,
+    topology: Topology | None = None,
     node_of: np.ndarray | None = None,
     sample: int = 0,
     seed: int = 0,
@@ -117,6 +126,9 @@ def parallelize(
     Args:
         model: a transformers model, or any module that contains transformers experts modules.
         placement: which expert sits where; None: contiguous.
+        balance: inside each step among ranks with fast links: off, auto (where costs measured in the first pass say
+            that it pays) or always; guest_mb and most: see `guests.Balancer`.
+        topology: measured links; None: nodes alone are known.
         node_of: [R] node of each rank, so that tokens prefer replicas on their node; None: all on one.
         sample: size of the reservoir of token expert sets; seed: of its choice.
 
@@ -130,7 +142,10 @@ def parallelize(
     modules = find_experts(model)
     if any(hasattr(m, "ray_ep_layer") for m in modules.values()):
         raise ModelError(f"{type(model).__name__} is already parallelized")
-    ep = ExpertParallel(modules, group, sample, seed)
+    if balance not in MODES:
+        raise BadInput(f"balance={balance!r}: allowed are {', '.join(MODES)}")
+    balancer = Balancer(group, len(modules), balance, guest_mb, most, topology)
+    ep = ExpertParallel(modules, group, sample, seed, balancer)
     layers, experts = len(modules), ep.num_experts
     placement = contiguous(layers, experts, group.size) if placement is None else placement
     if (placement.num_layers, placement.num_ranks, placement.num_experts) != (layers, group.size, experts):
@@ -148,6 +163,7 @@ def parallelize(
         module.config._experts_implementation = IMPLEMENTATION
     if next(model.parameters()).device.type == "cpu":
         kernels.warm()
+    warm_step()
     _attach_routers(model, ep)
     ep.routing.checkpoint_blocks(model)
     model.ray_ep = ep
