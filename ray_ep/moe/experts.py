@@ -158,6 +158,8 @@ class ExpertLayer:
         if rules is not None:
             self.meter.enter("route")
             counts = torch.bincount(top_k_index[top_k_index >= 0].reshape(-1), minlength=self.num_experts)
+            counts = counts.to(torch.int32)
+            self.meter.add([1] * self.group.size, counts[None], self.group.rank)
             step = self.balancer.plan(counts, rules, not recomputing())
             guests = Guests.of(step, self.row_of32, self.group, self.meter, self.balancer.keep)
         if fused:

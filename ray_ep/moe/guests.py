@@ -45,7 +45,8 @@ class Balancer:
     """Plans of all layers of one model on one rank.
 
     Args:
-        mode: off; auto: where it is predicted to pay, by costs measured in the first pass; always: as if it were free.
+        mode: off; auto and always: where it is predicted to pay, by costs measured in the first pass; always says so
+            where it cannot.
         guest_mb: memory of a rank for guests. Kept until backward if it is enough for all layers, else of one layer at
             a time, and backward fetches them again.
         most: no rank computes more than this times its fair share, whatever it costs.
@@ -58,7 +59,8 @@ class Balancer:
         self.done = Balance()
         self._rules: dict[tuple[int, bool], StepRules | None] = {}
         self._costs: tuple[np.ndarray, float] | None = None
-        self.keep = True
+        self.keep, self._told = True, False
+        self._min_pairs: int | None = None
         if mode == "always" and group.size == 1:
             log.warning("balance=always: a group of one rank has nothing to balance; it goes on without")
 
@@ -68,6 +70,27 @@ class Balancer:
         nodes = [0] * self.group.size if node_of is None else np.asarray(node_of).tolist()
         self.nodes = Topology.of_nodes(nodes)
         self._rules.clear()
+
+    def assume(self, seconds_per_pair: float, bandwidth: float, min_pairs: int = 0) -> None:
+        """Plan with these costs instead of measured ones: seconds of a pair's forward, bytes/s between ranks."""
+        self._costs, self._min_pairs = (np.full(self.group.size, seconds_per_pair), bandwidth), min_pairs
+        self._rules.clear()
+
+    def words(self) -> str:
+        """What balance costs here and from when on it pays; empty before the first pass."""
+        if self.mode == "off" or self._costs is None or not self._rules:
+            return ""
+        rules = next(iter(self._rules.values()))
+        if rules is None or not rules.guest_slots:
+            return "balance inside the step: no guests"
+        off = rules.expert_seconds[rules.fast & ~np.eye(len(rules.fast), dtype=bool)]
+        if not len(off):
+            return "balance inside the step: no rank has a fast link to another"
+        pair, guest = float(rules.seconds_per_pair.mean()), float(off.mean())
+        return (
+            f"balance inside the step: a token at an expert takes {pair * 1e6:.1f} us, a guest {guest * 1e3:.2f} ms: "
+            f"it pays from {int(np.ceil(guest / pair))} tokens on; at most {rules.guest_slots} guests a layer and rank"
+        )
 
     def rules(self, layer: int, weights: list[torch.Tensor], hidden: torch.Tensor, training: bool) -> StepRules | None:
         """The rules of a layer whose per-expert parameters are `weights`; None: no balance (collective at first)."""
@@ -100,7 +123,8 @@ class Balancer:
         budget = self.guest_mb * 2**20
         self.keep = budget // (size * self.layers) >= min(4, max(1, self.placement.num_experts // self.group.size))
         slots = budget // (size * self.layers) if self.keep and training else budget // size
-        if not slots:
+        if not slots and not self._told:
+            self._told = True
             log.warning(
                 "balance.guest_mb=%d is less than one expert (%.1f MB): no rank takes guests; allowed is more",
                 self.guest_mb, size / 2**20,
@@ -111,12 +135,14 @@ class Balancer:
             topology = Topology(
                 np.where(near, bandwidth, np.inf), np.where(near, 1e-4, 0.0), self.nodes.node_of
             )  # between nodes unmeasured: step.py is careful there
+        alone = (topology.node_of[:, None] == topology.node_of[None]).sum() == self.group.size
+        if self.mode == "always" and alone and self.topology is None and not self._told:
+            self._told = True
+            log.warning("balance=always: no two ranks share a node and no link was measured fast; it goes on without")
         hidden_bytes = hidden.shape[1] * hidden.element_size()
         times = 3.0 if training else 1.0  # backward has twice the GEMMs of forward
         rules = StepRules.of(self.placement, layer, topology, size, times * seconds, hidden_bytes, slots, training)
-        if self.mode == "always":
-            rules = replace(rules, expert_seconds=rules.expert_seconds * 0.01, pair_seconds=rules.pair_seconds * 0.01)
-        return rules
+        return rules if self._min_pairs is None else replace(rules, min_pairs=self._min_pairs)
 
     @torch.no_grad()
     def _measure(self, weights: list[torch.Tensor], hidden: torch.Tensor) -> tuple[np.ndarray, float]:

@@ -126,8 +126,8 @@ def parallelize(
     Args:
         model: a transformers model, or any module that contains transformers experts modules.
         placement: which expert sits where; None: contiguous.
-        balance: inside each step among ranks with fast links: off, auto (where costs measured in the first pass say
-            that it pays) or always; guest_mb and most: see `guests.Balancer`.
+        balance: inside each step among ranks with fast links: off, auto or always; guest_mb and most: see
+            `guests.Balancer`.
         topology: measured links; None: nodes alone are known.
         node_of: [R] node of each rank, so that tokens prefer replicas on their node; None: all on one.
         sample: size of the reservoir of token expert sets; seed: of its choice.
