@@ -18,6 +18,12 @@ from ray_ep.moe.ways import KINDS
 _GATHER_BYTES = 64 << 20
 """All-gather is not tried where every rank would receive more than this."""
 
+ROUNDS = 9
+"""Most timings of one way."""
+
+CLEARLY = 0.95
+"""The first way stays unless another takes less than this share of its time: equal runs shall not differ by noise."""
+
 
 @dataclass(frozen=True, slots=True)
 class Timing:
@@ -41,15 +47,17 @@ class Choice:
     backward: bool
     seconds: float  # that the choice took
     timings: list[Timing]
+    note: str = ""  # why it is not what was asked for
 
     def to_dict(self) -> dict[str, Any]:
         """For exchange.json."""
-        return asdict(self)
+        return {**asdict(self), "words": self.words()}
 
     def words(self) -> str:
         """One line for people."""
         if len(self.timings) < 2:
-            return f"{self.kind} over {self.transport}" + (" (pinned)" if self.pinned else " (the only way here)")
+            why = self.note or ("pinned" if self.pinned else "the only way here")
+            return f"{self.kind} over {self.transport} ({why})"
         rows = sorted(self.timings, key=lambda t: t.seconds)
         rest = ", ".join(f"{t.kind} over {t.transport} {t.seconds * 1e3:.2f} ms" for t in rows)
         return f"{self.kind} over {self.transport}, by {rows[0].rounds} rounds on layer {self.layer}: {rest}"
@@ -67,6 +75,8 @@ def choose(
 ) -> Choice:
     """Time the ways on layer `index`, and let all layers take the fastest (collective).
 
+    The first way stays unless it is clearly beaten.
+
     Args:
         work: hidden [T, H], top_k_index [T, K], top_k_weights [T, K] of this rank, as `ExpertLayer.capture` keeps them.
         groups: transports to choose from by name, each with the same ranks.
@@ -76,7 +86,8 @@ def choose(
     """
     began, layer, module = time.perf_counter(), ep.layers[index], ep.modules[index]
     hidden, chosen, weights = work
-    ways = [(k, name) for name in groups for k in _candidates(ep, hidden, chosen, kinds)]
+    sensible, note = candidates(ep, kinds, _received_bytes(ep.group, hidden))
+    ways = [(k, name) for name in groups for k in sensible]
     found: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
     enabled, ep.counters.enabled = ep.counters.enabled, False
 
@@ -97,32 +108,55 @@ def choose(
 
     first = {way: timed(*way) for way in ways} if len(ways) > 1 else {}
     if first:
-        rounds = min(9, int(budget_s / sum(first.values())))
+        rounds = min(ROUNDS, int(budget_s / sum(first.values())))
         for _ in range(rounds):
             for way in ways:
                 found[way].append(timed(*way))
     median = {way: sorted(s)[len(s) // 2] if s else first.get(way, 0.0) for way, s in found.items()}
     best = min(ways, key=lambda way: median[way])
+    best = best if median[best] < CLEARLY * median[ways[0]] else ways[0]
     ep.counters.enabled = enabled
-    ep.exchange.kind = best[0]
-    for one in ep.layers:
-        one.group = groups[best[1]]
+    take(ep, best[0], groups[best[1]])
     timings = [Timing(*way, median[way], max(len(found[way]), 1)) for way in ways]
     seconds = time.perf_counter() - began
-    return Choice(*best, len(kinds) == 1, index, len(hidden), backward, seconds, timings)
+    return Choice(*best, len(kinds) == 1, index, len(hidden), backward, seconds, timings, note)
 
 
-def _candidates(ep: ExpertParallel, hidden: torch.Tensor, chosen: torch.Tensor, kinds: tuple[str, ...]) -> list[str]:
-    """Ways that could win, the same on every rank: two levels need nodes of several ranks, all-gather few tokens."""
+def settle(ep: ExpertParallel, kind: str, groups: dict[str, Group]) -> Choice:
+    """Take the one way that there is, without timing (not collective): `kind` over the only one of `groups`."""
+    ((transport, group),) = groups.items()
+    (kind,), note = candidates(ep, (kind,), 0)
+    take(ep, kind, group)
+    return Choice(kind, transport, ep.group.size > 1, 0, 0, False, 0.0, [], note)
+
+
+def take(ep: ExpertParallel, kind: str, group: Group) -> None:
+    """Let all layers exchange by `kind` over `group`; every rank calls it with the same."""
+    ep.exchange.kind, ep.group = kind, group
+    for layer, replicas in zip(ep.layers, ep.replicas, strict=True):
+        layer.group = replicas.group = group
+
+
+def candidates(ep: ExpertParallel, kinds: tuple[str, ...], received: int) -> tuple[list[str], str]:
+    """Ways of `kinds` that could win, the same on every rank; if one was asked for that is another here, why.
+
+    Two levels need nodes of several ranks, all-gather few tokens.
+
+    Args:
+        received: bytes of hidden states that an all-gather brings to each rank.
+    """
+    levels = 1 < ep.num_nodes < ep.group.size
+    sensible = {"flat": True, "two_level": levels, "all_gather": ep.group.size > 1 and received <= _GATHER_BYTES}
+    if kinds == ("two_level",) and not levels:
+        nodes = "one node" if ep.num_nodes == 1 else "nodes of one rank each"
+        return ["flat"], f"two_level is pinned; on {nodes} there is one level"
+    return [k for k in kinds if sensible[k]] or [kinds[0]], ""
+
+
+def _received_bytes(group: Group, hidden: torch.Tensor) -> int:
     most = torch.tensor([len(hidden)])
-    ep.group.all_reduce(most, "max")
-    received = int(most) * ep.group.size * hidden.shape[1] * hidden.element_size()
-    sensible = {
-        "flat": True,
-        "two_level": 1 < ep.num_nodes < ep.group.size,
-        "all_gather": ep.group.size > 1 and received <= _GATHER_BYTES,
-    }
-    return [k for k in kinds if sensible[k]] or [kinds[0]]
+    group.all_reduce(most, "max")
+    return int(most) * group.size * hidden.shape[1] * hidden.element_size()
 
 
 def _synchronise(like: torch.Tensor) -> None:
