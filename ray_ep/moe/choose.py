@@ -6,6 +6,7 @@ All ranks time the same and agree on the slowest rank's seconds, so all choose t
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -72,6 +73,7 @@ def choose(
     kinds: tuple[str, ...] = KINDS,
     backward: bool,
     budget_s: float = 1.5,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Choice:
     """Time the ways on layer `index`, and let all layers take the fastest (collective).
 
@@ -83,8 +85,9 @@ def choose(
         kinds: ways to choose from; those that cannot win here are left out (`candidates`).
         backward: time forward and backward.
         budget_s: time for all rounds together; the first round alone may take longer.
+        clock: seconds.
     """
-    began, layer, module = time.perf_counter(), ep.layers[index], ep.modules[index]
+    began, layer, module = clock(), ep.layers[index], ep.modules[index]
     hidden, chosen, weights = work
     sensible, note = candidates(ep, kinds, _received_bytes(ep.group, hidden))
     ways = [(k, name) for name in groups for k in sensible]
@@ -96,13 +99,13 @@ def choose(
         inputs = [hidden.detach().requires_grad_(backward), weights.detach().requires_grad_(backward)]
         layer.group.barrier()
         _synchronise(hidden)
-        start = time.perf_counter()
+        start = clock()
         with torch.set_grad_enabled(backward):
             out = layer.compute(module, inputs[0], chosen, inputs[1])
             if backward:
                 torch.autograd.grad(out.float().sum(), inputs)
         _synchronise(hidden)
-        took = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
+        took = torch.tensor([clock() - start], dtype=torch.float64)
         layer.group.all_reduce(took, "max")
         return float(took)
 
@@ -113,13 +116,18 @@ def choose(
             for way in ways:
                 found[way].append(timed(*way))
     median = {way: sorted(s)[len(s) // 2] if s else first.get(way, 0.0) for way, s in found.items()}
-    best = min(ways, key=lambda way: median[way])
-    best = best if median[best] < CLEARLY * median[ways[0]] else ways[0]
+    best = fastest(median)
     ep.counters.enabled = enabled
     take(ep, best[0], groups[best[1]])
     timings = [Timing(*way, median[way], max(len(found[way]), 1)) for way in ways]
-    seconds = time.perf_counter() - began
+    seconds = clock() - began
     return Choice(*best, len(kinds) == 1, index, len(hidden), backward, seconds, timings, note)
+
+
+def fastest(seconds: dict[tuple[str, str], float]) -> tuple[str, str]:
+    """The way to take, given each one's seconds: the first, or the fastest if it clearly beats that."""
+    first, best = next(iter(seconds)), min(seconds, key=lambda way: seconds[way])
+    return best if seconds[best] < CLEARLY * seconds[first] else first
 
 
 def settle(ep: ExpertParallel, kind: str, groups: dict[str, Group]) -> Choice:

@@ -12,7 +12,8 @@ from ray_ep.observe.routing import expected_pairs, strongest_coactivation
 from ray_ep.observe.run_files import read_run
 
 LAYERS, EXPERTS, TOP_K, TOKENS = 4, 16, 2, 4000
-FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "statistics/routing.npz", "placements/0000.json")
+FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "statistics/routing.npz", "placements/0000.json",
+         "exchange.json")  # fmt: skip
 VOID = {"meta", "link", "br", "img", "input", "use", "path"}
 
 
