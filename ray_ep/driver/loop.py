@@ -21,10 +21,10 @@ from transformers import PreTrainedConfig
 
 from ray_ep.config.schema import Config
 from ray_ep.driver.alarm import WINDOW, collapse
-from ray_ep.driver.cluster import Ranks, connected
+from ray_ep.driver.cluster import Ranks, connected, transports
 from ray_ep.driver.rundir import RunDir, checkpoint_url, choose, find_checkpoint
 from ray_ep.errors import CheckpointError, ConfigError
-from ray_ep.moe import find_experts
+from ray_ep.moe import Choice, find_experts
 from ray_ep.placement import Placement, RoutingStatistics, Topology, contiguous, random
 from ray_ep.rank.checkpoint import Checkpoint, Directory
 from ray_ep.rank.data import Corpus, load_corpus
@@ -143,16 +143,19 @@ class Driver:
         self.alarms: dict[tuple[str, int], int] = {}  # step at which each was last true
 
     def form(self) -> None:
-        """Join the group, build or load the model, write what is known now."""
+        """Join the groups, build or load the model, choose the exchange, write what is known now."""
         cfg, plan = self.cfg, self.plan
-        self.ranks.call("join", self.ranks.name, 0, cfg.cluster.collective_timeout_s)
+        ways = transports(cfg.exchange.transport, self.ranks.device, self.ranks.call("transports"))
+        self.ranks.call("join", self.ranks.name, 0, cfg.cluster.collective_timeout_s, ways)
         tree = OmegaConf.to_container(cfg)
         shared = self.ranks.share(plan.corpus)
         self.ranks.call("build", tree, plan.config, shared, plan.placement, self.topology.node_of)
         if plan.checkpoint is not None:
             self.ranks.call("load", plan.checkpoint.directory.url, plan.checkpoint.step)
             self.done = self.saved = plan.checkpoint.step
+        choice: Choice = self.ranks.call("choose_exchange", self.done)[0]
         plan.run.create(cfg)
+        plan.run.exchange(choice.to_dict())
         plan.run.topology(self.topology)
         plan.run.placement(plan.placement)
         for listener in self.listeners:
@@ -162,6 +165,7 @@ class Driver:
             before = plan.checkpoint.manifest.get("data")
             if before != plan.corpus.source:
                 self._event("data-changed", f"trained on {before} until here, on {plan.corpus.source} from here")
+        self._event("exchange", choice.words())
 
     def run(self) -> str:
         """Step until the end or an interruption, then save."""

@@ -1,7 +1,7 @@
 """Expert parallelism for transformers models: torch, no Ray. Works in any torch process that has a group."""
 
 from ray_ep.moe.balance import router_losses, update_bias
-from ray_ep.moe.choose import Choice, choose
+from ray_ep.moe.choose import Choice, choose, settle
 from ray_ep.moe.exchange import PHASES
 from ray_ep.moe.parallelize import ExpertParallel, find_experts, parallelize
 from ray_ep.moe.ways import KINDS
@@ -15,5 +15,6 @@ __all__ = [
     "find_experts",
     "parallelize",
     "router_losses",
+    "settle",
     "update_bias",
 ]

@@ -74,6 +74,7 @@ class ExpertLayer:
         self.routes = torch.from_numpy(placement.routes(self.index, self.group.rank, node_of)).to(device)  # [E, C]
         self.routes32 = self.routes.cpu().numpy().astype(np.int32)
         self.held = len(self.experts)
+        self.pass_load = self.pass_load.to(device)
         row_of = torch.full((self.num_experts,), -1)
         row_of[self.experts] = torch.arange(len(self.experts))
         self.row_of = row_of.to(device)  # [E] row of the local weights, -1 if not here
@@ -94,7 +95,7 @@ class ExpertLayer:
         """hidden [T, H], top_k_index [T, K], top_k_weights [T, K] -> [T, H] (collective)."""
         self.calls += 1
         if self.routing.idle:
-            self.pass_load = torch.zeros(self.num_experts, dtype=torch.int64)
+            self.pass_load = torch.zeros_like(self.pass_load)
             out = self.compute(module, hidden[:0], top_k_index[:0], top_k_weights[:0])
             return torch.zeros_like(hidden) + out.sum()  # the sum of nothing: keeps the backward exchange in the graph
         self.pass_load = self.counters.count(self.index, top_k_index)

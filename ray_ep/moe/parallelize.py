@@ -64,7 +64,8 @@ class ExpertParallel:
         self.num_nodes = 1 if node_of is None else len(set(np.asarray(node_of).tolist()))
         for layer in self.layers:
             layer.place(placement, node_of, device)
-        self.replicas = [ReplicaExchange(placement, i, self.group) for i in range(len(self.layers))]
+        self.replicas = [ReplicaExchange(placement, i, self.group, device) for i in range(len(self.layers))]
+        self.counters.to(device)
 
     def parameters(self, index: int) -> dict[str, torch.nn.Parameter]:
         """Per-expert parameters of a layer, [S, ...] with one row for each expert held."""
@@ -120,8 +121,9 @@ def parallelize(
 
     Every rank of the group calls it with the same model; afterwards each holds the dense part whole and the experts
     that its placement names, and forward and backward must be called by all ranks together (a rank without tokens
-    inside `model.ray_ep.idle()`). Dense gradients are this rank's share: sum them over ranks yourself. A replica's
-    gradient is its share too: `model.ray_ep.replicas` sums them to the primary.
+    inside `model.ray_ep.idle()`). A model that shall compute on a GPU is moved there before.
+    Dense gradients are this rank's share: sum them over ranks yourself. A replica's gradient is its share too:
+    `model.ray_ep.replicas` sums them to the primary.
 
     Args:
         model: a transformers model, or any module that contains transformers experts modules.
