@@ -142,6 +142,8 @@ _AT_LEAST: dict[str, float] = {
     "router.alarm_balancedness": 0,
     "router.alarm_starved": 0,
     "placement.slots_per_rank": 0,
+    "balance.guest_mb": 0,
+    "balance.most": 1,
     "exchange.chunks": 1,
     "exchange.tokens": 0,
     "checkpoint.every": 0,

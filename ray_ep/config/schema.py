@@ -156,6 +156,20 @@ class ExchangeConfig:
 
 
 @dataclass
+class BalanceConfig:
+    """Balance inside each step, among ranks with fast links."""
+
+    in_step: str = _opt(
+        "auto",
+        "off; auto: surplus tokens go to other ranks, with the expert's weights where they lack it, where costs "
+        "measured in the first pass say that it pays; always: the same, and it says where it cannot",
+        ("auto", "off", "always"),
+    )
+    guest_mb: int = _opt(512, "memory of a rank for weights that it borrows; 0: none")
+    most: float = _opt(2.0, "no rank computes more than this times its fair share of a layer's tokens, at any cost")
+
+
+@dataclass
 class CheckpointConfig:
     """Saving of weights, optimizer state and statistics in logical (layer, expert) form."""
 
@@ -196,6 +210,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -36,7 +36,7 @@ class Balance:
     before: float = 0.0  # slowest rank's load over the mean, as the nearest-replica rule would have it
     after: float = 0.0
     guests: int = 0  # in the whole group
-    guest_bytes: int = 0  # weights that this rank took and gave
+    guest_bytes: int = 0  # their weights
     saved_seconds: float = 0.0  # predicted
     moved_pairs: float = 0.0  # pairs that the slowest rank was spared
 
@@ -61,6 +61,7 @@ class Balancer:
         self._costs: tuple[np.ndarray, float] | None = None
         self.keep, self._told = True, False
         self._min_pairs: int | None = None
+        self._bytes = 0  # of an expert
         if mode == "always" and group.size == 1:
             log.warning("balance=always: a group of one rank has nothing to balance; it goes on without")
 
@@ -110,6 +111,7 @@ class Balancer:
             done.layers += 1
             done.before, done.after = done.before + plan.before, done.after + plan.after
             done.guests += len(plan.guests)
+            done.guest_bytes += len(plan.guests) * self._bytes
             done.saved_seconds += plan.saved_seconds
             done.moved_pairs += (plan.before - plan.after) * mean
         return plan
@@ -119,7 +121,7 @@ class Balancer:
             self._costs = self._measure(weights, hidden)
         seconds, bandwidth = self._costs
         size = sum(w[0].numel() * w.element_size() if len(w) else 0 for w in weights)
-        size = int(_largest(self.group, size))
+        size = self._bytes = int(_largest(self.group, size))
         budget = self.guest_mb * 2**20
         self.keep = budget // (size * self.layers) >= min(4, max(1, self.placement.num_experts // self.group.size))
         slots = budget // (size * self.layers) if self.keep and training else budget // size

@@ -7,7 +7,7 @@ B sequences of the global batch, L MoE layers, E experts, R ranks.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ class Usage:
     statistics_seconds: float
     sent: np.ndarray  # [R] bytes sent to each rank
     pairs: np.ndarray  # [L] (token, expert) pairs computed here
+    balance: np.ndarray  # the fields of ray_ep.moe.Balance in order, as numbers
 
     def __sub__(self, earlier: Usage) -> Usage:
         return Usage(*(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)))
@@ -81,7 +82,8 @@ class Rank:
     ):
         self.cfg, self.corpus, self.group, self.device = cfg, corpus, group, torch.device(device)
         sample = cfg.statistics.sample // group.size
-        options = {"node_of": node_of, "sample": sample, "device": self.device}
+        options = {"node_of": node_of, "sample": sample, "device": self.device, "balance": cfg.balance.in_step}
+        options |= {"guest_mb": cfg.balance.guest_mb, "most": cfg.balance.most}
         self.model = build(cfg.model, config, cfg.seed, group, placement, **options)
         self.ep: ExpertParallel = self.model.ray_ep
         self.ep.routing.force = cfg.router.force
@@ -166,6 +168,10 @@ class Rank:
         """Take on checkpoint `step`."""
         load_rank(Checkpoint(Directory(url), step), self.model, self.optimizer)
 
+    def balance_words(self) -> str:
+        """What balance inside the step costs here, for people; empty if it is off or nothing was measured."""
+        return self.ep.balancer.words()
+
     def statistics(self) -> RoutingStatistics:
         """Routing statistics of this rank since its making. Not collective."""
         return self.ep.counters.statistics()
@@ -208,4 +214,5 @@ class Rank:
         """Totals since this rank's making, by its own clock."""
         meter, counters = self.ep.meter, self.ep.counters
         now, exchange, experts = time.perf_counter(), meter.seconds["exchange"], meter.seconds["experts"]
-        return Usage(now, exchange, experts, counters.seconds, meter.sent.copy(), meter.pairs.copy())
+        balance = np.array(astuple(self.ep.balancer.done), np.float64)
+        return Usage(now, exchange, experts, counters.seconds, meter.sent.copy(), meter.pairs.copy(), balance)

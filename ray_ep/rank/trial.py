@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ def unseen(model: Any) -> Iterator[None]:
     training, enabled, spent, first = model.training, counters.enabled, counters.seconds, routing.first_token
     sent, pairs, seconds, logits = meter.sent.copy(), meter.pairs.copy(), dict(meter.seconds), list(routing.logits)
     layers = [(layer, layer.calls, layer.pass_load) for layer in ep.layers]
+    done = replace(ep.balancer.done)
     device = next(model.parameters()).device
     counters.enabled = False  # then neither counts nor the reservoir change
     model.eval()
@@ -34,6 +36,7 @@ def unseen(model: Any) -> Iterator[None]:
         counters.enabled, counters.seconds, routing.first_token = enabled, spent, first
         meter.sent[:], meter.pairs[:] = sent, pairs
         meter.seconds.update(seconds)
+        ep.balancer.done = done
         routing.logits[:] = logits
         for layer, calls, load in layers:
             layer.calls, layer.pass_load = calls, load

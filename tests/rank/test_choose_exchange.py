@@ -49,6 +49,7 @@ def assert_untouched(rank):
 )
 def test_losses_and_statistics_are_those_of_a_run_without_a_choice_bit_for_bit(size, overrides):
     node_of = np.arange(size) // 2
+    overrides = (*overrides, "balance.in_step=off")  # by measured costs a sum may be taken in another order
     chosen = run(size, 3, *overrides, choose=True, node_of=node_of)
     pinned = run(size, 3, "exchange.kind=flat", *overrides, choose=False, node_of=node_of)
     for (got, counted, choice), (want, plain, _) in zip(chosen, pinned, strict=True):
