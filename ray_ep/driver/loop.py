@@ -262,8 +262,8 @@ def step_metrics(
 ) -> dict[str, Any]:
     """One line of metrics.jsonl. Exchange and expert seconds are means over ranks; waiting for peers is exchange.
 
-    Imbalance is the slowest rank's load over the mean, by layer and pass. What balance saved is predicted net of guests'
-    weights, and measured as the tokens that the slowest rank was spared at the step's own time a token.
+    Imbalance is the slowest rank's load over the mean, by layer and pass. What balance saved is predicted net of
+    guests' weights, and measured as the tokens that the slowest rank was spared at the step's own time a token.
     """
     first = results[0]
     sent = np.stack([r.usage.sent for r in results])  # [R, R] bytes

@@ -3,7 +3,7 @@
 from ray_ep.moe.balance import router_losses, update_bias
 from ray_ep.moe.choose import Choice, choose, settle
 from ray_ep.moe.exchange import PHASES
-from ray_ep.moe.guests import Balance
+from ray_ep.moe.guests import Balance, Limits
 from ray_ep.moe.parallelize import ExpertParallel, find_experts, parallelize
 from ray_ep.moe.ways import KINDS
 
@@ -13,6 +13,7 @@ __all__ = [
     "Balance",
     "Choice",
     "ExpertParallel",
+    "Limits",
     "choose",
     "find_experts",
     "parallelize",

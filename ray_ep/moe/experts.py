@@ -8,6 +8,7 @@ E experts, S experts held by this rank (each once: slots that repeat an expert s
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,19 @@ from ray_ep.placement import Placement
 IMPLEMENTATION = "ray_ep"
 
 
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What all layers of a model share on one rank."""
+
+    group: Group
+    routing: Routing
+    meter: Meter
+    counters: Counters
+    pool: Pool
+    exchange: Exchange
+    balancer: Balancer
+
+
 class ExpertLayer:
     """State of one MoE layer on one rank; lives on the transformers experts module as `ray_ep_layer`.
 
@@ -45,18 +59,13 @@ class ExpertLayer:
         index: int,
         name: str,
         num_experts: int,
-        group: Group,
-        routing: Routing,
-        meter: Meter,
-        counters: Counters,
-        pool: Pool,
-        exchange: Exchange,
-        balancer: Balancer,
+        shared: Shared,
     ):
         self.index, self.name, self.num_experts = index, name, num_experts
-        self.group, self.routing, self.meter, self.counters, self.pool = group, routing, meter, counters, pool
+        self.group, self.routing, self.meter = shared.group, shared.routing, shared.meter
+        self.counters, self.pool = shared.counters, shared.pool
+        self.exchange, self.balancer = shared.exchange, shared.balancer
         self.fused = True  # use the fused body where it fits; off for comparison
-        self.exchange, self.balancer = exchange, balancer  # shared by all layers
         self.room = 0  # tokens of a rank that an all-gather has room for so far, equal on all ranks
         self.packed: tuple[Packed, Packed] | None = None  # in inference
         self.calls = 0  # forward passes so far: a model that silently keeps its own experts never counts
@@ -159,9 +168,7 @@ class ExpertLayer:
         if rules is not None:
             self.meter.enter("route")
             counts = torch.bincount(top_k_index[top_k_index >= 0].reshape(-1), minlength=self.num_experts)
-            counts = counts.to(torch.int32)
-            self.meter.add([1] * self.group.size, counts[None], self.group.rank)
-            step = self.balancer.plan(counts, rules, not recomputing())
+            step = self.balancer.plan(counts.to(torch.int32), rules, self.meter, not recomputing())
             guests = Guests.of(step, self.row_of32, self.group, self.meter, self.balancer.keep)
         if fused:
             ours = agree(top_k_index, top_k_weights, self, step, guests)

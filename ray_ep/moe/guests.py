@@ -41,21 +41,33 @@ class Balance:
     moved_pairs: float = 0.0  # pairs that the slowest rank was spared
 
 
-class Balancer:
-    """Plans of all layers of one model on one rank.
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What bounds the balance of a model.
 
     Args:
-        mode: off; auto and always: where it is predicted to pay, by costs measured in the first pass; always says so
-            where it cannot.
         guest_mb: memory of a rank for guests. Kept until backward if it is enough for all layers, else of one layer at
             a time, and backward fetches them again.
         most: no rank computes more than this times its fair share, whatever it costs.
         topology: measured links; None: every link inside a node counts as the one measured in the first pass.
     """
 
-    def __init__(self, group: Group, layers: int, mode: str, guest_mb: int, most: float, topology: Topology | None):
-        self.group, self.layers, self.mode, self.guest_mb, self.most = group, layers, mode, guest_mb, most
-        self.topology = topology
+    guest_mb: int = 512
+    most: float = 2.0
+    topology: Topology | None = None
+
+
+class Balancer:
+    """Plans of all layers of one model on one rank.
+
+    Args:
+        mode: off; auto and always: where it is predicted to pay, by costs measured in the first pass; always says so
+            where it cannot.
+    """
+
+    def __init__(self, group: Group, layers: int, mode: str, limits: Limits):
+        self.group, self.layers, self.mode = group, layers, mode
+        self.guest_mb, self.most, self.topology = limits.guest_mb, limits.most, limits.topology
         self.done = Balance()
         self._rules: dict[tuple[int, bool], StepRules | None] = {}
         self._costs: tuple[np.ndarray, float] | None = None
@@ -101,9 +113,14 @@ class Balancer:
             self._rules[layer, training] = self._make(layer, weights, hidden, training)
         return self._rules[layer, training]
 
-    def plan(self, counts: torch.Tensor, rules: StepRules, count: bool) -> StepPlan:
+    def plan(self, counts: torch.Tensor, rules: StepRules, meter: Meter, count: bool) -> StepPlan:
         """The plan for this rank's counts [E] (collective)."""
-        everyone = self.group.all_gather(counts).cpu().numpy()
+        phase = meter.enter("exchange")
+        gathered = self.group.all_gather(counts)
+        meter.enter(phase)
+        meter.add([1] * self.group.size, counts[None], self.group.rank)
+        self.group.wait()
+        everyone = gathered.cpu().numpy()
         fair = everyone.sum() / self.group.size
         plan = balance_step(everyone, rules, cap=max(int(np.ceil(self.most * fair)), 1))
         if count:

@@ -18,15 +18,15 @@ from ray_ep.errors import BadInput, ModelError, PlacementError
 from ray_ep.moe import kernels
 from ray_ep.moe.counters import Counters
 from ray_ep.moe.exchange import Meter
-from ray_ep.moe.experts import IMPLEMENTATION, ExpertLayer, is_plain
+from ray_ep.moe.experts import IMPLEMENTATION, ExpertLayer, Shared, is_plain
 from ray_ep.moe.gemm import Packed
-from ray_ep.moe.guests import MODES, Balancer
+from ray_ep.moe.guests import MODES, Balancer, Limits
 from ray_ep.moe.guests import warm as warm_step
 from ray_ep.moe.pool import Pool
 from ray_ep.moe.replicas import ReplicaExchange
 from ray_ep.moe.routing import Routing
 from ray_ep.moe.ways import Exchange
-from ray_ep.placement import Placement, Topology, contiguous
+from ray_ep.placement import Placement, contiguous
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "_is_expert_parallel")
 
@@ -49,13 +49,8 @@ class ExpertParallel:
         self.counters = Counters(len(modules), self.num_experts, sample, seed + group.rank)
         self.meter = Meter(np.zeros(group.size, np.int64), np.zeros(len(modules), np.int64))
         self.exchange, self.balancer = Exchange(), balancer
-        pool = Pool()
-        self.layers = [
-            ExpertLayer(
-                i, name, self.num_experts, group, self.routing, self.meter, self.counters, pool, self.exchange, balancer
-            )
-            for i, name in enumerate(modules)
-        ]
+        shared = Shared(group, self.routing, self.meter, self.counters, Pool(), self.exchange, balancer)
+        self.layers = [ExpertLayer(i, name, self.num_experts, shared) for i, name in enumerate(modules)]
 
     def place(self, placement: Placement, node_of: np.ndarray | None, device: torch.device) -> None:
         """Take on the maps of a placement in every layer (weights are moved by the caller)."""
@@ -110,9 +105,7 @@ def parallelize(
     placement: Placement | None = None,
     balance: str = "auto",
     *,
-    guest_mb: int = 512,
-    most: float = 2.0,
-    topology: Topology | None = None,
+    limits: Limits | None = None,
     node_of: np.ndarray | None = None,
     sample: int = 0,
     seed: int = 0,
@@ -128,9 +121,8 @@ def parallelize(
     Args:
         model: a transformers model, or any module that contains transformers experts modules.
         placement: which expert sits where; None: contiguous.
-        balance: inside each step among ranks with fast links: off, auto or always; guest_mb and most: see
-            `guests.Balancer`.
-        topology: measured links; None: nodes alone are known.
+        balance: inside each step among ranks with fast links: off, auto or always (`guests.Balancer`).
+        limits: memory and links of that balance.
         node_of: [R] node of each rank, so that tokens prefer replicas on their node; None: all on one.
         sample: size of the reservoir of token expert sets; seed: of its choice.
 
@@ -146,7 +138,7 @@ def parallelize(
         raise ModelError(f"{type(model).__name__} is already parallelized")
     if balance not in MODES:
         raise BadInput(f"balance={balance!r}: allowed are {', '.join(MODES)}")
-    balancer = Balancer(group, len(modules), balance, guest_mb, most, topology)
+    balancer = Balancer(group, len(modules), balance, limits or Limits())
     ep = ExpertParallel(modules, group, sample, seed, balancer)
     layers, experts = len(modules), ep.num_experts
     placement = contiguous(layers, experts, group.size) if placement is None else placement

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from ray_ep.collective import Group
 from ray_ep.config.schema import Config
 from ray_ep.errors import ModelError
-from ray_ep.moe import KINDS, Choice, ExpertParallel, choose, router_losses, settle, update_bias
+from ray_ep.moe import KINDS, Choice, ExpertParallel, Limits, choose, router_losses, settle, update_bias
 from ray_ep.placement import Placement, RoutingStatistics
 from ray_ep.rank.checkpoint import Checkpoint, Directory, load_rank, save_rank
 from ray_ep.rank.data import Corpus, global_batch, held_out_batch
@@ -83,7 +83,7 @@ class Rank:
         self.cfg, self.corpus, self.group, self.device = cfg, corpus, group, torch.device(device)
         sample = cfg.statistics.sample // group.size
         options = {"node_of": node_of, "sample": sample, "device": self.device, "balance": cfg.balance.in_step}
-        options |= {"guest_mb": cfg.balance.guest_mb, "most": cfg.balance.most}
+        options["limits"] = Limits(cfg.balance.guest_mb, cfg.balance.most)
         self.model = build(cfg.model, config, cfg.seed, group, placement, **options)
         self.ep: ExpertParallel = self.model.ray_ep
         self.ep.routing.force = cfg.router.force

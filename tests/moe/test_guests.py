@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import ray_ep
 from ray_ep.errors import BadInput
-from ray_ep.moe import kernels
+from ray_ep.moe import Limits, kernels
 from ray_ep.moe.guests import destinations
 from tests.models import MODELS, VOCAB, build, even_shards, parallel_pass, placement_of, reference
 
@@ -112,7 +112,7 @@ def test_every_token_to_one_expert_leaves_no_rank_with_more_than_its_bound(ranks
     model = build("qwen3_moe", num_experts_per_tok=1)
 
     def work(group):
-        m = ray_ep.moe.parallelize(copy(model), group, most=1.5)
+        m = ray_ep.moe.parallelize(copy(model), group, limits=Limits(most=1.5))
         m.ray_ep.balancer.assume(seconds_per_pair=1e-12, bandwidth=1.0)  # it never pays
         with torch.no_grad():
             m.ray_ep.modules[0](torch.randn(100, 32), torch.full((100, 1), 5), torch.ones(100, 1))
@@ -167,7 +167,7 @@ def test_what_cannot_be_balanced_is_said_once_and_the_run_goes_on(ranks, caplog)
             "balance=always: a group of one rank has nothing to balance; it goes on without"
         ]
         caplog.clear()
-        ranks(2, lambda g: run(g, guest_mb=0))
+        ranks(2, lambda g: run(g, limits=Limits(guest_mb=0)))
         assert len(caplog.records) == 2, "once a rank"
         assert "balance.guest_mb=0 is less than one expert" in caplog.text
         caplog.clear()
