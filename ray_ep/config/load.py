@@ -124,6 +124,7 @@ _AT_LEAST: dict[str, float] = {
     "router.alarm_balancedness": 0,
     "router.alarm_starved": 0,
     "placement.slots_per_rank": 0,
+    "topology.budget_s": 0.01,
     "checkpoint.every": 0,
     "checkpoint.keep": 0,
     "eval.every": 0,

@@ -113,15 +113,7 @@ def advice(
     Raises:
         PlacementError: no placements, a name that is not there, placements or nodes that do not fit the statistics.
     """
-    if not placements:
-        raise PlacementError("advice: no placements to compare")
-    now = next(iter(placements)) if current is None else current
-    if now not in placements:
-        raise PlacementError(f"advice: current is {now!r}: allowed are {', '.join(placements)}")
-    judged = {
-        name: outlook(statistics, p, [0] * p.num_ranks if node_of is None else node_of, placements[now], nearest)
-        for name, p in placements.items()
-    }
+    judged, now = _judged(statistics, placements, node_of, current, nearest)
     lines = [_row("placement", "balance", "nodes'", "remote nodes", "replica slots", "moved slots")]
     for name, o in judged.items():
         remote = "-" if o.remote_nodes is None else f"{o.remote_nodes:.2f}"
@@ -135,15 +127,51 @@ def advice(
                 str(o.moved_slots),
             )
         )
-    lines.append("")
-    others = [name for name in judged if name != now]
-    lines += [_sentence(name, judged[now], judged[name], expert_bytes) for name in others]
+    return "\n".join([*lines, "", *_words(statistics, judged, now, expert_bytes, nearest)])
+
+
+def advice_words(
+    statistics: RoutingStatistics,
+    placements: Mapping[str, Placement],
+    node_of: Sequence[int] | Ints | None = None,
+    expert_bytes: int | None = None,
+    current: str | None = None,
+    nearest: bool = True,
+) -> list[str]:
+    """The sentences of `advice` without its table: each placement's change and cost, what is assumed, the verdict."""
+    judged, now = _judged(statistics, placements, node_of, current, nearest)
+    return _words(statistics, judged, now, expert_bytes, nearest)
+
+
+def _judged(
+    statistics: RoutingStatistics,
+    placements: Mapping[str, Placement],
+    node_of: Sequence[int] | Ints | None,
+    current: str | None,
+    nearest: bool,
+) -> tuple[dict[str, Outlook], str]:
+    """The outlook of each placement, and the name of what runs now."""
+    if not placements:
+        raise PlacementError("advice: no placements to compare")
+    now = next(iter(placements)) if current is None else current
+    if now not in placements:
+        raise PlacementError(f"advice: current is {now!r}: allowed are {', '.join(placements)}")
+    judged = {
+        name: outlook(statistics, p, [0] * p.num_ranks if node_of is None else node_of, placements[now], nearest)
+        for name, p in placements.items()
+    }
+    return judged, now
+
+
+def _words(
+    statistics: RoutingStatistics, judged: Mapping[str, Outlook], now: str, expert_bytes: int | None, nearest: bool
+) -> list[str]:
+    lines = [_sentence(name, judged[now], judged[name], expert_bytes) for name in judged if name != now]
     if statistics.sample is None or not statistics.sample.shape[1]:
         lines.append("Remote nodes are unknown: only counts were recorded (SGLang: record in mode per_token).")
     if any(o.replica_slots for o in judged.values()):
         lines.append(f"Assumed: a token goes to {'its nearest replica' if nearest else 'any replica, near or far'}.")
-    lines.append(_verdict(now, judged))
-    return "\n".join(lines)
+    return [*lines, _verdict(now, judged)]
 
 
 def _sentence(name: str, now: Outlook, new: Outlook, expert_bytes: int | None) -> str:

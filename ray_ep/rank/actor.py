@@ -12,9 +12,10 @@ import torch
 from transformers import PreTrainedConfig
 
 from ray_ep.collective import Group, SoloGroup
+from ray_ep.collective.probe import measure
 from ray_ep.collective.ray_backend import join, leave
 from ray_ep.config import from_dict
-from ray_ep.placement import Placement, RoutingStatistics
+from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.rank.data import Corpus
 from ray_ep.rank.rank import Rank, StepResult
 
@@ -43,6 +44,11 @@ class RankActor:
         self.group: Group | None = (
             SoloGroup(epoch) if self.size == 1 else join(name, self.rank, self.size, epoch, timeout_s)
         )
+
+    def probe(self, node_of: np.ndarray, budget_s: float) -> Topology:
+        """`measure` on the joined group (collective)."""
+        assert self.group is not None
+        return measure(self.group, node_of, budget_s)
 
     def build(
         self,
