@@ -18,7 +18,9 @@ _ENGINES = ("ray_ep", "sglang", "tensorrt-llm", "vllm-ascend")
 @click.command()
 @click.argument("statistics", type=_PATH)
 @click.option("--topology", "-t", type=_PATH, help="topology.json, a run directory or a YAML description of a cluster.")
-@click.option("--slots", help="Slots of a rank and layer: 9, or one a rank: 9,9,5,5. Not given: as now, or just enough.")
+@click.option(
+    "--slots", help="Slots of a rank and layer: 9, or one a rank: 9,9,5,5. Not given: as now, or just enough."
+)
 @click.option("--level", type=click.Choice(["node", "rank"]), help="What must be even; see below.")
 @click.option("--current", type=_PATH, help="The placement that runs now; a run directory's own if not given.")
 @click.option("--horizon", type=float, default=1000.0, show_default=True, help="Steps over which a move must pay back.")

@@ -1,4 +1,4 @@
-"""What `ray-ep plan` is given: paths -> statistics, topology, current placement and costs. Every failure names the path.
+"""What `ray-ep plan` is given: paths -> statistics, topology, current placement, costs; failures name the path.
 
 Imports neither torch nor Ray (a .pt record imports torch).
 """
@@ -199,7 +199,9 @@ def _cost(item: str) -> tuple[str, float]:
     except ValueError:
         value = float("nan")
     if not sep or name not in COSTS or not np.isfinite(value) or value < 0:
-        raise BadInput(f"--cost {item!r}: expected NAME=VALUE with a number that is not negative, NAME {', '.join(COSTS)}")
+        raise BadInput(
+            f"--cost {item!r}: expected NAME=VALUE with a number that is not negative, NAME {', '.join(COSTS)}"
+        )
     return name, value
 
 

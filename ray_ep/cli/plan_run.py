@@ -128,7 +128,11 @@ def _row(c: Candidate, old: Prediction) -> tuple[str, ...]:
     moved = ("-", "-", "-")
     if c.moving is not None:
         steps = pays_back(c.moving, old, p)
-        moved = (str(c.moving.replicas), _bytes(c.moving_bytes), f"{steps:.3g} steps" if np.isfinite(steps) else "never")
+        moved = (
+            str(c.moving.replicas),
+            _bytes(c.moving_bytes),
+            f"{steps:.3g} steps" if np.isfinite(steps) else "never",
+        )
     return (
         c.name, _seconds(p.step_seconds), f"{of_now:.2f}", _seconds(float(p.compute.sum())),
         _seconds(float(p.traffic.sum())), f"{p.balancedness:.3f}", f"{p.node_balancedness:.3f}",
@@ -205,5 +209,3 @@ def _bytes(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g} {unit}"
     return f"{value:.0f} B"
-
-

@@ -165,7 +165,9 @@ def _between(given: Any, names: list[str], links: Mapping[str, Any], where: str)
 
 def bytes_per_second(value: Any, where: str = "bandwidth") -> float:
     """A number of bytes/s, or text such as "25 GB/s" or "400 Gbit/s"; raises PlacementError naming `where`."""
-    match = re.fullmatch(_NUMBER + r"([kMGT]|[KMG]i)?(B|bit|bps)(?:/s|ps)?\s*", value) if isinstance(value, str) else None
+    match = (
+        re.fullmatch(_NUMBER + r"([kMGT]|[KMG]i)?(B|bit|bps)(?:/s|ps)?\s*", value) if isinstance(value, str) else None
+    )
     if match:
         number, prefix, unit = match.groups()
         value = float(number) * _PREFIX[prefix or ""] / (1 if unit == "B" else 8)

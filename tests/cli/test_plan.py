@@ -58,7 +58,9 @@ def run_dir(place, recorded):
     )
     model = {"hidden_size": 64, "moe_intermediate_size": 32}
     (run / "checkpoints" / "step-000002" / "manifest.json").write_text(json.dumps({"model": model}))
-    lines = [{"step": s, "tokens": 256, "world_size": 4, "expert_seconds": t} for s, t in ((1, 9.0), (2, 0.3), (3, 0.3))]
+    lines = [
+        {"step": s, "tokens": 256, "world_size": 4, "expert_seconds": t} for s, t in ((1, 9.0), (2, 0.3), (3, 0.3))
+    ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines) + '{"step": 4, "tok')
     return run
 
@@ -123,7 +125,7 @@ def test_planning_again_from_the_plan_says_stay(place):
 
 def test_a_run_directory_tells_topology_placement_and_costs(run_dir):
     said = figures(run_dir)
-    assert [p["name"] for p in said["placements"]][0] == said["compared_with"] == "current"
+    assert said["placements"][0]["name"] == said["compared_with"] == "current"
     costs = next(n for n in said["notes"] if n.startswith("costs: "))
     assert costs == (
         "costs: the run's own: tokens_per_rank, token_bytes, expert_seconds, expert_bytes, optimizer_bytes"
@@ -133,7 +135,9 @@ def test_a_run_directory_tells_topology_placement_and_costs(run_dir):
     assert moved["migration_bytes"] == moved["moved_slots"] * weights * 2 + moved["moved_owners"] * weights * 12
     # A layer of the run: 0.3 s x 4 ranks for 256 tokens x 4 experts x 3 layers, on 64 tokens a rank.
     even = 3 * 64 * TOP_K * 0.3 * 4 / (256 * 3 * TOP_K)
-    assert all(p["compute_seconds"] * p["node_balancedness"] == pytest.approx(even, rel=0.05) for p in said["placements"])
+    assert all(
+        p["compute_seconds"] * p["node_balancedness"] == pytest.approx(even, rel=0.05) for p in said["placements"]
+    )
 
 
 def test_a_run_is_planned_for_another_cluster_without_its_own_placement(run_dir):
@@ -162,7 +166,8 @@ def test_slow_nodes_get_less(place):
 
 
 @pytest.mark.parametrize(
-    ("engine", "file"), [("ray_ep", "p.json"), ("sglang", "p.json"), ("tensorrt-llm", "p.yaml"), ("vllm-ascend", "p.json")]
+    ("engine", "file"),
+    [("ray_ep", "p.json"), ("sglang", "p.json"), ("tensorrt-llm", "p.yaml"), ("vllm-ascend", "p.json")],
 )
 def test_the_plan_is_written_in_the_engines_own_format(place, engine, file):
     words = told("routing.npz", "-t", "cluster.yaml", "--slots", 5, "--out", file, "--engine", engine)

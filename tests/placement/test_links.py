@@ -17,7 +17,11 @@ def two_kinds(node_of, inside, across):
 def test_few_ranks_have_a_row_a_direction():
     topology = two_kinds([0, 0, 1], 2e9, 1e8)
     rows = link_rows(replace(topology, spread=np.full((3, 3), 0.05)))
-    assert [r.name for r in rows][:3] == ["rank 0 to 1, in node 0", "rank 0 to 2, node 0 to 1", "rank 1 to 0, in node 0"]
+    assert [r.name for r in rows][:3] == [
+        "rank 0 to 1, in node 0",
+        "rank 0 to 2, node 0 to 1",
+        "rank 1 to 0, in node 0",
+    ]
     assert len(rows) == 6
     assert rows[1].cells() == ("rank 0 to 2, node 0 to 1", "1", "100 MB/s", "", "100 us", "5%")
     assert len(HEAD) == len(rows[0].cells())
