@@ -14,7 +14,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ray_ep.observe.figures import GREY, _figure, _finish, _heatmap
+from ray_ep.observe.figures import GREY, _figure, _finish, _heatmap, _reach
 from ray_ep.placement.compare import PLAN, Candidate, Case, link_bytes
 
 _EACH = 128  # ranks up to which links are drawn one by one; beyond, between nodes
@@ -26,31 +26,36 @@ Map = tuple[str, str, str]
 def figures(case: Case, found: Sequence[Candidate], now: str) -> list[Map]:
     """Heat maps of what runs now and of the plan, the colours of a kind meaning the same in both."""
     shown = [c for c in found if c.name in (now, PLAN)]
-    maps = []
-    for c in shown:
-        load = c.prediction.rank_load / case.costs.speeds(case.topology.num_ranks)
-        maps.append((f"load-{c.name}", f"Load of ranks, {c.name}", rank_load(load, f"load-{c.name}")))
-    traffic = {c.name: _by_node(case, link_bytes(case, c.placement)) for c in shown}
-    top = max((float(t.max(initial=0.0)) for t in traffic.values()), default=0.0)
+    ratios = {c.name: _over_mean(c.prediction.rank_load / case.costs.speeds(case.topology.num_ranks)) for c in shown}
+    reach = max(map(_reach, ratios.values()))
+    maps = [(f"load-{n}", f"Load of ranks, {n}", rank_load(r, reach, f"load-{n}")) for n, r in ratios.items()]
+    traffic = {c.name: link_bytes(case, c.placement) for c in shown}
+    drawn = {name: _by_node(case, sent) for name, sent in traffic.items()}
+    top = max(float(sent.max(initial=0.0)) for sent in drawn.values())
+    far = case.topology.node_of[:, None] != case.topology.node_of
     for name, sent in traffic.items():
-        unit = "rank" if len(sent) == case.topology.num_ranks else "node"
-        title = f"Traffic of links, {name}: {sent.sum() / 1e6:,.0f} MB a step"
-        maps.append((f"traffic-{name}", title, link_traffic(sent, top, unit, case, f"traffic-{name}")))
+        title = f"Traffic, {name}: {sent.sum() / 1e6:,.0f} MB a step, {sent[far].sum() / 1e6:,.0f} MB between nodes"
+        maps.append((f"traffic-{name}", title, link_traffic(drawn[name], top, case, f"traffic-{name}")))
     return maps
 
 
-def rank_load(load: np.ndarray, name: str) -> str:
-    """Heat map of load [L, R] (for its rank's speed) over its layer's mean."""
+def _over_mean(load: np.ndarray) -> np.ndarray:
+    """load [L, R] over its layer's mean; 1 where a layer has none."""
     mean = load.mean(1, keepdims=True)
-    ratio = np.divide(load, mean, out=np.ones_like(load), where=mean > 0)
-    figure, axes = _figure((6.0, min(1.6 + 0.3 * len(load), 8.0)))
-    _heatmap(figure, axes, ratio, "load / mean")
+    return np.divide(load, mean, out=np.ones_like(load), where=mean > 0)
+
+
+def rank_load(ratio: np.ndarray, reach: float, name: str) -> str:
+    """Heat map of load (for its rank's speed) over its layer's mean, ratio [L, R]."""
+    figure, axes = _figure((6.0, min(1.6 + 0.3 * len(ratio), 8.0)))
+    _heatmap(figure, axes, ratio, "load / mean", reach)
     axes.yaxis.set_major_locator(MaxNLocator(12, integer=True))
     return _finish(figure, axes, name, "MoE layer", x="rank")
 
 
-def link_traffic(sent: np.ndarray, top: float, unit: str, case: Case, name: str) -> str:
+def link_traffic(sent: np.ndarray, top: float, case: Case, name: str) -> str:
     """Heat map of bytes that a rank (or node, row) sends to another in a step; nodes are parted by lines."""
+    unit = "rank" if len(sent) == case.topology.num_ranks else "node"
     figure = Figure(figsize=(6.0, 5.2), layout="constrained")
     axes = figure.add_subplot()
     axes.tick_params(colors=GREY, labelcolor=GREY)

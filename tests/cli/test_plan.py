@@ -197,7 +197,7 @@ def test_heat_maps_and_page_are_whole(place):
         ElementTree.parse(place / "maps" / "of" / file)
     page = (place / "p.html").read_text()
     assert page.count("<svg ") == 4
-    assert "Traffic of links, plan" in page
+    assert "Traffic, plan: " in page
     assert "<td>load-only</td>" in page
     ids = [x.split('"')[0] for x in page.split(' id="')[1:]]
     assert len(ids) == len(set(ids))
