@@ -9,15 +9,21 @@ from ray_ep.config.schema import Config
 from ray_ep.driver.cluster import Ranks, connected
 from ray_ep.errors import ConfigError
 from ray_ep.placement import Topology
+from ray_ep.placement.groups import best_of, contradictions
 
 
 def measured(ranks: Ranks, budget_s: float) -> Topology:
     """Links between ranks that have joined their group and are not computing.
 
+    Where they contradict what Ray says of the nodes they are measured once more, for a busy machine can do that too.
+
     Raises:
         RankError: a rank died or was unreachable while probing, which names it; the group is then unusable.
     """
-    topology: Topology = ranks.call("probe", ranks.topology().node_of, budget_s)[0]
+    node_of = ranks.topology().node_of
+    topology: Topology = ranks.call("probe", node_of, budget_s)[0]
+    if contradictions(topology):
+        topology = best_of(topology, ranks.call("probe", node_of, budget_s)[0])
     return topology
 
 

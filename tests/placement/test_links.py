@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from ray_ep.placement import Topology
+from ray_ep.placement.groups import best_of, contradictions
 from ray_ep.placement.links import HEAD, link_rows
 
 
@@ -45,3 +46,18 @@ def test_many_ranks_have_classes_and_the_links_that_are_slow_beside_theirs():
 def test_what_was_not_measured_has_no_row():
     assert link_rows(Topology.of_nodes([0, 0, 1])) == []
     assert link_rows(Topology.of_nodes([0] * 12)) == []
+
+
+def test_of_two_measurements_the_faster_of_each_link_counts_and_a_disturbance_is_gone():
+    first, second = two_kinds([0, 0, 0, 0, 1], 2e9, 1e8), two_kinds([0, 0, 0, 0, 1], 2e9, 1e8)
+    first.bandwidth[0, 3] = 1e8  # disturbed once
+    second.bandwidth[2, 0] = 1e8  # and elsewhere
+    for t in (first, second):
+        t.bandwidth[1, 2] = t.bandwidth[2, 1] = 1e8  # slow indeed
+    assert len(contradictions(first)) == 2
+    best = best_of(first, second)
+    assert best.bandwidth[[0, 2, 1], [3, 0, 2]].tolist() == [2e9, 2e9, 1e8]
+    (words,) = contradictions(best)
+    assert words.startswith("ranks 1 and 2 are said to share node 0 but their link has 100 MB/s")
+    assert best.groups.tolist() == [0, 0, 0, 0, 1]
+    assert best_of(best, first).bandwidth.tolist() == best.bandwidth.tolist()
