@@ -71,7 +71,7 @@ def planned(path: Path, options: dict[str, Any]) -> Planned:
     told = {name: placements[name] for name in dict.fromkeys((now, "load-only", PLAN))}
     size = round(costs.figures.expert_bytes) if costs.sized else None
     nearest = recorded.engine in NEAREST and engine in NEAREST
-    words = advice_words(recorded.statistics, told, topology.node_of, size, now, nearest)
+    words = advice_words(recorded.statistics, told, topology.node_of, size, now, nearest, level)
     if out is not None:
         write_placement(placements[PLAN], engine, out, recorded.layer_ids, recorded.num_layers)
     return Planned(

@@ -100,6 +100,7 @@ def advice(
     expert_bytes: int | None = None,
     current: str | None = None,
     nearest: bool = True,
+    level: str = "rank",
 ) -> str:
     """A table of the placements and, in words, whether to change to one of them and what that costs.
 
@@ -109,6 +110,7 @@ def advice(
         expert_bytes: bytes of one expert's weights in one layer; None: costs are given in slots.
         current: the name of what runs now; None: the first.
         nearest: whether the engine sends a token to the nearest replica, or (False) to any, as `outlook` says.
+        level: what holds a step up: the busiest rank, or (node) the busiest node, its ranks being balanced in the step.
 
     Raises:
         PlacementError: no placements, a name that is not there, placements or nodes that do not fit the statistics.
@@ -127,7 +129,7 @@ def advice(
                 str(o.moved_slots),
             )
         )
-    return "\n".join([*lines, "", *_words(statistics, judged, now, expert_bytes, nearest)])
+    return "\n".join([*lines, "", *_words(judged, now, expert_bytes, nearest, level)])
 
 
 def advice_words(
@@ -137,10 +139,11 @@ def advice_words(
     expert_bytes: int | None = None,
     current: str | None = None,
     nearest: bool = True,
+    level: str = "rank",
 ) -> list[str]:
     """The sentences of `advice` without its table: each placement's change and cost, what is assumed, the verdict."""
     judged, now = _judged(statistics, placements, node_of, current, nearest)
-    return _words(statistics, judged, now, expert_bytes, nearest)
+    return _words(judged, now, expert_bytes, nearest, level)
 
 
 def _judged(
@@ -164,21 +167,22 @@ def _judged(
 
 
 def _words(
-    statistics: RoutingStatistics, judged: Mapping[str, Outlook], now: str, expert_bytes: int | None, nearest: bool
+    judged: Mapping[str, Outlook], now: str, expert_bytes: int | None, nearest: bool, level: str
 ) -> list[str]:
-    lines = [_sentence(name, judged[now], judged[name], expert_bytes) for name in judged if name != now]
-    if statistics.sample is None or not statistics.sample.shape[1]:
+    lines = [_sentence(name, judged[now], judged[name], expert_bytes, level) for name in judged if name != now]
+    if judged[now].remote_nodes is None:
         lines.append("Remote nodes are unknown: only counts were recorded (SGLang: record in mode per_token).")
     if any(o.replica_slots for o in judged.values()):
         lines.append(f"Assumed: a token goes to {'its nearest replica' if nearest else 'any replica, near or far'}.")
-    return [*lines, _verdict(now, judged)]
+    return [*lines, _verdict(now, judged, level)]
 
 
-def _sentence(name: str, now: Outlook, new: Outlook, expert_bytes: int | None) -> str:
+def _sentence(name: str, now: Outlook, new: Outlook, expert_bytes: int | None, level: str) -> str:
     """What one placement changes and costs."""
+    before, after = _evenness(now, level), _evenness(new, level)
     parts = [
-        f"the busiest rank has {1 / new.balancedness:.2f}x the mean load (now {1 / now.balancedness:.2f}x), so expert "
-        f"compute takes {_change(_ratio(now.balancedness, new.balancedness))}"
+        f"the busiest {level} has {1 / after:.2f}x the mean load (now {1 / before:.2f}x), so expert compute takes "
+        f"{_change(_ratio(before, after))}"
     ]
     if now.remote_nodes is not None and new.remote_nodes is not None:
         change = f", {_change(new.remote_nodes / now.remote_nodes)} on the slow links" if now.remote_nodes else ""
@@ -191,9 +195,9 @@ def _sentence(name: str, now: Outlook, new: Outlook, expert_bytes: int | None) -
     return f"{name}: {'; '.join(parts)}; {cost}."
 
 
-def _verdict(now: str, judged: Mapping[str, Outlook]) -> str:
+def _verdict(now: str, judged: Mapping[str, Outlook], level: str) -> str:
     """Change, stay, or the trade in between: which of compute and links bounds a step is not known here."""
-    gains = {name: _gains(judged[now], o) for name, o in judged.items() if name != now}
+    gains = {name: _gains(judged[now], o, level) for name, o in judged.items() if name != now}
     clear = [name for name, g in gains.items() if max(g) >= WORTH and min(g) >= -WORTH]
     if clear:
         best = max(clear, key=lambda name: max(gains[name]))
@@ -210,12 +214,16 @@ def _verdict(now: str, judged: Mapping[str, Outlook]) -> str:
     return f"Stay with {now}: nothing here gains {WORTH:.0%} or more, and less than that drift may take back."
 
 
-def _gains(now: Outlook, new: Outlook) -> tuple[float, float]:
+def _evenness(o: Outlook, level: str) -> float:
+    return o.node_balancedness if level == "node" else o.balancedness
+
+
+def _gains(now: Outlook, new: Outlook, level: str) -> tuple[float, float]:
     """Shares of expert compute and of slow-link traffic that are saved; negative where there is more."""
     links = 0.0
     if now.remote_nodes is not None and new.remote_nodes is not None:
         links = 1 - _ratio(new.remote_nodes, now.remote_nodes)
-    return 1 - _ratio(now.balancedness, new.balancedness), links
+    return 1 - _ratio(_evenness(now, level), _evenness(new, level)), links
 
 
 def _ratio(a: float, b: float) -> float:

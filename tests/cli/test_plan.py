@@ -156,6 +156,13 @@ def test_a_cost_that_is_given_wins(run_dir):
         assert p["traffic_seconds"] < 0.01, "latency alone"
 
 
+def test_the_advice_speaks_of_what_is_not_balanced_in_the_step(place):
+    by = {x: figures(*BASE, "--slots", 5, "--level", x)["advice"] for x in ("node", "rank")}
+    for level, words in by.items():
+        assert all(f"the busiest {level} has" in w for w in words if ": the busiest" in w)
+        assert any(": the busiest" in w for w in words)
+
+
 def test_slow_nodes_get_less(place):
     (place / "mixed.yaml").write_text(yaml.safe_dump({**CLUSTER, "speeds": [1, 0.25]}))
     told("routing.npz", "-t", "mixed.yaml", "--slots", "6,6,3,3", "--out", "plan.json")
