@@ -106,11 +106,13 @@ def _move(found: tuple[Candidate, ...], now: str, case: Case) -> str:
     if moving is None or not (moving.replicas or moving.primaries):
         return f"stay with {now}: no move wins back its price within {case.horizon_steps:g} steps"
     steps = pays_back(moving, old, new)
-    back = f"pays back in {steps:.3g} steps" if np.isfinite(steps) else "does not pay back"
-    return (
-        f"move {moving.replicas} experts ({_bytes(by_name[PLAN].moving_bytes)}): predicted step "
-        f"{_seconds(old.step_seconds)} -> {_seconds(new.step_seconds)}, costs {_seconds(moving.seconds)}, {back}"
+    what = f"{moving.replicas} experts ({_bytes(by_name[PLAN].moving_bytes)})"
+    then = (
+        f"predicted step {_seconds(old.step_seconds)} -> {_seconds(new.step_seconds)}, costs {_seconds(moving.seconds)}"
     )
+    if steps > case.horizon_steps:
+        return f"stay with {now}: to move {what} does not pay back within {case.horizon_steps:g} steps: {then}"
+    return f"move {what}: {then}, pays back in {steps:.3g} steps"
 
 
 def text(planned: Planned) -> str:
@@ -126,7 +128,9 @@ def _row(c: Candidate, old: Prediction) -> tuple[str, ...]:
     p = c.prediction
     of_now = p.step_seconds / old.step_seconds if old.step_seconds else 1.0
     moved = ("-", "-", "-")
-    if c.moving is not None:
+    if c.moving is not None and not c.moving.replicas and not c.moving.primaries:
+        moved = ("0", "0 B", "-")
+    elif c.moving is not None:
         steps = pays_back(c.moving, old, p)
         moved = (
             str(c.moving.replicas),

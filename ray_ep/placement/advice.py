@@ -166,9 +166,7 @@ def _judged(
     return judged, now
 
 
-def _words(
-    judged: Mapping[str, Outlook], now: str, expert_bytes: int | None, nearest: bool, level: str
-) -> list[str]:
+def _words(judged: Mapping[str, Outlook], now: str, expert_bytes: int | None, nearest: bool, level: str) -> list[str]:
     lines = [_sentence(name, judged[now], judged[name], expert_bytes, level) for name in judged if name != now]
     if judged[now].remote_nodes is None:
         lines.append("Remote nodes are unknown: only counts were recorded (SGLang: record in mode per_token).")
@@ -235,7 +233,11 @@ def _change(ratio: float) -> str:
 
 
 def _amount(slots: int, expert_bytes: int | None) -> str:
-    return f"{slots} slots" if expert_bytes is None else f"{slots * expert_bytes / 1e9:.2f} GB"
+    if expert_bytes is None:
+        return f"{slots} slots"
+    size = slots * expert_bytes
+    unit, scale = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6)) if abs(size) >= s / 10 or not size), ("kB", 1e3))
+    return f"{size / scale:.2f} {unit}"
 
 
 def _row(*cells: str) -> str:
