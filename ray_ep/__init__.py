@@ -16,6 +16,7 @@ _NAMES = {
     "train": "ray_ep.api",
     "Run": "ray_ep.api",
     "export": "ray_ep.api",
+    "probe": "ray_ep.api",
     "RayEPError": "ray_ep.errors",
     "BadInput": "ray_ep.errors",
 }

@@ -1,4 +1,4 @@
-"""`ray_ep.train` and `ray_ep.export`: the driver composed with its observers."""
+"""`ray_ep.train`, `ray_ep.probe` and `ray_ep.export`: the driver composed with its observers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 
 from ray_ep.config.schema import Config
 from ray_ep.driver.loop import Interrupt, check, drive
+from ray_ep.driver.probe import probe_cluster
 from ray_ep.driver.rundir import RunDir, find_checkpoint
 from ray_ep.observe.progress import Progress
 from ray_ep.observe.report import write_report
+from ray_ep.placement import Topology
 from ray_ep.rank.export import export_checkpoint
 
 
@@ -54,6 +56,17 @@ def train(cfg: Config) -> Run:
             if (plan.run.path / "config.yaml").exists():
                 write_report(plan.run.path)
     return Run(plan.run.path, status, prefix)
+
+
+def probe(cfg: Config, budget_s: float = 20.0) -> Topology:
+    """Measure the links between the ranks that `cfg.cluster` names, without a model; blocks for about `budget_s`.
+
+    Raises:
+        BadInput: fewer than two ranks, or a cluster that has no room for them.
+        RankError: a rank died or was unreachable while probing, which names it.
+    """
+    with Interrupt().caught() as interrupt:
+        return probe_cluster(cfg, budget_s, interrupt)
 
 
 def export(run: str, out: str, step: int | None = None, dtype: str | None = None) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import click
 
 import ray_ep
+from ray_ep.cli.plan import plan
+from ray_ep.cli.probe import probe
 
 if TYPE_CHECKING:
     from ray_ep.bench.layer import Case
@@ -50,9 +52,16 @@ def main() -> None:
       ray-ep train                          a small MoE on this machine, in a minute or two
       ray-ep train optim.steps=500          the same, longer
       ray-ep export runs/NAME OUT           the trained model as a transformers checkpoint
+      ray-ep plan runs/NAME                 would other places for the experts be faster, and what would moving cost
+      ray-ep probe cluster.ranks=4          how fast the links between ranks are
 
     Exit status: 0 done, 1 failed while running, 2 bad input, 130 interrupted.
     """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # keep Ray's notice about it off the screen
+
+
+main.add_command(plan)
+main.add_command(probe)
 
 
 @main.command()
@@ -73,7 +82,6 @@ def train(config: str | None, as_json: bool, overrides: tuple[str, ...]) -> None
       ray-ep train resume=auto              goes on with the newest run
     """
     cfg = ray_ep.load_config(config, overrides)
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # keep Ray's notice about it off the screen
     run = ray_ep.train(cfg)
     last = (run.metrics() or [{}])[-1]
     if as_json:

@@ -192,29 +192,37 @@ class TorchGroup(SplittableGroup):
         self._on_close()
         self._pg, self._on_close = None, lambda: None
 
-    def send(self, tensor: torch.Tensor, to: int) -> None:
-        """Point to point, for ray.util.collective's own interface."""
-        self._run(lambda: self._pg.send([tensor], to, 0))
+    def send(self, tensor: torch.Tensor, to: int, limit_s: float | None = None) -> None:
+        """Point to point; returns when the tensor may be changed.
 
-    def receive(self, tensor: torch.Tensor, source: int) -> None:
+        gloo closes the connection when a wait for a single message runs out, so this waits once, not in slices: for
+        `limit_s` (None: the group's time limit), after which the group is unusable. An abort is seen only then.
+        """
+        self._run(lambda: self._pg.send([tensor], to, 0), lambda work: self._finish_message(work, limit_s))
+
+    def receive(self, tensor: torch.Tensor, source: int, limit_s: float | None = None) -> None:
         """Counterpart of `send`, in place."""
-        self._run(lambda: self._pg.recv([tensor], source, 0))
+        self._run(lambda: self._pg.recv([tensor], source, 0), lambda work: self._finish_message(work, limit_s))
 
     def _form(self, colors: list[int]) -> TorchGroup:
         if self._make is None:
             raise GroupError(f"rank {self.rank}: this group cannot be split: split the one that it came from")
         return self._make(self, colors)
 
-    def _run(self, start: Callable[[], Any]) -> None:
-        """Start a collective and finish it; every failure becomes GroupError, at this one place."""
+    def _run(self, start: Callable[[], Any], finish: Callable[[Any], None] | None = None) -> None:
+        """Start a call and finish it (None: as a collective); every failure becomes GroupError, at this one place."""
         self._check()
         try:
-            self._finish(start())
+            (finish or self._finish)(start())
         except RuntimeError as e:
             self._aborted.set()
             raise GroupError(
                 f"rank {self.rank}: a peer of epoch {self.epoch} is gone: {str(e).splitlines()[0]}"
             ) from None
+
+    def _finish_message(self, work: Any, limit_s: float | None) -> None:
+        """Wait for a started message, once."""
+        work.wait(timedelta(seconds=self.timeout_s if limit_s is None else limit_s))
 
     def _finish(self, work: Any) -> None:
         """Wait for a started collective in slices."""

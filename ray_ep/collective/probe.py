@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -39,33 +38,27 @@ class PointToPoint:
     """Messages over the connections that a TorchGroup's exchanges use.
 
     Not `all_to_all` with one partner: over gloo that waits for an empty message of *every* rank, so each link would be
-    timed as the slowest one of its round. Not `TorchGroup.send` and `receive`: gloo closes the connection when a wait
-    for a single message runs out, and they wait in slices of 200 ms; so these wait once, and see an abort only then.
+    timed as the slowest one of its round.
     """
 
     def __init__(self, group: TorchGroup, patience_s: float = PATIENCE_S):
-        self._group, self._patience = group, timedelta(seconds=patience_s)
+        self._group, self._patience = group, patience_s
 
     def send(self, tensor: torch.Tensor, to: int) -> None:
         """Return when the tensor may be changed."""
-        self._group._run(lambda: _Patient(self._group._pg.send([tensor], to, 0), self._patience))
+        self._group.send(tensor, to, self._patience)
 
     def receive(self, tensor: torch.Tensor, source: int) -> None:
         """In place."""
-        self._group._run(lambda: _Patient(self._group._pg.recv([tensor], source, 0), self._patience))
+        self._group.receive(tensor, source, self._patience)
 
 
-class _Patient:
-    """A torch Work whose slices are one long wait."""
+class ProbeError(GroupError):
+    """Probing failed; `partner` is the rank whose link was being measured, None where it was no single one's."""
 
-    def __init__(self, work: Any, patience: timedelta):
-        self._work, self._patience = work, patience
-
-    def wait(self, _slice: timedelta) -> None:
-        self._work.wait(self._patience)
-
-    def is_completed(self) -> bool:
-        return True  # a wait that ran out is not begun again
+    def __init__(self, message: str, partner: int | None = None):
+        super().__init__(message)
+        self.partner = partner
 
 
 def measure(
@@ -93,7 +86,7 @@ def measure(
 
     Raises:
         PlacementError: `node_of` does not fit the group, a budget that is not positive, a rank that reports nonsense.
-        GroupError: a rank died or did not answer while probing; the group is then unusable.
+        ProbeError: a rank died or did not answer while probing; the group is then unusable.
     """
     if len(node_of) != group.size:
         raise PlacementError(f"probe: node_of names {len(node_of)} ranks, the group has {group.size}")
@@ -108,10 +101,10 @@ def measure(
     plan = rounds(node_of)
     mine = torch.full((group.size, 4), math.nan, dtype=torch.float64)  # latency, bandwidth, spread, time of day
     mine[:, 3] = time.time()
-    start, now = clock(), "starting"
+    start, now, partner = clock(), "starting", None
     try:
         for number, pairs in enumerate(plan):
-            now = f"round {number + 1} of {len(plan)}"
+            now, partner = f"round {number + 1} of {len(plan)}", None
             group.barrier()
             partner = next((b if a == group.rank else a for a, b in pairs if group.rank in (a, b)), None)
             if partner is None:
@@ -125,10 +118,10 @@ def measure(
                     mine[partner, :3] = torch.tensor([found.latency, found.bandwidth, found.spread])
                 else:
                     end.follow()
-        now = "gathering the results"
+        now, partner = "gathering the results", None
         everything = group.all_gather(mine.to(device)).cpu().numpy()  # [R, R, 4]
     except GroupError as e:
-        raise GroupError(f"rank {group.rank}: probing the links failed ({now}): {e}") from None
+        raise ProbeError(f"rank {group.rank}: probing the links failed ({now}): {e}", partner) from None
     fits = {
         (a, b): LinkFit(*everything[a, b, :3].tolist()) for pairs in plan for x, y in pairs for a, b in ((x, y), (y, x))
     }

@@ -86,12 +86,12 @@ class TorchNcclGroup(TorchGroup):
         super().all_reduce(torch.zeros(1, device=self.device))
         self.wait()
 
-    def send(self, tensor: torch.Tensor, to: int) -> None:
-        super().send(here(tensor, self.device), to)
+    def send(self, tensor: torch.Tensor, to: int, limit_s: float | None = None) -> None:
+        super().send(here(tensor, self.device), to, limit_s)
 
-    def receive(self, tensor: torch.Tensor, source: int) -> None:
+    def receive(self, tensor: torch.Tensor, source: int, limit_s: float | None = None) -> None:
         with writable(tensor, self.device, self.wait, fill=False) as buffer:
-            super().receive(buffer, source)
+            super().receive(buffer, source, limit_s)
 
     def wait(self) -> None:
         self._check()
@@ -131,6 +131,9 @@ class TorchNcclGroup(TorchGroup):
         ones = torch.ones(self.size, device=self.device)
         self.all_to_all(torch.empty_like(ones), ones, [1] * self.size, [1] * self.size)
         self.barrier()
+
+    def _finish_message(self, work: Any, limit_s: float | None) -> None:
+        self._finish(work)  # a message is in the stream's order, too
 
     def _finish(self, work: Any) -> None:
         """Order the current stream after the work; the host goes on."""

@@ -146,6 +146,7 @@ _AT_LEAST: dict[str, float] = {
     "balance.most": 1,
     "exchange.chunks": 1,
     "exchange.tokens": 0,
+    "topology.budget_s": 0.01,
     "checkpoint.every": 0,
     "checkpoint.keep": 0,
     "eval.every": 0,

@@ -194,6 +194,14 @@ class StatisticsConfig:
 
 
 @dataclass
+class TopologyConfig:
+    """The links between ranks, measured with the transport of the job."""
+
+    measure: bool = _opt(True, "measure latency and bandwidth between ranks when the run starts")
+    budget_s: float = _opt(5.0, "about how long that may take, seconds; a few ranks on fast links need a tenth of one")
+
+
+@dataclass
 class Config:
     """One run."""
 
@@ -212,6 +220,7 @@ class Config:
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
+    topology: TopologyConfig = field(default_factory=TopologyConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)

@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from ray_ep.collective.probe import ProbeError
 from ray_ep.config.process import RANK
 from ray_ep.config.schema import ClusterConfig
 from ray_ep.errors import BadInput, ClusterError, GroupError, RankError
@@ -115,7 +117,7 @@ class Ranks:
                 if not _lost_peer(e):
                     break
         if failed:
-            raise _root_cause(failed)
+            raise _root_cause(failed, [calls[c] for c in pending])
         return results
 
     def share(self, value: Any) -> Any:
@@ -228,9 +230,26 @@ def _lost_peer(e: Exception) -> bool:
     return isinstance(e, GroupError)
 
 
-def _root_cause(failed: dict[int, Exception]) -> Exception:
+def unreachable(partners: dict[int, int | None], silent: list[int]) -> int | None:
+    """Which rank the others could not reach while probing; None: nothing tells.
+
+    Args:
+        partners: of each rank whose probing failed, the rank at the other end of the link then; None: it met all.
+        silent: ranks that have said nothing yet. Some only wait for others, so a partner is suspected first.
+    """
+    named = Counter(p for p in partners.values() if p is not None)
+    if named:  # the silent one first, then the one that most could not reach
+        return min(named, key=lambda r: (r not in silent, -named[r], r))
+    return silent[0] if len(silent) == 1 else None
+
+
+def _root_cause(failed: dict[int, Exception], silent: list[int]) -> Exception:
     """Of several ranks' failures the one that explains the others, as an error of ours."""
     rank, e = min(failed.items(), key=lambda item: (_lost_peer(item[1]), item[0]))
+    if isinstance(e, ProbeError):  # all are: a rank that died or raised would have come first
+        lost = unreachable({r: x.partner for r, x in failed.items() if isinstance(x, ProbeError)}, silent)
+        rank = rank if lost is None else lost
+        return RankError(rank, f"rank {rank} was unreachable while probing the links:\n{e}")
     if isinstance(e, BadInput) and isinstance(e, RayTaskError):
         return type(e.cause)(str(e.cause))
     if isinstance(e, RayActorError):

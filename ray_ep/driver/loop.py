@@ -22,10 +22,12 @@ from transformers import PreTrainedConfig
 from ray_ep.config.schema import Config
 from ray_ep.driver.alarm import WINDOW, collapse
 from ray_ep.driver.cluster import Ranks, connected, transports
+from ray_ep.driver.probe import measured
 from ray_ep.driver.rundir import RunDir, checkpoint_url, choose, find_checkpoint
 from ray_ep.errors import CheckpointError, ConfigError
 from ray_ep.moe import Balance, Choice, find_experts
 from ray_ep.placement import Placement, RoutingStatistics, Topology, contiguous, random
+from ray_ep.placement.groups import contradictions
 from ray_ep.rank.checkpoint import Checkpoint, Directory
 from ray_ep.rank.data import Corpus, load_corpus
 from ray_ep.rank.model import meta_model, model_config
@@ -148,6 +150,8 @@ class Driver:
         cfg, plan = self.cfg, self.plan
         ways = transports(cfg.exchange.transport, self.ranks.device, self.ranks.call("transports"))
         self.ranks.call("join", self.ranks.name, 0, cfg.cluster.collective_timeout_s, ways)
+        if cfg.topology.measure and cfg.cluster.ranks > 1:
+            self.topology = measured(self.ranks, cfg.topology.budget_s)
         tree = OmegaConf.to_container(cfg)
         shared = self.ranks.share(plan.corpus)
         self.ranks.call("build", tree, plan.config, shared, plan.placement, self.topology.node_of)
@@ -161,6 +165,8 @@ class Driver:
         plan.run.placement(plan.placement)
         for listener in self.listeners:
             listener.start(self._describe())
+        for sentence in contradictions(self.topology) if cfg.topology.measure else []:
+            self._event("topology", sentence)
         if plan.checkpoint is not None:
             self._event("resume", f"goes on from {plan.checkpoint.name}")
             before = plan.checkpoint.manifest.get("data")

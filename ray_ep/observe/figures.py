@@ -144,10 +144,18 @@ def _worst(value: Any) -> float:
     return max(known, default=float("nan"))
 
 
-def _heatmap(figure: Figure, axes: Axes, ratio: np.ndarray, label: str) -> None:
-    """An image of ratio [rows, columns] on a logarithmic scale around 1: twice and half are equally far from white."""
+def _reach(ratio: np.ndarray) -> float:
+    """How many doublings the colours of a heat map of ratio span to each side, 1 to 3."""
     finite = ratio[np.isfinite(ratio) & (ratio > 0)]
-    reach = float(np.clip(np.abs(np.log2(finite)).max(), 1.0, 3.0)) if finite.size else 1.0
+    return float(np.clip(np.abs(np.log2(finite)).max(), 1.0, 3.0)) if finite.size else 1.0
+
+
+def _heatmap(figure: Figure, axes: Axes, ratio: np.ndarray, label: str, reach: float | None = None) -> None:
+    """An image of ratio [rows, columns] on a logarithmic scale around 1: twice and half are equally far from white.
+
+    `reach` of several maps that are to be compared; None: of this one.
+    """
+    reach = _reach(ratio) if reach is None else reach
     norm = LogNorm(2.0**-reach, 2.0**reach)
     image = axes.imshow(np.maximum(ratio, 1e-9), cmap=_DIVERGING, norm=norm, aspect="auto", interpolation="none")
     axes.xaxis.set_major_locator(MaxNLocator(16, integer=True))

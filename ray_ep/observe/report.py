@@ -20,6 +20,10 @@ from markupsafe import Markup
 from ray_ep.observe import figures
 from ray_ep.observe.routing import strongest_coactivation
 from ray_ep.observe.run_files import RunFiles, masked, read_run
+from ray_ep.observe.topology import heatmap
+from ray_ep.placement.groups import contradictions
+from ray_ep.placement.links import HEAD, link_rows
+from ray_ep.placement.topology import Topology
 
 _MAX_RANKS = 64  # a wider placement table is a wall of numbers
 _MAX_EVENTS = 500
@@ -78,6 +82,7 @@ def _content(run_dir: Path, run: RunFiles) -> dict[str, Any]:
         "company_figure": None if company is None else Markup(figures.coactivation(company.ratio)),
         "placement": _placement(run),
         "exchange": run.exchange,
+        "links": _links(run.topology),
         "events": [_event(e) for e in run.events[-_MAX_EVENTS:]],
         "events_left_out": max(len(run.events) - _MAX_EVENTS, 0),
         "config": masked(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)) if run.config else "",
@@ -169,6 +174,20 @@ def _placement(run: RunFiles) -> dict[str, Any] | None:
         "replicas": sum(n - 1 for count in counts for n in count.values()),
         "empty": sum(e < 0 for layer in run.slots for rank in layer for e in rank),
         "table": table if ranks <= _MAX_RANKS else [],
+    }
+
+
+def _links(topology: Topology | None) -> dict[str, Any] | None:
+    """The heat map of the measured links, their table, and where they are not what is said of the nodes."""
+    if topology is None or not (figure := heatmap(topology)):
+        return None
+    return {
+        "figure": Markup(figure),
+        "head": HEAD,
+        "rows": [row.cells() for row in link_rows(topology)],
+        "contradictions": contradictions(topology),
+        "ranks": topology.num_ranks,
+        "nodes": len(set(topology.node_of.tolist())),
     }
 
 

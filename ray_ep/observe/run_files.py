@@ -1,7 +1,7 @@
 """Reads a run directory for the page. Whatever is missing, cut short or damaged is left out, never an error.
 
 Writing these files is the driver's work; drawing them is in figures.py and report.py.
-Imports NumPy and PyYAML only.
+Imports NumPy, PyYAML and the topology only.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from typing import Any
 
 import numpy as np
 import yaml
+
+from ray_ep.errors import PlacementError
+from ray_ep.placement.topology import Topology
 
 _VALUE = r"""("[^"\n]*"|'[^'\n]*'|[^\s&'"]+)"""
 _SECRETS = (
@@ -36,6 +39,7 @@ class RunFiles:
     placement_version: int
     slots: list[list[list[int]]]  # [L][R][S] expert, -1 = empty; [] without a placement
     exchange: dict[str, Any]  # the choice of the exchange, with `timings`; {} without one
+    topology: Topology | None
 
     def column(self, name: str) -> np.ndarray:
         """One figure over the steps, float64 [steps]; NaN where a step lacks it."""
@@ -63,6 +67,7 @@ def read_run(run_dir: Path) -> RunFiles:
         placement_version=version,
         slots=slots,
         exchange=_read_exchange(run_dir / "exchange.json"),
+        topology=_read_topology(run_dir / "topology.json"),
     )
 
 
@@ -141,3 +146,10 @@ def _read_placement(folder: Path) -> tuple[int, list[list[list[int]]]]:
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             continue
     return 0, []
+
+
+def _read_topology(path: Path) -> Topology | None:
+    try:
+        return Topology.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, PlacementError):
+        return None

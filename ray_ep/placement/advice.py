@@ -100,6 +100,7 @@ def advice(
     expert_bytes: int | None = None,
     current: str | None = None,
     nearest: bool = True,
+    level: str = "rank",
 ) -> str:
     """A table of the placements and, in words, whether to change to one of them and what that costs.
 
@@ -109,19 +110,12 @@ def advice(
         expert_bytes: bytes of one expert's weights in one layer; None: costs are given in slots.
         current: the name of what runs now; None: the first.
         nearest: whether the engine sends a token to the nearest replica, or (False) to any, as `outlook` says.
+        level: what holds a step up: the busiest rank, or (node) the busiest node, its ranks being balanced in the step.
 
     Raises:
         PlacementError: no placements, a name that is not there, placements or nodes that do not fit the statistics.
     """
-    if not placements:
-        raise PlacementError("advice: no placements to compare")
-    now = next(iter(placements)) if current is None else current
-    if now not in placements:
-        raise PlacementError(f"advice: current is {now!r}: allowed are {', '.join(placements)}")
-    judged = {
-        name: outlook(statistics, p, [0] * p.num_ranks if node_of is None else node_of, placements[now], nearest)
-        for name, p in placements.items()
-    }
+    judged, now = _judged(statistics, placements, node_of, current, nearest)
     lines = [_row("placement", "balance", "nodes'", "remote nodes", "replica slots", "moved slots")]
     for name, o in judged.items():
         remote = "-" if o.remote_nodes is None else f"{o.remote_nodes:.2f}"
@@ -135,22 +129,58 @@ def advice(
                 str(o.moved_slots),
             )
         )
-    lines.append("")
-    others = [name for name in judged if name != now]
-    lines += [_sentence(name, judged[now], judged[name], expert_bytes) for name in others]
-    if statistics.sample is None or not statistics.sample.shape[1]:
+    return "\n".join([*lines, "", *_words(judged, now, expert_bytes, nearest, level)])
+
+
+def advice_words(
+    statistics: RoutingStatistics,
+    placements: Mapping[str, Placement],
+    node_of: Sequence[int] | Ints | None = None,
+    expert_bytes: int | None = None,
+    current: str | None = None,
+    nearest: bool = True,
+    level: str = "rank",
+) -> list[str]:
+    """The sentences of `advice` without its table: each placement's change and cost, what is assumed, the verdict."""
+    judged, now = _judged(statistics, placements, node_of, current, nearest)
+    return _words(judged, now, expert_bytes, nearest, level)
+
+
+def _judged(
+    statistics: RoutingStatistics,
+    placements: Mapping[str, Placement],
+    node_of: Sequence[int] | Ints | None,
+    current: str | None,
+    nearest: bool,
+) -> tuple[dict[str, Outlook], str]:
+    """The outlook of each placement, and the name of what runs now."""
+    if not placements:
+        raise PlacementError("advice: no placements to compare")
+    now = next(iter(placements)) if current is None else current
+    if now not in placements:
+        raise PlacementError(f"advice: current is {now!r}: allowed are {', '.join(placements)}")
+    judged = {
+        name: outlook(statistics, p, [0] * p.num_ranks if node_of is None else node_of, placements[now], nearest)
+        for name, p in placements.items()
+    }
+    return judged, now
+
+
+def _words(judged: Mapping[str, Outlook], now: str, expert_bytes: int | None, nearest: bool, level: str) -> list[str]:
+    lines = [_sentence(name, judged[now], judged[name], expert_bytes, level) for name in judged if name != now]
+    if judged[now].remote_nodes is None:
         lines.append("Remote nodes are unknown: only counts were recorded (SGLang: record in mode per_token).")
     if any(o.replica_slots for o in judged.values()):
         lines.append(f"Assumed: a token goes to {'its nearest replica' if nearest else 'any replica, near or far'}.")
-    lines.append(_verdict(now, judged))
-    return "\n".join(lines)
+    return [*lines, _verdict(now, judged, level)]
 
 
-def _sentence(name: str, now: Outlook, new: Outlook, expert_bytes: int | None) -> str:
+def _sentence(name: str, now: Outlook, new: Outlook, expert_bytes: int | None, level: str) -> str:
     """What one placement changes and costs."""
+    before, after = _evenness(now, level), _evenness(new, level)
     parts = [
-        f"the busiest rank has {1 / new.balancedness:.2f}x the mean load (now {1 / now.balancedness:.2f}x), so expert "
-        f"compute takes {_change(_ratio(now.balancedness, new.balancedness))}"
+        f"the busiest {level} has {1 / after:.2f}x the mean load (now {1 / before:.2f}x), so expert compute takes "
+        f"{_change(_ratio(before, after))}"
     ]
     if now.remote_nodes is not None and new.remote_nodes is not None:
         change = f", {_change(new.remote_nodes / now.remote_nodes)} on the slow links" if now.remote_nodes else ""
@@ -163,9 +193,9 @@ def _sentence(name: str, now: Outlook, new: Outlook, expert_bytes: int | None) -
     return f"{name}: {'; '.join(parts)}; {cost}."
 
 
-def _verdict(now: str, judged: Mapping[str, Outlook]) -> str:
+def _verdict(now: str, judged: Mapping[str, Outlook], level: str) -> str:
     """Change, stay, or the trade in between: which of compute and links bounds a step is not known here."""
-    gains = {name: _gains(judged[now], o) for name, o in judged.items() if name != now}
+    gains = {name: _gains(judged[now], o, level) for name, o in judged.items() if name != now}
     clear = [name for name, g in gains.items() if max(g) >= WORTH and min(g) >= -WORTH]
     if clear:
         best = max(clear, key=lambda name: max(gains[name]))
@@ -182,12 +212,16 @@ def _verdict(now: str, judged: Mapping[str, Outlook]) -> str:
     return f"Stay with {now}: nothing here gains {WORTH:.0%} or more, and less than that drift may take back."
 
 
-def _gains(now: Outlook, new: Outlook) -> tuple[float, float]:
+def _evenness(o: Outlook, level: str) -> float:
+    return o.node_balancedness if level == "node" else o.balancedness
+
+
+def _gains(now: Outlook, new: Outlook, level: str) -> tuple[float, float]:
     """Shares of expert compute and of slow-link traffic that are saved; negative where there is more."""
     links = 0.0
     if now.remote_nodes is not None and new.remote_nodes is not None:
         links = 1 - _ratio(new.remote_nodes, now.remote_nodes)
-    return 1 - _ratio(now.balancedness, new.balancedness), links
+    return 1 - _ratio(_evenness(now, level), _evenness(new, level)), links
 
 
 def _ratio(a: float, b: float) -> float:
@@ -199,7 +233,11 @@ def _change(ratio: float) -> str:
 
 
 def _amount(slots: int, expert_bytes: int | None) -> str:
-    return f"{slots} slots" if expert_bytes is None else f"{slots * expert_bytes / 1e9:.2f} GB"
+    if expert_bytes is None:
+        return f"{slots} slots"
+    size = slots * expert_bytes
+    unit, scale = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6)) if abs(size) >= s / 10 or not size), ("kB", 1e3))
+    return f"{size / scale:.2f} {unit}"
 
 
 def _row(*cells: str) -> str:

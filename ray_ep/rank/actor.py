@@ -15,10 +15,11 @@ import torch
 from transformers import PreTrainedConfig
 
 from ray_ep.collective import Group, SoloGroup, StagedGroup
+from ray_ep.collective.probe import measure
 from ray_ep.collective.ray_backend import join, leave, usable
 from ray_ep.config import from_dict
 from ray_ep.moe import Choice
-from ray_ep.placement import Placement, RoutingStatistics
+from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.rank.data import Corpus
 from ray_ep.rank.rank import Rank, StepResult
 
@@ -62,6 +63,10 @@ class RankActor:
             group: Group = join(f"{name}-{transport}", self.rank, self.size, epoch, timeout_s, transport)
             on_device = transport != "gloo" or self.device.type == "cpu"
             self.groups[transport] = group if on_device else StagedGroup(group)
+
+    def probe(self, node_of: np.ndarray, budget_s: float) -> Topology:
+        """`measure` on the joined group, the first of its transports (collective)."""
+        return measure(next(iter(self.groups.values())), node_of, budget_s, str(self.device))
 
     def build(
         self,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ray_ep.collective import from_torch
+from ray_ep.collective.group import SLICE
 from ray_ep.errors import GroupError
 
 
@@ -126,3 +127,35 @@ def test_an_exchange_that_ends_just_after_a_slice_of_waiting_is_no_failure(ranks
             assert x.tolist() == [1.0] * 4
 
     ranks(2, work)
+
+
+def test_a_message_of_a_late_peer_arrives_and_the_connection_lives_on(ranks):
+    """gloo closes a connection when a wait for one message runs out, so the wait must not be cut in slices."""
+
+    def work(group):
+        x = torch.full((3,), float(group.rank))
+        if group.rank == 0:
+            time.sleep(2.5 * SLICE.total_seconds())  # the receiver would have looked up from its wait twice
+            group.send(x, 1)
+            time.sleep(2.5 * SLICE.total_seconds())
+            group.receive(x, 1)
+        else:
+            y = torch.empty(3)
+            group.receive(y, 0)
+            assert y.tolist() == [0.0] * 3
+            group.send(x, 0)
+        group.all_reduce(x)
+        return x.tolist()
+
+    assert ranks(2, work) == [[2.0] * 3] * 2
+
+
+def test_a_message_that_never_comes_ends_in_an_error_after_its_limit(ranks):
+    def work(group):
+        if group.rank == 0:
+            with pytest.raises(GroupError, match="rank 0: a peer of epoch 0 is gone"):
+                group.receive(torch.empty(1), 1, 0.3)
+            with pytest.raises(GroupError, match="closed or aborted"):
+                group.barrier()
+
+    ranks(2, work, groups={})

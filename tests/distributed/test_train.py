@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ray_ep.placement import Topology
+
 KEYS = {
     "step", "loss", "grad_norm", "lr", "tokens", "step_seconds", "tokens_per_second", "exchange_seconds",
     "expert_seconds", "bytes_intra_node", "bytes_inter_node", "balancedness", "world_size", "epoch",
@@ -21,13 +23,15 @@ FILES = {
 }  # fmt: skip
 
 IN_ONE_PROCESS = """
-import json, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 import ray
 given = {"GIVEN": "kept", "MALLOC_TRIM_THRESHOLD_": "7000000"}
 ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": given})
 import ray_ep
-from ray_ep.errors import CheckpointError
+from ray_ep.driver.cluster import Ranks
+from ray_ep.driver.probe import measured
+from ray_ep.errors import CheckpointError, RankError
 
 tiny = json.loads(sys.argv[1])
 def train(*overrides):
@@ -46,11 +50,25 @@ try:
 except CheckpointError as e:
     status["damaged"] = str(e)
 
-from ray_ep.driver.cluster import Ranks
 ranks = Ranks(ray_ep.load_config(None, ["cluster.ranks=1", "cluster.cpus_per_rank=0.5"]).cluster, "one", True, bool)
 environ = Path(f"/proc/{ranks.where[0]['pid']}/environ").read_text().split(chr(0))
 status["environ"] = dict(line.split("=", 1) for line in environ if line.startswith(("GIVEN", "MALLOC", "TORCH_NCCL")))
 ranks.kill()
+three = ["cluster.ranks=3", "cluster.cpus_per_rank=0.5", "cluster.collective_timeout_s=5"]
+cfg = ray_ep.load_config(None, three).cluster
+ranks = Ranks(cfg, "three", False, lambda: False)
+try:
+    ranks.call("join", ranks.name, 0, cfg.collective_timeout_s, ["gloo"])
+    status["probe"] = measured(ranks, 1.0).to_json()
+    os.kill(ranks.where[1]["pid"], signal.SIGSTOP)
+    try:
+        measured(ranks, 1.0)
+    except RankError as e:
+        status["stopped"] = e.rank, str(e)
+    finally:
+        os.kill(ranks.where[1]["pid"], signal.SIGCONT)
+finally:
+    ranks.kill()
 
 @ray.remote
 def alive():
@@ -79,7 +97,7 @@ def run(shared):
 def one_process(shared):
     """What a Python program that had its own Ray says after several runs in it."""
     command = shared.start("python", "-c", IN_ONE_PROCESS, json.dumps(shared.tiny()))
-    assert command.wait(150) == 0, command.err
+    assert command.wait(200) == 0, command.err
     return json.loads(command.out.splitlines()[-1])
 
 
@@ -158,6 +176,29 @@ def test_statistics_and_provenance_count_every_token(run):
     assert np.array_equal(provenance["ranks"], provenance["experts"] // 4)  # contiguous: four experts a rank
 
 
+def test_every_run_measures_its_links_and_shows_them(run, lines):
+    topology = Topology.from_json((run[1] / "topology.json").read_text())
+    assert topology.measured[0, 1]
+    assert topology.measured[1, 0]
+    assert (topology.bandwidth[[0, 1], [1, 0]] > 1e6).all()
+    assert "<h2>Links</h2>" in (run[1] / "report.html").read_text()
+    assert "rank 0 to 1, in node 0" in (run[1] / "report.html").read_text()
+
+
+def test_a_probe_without_a_model_measures_every_link(one_process):
+    topology = Topology.from_json(one_process["probe"])
+    off = ~np.eye(3, dtype=bool)
+    assert topology.measured[off].all()
+    assert (topology.bandwidth[off] > 1e6).all()
+    assert topology.node_of.tolist() == [0, 0, 0]
+
+
+def test_a_rank_that_is_unreachable_while_probing_is_named(one_process):
+    rank, words = one_process["stopped"]
+    assert rank == 1
+    assert words.startswith("rank 1 was unreachable while probing the links:")
+
+
 def losses(shared, lines, name):
     return {m["step"]: (m["loss"], m["grad_norm"]) for m in lines(shared.path / name / "metrics.jsonl")}
 
@@ -223,6 +264,18 @@ def cluster(shared):
             "driver": f"127.0.0.1:{numbers['port']}",
         }
         head.end()
+
+
+def test_the_probe_command_joins_a_cluster_and_writes_what_it_measured(cluster, shared):
+    command = shared.start(
+        "ray-ep", "probe", "--budget=1", "--out=links.json", "cluster.cpus_per_rank=0.5",
+        RAY_ADDRESS=cluster["driver"], **AUTH,
+    )  # fmt: skip
+    assert command.wait(90) == 0, command.err
+    assert command.out.startswith("2 ranks on 1 node(s)\nlink")
+    assert re.search(r"^rank 1 to 0, in node 0 +1 +[\d.]+ [kMG]B/s", command.out, re.M)
+    assert Topology.from_json((shared.path / "links.json").read_text()).measured[1, 0]
+    assert command.left() == {}
 
 
 @pytest.fixture(scope="module")

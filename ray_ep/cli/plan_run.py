@@ -1,0 +1,215 @@
+"""What `ray-ep plan` does with its arguments: read, plan, compare, write; and its answer as text and as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ray_ep.cli import plan_inputs
+from ray_ep.cli.engines import write_placement
+from ray_ep.cli.table import table
+from ray_ep.errors import BadInput, PlacementError
+from ray_ep.placement.advice import advice_words
+from ray_ep.placement.compare import PLAN, Candidate, Case, candidates, compare, pays_back
+from ray_ep.placement.cost import Prediction
+from ray_ep.placement.engines import Recorded
+
+HEAD = ("placement", "step", "of now", "compute", "traffic", "ranks", "nodes", "remote", "moved", "bytes", "pays back")
+LEGEND = (
+    "ranks, nodes: balancedness, mean / max load (1 is even); remote: other nodes that a token visits a layer; "
+    "moved: slots with another expert than now"
+)
+NEAREST = ("ray_ep", "tensorrt-llm")
+"""Engines whose tokens go to the nearest replica."""
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """Everything that is said of one plan.
+
+    Args:
+        now: name of the candidate that the others are compared with.
+        words: the advice, a sentence each. notes: what was read and assumed.
+        written: the plan's file; None: nowhere.
+    """
+
+    case: Case
+    recorded: Recorded
+    costs: plan_inputs.Costs
+    now: str
+    found: tuple[Candidate, ...]
+    words: tuple[str, ...]
+    notes: tuple[str, ...]
+    written: str | None
+
+
+def planned(path: Path, options: dict[str, Any]) -> Planned:
+    """Read what the options name, plan, compare, and write the plan where they say.
+
+    Raises:
+        BadInput: something given is wrong; nothing was written.
+    """
+    run = plan_inputs.run_of(path)
+    recorded = plan_inputs.read_recorded(path, options["experts"])
+    engine = options["engine"] or (recorded.engine if recorded.engine != "vllm" else "ray_ep")
+    out: Path | None = options["out"]
+    if out is None and options["engine"] is not None:
+        raise BadInput(f"--engine {engine}: give --out FILE, too")
+    topology, speed = plan_inputs.read_topology(options["topology"], run)
+    ranks = topology.num_ranks
+    current = plan_inputs.read_current(options["current"], run, ranks, recorded)
+    costs = plan_inputs.read_costs(options["costs"], run, recorded, ranks, speed)
+    slots = plan_inputs.slots_of(options["slots"], current, ranks)
+    level = options["level"] or ("node" if recorded.engine == engine == "ray_ep" else "rank")
+    case = Case(recorded.statistics, topology, slots, level, options["horizon"], costs.figures, options["seed"])
+    placements = candidates(case, current)
+    now = next(iter(placements))
+    found = tuple(compare(case, placements, now))
+    told = {name: placements[name] for name in dict.fromkeys((now, "load-only", PLAN))}
+    size = round(costs.figures.expert_bytes) if costs.sized else None
+    nearest = recorded.engine in NEAREST and engine in NEAREST
+    words = advice_words(recorded.statistics, told, topology.node_of, size, now, nearest, level)
+    if out is not None:
+        write_placement(placements[PLAN], engine, out, recorded.layer_ids, recorded.num_layers)
+    return Planned(
+        case, recorded, costs, now, found, (_move(found, now, case), *words), _notes(recorded, case, costs),
+        None if out is None else f"{out} ({engine})",
+    )  # fmt: skip
+
+
+def _notes(recorded: Recorded, case: Case, costs: plan_inputs.Costs) -> tuple[str, ...]:
+    """What was read and assumed."""
+    topology, (layers, experts) = case.topology, case.statistics.load.shape
+    slots = "as many slots as experts" if case.slots is None else f"{case.slots} slots a rank"
+    sample = case.statistics.sample
+    tokens = 0 if sample is None else sample.shape[1]
+    notes = [
+        f"{layers} layers x {experts} experts on {topology.num_ranks} ranks of {len(np.unique(topology.node_of))} "
+        f"node(s), {slots}; level {case.level}; recorded by {recorded.engine}, {tokens} sampled tokens",
+        f"costs: {costs.source}",
+        *recorded.notes,
+    ]
+    known = topology.bandwidth[~np.eye(topology.num_ranks, dtype=bool)]
+    if len(known) and not np.isfinite(known).all():
+        notes.append("links are not all measured: those count as infinitely fast (ray-ep probe measures them)")
+    return tuple(notes)
+
+
+def _move(found: tuple[Candidate, ...], now: str, case: Case) -> str:
+    """The planner's own word: stay, or what moves and when that has paid back."""
+    by_name = {c.name: c for c in found}
+    old, new = by_name[now].prediction, by_name[PLAN].prediction
+    moving = by_name[PLAN].moving
+    if moving is None or not (moving.replicas or moving.primaries):
+        return f"stay with {now}: no move wins back its price within {case.horizon_steps:g} steps"
+    steps = pays_back(moving, old, new)
+    what = f"{moving.replicas} experts ({_bytes(by_name[PLAN].moving_bytes)})"
+    then = (
+        f"predicted step {_seconds(old.step_seconds)} -> {_seconds(new.step_seconds)}, costs {_seconds(moving.seconds)}"
+    )
+    if steps > case.horizon_steps:
+        return f"stay with {now}: to move {what} does not pay back within {case.horizon_steps:g} steps: {then}"
+    return f"move {what}: {then}, pays back in {steps:.3g} steps"
+
+
+def text(planned: Planned) -> str:
+    """For the terminal: notes, the table, the advice."""
+    by_name = {c.name: c for c in planned.found}
+    old = by_name[planned.now].prediction
+    rows = [_row(c, old) for c in planned.found]
+    lines = [*planned.notes, "", table(HEAD, rows), LEGEND, "", *planned.words]
+    return "\n".join([*lines, f"written: {planned.written}"] if planned.written else lines)
+
+
+def _row(c: Candidate, old: Prediction) -> tuple[str, ...]:
+    p = c.prediction
+    of_now = p.step_seconds / old.step_seconds if old.step_seconds else 1.0
+    moved = ("-", "-", "-")
+    if c.moving is not None and not c.moving.replicas and not c.moving.primaries:
+        moved = ("0", "0 B", "-")
+    elif c.moving is not None:
+        steps = pays_back(c.moving, old, p)
+        moved = (
+            str(c.moving.replicas),
+            _bytes(c.moving_bytes),
+            f"{steps:.3g} steps" if np.isfinite(steps) else "never",
+        )
+    return (
+        c.name, _seconds(p.step_seconds), f"{of_now:.2f}", _seconds(float(p.compute.sum())),
+        _seconds(float(p.traffic.sum())), f"{p.balancedness:.3f}", f"{p.node_balancedness:.3f}",
+        f"{float(np.mean(p.remote_nodes)):.2f}", *moved,
+    )  # fmt: skip
+
+
+def tree(planned: Planned) -> dict[str, Any]:
+    """For --json: SI units."""
+    case = planned.case
+    by_name = {c.name: c for c in planned.found}
+    old = by_name[planned.now].prediction
+    return {
+        "layers": case.statistics.load.shape[0],
+        "experts": case.statistics.load.shape[1],
+        "ranks": case.topology.num_ranks,
+        "nodes": len(np.unique(case.topology.node_of)),
+        "level": case.level,
+        "engine": planned.recorded.engine,
+        "compared_with": planned.now,
+        "placements": [_figures(c, old) for c in planned.found],
+        "advice": list(planned.words),
+        "notes": list(planned.notes),
+        "written": planned.written,
+    }
+
+
+def _figures(c: Candidate, old: Prediction) -> dict[str, Any]:
+    p = c.prediction
+    steps = None if c.moving is None else pays_back(c.moving, old, p)
+    return {
+        "name": c.name,
+        "step_seconds": p.step_seconds,
+        "compute_seconds": float(p.compute.sum()),
+        "traffic_seconds": float(p.traffic.sum()),
+        "balancedness": p.balancedness,
+        "node_balancedness": p.node_balancedness,
+        "remote_nodes": float(np.mean(p.remote_nodes)),
+        "moved_slots": None if c.moving is None else c.moving.replicas,
+        "moved_owners": None if c.moving is None else c.moving.primaries,
+        "migration_bytes": c.moving_bytes,
+        "migration_seconds": 0.0 if c.moving is None else c.moving.seconds,
+        "pays_back_steps": steps if steps is not None and np.isfinite(steps) else None,
+    }
+
+
+def draw(planned: Planned, html: Path | None, plots: Path | None) -> None:
+    """Write the page, the heat maps, or both; raises PlacementError where a path cannot be written."""
+    from ray_ep.observe.plan_page import figures, page
+
+    maps = figures(planned.case, planned.found, planned.now)
+    try:
+        if plots is not None:
+            plots.mkdir(parents=True, exist_ok=True)
+            for name, _, svg in maps:
+                (plots / f"{name}.svg").write_text(svg, encoding="utf-8")
+        if html is not None:
+            by_name = {c.name: c for c in planned.found}
+            rows = [_row(c, by_name[planned.now].prediction) for c in planned.found]
+            html.write_text(page(planned.notes, (HEAD, *rows), LEGEND, planned.words, maps), encoding="utf-8")
+    except OSError as e:
+        raise PlacementError(f"{e.filename}: {e.strerror or e}") from None
+
+
+def _seconds(value: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}" if value < 1000 * size else f"{value / size:,.0f} {unit}"
+    return f"{1e6 * value:.2g} us"
+
+
+def _bytes(value: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.0f} B"

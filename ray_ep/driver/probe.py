@@ -1,0 +1,52 @@
+"""Measuring the links of a cluster: ranks without a model, formed for it and taken away again, or those of a run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from ray_ep.config.schema import Config
+from ray_ep.driver.cluster import Ranks, connected, transports
+from ray_ep.errors import ConfigError
+from ray_ep.placement import Topology
+from ray_ep.placement.groups import best_of, contradictions
+
+
+def measured(ranks: Ranks, budget_s: float) -> Topology:
+    """Links between ranks that have joined their group and are not computing.
+
+    Where they contradict what Ray says of the nodes they are measured once more, for a busy machine can do that too.
+
+    Raises:
+        RankError: a rank died or was unreachable while probing, which names it; the group is then unusable.
+    """
+    node_of = ranks.topology().node_of
+    topology: Topology = ranks.call("probe", node_of, budget_s)[0]
+    if contradictions(topology):
+        topology = best_of(topology, ranks.call("probe", node_of, budget_s)[0])
+    return topology
+
+
+def probe_cluster(cfg: Config, budget_s: float, interrupted: Callable[[], bool]) -> Topology:
+    """Start or join Ray as a run does, place the ranks, measure the links between them, and leave nothing behind.
+
+    Args:
+        cfg: `cluster` is read.
+        budget_s: about how long the measuring may take.
+        interrupted: asked while the cluster places the ranks.
+
+    Raises:
+        ConfigError: fewer than two ranks have no link.
+        ClusterError: the cluster has no room for the ranks.
+        RankError: a rank died or was unreachable while probing.
+    """
+    if cfg.cluster.ranks < 2:
+        raise ConfigError(f"cluster.ranks={cfg.cluster.ranks}: links are between ranks, so at least 2 are needed")
+    with connected(cfg.cluster) as local:
+        ranks = Ranks(cfg.cluster, f"ray_ep-probe-{time.time_ns() % 10**9}", local, interrupted)
+        try:
+            ways = transports(cfg.exchange.transport, ranks.device, ranks.call("transports"))[:1]
+            ranks.call("join", ranks.name, 0, cfg.cluster.collective_timeout_s, ways)
+            return measured(ranks, budget_s)
+        finally:
+            ranks.kill()

@@ -1,0 +1,112 @@
+"""Placements side by side under one routing and one cluster: predicted times, balance, traffic, what moves. Pure NumPy.
+
+L layers, R ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ray_ep.errors import PlacementError
+from ray_ep.placement.baselines import contiguous, random
+from ray_ep.placement.cost import Migration, Prediction, StepCosts, dispatch_layer, migration, predict, token_sets
+from ray_ep.placement.eplb import load_only
+from ray_ep.placement.placement import Floats, Placement
+from ray_ep.placement.planner import plan
+from ray_ep.placement.statistics import RoutingStatistics
+from ray_ep.placement.topology import Topology
+
+PLAN, CURRENT = "plan", "current"
+"""Names of the two candidates that the others are compared with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is planned for.
+
+    Args:
+        slots: of a rank and layer, one number or one per rank; None: just enough for every expert.
+        level: node or rank, what must be even; see `plan`.
+    """
+
+    statistics: RoutingStatistics
+    topology: Topology
+    slots: int | Sequence[int] | None
+    level: str
+    horizon_steps: float
+    costs: StepCosts
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One placement and what is predicted of it; `moving` from what it is compared with, None for that itself."""
+
+    name: str
+    placement: Placement
+    prediction: Prediction
+    moving: Migration | None
+    moving_bytes: float
+
+
+def candidates(case: Case, current: Placement | None) -> dict[str, Placement]:
+    """The current placement (if any), contiguous, random, load-only (EPLB's kind) and the plan, by name.
+
+    Raises:
+        PlacementError: see `plan`.
+    """
+    layers, experts = case.statistics.load.shape
+    ranks = case.topology.num_ranks
+    found = {} if current is None else {CURRENT: current}
+    found["contiguous"] = contiguous(layers, experts, ranks, case.slots)
+    found["random"] = random(layers, experts, ranks, case.slots, case.seed)
+    found["load-only"] = load_only(case.statistics.load, ranks, case.slots, case.topology.node_of)
+    found[PLAN] = plan(
+        case.statistics, case.topology, case.slots, current, case.horizon_steps, case.level, case.seed, case.costs
+    )
+    return found
+
+
+def compare(case: Case, placements: Mapping[str, Placement], now: str) -> list[Candidate]:
+    """Predict each of the placements, and the move to it from the one named `now`.
+
+    Raises:
+        PlacementError: a name that is not there, placements that do not fit the case.
+    """
+    if now not in placements:
+        raise PlacementError(f"compare: no placement {now!r}: allowed are {', '.join(placements)}")
+    found = []
+    for name, placement in placements.items():
+        prediction = predict(placement, case.statistics, case.topology, case.costs, case.level)
+        moving = None if name == now else migration(placements[now], placement, case.topology, case.costs)
+        size = 0.0 if moving is None else moving_bytes(moving, case.costs)
+        found.append(Candidate(name, placement, prediction, moving, size))
+    return found
+
+
+def moving_bytes(moving: Migration, costs: StepCosts) -> float:
+    """Weights of arriving replicas and optimizer state of changed owners."""
+    return moving.replicas * costs.expert_bytes + moving.primaries * costs.optimizer_bytes
+
+
+def pays_back(moving: Migration, now: Prediction, new: Prediction) -> float:
+    """Steps after which the time that a move takes is won back; inf where nothing is gained."""
+    gain = now.step_seconds - new.step_seconds
+    return moving.seconds / gain if gain > 0 else float("inf")
+
+
+def link_bytes(case: Case, placement: Placement) -> Floats:
+    """[R, R] bytes that a rank (row) sends to another in a step's dispatches, all layers, one copy a destination rank;
+
+    the results take the same way back.
+    """
+    node_of = np.unique(case.topology.node_of, return_inverse=True)[1].astype(np.int64)
+    sets = token_sets(case.statistics)
+    total = np.zeros((placement.num_ranks, placement.num_ranks))
+    for layer in range(placement.num_layers):
+        total += dispatch_layer(placement, layer, sets[layer], node_of)[1][0]
+    np.fill_diagonal(total, 0.0)
+    return total * case.costs.tokens_per_rank * case.costs.token_bytes
