@@ -3,6 +3,7 @@
 from ray_ep.moe.balance import router_losses, update_bias
 from ray_ep.moe.choose import Choice, choose
 from ray_ep.moe.exchange import PHASES
+from ray_ep.moe.migrate import Moved, OwnedState, apply_placement
 from ray_ep.moe.parallelize import ExpertParallel, find_experts, parallelize
 from ray_ep.moe.ways import KINDS
 
@@ -11,6 +12,9 @@ __all__ = [
     "PHASES",
     "Choice",
     "ExpertParallel",
+    "Moved",
+    "OwnedState",
+    "apply_placement",
     "choose",
     "find_experts",
     "parallelize",
