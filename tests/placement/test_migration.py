@@ -4,12 +4,14 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_ep.errors import PlacementError
 from ray_ep.placement import Move, Placement, StepCosts, Topology, contiguous, migration, moves, random
 from ray_ep.placement.migration import Part, rounds
+
+SETTINGS = settings(deadline=None, max_examples=60)
 
 
 @st.composite
@@ -32,6 +34,7 @@ def holdings(p):
     return {(i, e, r) for i in range(p.num_layers) for r in range(p.num_ranks) for e in p.experts_of(i, r)}
 
 
+@SETTINGS
 @given(two_placements())
 def test_moves_are_the_difference_and_come_from_ranks_that_have_what_they_send(pair):
     old, new = pair
@@ -49,6 +52,7 @@ def test_moves_are_the_difference_and_come_from_ranks_that_have_what_they_send(p
     assert found == moves(old, new), "the same on every rank"
 
 
+@SETTINGS
 @given(two_placements())
 def test_the_way_to_the_same_placement_is_empty(pair):
     assert moves(pair[0], pair[0]) == []
@@ -85,6 +89,7 @@ def test_a_replica_comes_from_the_nearest_holder_and_equally_near_ones_take_turn
     assert sources == {0: 2, 1: 2, 2: 2}
 
 
+@SETTINGS
 @given(two_placements(), st.integers(1, 400), st.data())
 def test_rounds_carry_every_byte_once_in_order_and_keep_within_the_buffer(pair, buffer, data):
     found, ranks = moves(*pair), pair[0].num_ranks
@@ -112,6 +117,7 @@ def test_rounds_by_hand():
     assert rounds(ways, [10, 4, 6], 3, 8) == [[Part(0, 0, 8)], [Part(2, 0, 6), Part(0, 8, 10), Part(1, 0, 4)]]
 
 
+@SETTINGS
 @given(two_placements(), st.integers(1, 100), st.integers(0, 1000))
 def test_the_price_is_that_of_the_moves(pair, weights, optimizer):
     old, new = pair
