@@ -87,7 +87,8 @@ def apply_placement(
     failed. One moment is beyond that: a group that dies in the very last agreement may leave some ranks with the new
     placement; `model.ray_ep.placement.version` tells which, and the next call refuses to go on from there.
 
-    Beside the model, memory is needed for the experts that arrive, twice `buffer_mb`, and one layer.
+    Beside the model, memory is needed for the experts that arrive and twice `buffer_mb`, which is taken before anything
+    moves, and for one layer at a time in the end: a rank that has no room for that raises torch's error and is lost.
 
     Args:
         node_of: [R] node of each rank; None: as it was.
@@ -107,14 +108,14 @@ def apply_placement(
     shipment, problem = None, _problem(ep, placement, node_of, buffer_mb, state)
     if problem is None:
         try:
-            shipment = Shipment(ep, placement, node_of, int(buffer_mb * MIB), state)
+            shipment = Shipment(ep, placement, node_of, int(buffer_mb * MIB), state, device)
         except (MemoryError, torch.OutOfMemoryError) as e:
             problem = PlacementError(f"rank {ep.group.rank} has no memory for the experts that arrive: {e}")
     _agree(ep.group, _digest(ep, placement, node_of, buffer_mb, state), problem, device)
     assert shipment is not None
     sent = received = 0
     for parts in shipment.rounds:
-        out, into = shipment.exchange(ep.group, parts, device)
+        out, into = shipment.exchange(ep.group, parts)
         sent, received = sent + out, received + into
     _agree(ep.group, 0, None, device)  # the last word: now everybody has everything
     for index in range(len(ep.layers)):
@@ -137,13 +138,14 @@ class Shipment:
         node_of: np.ndarray | None,
         buffer_bytes: int,
         state: OwnedState | None,
+        device: torch.device,
     ):
         self.ep, self.placement, self.state = ep, placement, state
         nodes = np.zeros(ep.group.size) if node_of is None else node_of
         self.kinds = [state.kinds_of(i) if state else {} for i in range(len(ep.layers))]
         self.moves = moves(ep.placement, placement, nodes[:, None] != nodes[None])
-        sizes = [sum(prod(s) * d.itemsize for s, d in self._payload(m).values()) for m in self.moves]
-        self.rounds = rounds(self.moves, sizes, ep.group.size, buffer_bytes)
+        payload = [sum(prod(s) * d.itemsize for s, d in self._payload(m).values()) for m in self.moves]
+        self.rounds = rounds(self.moves, payload, ep.group.size, buffer_bytes)
         self.arriving: dict[int, Rows] = {}  # by number of the move
         for i, m in enumerate(self.moves):
             if m.target == ep.group.rank:
@@ -151,21 +153,16 @@ class Shipment:
                 self.arriving[i] = {
                     n: torch.empty(s, dtype=d, device=like[n].device) for n, (s, d) in self._payload(m).items()
                 }
+        # One send and one receive buffer for all rounds: no round allocates, so none fails for want of memory.
+        sizes = [self._sizes(parts) for parts in self.rounds]
+        most_out, most_in = (max((sum(s[side]) for s in sizes), default=0) for side in (0, 1))
+        self._out = torch.empty(most_out, dtype=torch.uint8, device=device)
+        self._into = torch.empty(most_in, dtype=torch.uint8, device=device)
 
-    def exchange(self, group: Group, parts: list[Part], device: torch.device) -> tuple[int, int]:
+    def exchange(self, group: Group, parts: list[Part]) -> tuple[int, int]:
         """One round (collective); returns bytes sent and received by this rank."""
-        me = group.rank
-        going: list[list[Part]] = [[] for _ in range(group.size)]
-        coming: list[list[Part]] = [[] for _ in range(group.size)]
-        for part in parts:
-            move = self.moves[part.move]
-            if move.source == me:
-                going[move.target].append(part)
-            elif move.target == me:
-                coming[move.source].append(part)
-        sizes_out, sizes_in = ([sum(p.stop - p.start for p in x) for x in side] for side in (going, coming))
-        out = torch.empty(sum(sizes_out), dtype=torch.uint8, device=device)
-        into = torch.empty(sum(sizes_in), dtype=torch.uint8, device=device)
+        (going, coming), (sizes_out, sizes_in) = self._sides(parts), self._sizes(parts)
+        out, into = self._out[: sum(sizes_out)], self._into[: sum(sizes_in)]
         _copy(_pieces(out), (x for side in going for p in side for x in self._outgoing(p)))
         group.all_to_all(into, out, sizes_in, sizes_out)
         group.wait()
@@ -196,6 +193,24 @@ class Shipment:
             self.state.take(index, owned, {e: rows for e, (m, rows) in arrived.items() if m.state})
         module: Any = ep.modules[index]
         module.num_experts, module.ray_ep_rows = len(experts), list(experts)
+
+    def _sides(self, parts: list[Part]) -> tuple[list[list[Part]], list[list[Part]]]:
+        """Parts of a round that this rank sends to each rank, and gets from each; both ends have them in one order."""
+        rank, size = self.ep.group.rank, self.ep.group.size
+        going: list[list[Part]] = [[] for _ in range(size)]
+        coming: list[list[Part]] = [[] for _ in range(size)]
+        for part in parts:
+            move = self.moves[part.move]
+            if move.source == rank:
+                going[move.target].append(part)
+            elif move.target == rank:
+                coming[move.source].append(part)
+        return going, coming
+
+    def _sizes(self, parts: list[Part]) -> tuple[list[int], list[int]]:
+        """Bytes of a round that go to each rank, and come from each."""
+        going, coming = ([sum(p.stop - p.start for p in x) for x in side] for side in self._sides(parts))
+        return going, coming
 
     def _payload(self, move: Move) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of what travels, by parameter: with a master the compute weight need not."""
