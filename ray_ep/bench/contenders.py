@@ -65,7 +65,9 @@ def tokens(work: Work, rank: int, dtype: torch.dtype, backward: bool) -> torch.T
     return x.requires_grad_(backward)
 
 
-def _steps(module: torch.nn.Module, x: torch.Tensor, backward: bool) -> Step:
+def steps(module: torch.nn.Module, x: torch.Tensor, backward: bool) -> Step:
+    """One call of a block on x [1, T, H], with its gradients dropped afterwards."""
+
     def step() -> None:
         with torch.set_grad_enabled(backward):
             y = module(x)
@@ -87,7 +89,7 @@ def ours(work: Work, group: Group, dtype: torch.dtype, backward: bool) -> tuple[
     x = tokens(work, group.rank, dtype, backward)
     packed = contextlib.nullcontext() if backward else module.ray_ep.inference()  # weights stay as they are: pack once
     packed.__enter__()
-    step, layer = _steps(module, x, backward), module.ray_ep.layers[0]
+    step, layer = steps(module, x, backward), module.ray_ep.layers[0]
     layer.capture = True
     step()
     choose(module.ray_ep, layer.captured, 0, {"gloo": group}, backward=backward)  # as a run does at its start
@@ -109,7 +111,7 @@ def transformers(work: Work, group: Group, dtype: torch.dtype, backward: bool) -
     mesh = init_device_mesh("cpu", (group.size, 1), mesh_dim_names=("ep", "tp"))
     exchange = AllToAllEP(experts, mesh["ep"], mesh["tp"])
     experts.forward = lambda *args: exchange(*args)
-    return _steps(module, tokens(work, group.rank, dtype, backward), backward), module
+    return steps(module, tokens(work, group.rank, dtype, backward), backward), module
 
 
 def deepspeed(work: Work, group: Group, dtype: torch.dtype, backward: bool) -> tuple[Step, Any]:
@@ -131,7 +133,7 @@ def deepspeed(work: Work, group: Group, dtype: torch.dtype, backward: bool) -> t
     options = {"num_experts": work.experts, "ep_size": group.size, "k": work.top_k, "use_rts": False}
     module = MoE(work.hidden, SwiGLU(), capacity_factor=1.25, drop_tokens=True, **options).to(dtype)
     module.set_deepspeed_parallelism()
-    return _steps(module, tokens(work, group.rank, dtype, backward), backward), module
+    return steps(module, tokens(work, group.rank, dtype, backward), backward), module
 
 
 def floor(work: Work, group: Group, dtype: torch.dtype) -> Callable[[], float]:

@@ -21,11 +21,9 @@ import torch.multiprocessing as mp
 
 from ray_ep.bench.contenders import PEERS, WORKS, floor
 from ray_ep.collective import from_torch
+from ray_ep.config.process import ALLOCATOR
 from ray_ep.errors import BadInput
 from ray_ep.moe import PHASES
-
-TUNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
-"""glibc keeps freed memory instead of giving it back and faulting it in again."""
 
 WARM = 2
 """Rounds that are not counted."""
@@ -111,7 +109,7 @@ def _spawn(case: Case, names: list[str]) -> Any:
     queue = context.SimpleQueue()
     kept = dict(os.environ)
     os.environ.update({"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"})
-    os.environ.update(TUNED if case.malloc == "tuned" else {})
+    os.environ.update(ALLOCATOR if case.malloc == "tuned" else {})
     try:
         with tempfile.TemporaryDirectory() as tmp:
             mp.spawn(_rank, (case, names, f"file://{tmp}/store", queue), nprocs=case.ranks)

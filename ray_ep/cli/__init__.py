@@ -9,10 +9,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+from typing import TYPE_CHECKING
 
 import click
 
 import ray_ep
+
+if TYPE_CHECKING:
+    from ray_ep.bench.layer import Case
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -107,14 +111,17 @@ def bench() -> None:
 @click.option("--work", "works", default="A", show_default=True, help="A, B, C or several, such as A,B.")
 @click.option("--dtype", "dtypes", default="float32,bfloat16", show_default=True, help="One or several.")
 @click.option("--pass", "passes", default="forward,both", show_default=True, help="forward, both (with backward).")
-@click.option("--ranks", default="2", show_default=True, help="One or several, such as 2,4.")
+@click.option("--ranks", help="One or several, such as 2,4; 2 if not given, on a GPU 1.")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where ranks compute."
+)
 @click.option("--malloc", default="default,tuned", show_default=True, help="glibc as it comes, or keeping memory.")
 @click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="Interleaved rounds to count.")
 @click.option("--peers", help="Peers to compare with, such as transformers; all that are installed if not given.")
 @click.option("--memory", is_flag=True, help="Also peak memory of each, in processes of its own.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON line a row.")
-def bench_layer(peers: str | None, memory: bool, as_json: bool, rounds: int, **lists: str) -> None:
-    """The MoE layer against its peers and against the GEMM floor.
+def bench_layer(device: str, peers: str | None, memory: bool, as_json: bool, rounds: int, **lists: str | None) -> None:
+    """The MoE layer against its peers and against the GEMM floor; on a GPU one rank, against plain transformers.
 
     \b
     Works (tokens of a rank, hidden, ffn, experts, top_k):
@@ -124,9 +131,30 @@ def bench_layer(peers: str | None, memory: bool, as_json: bool, rounds: int, **l
     from ray_ep.bench.table import cases, line, title
 
     chosen = None if peers is None else [p for p in peers.split(",") if p]
-    rows = cases(rounds, **{k: v.split(",") for k, v in lists.items()})
+    lists["ranks"] = lists["ranks"] or ("1" if device == "cuda" else "2")
+    rows = cases(rounds, **{k: v.split(",") for k, v in lists.items() if v is not None})
+    if device == "cuda":
+        _bench_on_device(rows, peers, memory, as_json)
+        return
     if not as_json:
         click.echo(title())
     for case in rows:
         result = run(case, chosen, memory)
         click.echo(json.dumps(result.to_dict()) if as_json else line(result))
+
+
+def _bench_on_device(rows: list[Case], peers: str | None, memory: bool, as_json: bool) -> None:
+    from ray_ep.bench.device import TITLE, run_on_device
+    from ray_ep.errors import BadInput
+
+    if peers or memory or any(case.ranks != 1 for case in rows):
+        raise BadInput(
+            "bench layer --device cuda: one rank on one GPU, its peak memory included: --ranks=1, no --peers"
+        )
+    wanted = dict.fromkeys((c.work, c.dtype, c.backward, c.rounds) for c in rows)  # malloc is the CPU's affair
+    for number, case in enumerate(wanted):
+        results = run_on_device(*case)
+        if not as_json and not number:
+            click.echo(f"{results[0].device}\n{TITLE}")
+        for result in results:
+            click.echo(json.dumps(result.to_dict()) if as_json else result.line())

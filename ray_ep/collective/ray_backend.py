@@ -175,6 +175,11 @@ def join(
     return group
 
 
+def usable() -> list[str]:
+    """Backends that this process could use."""
+    return [name for name, ours in BACKENDS.items() if ours.check_backend_availability()]
+
+
 def leave(name: str) -> None:
     """Destroy this process's membership of a named group; not collective."""
     if collective.is_group_initialized(name):

@@ -98,6 +98,24 @@ def check(cfg: DictConfig) -> None:
         )
     if cfg.data.files and cfg.data.dataset:
         raise ConfigError("data.files and data.dataset are both set: give one of them")
+    _check_exchange(cfg)
+
+
+def _check_exchange(cfg: DictConfig) -> None:
+    exchange, cluster = cfg.exchange, cfg.cluster
+    if exchange.transport in ("nccl", "torch_nccl") and cluster.device == "cpu":
+        raise ConfigError(
+            f"exchange.transport={exchange.transport!r} moves tensors between GPUs; with cluster.device='cpu' allowed "
+            "are auto, gloo"
+        )
+    passes = [cfg.batch.sequences // cfg.batch.accumulation, cfg.eval.sequences if cfg.eval.every else 0]
+    tokens = -(-max(passes) // cluster.ranks) * cfg.batch.length
+    most = -(-tokens // exchange.chunks)
+    if exchange.tokens and exchange.tokens < most:
+        raise ConfigError(
+            f"exchange.tokens={exchange.tokens}: a rank has up to {most} tokens in one pass (batch.sequences, "
+            f"batch.length, eval.sequences, exchange.chunks): give at least {most}, or 0"
+        )
 
 
 _AT_LEAST: dict[str, float] = {
@@ -124,6 +142,10 @@ _AT_LEAST: dict[str, float] = {
     "router.alarm_balancedness": 0,
     "router.alarm_starved": 0,
     "placement.slots_per_rank": 0,
+    "balance.guest_mb": 0,
+    "balance.most": 1,
+    "exchange.chunks": 1,
+    "exchange.tokens": 0,
     "checkpoint.every": 0,
     "checkpoint.keep": 0,
     "eval.every": 0,

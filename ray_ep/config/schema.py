@@ -23,7 +23,11 @@ class ClusterConfig:
 
     address: str = _opt("", "Ray cluster to join; empty: the one RAY_ADDRESS names, else a local Ray is started")
     ranks: int = _opt(2, "number of ranks (one Ray actor with one device each)")
-    device: str = _opt("auto", "device of a rank; auto is cpu until the NCCL backend is there", ("auto", "cpu", "cuda"))
+    device: str = _opt(
+        "auto",
+        "device of a rank; auto: cuda if the cluster has a GPU for every rank, else cpu",
+        ("auto", "cpu", "cuda"),
+    )
     cpus_per_rank: float = _opt(
         1.0, "CPUs of a rank, and its torch threads (at least one); below one, ranks share a CPU"
     )
@@ -129,6 +133,43 @@ class PlacementConfig:
 
 
 @dataclass
+class ExchangeConfig:
+    """How tokens travel to their experts and back."""
+
+    kind: str = _opt(
+        "auto",
+        "flat: once to each rank; two_level: once to each node, and on from there; all_gather: to all ranks, for few "
+        "tokens; auto: all are timed at the start on the run's own routing and the fastest is taken",
+        ("auto", "flat", "two_level", "all_gather"),
+    )
+    chunks: int = _opt(1, "parts that a rank's tokens travel in; on GPUs one travels while another computes")
+    float8: bool = _opt(False, "dispatch tokens rounded to 8 bits (e4m3, one scale a token), in forward only")
+    tokens: int = _opt(
+        0, "most tokens of a rank in one pass for all_gather on GPUs, so that nothing waits; 0: agreed on in each pass"
+    )
+    transport: str = _opt(
+        "auto",
+        "library that moves them: gloo (on GPUs through CPU memory), nccl (CuPy's) or torch_nccl; auto: gloo for CPU "
+        "ranks, for GPU ranks the faster of the two over NCCL",
+        ("auto", "gloo", "nccl", "torch_nccl"),
+    )
+
+
+@dataclass
+class BalanceConfig:
+    """Balance inside each step, among ranks with fast links."""
+
+    in_step: str = _opt(
+        "auto",
+        "off; auto: surplus tokens go to other ranks, with the expert's weights where they lack it, where costs "
+        "measured in the first pass say that it pays; always: the same, and it says where it cannot",
+        ("auto", "off", "always"),
+    )
+    guest_mb: int = _opt(512, "memory of a rank for weights that it borrows; 0: none")
+    most: float = _opt(2.0, "no rank computes more than this times its fair share of a layer's tokens, at any cost")
+
+
+@dataclass
 class CheckpointConfig:
     """Saving of weights, optimizer state and statistics in logical (layer, expert) form."""
 
@@ -169,6 +210,8 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)

@@ -16,6 +16,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from ray_ep.config.process import RANK
 from ray_ep.config.schema import ClusterConfig
 from ray_ep.errors import BadInput, ClusterError, GroupError, RankError
 from ray_ep.placement import Topology
@@ -61,8 +62,10 @@ class Ranks:
             ClusterError: the cluster has no room for them; the message says what it has.
         """
         self.cfg, self.name = cfg, name
+        self.device = device_of(cfg, ray.cluster_resources())
         _check_room(cfg, local)
-        bundles = [{"CPU": float(cfg.cpus_per_rank)}] * cfg.ranks
+        gpus = int(self.device == "cuda")
+        bundles = [{"CPU": float(cfg.cpus_per_rank)} | ({"GPU": 1.0} if gpus else {})] * cfg.ranks
         self._group = placement_group(bundles, strategy="PACK", name=name)
         self.actors: list[Any] = []
         try:
@@ -71,11 +74,13 @@ class Ranks:
                 strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)
                 options = {
                     "num_cpus": cfg.cpus_per_rank,
+                    "num_gpus": gpus,
+                    "runtime_env": {"env_vars": _environment()},
                     "scheduling_strategy": strategy,
                     "name": f"{name}-rank-{rank}",
                 }
                 threads = max(1, int(cfg.cpus_per_rank))
-                self.actors.append(RankActor.options(**options).remote(rank, cfg.ranks, threads))
+                self.actors.append(RankActor.options(**options).remote(rank, cfg.ranks, threads, self.device))
             self.where = self.call("where")
         except BaseException:
             self.kill()
@@ -132,8 +137,9 @@ class Ranks:
             if interrupted():
                 raise KeyboardInterrupt
             if time.monotonic() > limit:
+                each = f"{self.cfg.cpus_per_rank:g} CPUs{' and a GPU' if self.device == 'cuda' else ''}"
                 raise ClusterError(
-                    f"the cluster could not place {self.cfg.ranks} ranks of {self.cfg.cpus_per_rank:g} CPUs within "
+                    f"the cluster could not place {self.cfg.ranks} ranks of {each} within "
                     f"cluster.wait_s={self.cfg.wait_s:g} s; it has {_have()}, free now: {_free()}"
                 )
 
@@ -150,15 +156,8 @@ def _check_answers(address: str) -> None:
 
 
 def _check_room(cfg: ClusterConfig, local: bool) -> None:
-    """Refuse at once what no waiting can give: GPUs that are not there, or more CPUs than a local Ray has."""
-    total = ray.cluster_resources()
-    if cfg.device == "cuda":
-        have = int(total.get("GPU", 0))
-        why = (
-            f"the cluster has {have} GPUs" if have < cfg.ranks else "GPU ranks come with the NCCL backend, not here yet"
-        )
-        raise ClusterError(f"cluster.device=cuda for {cfg.ranks} ranks: {why}; allowed here: cpu")
-    need, have = cfg.ranks * cfg.cpus_per_rank, total.get("CPU", 0.0)
+    """Refuse at once what no waiting can give: more CPUs than a local Ray has."""
+    need, have = cfg.ranks * cfg.cpus_per_rank, ray.cluster_resources().get("CPU", 0.0)
     if need > have and local:  # a cluster that was joined may grow: there the placement waits
         raise ClusterError(
             f"cluster.ranks={cfg.ranks} of {cfg.cpus_per_rank:g} CPUs need {need:g} CPUs; this machine has {have:g}: "
@@ -166,9 +165,55 @@ def _check_room(cfg: ClusterConfig, local: bool) -> None:
         )
 
 
+def device_of(cfg: ClusterConfig, resources: dict[str, float]) -> str:
+    """cpu or cuda: what the ranks compute on, given what the cluster has in all (`ray.cluster_resources()`).
+
+    Raises:
+        ClusterError: cuda is asked for and there are fewer GPUs than ranks.
+    """
+    have = int(resources.get("GPU", 0))
+    if cfg.device == "cuda" and have < cfg.ranks:
+        raise ClusterError(
+            f"cluster.device=cuda: {cfg.ranks} ranks need {cfg.ranks} GPUs, the cluster has {have} (and "
+            f"{resources.get('CPU', 0.0):g} CPUs): lower cluster.ranks, or cluster.device=cpu"
+        )
+    return "cuda" if cfg.device == "cuda" or (cfg.device == "auto" and have >= cfg.ranks) else "cpu"
+
+
+def transports(wanted: str, device: str, usable: list[list[str]]) -> list[str]:
+    """Transports to choose from for ranks on `device`, given exchange.transport and what each rank could use.
+
+    Raises:
+        ClusterError: none is left.
+    """
+    if wanted in ("nccl", "torch_nccl") and device == "cpu":
+        raise ClusterError(
+            f"exchange.transport={wanted} moves tensors between GPUs, and the cluster has none for every rank: allowed "
+            "are auto, gloo"
+        )
+    if wanted != "auto":
+        return [wanted]
+    if device == "cpu":
+        return ["gloo"]
+    found = [t for t in ("nccl", "torch_nccl") if all(t in names for names in usable)]
+    if not found:
+        raise ClusterError(
+            f"exchange.transport=auto: no NCCL can be used by every rank (they could use {usable}): install ray_ep's "
+            "extra cuda12 or cuda13, or exchange.transport=gloo"
+        )
+    return found
+
+
+def _environment() -> dict[str, str]:
+    """Variables of a rank's process: Ray adds them to those of the job, which go first here."""
+    given = ray.get_runtime_context().runtime_env.get("env_vars") or {}
+    return {k: v for k, v in RANK.items() if k not in given}
+
+
 def _have() -> str:
     cpus = [n["Resources"].get("CPU", 0.0) for n in ray.nodes() if n["Alive"]]
-    return f"{len(cpus)} node(s) with {' + '.join(f'{c:g}' for c in cpus)} CPUs"
+    gpus = sum(n["Resources"].get("GPU", 0.0) for n in ray.nodes() if n["Alive"])
+    return f"{len(cpus)} node(s) with {' + '.join(f'{c:g}' for c in cpus)} CPUs and {gpus:g} GPUs"
 
 
 def _free() -> str:

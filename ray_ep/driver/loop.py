@@ -21,10 +21,10 @@ from transformers import PreTrainedConfig
 
 from ray_ep.config.schema import Config
 from ray_ep.driver.alarm import WINDOW, collapse
-from ray_ep.driver.cluster import Ranks, connected
+from ray_ep.driver.cluster import Ranks, connected, transports
 from ray_ep.driver.rundir import RunDir, checkpoint_url, choose, find_checkpoint
 from ray_ep.errors import CheckpointError, ConfigError
-from ray_ep.moe import find_experts
+from ray_ep.moe import Balance, Choice, find_experts
 from ray_ep.placement import Placement, RoutingStatistics, Topology, contiguous, random
 from ray_ep.rank.checkpoint import Checkpoint, Directory
 from ray_ep.rank.data import Corpus, load_corpus
@@ -140,19 +140,23 @@ class Driver:
         self.saved = -1  # step of the last checkpoint
         self.earlier = plan.checkpoint.statistics() if plan.checkpoint else None  # counted before a resume
         self.loads: deque[np.ndarray] = deque(maxlen=WINDOW)
+        self.told = False  # what balance costs
         self.alarms: dict[tuple[str, int], int] = {}  # step at which each was last true
 
     def form(self) -> None:
-        """Join the group, build or load the model, write what is known now."""
+        """Join the groups, build or load the model, choose the exchange, write what is known now."""
         cfg, plan = self.cfg, self.plan
-        self.ranks.call("join", self.ranks.name, 0, cfg.cluster.collective_timeout_s)
+        ways = transports(cfg.exchange.transport, self.ranks.device, self.ranks.call("transports"))
+        self.ranks.call("join", self.ranks.name, 0, cfg.cluster.collective_timeout_s, ways)
         tree = OmegaConf.to_container(cfg)
         shared = self.ranks.share(plan.corpus)
         self.ranks.call("build", tree, plan.config, shared, plan.placement, self.topology.node_of)
         if plan.checkpoint is not None:
             self.ranks.call("load", plan.checkpoint.directory.url, plan.checkpoint.step)
             self.done = self.saved = plan.checkpoint.step
+        choice: Choice = self.ranks.call("choose_exchange", self.done)[0]
         plan.run.create(cfg)
+        plan.run.exchange(choice.to_dict())
         plan.run.topology(self.topology)
         plan.run.placement(plan.placement)
         for listener in self.listeners:
@@ -162,6 +166,7 @@ class Driver:
             before = plan.checkpoint.manifest.get("data")
             if before != plan.corpus.source:
                 self._event("data-changed", f"trained on {before} until here, on {plan.corpus.source} from here")
+        self._event("exchange", choice.words())
 
     def run(self) -> str:
         """Step until the end or an interruption, then save."""
@@ -178,6 +183,9 @@ class Driver:
         results: list[StepResult] = self.ranks.call("train_step", self.done)
         seconds = time.perf_counter() - began
         self.done += 1
+        if not self.told and (words := self.ranks.call("balance_words")[0]):
+            self._event("balance", words)
+        self.told = True
         metrics = step_metrics(self.done, results, seconds, self.topology, self.plan.placement)
         if self._due(self.cfg.eval.every) and len(self.plan.corpus.held_out):
             metrics["eval_loss"] = self._evaluate()
@@ -252,13 +260,20 @@ class Driver:
 def step_metrics(
     step: int, results: list[StepResult], seconds: float, topology: Topology, placement: Placement
 ) -> dict[str, Any]:
-    """One line of metrics.jsonl. Exchange and expert seconds are means over ranks; waiting for peers is exchange."""
+    """One line of metrics.jsonl. Exchange and expert seconds are means over ranks; waiting for peers is exchange.
+
+    Imbalance is the slowest rank's load over the mean, by layer and pass. What balance saved is predicted net of
+    guests' weights, and measured as the tokens that the slowest rank was spared at the step's own time a token.
+    """
     first = results[0]
     sent = np.stack([r.usage.sent for r in results])  # [R, R] bytes
     same = topology.node_of[:, None] == topology.node_of[None]
     pairs = np.stack([r.usage.pairs for r in results]).astype(np.float64)  # [R, L]
     balancedness = float((pairs.mean(0) / np.maximum(pairs.max(0), 1)).mean())
     load = first.load.astype(np.float64)
+    experts = float(np.mean([r.usage.expert_seconds for r in results]))
+    balance = Balance(*first.usage.balance)
+    layers = max(balance.layers, 1)
     return {
         "step": step,
         "loss": first.loss,
@@ -268,7 +283,7 @@ def step_metrics(
         "step_seconds": seconds,
         "tokens_per_second": first.tokens / seconds,
         "exchange_seconds": float(np.mean([r.usage.exchange_seconds for r in results])),
-        "expert_seconds": float(np.mean([r.usage.expert_seconds for r in results])),
+        "expert_seconds": experts,
         "statistics_seconds": float(np.mean([r.usage.statistics_seconds for r in results])),
         "bytes_intra_node": int(sent[same].sum()),
         "bytes_inter_node": int(sent[~same].sum()),
@@ -278,6 +293,12 @@ def step_metrics(
         "placement_version": placement.version,
         "aux_loss": first.aux_loss,
         "z_loss": first.z_loss,
+        "imbalance_before": balance.before / layers if balance.layers else 1 / balancedness,
+        "imbalance_after": balance.after / layers if balance.layers else 1 / balancedness,
+        "guests": int(balance.guests),
+        "guest_bytes": int(balance.guest_bytes),
+        "balance_saved_predicted": float(balance.saved_seconds),
+        "balance_saved_measured": float(balance.moved_pairs * experts / max(pairs.mean(0).sum(), 1)),
         "max_expert_load": (load.max(1) / np.maximum(load.mean(1), 1e-9)).round(4).tolist(),
     }
 

@@ -59,6 +59,10 @@ class RunDir:
         """Keep a placement under its version."""
         self.write(f"placements/{placement.version:04d}.json", placement.to_json())
 
+    def exchange(self, choice: dict[str, Any]) -> None:
+        """Keep how tokens travel, and the timings of the ways that it was chosen from."""
+        self.write("exchange.json", json.dumps(choice, indent=1))
+
     def topology(self, topology: Topology) -> None:
         """Keep the topology."""
         self.write("topology.json", topology.to_json())

@@ -6,6 +6,7 @@ All ranks time the same and agree on the slowest rank's seconds, so all choose t
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +18,12 @@ from ray_ep.moe.ways import KINDS
 
 _GATHER_BYTES = 64 << 20
 """All-gather is not tried where every rank would receive more than this."""
+
+ROUNDS = 9
+"""Most timings of one way."""
+
+CLEARLY = 0.95
+"""The first way stays unless another takes less than this share of its time: equal runs shall not differ by noise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +48,17 @@ class Choice:
     backward: bool
     seconds: float  # that the choice took
     timings: list[Timing]
+    note: str = ""  # why it is not what was asked for
 
     def to_dict(self) -> dict[str, Any]:
         """For exchange.json."""
-        return asdict(self)
+        return {**asdict(self), "words": self.words()}
 
     def words(self) -> str:
         """One line for people."""
         if len(self.timings) < 2:
-            return f"{self.kind} over {self.transport}" + (" (pinned)" if self.pinned else " (the only way here)")
+            why = self.note or ("pinned" if self.pinned else "the only way here")
+            return f"{self.kind} over {self.transport} ({why})"
         rows = sorted(self.timings, key=lambda t: t.seconds)
         rest = ", ".join(f"{t.kind} over {t.transport} {t.seconds * 1e3:.2f} ms" for t in rows)
         return f"{self.kind} over {self.transport}, by {rows[0].rounds} rounds on layer {self.layer}: {rest}"
@@ -64,8 +73,11 @@ def choose(
     kinds: tuple[str, ...] = KINDS,
     backward: bool,
     budget_s: float = 1.5,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Choice:
     """Time the ways on layer `index`, and let all layers take the fastest (collective).
+
+    The first way stays unless it is clearly beaten.
 
     Args:
         work: hidden [T, H], top_k_index [T, K], top_k_weights [T, K] of this rank, as `ExpertLayer.capture` keeps them.
@@ -73,10 +85,12 @@ def choose(
         kinds: ways to choose from; those that cannot win here are left out (`candidates`).
         backward: time forward and backward.
         budget_s: time for all rounds together; the first round alone may take longer.
+        clock: seconds.
     """
-    began, layer, module = time.perf_counter(), ep.layers[index], ep.modules[index]
+    began, layer, module = clock(), ep.layers[index], ep.modules[index]
     hidden, chosen, weights = work
-    ways = [(k, name) for name in groups for k in _candidates(ep, hidden, chosen, kinds)]
+    sensible, note = candidates(ep, kinds, _received_bytes(ep.group, hidden))
+    ways = [(k, name) for name in groups for k in sensible]
     found: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
     enabled, ep.counters.enabled = ep.counters.enabled, False
 
@@ -85,44 +99,72 @@ def choose(
         inputs = [hidden.detach().requires_grad_(backward), weights.detach().requires_grad_(backward)]
         layer.group.barrier()
         _synchronise(hidden)
-        start = time.perf_counter()
+        start = clock()
         with torch.set_grad_enabled(backward):
             out = layer.compute(module, inputs[0], chosen, inputs[1])
             if backward:
                 torch.autograd.grad(out.float().sum(), inputs)
         _synchronise(hidden)
-        took = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
+        took = torch.tensor([clock() - start], dtype=torch.float64)
         layer.group.all_reduce(took, "max")
         return float(took)
 
     first = {way: timed(*way) for way in ways} if len(ways) > 1 else {}
     if first:
-        rounds = min(9, int(budget_s / sum(first.values())))
+        rounds = min(ROUNDS, int(budget_s / sum(first.values())))
         for _ in range(rounds):
             for way in ways:
                 found[way].append(timed(*way))
     median = {way: sorted(s)[len(s) // 2] if s else first.get(way, 0.0) for way, s in found.items()}
-    best = min(ways, key=lambda way: median[way])
+    best = fastest(median)
     ep.counters.enabled = enabled
-    ep.exchange.kind = best[0]
-    for one in ep.layers:
-        one.group = groups[best[1]]
+    take(ep, best[0], groups[best[1]])
     timings = [Timing(*way, median[way], max(len(found[way]), 1)) for way in ways]
-    seconds = time.perf_counter() - began
-    return Choice(*best, len(kinds) == 1, index, len(hidden), backward, seconds, timings)
+    seconds = clock() - began
+    return Choice(*best, len(kinds) == 1, index, len(hidden), backward, seconds, timings, note)
 
 
-def _candidates(ep: ExpertParallel, hidden: torch.Tensor, chosen: torch.Tensor, kinds: tuple[str, ...]) -> list[str]:
-    """Ways that could win, the same on every rank: two levels need nodes of several ranks, all-gather few tokens."""
+def fastest(seconds: dict[tuple[str, str], float]) -> tuple[str, str]:
+    """The way to take, given each one's seconds: the first, or the fastest if it clearly beats that."""
+    first, best = next(iter(seconds)), min(seconds, key=lambda way: seconds[way])
+    return best if seconds[best] < CLEARLY * seconds[first] else first
+
+
+def settle(ep: ExpertParallel, kind: str, groups: dict[str, Group]) -> Choice:
+    """Take the one way that there is, without timing (not collective): `kind` over the only one of `groups`."""
+    ((transport, group),) = groups.items()
+    (kind,), note = candidates(ep, (kind,), 0)
+    take(ep, kind, group)
+    return Choice(kind, transport, ep.group.size > 1, 0, 0, False, 0.0, [], note)
+
+
+def take(ep: ExpertParallel, kind: str, group: Group) -> None:
+    """Let all layers exchange by `kind` over `group`; every rank calls it with the same."""
+    ep.exchange.kind, ep.group = kind, group
+    for layer, replicas in zip(ep.layers, ep.replicas, strict=True):
+        layer.group = replicas.group = group
+
+
+def candidates(ep: ExpertParallel, kinds: tuple[str, ...], received: int) -> tuple[list[str], str]:
+    """Ways of `kinds` that could win, the same on every rank; if one was asked for that is another here, why.
+
+    Two levels need nodes of several ranks, all-gather few tokens.
+
+    Args:
+        received: bytes of hidden states that an all-gather brings to each rank.
+    """
+    levels = 1 < ep.num_nodes < ep.group.size
+    sensible = {"flat": True, "two_level": levels, "all_gather": ep.group.size > 1 and received <= _GATHER_BYTES}
+    if kinds == ("two_level",) and not levels:
+        nodes = "one node" if ep.num_nodes == 1 else "nodes of one rank each"
+        return ["flat"], f"two_level is pinned; on {nodes} there is one level"
+    return [k for k in kinds if sensible[k]] or [kinds[0]], ""
+
+
+def _received_bytes(group: Group, hidden: torch.Tensor) -> int:
     most = torch.tensor([len(hidden)])
-    ep.group.all_reduce(most, "max")
-    received = int(most) * ep.group.size * hidden.shape[1] * hidden.element_size()
-    sensible = {
-        "flat": True,
-        "two_level": 1 < ep.num_nodes < ep.group.size,
-        "all_gather": ep.group.size > 1 and received <= _GATHER_BYTES,
-    }
-    return [k for k in kinds if sensible[k]] or [kinds[0]]
+    group.all_reduce(most, "max")
+    return int(most) * group.size * hidden.shape[1] * hidden.element_size()
 
 
 def _synchronise(like: torch.Tensor) -> None:

@@ -1,6 +1,7 @@
 """Routing statistics counted on the rank in the forward: load, co-activation, transitions, a reservoir of expert sets.
 
-Torch; the sums become `ray_ep.placement.RoutingStatistics`. L layers, E experts, T tokens, K top_k.
+Torch, on the device of the model, fetched by `statistics` alone (GPUs: not run yet); the sums become
+`ray_ep.placement.RoutingStatistics`. L layers, E experts, T tokens, K top_k.
 """
 
 from __future__ import annotations
@@ -39,11 +40,17 @@ class Counters:
         self._previous: torch.Tensor | None = None  # expert ids of the layer before, for transitions
         self._kept: tuple[np.ndarray, np.ndarray] | None = None  # tokens to keep of this pass, and where
 
+    def to(self, device: torch.device) -> None:
+        """Go on counting on a device."""
+        for name in ("total", "step", "coactivation", "transitions", "sample"):
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else value.to(device))
+
     def count(self, layer: int, top_k_index: torch.Tensor) -> torch.Tensor:
         """Count one layer's choices [T, K] (not in a recomputation); returns their load [E]."""
         start = time.perf_counter()
-        index = top_k_index.detach().cpu()
-        load = torch.bincount(index.reshape(-1), minlength=self.experts)
+        index = top_k_index.detach()
+        load = bincount(index.reshape(-1), self.experts)
         if self.enabled and not recomputing():
             self.total[layer] += load
             self.step[layer] += load
@@ -54,7 +61,7 @@ class Counters:
         return load
 
     def take_step(self) -> torch.Tensor:
-        """[L, E] load since the last call."""
+        """[L, E] load since the last call, on the device."""
         load, self.step = self.step, torch.zeros_like(self.step)
         return load
 
@@ -64,11 +71,11 @@ class Counters:
         if self.sample is None:
             sample = np.zeros((self.layers, 0, 1), np.int32)
         else:
-            sample = self.sample[:, : min(self.seen, self.capacity)].numpy().astype(np.int32)
+            sample = self.sample[:, : min(self.seen, self.capacity)].cpu().numpy().astype(np.int32)
         return RoutingStatistics(
-            self.total.numpy().copy(),
-            self.coactivation.numpy().round().astype(np.int64).reshape(shape),
-            self.transitions.numpy().round().astype(np.int64).reshape(shape),
+            self.total.cpu().numpy().copy(),
+            self.coactivation.cpu().numpy().round().astype(np.int64).reshape(shape),
+            self.transitions.cpu().numpy().round().astype(np.int64).reshape(shape),
             sample,
         )
 
@@ -86,7 +93,7 @@ class Counters:
     def _pairs(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """[E * E] how often each (expert of a, expert of b) met in one token."""
         pairs = a[:, :, None] * self.experts + b[:, None, :]
-        return torch.bincount(pairs.reshape(-1), minlength=self.experts * self.experts)
+        return bincount(pairs.reshape(-1), self.experts * self.experts)
 
     def _keep(self, layer: int, index: torch.Tensor) -> None:
         """Reservoir sampling (Vitter's algorithm R): the first layer chooses the tokens, the others follow."""
@@ -100,6 +107,14 @@ class Counters:
         if self._kept is None or (self._kept[0] >= len(index)).any():
             return
         if self.sample is None:
-            self.sample = torch.zeros(self.layers, self.capacity, index.shape[1], dtype=torch.int32)
-        taken, slot = self._kept
-        self.sample[layer][torch.from_numpy(slot)] = index[torch.from_numpy(taken)].to(torch.int32)
+            shape = (self.layers, self.capacity, index.shape[1])
+            self.sample = torch.zeros(shape, dtype=torch.int32, device=index.device)
+        taken, slot = (torch.from_numpy(x).to(index.device) for x in self._kept)
+        self.sample[layer][slot] = index[taken].to(torch.int32)
+
+
+def bincount(values: torch.Tensor, length: int) -> torch.Tensor:
+    """How often each of 0 ... length - 1 occurs: int64 [length]; torch's own makes the host wait for a GPU."""
+    if values.device.type == "cpu":
+        return torch.bincount(values, minlength=length)
+    return torch.zeros(length, dtype=torch.int64, device=values.device).scatter_add_(0, values, torch.ones_like(values))

@@ -68,20 +68,19 @@ class Dispatch:
     float8: bool = False
 
 
-def plan(top_k_index: torch.Tensor, routes: torch.Tensor, group: Group, meter: Meter, float8: bool = False) -> Dispatch:
+def plan(top_k_index: torch.Tensor, to: torch.Tensor, group: Group, meter: Meter, float8: bool = False) -> Dispatch:
     """Agree with all ranks on one layer's exchange (collective).
 
     Args:
         top_k_index: [T, K] expert ids, -1 for no choice; T may be 0 and may differ between ranks.
-        routes: [E, C] the rank that serves an expert; token t takes column t % C (`Placement.routes`).
+        to: [T, K] the rank that serves each choice.
         float8: dispatch tokens in 8 bits.
     """
     meter.enter("route")
     tokens, top_k = top_k_index.shape
     device, size = top_k_index.device, group.size
     valid = top_k_index >= 0
-    column = torch.arange(tokens, device=device) % routes.shape[1]
-    to = torch.where(valid, routes[top_k_index.clamp_min(0), column[:, None]], size)  # [T, K] destination, R for none
+    to = torch.where(valid, to, size)  # R for none
     visits = torch.zeros(tokens, size + 1, dtype=torch.int64, device=device).scatter_(1, to, 1)[:, :size]
     pair_to = to.reshape(-1)
     pairs = torch.zeros(size + 1, dtype=torch.int64, device=device).scatter_add_(0, pair_to, torch.ones_like(pair_to))

@@ -8,6 +8,7 @@ E experts, S experts held by this rank (each once: slots that repeat an expert s
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,14 +21,28 @@ from ray_ep.moe.bounded import bounded
 from ray_ep.moe.counters import Counters
 from ray_ep.moe.exchange import Meter, combine, dispatch, plan
 from ray_ep.moe.fused import FusedExperts
-from ray_ep.moe.fused_plan import agree, gather
+from ray_ep.moe.fused_plan import Agreed, agree, gather
 from ray_ep.moe.gemm import Packed
+from ray_ep.moe.guests import Balancer, Borrow, Guests, destinations
 from ray_ep.moe.pool import Pool
 from ray_ep.moe.routing import Routing, recomputing
 from ray_ep.moe.ways import Exchange, by_row, gateways
 from ray_ep.placement import Placement
 
 IMPLEMENTATION = "ray_ep"
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What all layers of a model share on one rank."""
+
+    group: Group
+    routing: Routing
+    meter: Meter
+    counters: Counters
+    pool: Pool
+    exchange: Exchange
+    balancer: Balancer
 
 
 class ExpertLayer:
@@ -44,17 +59,13 @@ class ExpertLayer:
         index: int,
         name: str,
         num_experts: int,
-        group: Group,
-        routing: Routing,
-        meter: Meter,
-        counters: Counters,
-        pool: Pool,
-        exchange: Exchange,
+        shared: Shared,
     ):
         self.index, self.name, self.num_experts = index, name, num_experts
-        self.group, self.routing, self.meter, self.counters, self.pool = group, routing, meter, counters, pool
+        self.group, self.routing, self.meter = shared.group, shared.routing, shared.meter
+        self.counters, self.pool = shared.counters, shared.pool
+        self.exchange, self.balancer = shared.exchange, shared.balancer
         self.fused = True  # use the fused body where it fits; off for comparison
-        self.exchange = exchange  # shared by all layers
         self.room = 0  # tokens of a rank that an all-gather has room for so far, equal on all ranks
         self.packed: tuple[Packed, Packed] | None = None  # in inference
         self.calls = 0  # forward passes so far: a model that silently keeps its own experts never counts
@@ -72,6 +83,7 @@ class ExpertLayer:
         self.routes = torch.from_numpy(placement.routes(self.index, self.group.rank, node_of)).to(device)  # [E, C]
         self.routes32 = self.routes.cpu().numpy().astype(np.int32)
         self.held = len(self.experts)
+        self.pass_load = self.pass_load.to(device)
         row_of = torch.full((self.num_experts,), -1)
         row_of[self.experts] = torch.arange(len(self.experts))
         self.row_of = row_of.to(device)  # [E] row of the local weights, -1 if not here
@@ -92,7 +104,7 @@ class ExpertLayer:
         """hidden [T, H], top_k_index [T, K], top_k_weights [T, K] -> [T, H] (collective)."""
         self.calls += 1
         if self.routing.idle:
-            self.pass_load = torch.zeros(self.num_experts, dtype=torch.int64)
+            self.pass_load = torch.zeros_like(self.pass_load)
             out = self.compute(module, hidden[:0], top_k_index[:0], top_k_weights[:0])
             return torch.zeros_like(hidden) + out.sum()  # the sum of nothing: keeps the backward exchange in the graph
         self.pass_load = self.counters.count(self.index, top_k_index)
@@ -104,9 +116,6 @@ class ExpertLayer:
         """`forward` without counting: hidden [T, H], top_k_index [T, K] (-1: no choice), top_k_weights [T, K]."""
         if self.capture:
             self.captured, self.capture = (hidden.detach(), top_k_index, top_k_weights.detach()), False
-        if self.trace is not None:
-            column = torch.arange(len(hidden), device=hidden.device) % self.routes.shape[1]
-            self.trace.append((top_k_index, self.routes[top_k_index, column[:, None]]))
         chunks = self.exchange.chunks
         if chunks == 1:
             return self._travel(module, hidden, top_k_index, top_k_weights)
@@ -131,7 +140,9 @@ class ExpertLayer:
         way = self.exchange
         kind = "flat" if self.trace is not None else way.kind  # only there a source knows which rank answers
         if kind == "two_level":
-            first = plan(top_k_index, self.gateways, self.group, self.meter, way.float8)
+            column = torch.arange(len(hidden), device=hidden.device) % self.routes.shape[1]
+            to = self.gateways[top_k_index.clamp_min(0), column[:, None]]
+            first = plan(top_k_index, to, self.group, self.meter, way.float8)
             rows, pair_weights = dispatch(hidden, top_k_weights, first)
             index, weights = by_row(first, pair_weights, len(rows), top_k_index.shape[1])
             return combine(self._flat(module, rows, index, weights, kind), first)
@@ -140,26 +151,54 @@ class ExpertLayer:
             return out
         return self._flat(module, hidden, top_k_index, top_k_weights, kind)
 
+    def note(self, top_k_index: torch.Tensor, to: torch.Tensor) -> None:
+        """While tracing: keep which rank answers for each choice, both [T, K]."""
+        if self.trace is not None:
+            self.trace.append((top_k_index, to.long()))
+
     def _flat(
         self, module: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, kind: str
     ) -> torch.Tensor:
-        if self.fused and is_plain(module, hidden):
-            if kind == "all_gather":
-                ours = gather(top_k_index, top_k_weights, hidden, self)
-            else:
-                ours = agree(top_k_index, top_k_weights, self)
-            self._count_pairs(len(ours.place))
-            packed = None if torch.is_grad_enabled() else self.packed
-            return FusedExperts.apply(hidden, top_k_weights, module.gate_up_proj, module.down_proj, ours, packed)
-        agreed = plan(top_k_index, self.routes, self.group, self.meter, self.exchange.float8)
+        fused = self.fused and is_plain(module, hidden)
+        if fused and kind == "all_gather":
+            return self._fuse(module, hidden, top_k_weights, gather(top_k_index, top_k_weights, hidden, self))
+        params = list(module.parameters(recurse=False))
+        rules = self.balancer.rules(self.index, params, hidden, torch.is_grad_enabled())
+        step, guests = None, None
+        if rules is not None:
+            self.meter.enter("route")
+            counts = torch.bincount(top_k_index[top_k_index >= 0].reshape(-1), minlength=self.num_experts)
+            step = self.balancer.plan(counts.to(torch.int32), rules, self.meter, not recomputing())
+            guests = Guests.of(step, self.row_of32, self.group, self.meter, self.balancer.keep)
+        if fused:
+            ours = agree(top_k_index, top_k_weights, self, step, guests)
+            return self._fuse(module, hidden, top_k_weights, ours)
+        column = torch.arange(len(hidden), device=hidden.device) % self.routes.shape[1]
+        to = self.routes[top_k_index.clamp_min(0), column[:, None]]
+        if step is not None:
+            to = destinations(top_k_index, torch.from_numpy(step.sends(self.group.rank)).to(to), self.group.rank)
+        self.note(top_k_index, to)
+        agreed = plan(top_k_index, to, self.group, self.meter, self.exchange.float8)
         self._count_pairs(len(agreed.pair_row))
         rows, weights = dispatch(hidden, top_k_weights, agreed)
+        view, row_of = module, self.row_of
+        if guests is not None:
+            rows, *more = Borrow.apply(guests, rows, *params)
+            names = [name for name, _ in module.named_parameters(recurse=False)]
+            view = Extended(module, dict(zip(names, more, strict=True)), self.held + len(guests.experts))
+            row_of = row_of.clone()
+            row_of[guests.experts] = self.held + torch.arange(len(guests.experts), device=row_of.device)
         self.meter.enter("experts")
-        partial = self._compute(module, rows, weights, agreed.pair_row, self.row_of[agreed.pair_expert])
+        partial = self._compute(view, rows, weights, agreed.pair_row, row_of[agreed.pair_expert])
         self.meter.enter("combine")
         out = combine(partial, agreed)
         self.meter.enter("")
         return out
+
+    def _fuse(self, module: Any, hidden: torch.Tensor, weights: torch.Tensor, ours: Agreed) -> torch.Tensor:
+        self._count_pairs(len(ours.place))
+        packed = None if torch.is_grad_enabled() else self.packed
+        return FusedExperts.apply(hidden, weights, module.gate_up_proj, module.down_proj, ours, packed)
 
     def all_routes(self) -> torch.Tensor:
         """[R, E, C] the rank that serves an expert for tokens of each source."""
@@ -178,10 +217,21 @@ class ExpertLayer:
         """Run each received pair through its expert and sum per received row: [N, H] -> [N, H]."""
         if not len(pair_row):
             # No pairs, so no rows: but a graph, through the weights too, so that backward exchanges here as well.
-            return rows + weights.sum() + sum(p[:0].sum() for p in module.parameters(recurse=False))
+            params = module.more.values() if isinstance(module, Extended) else module.parameters(recurse=False)
+            return rows + weights.sum() + sum(p[:0].sum() for p in params)
         out = grouped_mm_experts_forward(module, rows[pair_row], expert_row[:, None], weights[:, None])  # [P, H]
         partial = torch.zeros(len(rows), out.shape[1], dtype=torch.float32, device=out.device)
         return partial.index_add(0, pair_row, out.float()).to(rows.dtype)
+
+
+class Extended:
+    """An experts module with other per-expert parameters, for the length of one call of transformers' kernel."""
+
+    def __init__(self, module: torch.nn.Module, more: dict[str, torch.Tensor], num_experts: int):
+        self.module, self.more, self.num_experts = module, more, num_experts
+
+    def __getattr__(self, name: str) -> Any:
+        return self.more[name] if name in self.more else getattr(self.module, name)
 
 
 def is_plain(module: Any, hidden: torch.Tensor) -> bool:

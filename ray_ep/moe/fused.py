@@ -40,6 +40,8 @@ class FusedExperts(torch.autograd.Function):
         packed: tuple[Packed, Packed] | None,
     ) -> torch.Tensor:
         pool, n_others = plan.pool, plan.others_in
+        borrowed = _borrow(gate_up, down, plan)
+        ups, downs = _rows(gate_up, down, borrowed)
         x = _collect(hidden, plan, forward=True)
         plan.meter.enter("experts")
         total, longest = int(plan.offsets[-1]), _longest(plan)
@@ -49,42 +51,46 @@ class FusedExperts(torch.autograd.Function):
         h = pool.take(longest, down.shape[2], like=hidden)
         for e, a, b in _experts(plan):
             part = torch.index_select(x, 0, plan.sorted_row[a:b], out=rows[: b - a])
-            _linear(part, gate_up, e, packed and packed[0], g[a:b])
+            _linear(part, ups, e, packed and packed[0], g[a:b])
             kernels.swiglu(_np(g[a:b]), plan.sorted_weight[a:b], _np(h[: b - a]))
-            _linear(h[: b - a], down, e, packed and packed[1], y[a:b])
+            _linear(h[: b - a], downs, e, packed and packed[1], y[a:b])
         plan.meter.enter("combine")
         partial = pool.take(n_others, hidden.shape[1], like=hidden)
         kernels.sum_segments(_np(y), plan.segment[: n_others + 1], plan.place, _np(partial))
         out = _return(partial, y, hidden, plan)
         ctx.plan = plan
-        ctx.save_for_backward(x, g, gate_up, down)
+        keep = plan.guests is not None and plan.guests.keep
+        ctx.save_for_backward(x, g, gate_up, down, *(borrowed if keep else ()))
         ctx.weights = (weights.shape, weights.dtype)
         plan.meter.enter("")
         return out
 
     @staticmethod
     def backward(ctx: Any, d_out: torch.Tensor) -> Any:
-        x, g, gate_up, down = ctx.saved_tensors  # first: in a checkpointed block this recomputes, and so exchanges
+        # Read first: in a checkpointed block this recomputes, and so exchanges.
+        x, g, gate_up, down, *kept = ctx.saved_tensors
         plan: Agreed = ctx.plan
         pool, n_others = plan.pool, plan.others_in
+        ups, downs = _rows(gate_up, down, kept or _borrow(gate_up, down, plan))
         dy = _collect(d_out.contiguous(), plan, forward=False)
         plan.meter.enter("experts")
         total, longest = int(plan.offsets[-1]), _longest(plan)
         dx = pool.take(total, x.shape[1], like=x)
         d_weight = np.empty(total, np.float32)
-        d_gate_up, d_down = pool.take(*gate_up.shape, like=x), pool.take(*down.shape, like=x)
+        d_gate_up = pool.take(len(ups), *gate_up.shape[1:], like=x)  # own experts, then guests
+        d_down = pool.take(len(downs), *down.shape[1:], like=x)
         rows = pool.take(longest, x.shape[1], like=x)
         dh, h = pool.take(longest, down.shape[2], like=x), pool.take(longest, down.shape[2], like=x)
         dg = pool.take(longest, gate_up.shape[1], like=x)
         for e, a, b in _experts(plan):
             n = b - a
             part = torch.index_select(dy, 0, plan.sorted_row[a:b], out=rows[:n])
-            mm(part, down[e], out=dh[:n])
+            mm(part, downs[e], out=dh[:n])
             kernels.swiglu_backward(
                 _np(g[a:b]), plan.sorted_weight[a:b], _np(dh[:n]), _np(dg[:n]), _np(h[:n]), d_weight[a:b]
             )
             mm(part.t(), h[:n], out=d_down[e])
-            mm(dg[:n], gate_up[e], out=dx[a:b])
+            mm(dg[:n], ups[e], out=dx[a:b])
             part = torch.index_select(x, 0, plan.sorted_row[a:b], out=rows[:n])
             mm(dg[:n].t(), part, out=d_gate_up[e])
         for e in np.nonzero(np.diff(plan.offsets) == 0)[0]:
@@ -101,13 +107,33 @@ class FusedExperts(torch.autograd.Function):
             back, home = _one_message(partial, by_pair, d_out, plan)
             d_hidden = _add_up(dx, back, d_out, plan)
         d_weights = _to_tokens(home, by_pair, ctx.weights, plan)
+        if plan.guests is not None:
+            held = len(gate_up)
+            plan.guests.bring_home(d_gate_up[held:], d_gate_up[:held])
+            plan.guests.bring_home(d_down[held:], d_down[:held])
+            d_gate_up, d_down = d_gate_up[:held], d_down[:held]
         plan.meter.enter("")
         return d_hidden, d_weights, d_gate_up, d_down, None, None
 
 
-def _linear(x: torch.Tensor, weight: torch.Tensor, row: int, packed: Packed | None, out: torch.Tensor) -> None:
-    """out = x @ weight[row].t()."""
-    if packed is None:
+def _borrow(gate_up: torch.Tensor, down: torch.Tensor, plan: Agreed) -> tuple[torch.Tensor, ...]:
+    """The guests' weights [G, 2F, H] and [G, H, F]; nothing if no rank has any."""
+    if plan.guests is None:
+        return ()
+    plan.meter.enter("pack")
+    count = len(plan.guests.experts)
+    return tuple(plan.guests.fetch(w, plan.pool.take(count, *w.shape[1:], like=w)) for w in (gate_up, down))
+
+
+def _rows(gate_up: torch.Tensor, down: torch.Tensor, borrowed: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Each expert's two weights: own ones, then guests'."""
+    up, out = borrowed or (gate_up[:0], down[:0])
+    return [*gate_up, *up], [*down, *out]
+
+
+def _linear(x: torch.Tensor, weight: list[torch.Tensor], row: int, packed: Packed | None, out: torch.Tensor) -> None:
+    """out = x @ weight[row].t(); guests are not packed."""
+    if packed is None or row >= packed.rows:
         mm(x, weight[row].t(), out=out)
     else:
         packed.mm(x, row, out)

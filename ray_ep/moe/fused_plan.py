@@ -17,7 +17,9 @@ from ray_ep.collective import Group
 from ray_ep.moe import kernels
 from ray_ep.moe.exchange import Meter
 from ray_ep.moe.float8 import pack
+from ray_ep.moe.guests import Guests
 from ray_ep.moe.pool import Pool
+from ray_ep.placement.step import StepPlan
 
 _PAIR = np.dtype([("expert", np.uint16), ("weight", np.float32)], align=False)  # 6 bytes on the wire
 
@@ -44,6 +46,7 @@ class Agreed:
     back: tuple[np.ndarray, np.ndarray]  # CSR: rows sent to others, by token
     gathered: torch.Tensor | None  # [others in, ...] others' rows as they travel, if they came with the metadata
     float8: bool  # rows are dispatched in 8 bits
+    guests: Guests | None  # experts S, S + 1, ... of the offsets
 
     @property
     def others_out(self) -> int:
@@ -85,30 +88,41 @@ class Sent:
         return slice(start, start + counts[to])
 
 
-def agree(index: torch.Tensor, weights: torch.Tensor, layer: Any) -> Agreed:
+def agree(
+    index: torch.Tensor, weights: torch.Tensor, layer: Any, step: StepPlan | None = None, guests: Guests | None = None
+) -> Agreed:
     """Plan one layer's exchange with all ranks (collective): sizes, then 6 bytes a pair.
 
     Args:
         index, weights: [T, K].
         layer: has group, meter, pool, routes32 [E, C], row_of32 [E] and held (S).
+        step: the balance of this step, which says who computes how many pairs (and so all sizes); guests: its guests.
     """
     group, meter, me = layer.group, layer.meter, layer.group.rank
     meter.enter("route")
     chosen, weight = _arrays(index, weights)
-    sent = Sent.of(chosen, weight, kernels.choose(chosen, layer.routes32), group.size, me)
-    sizes_out = torch.from_numpy(sent.pairs)
-    sizes_in = torch.empty_like(sizes_out)
-    ones = [1] * group.size
-    meter.enter("exchange")
-    group.all_to_all(sizes_in, sizes_out, ones, ones)
-    meter.enter("route")
-    give, take = _others(sent.pairs, me), _others(sizes_in.numpy(), me)
+    if step is None:
+        to = kernels.choose(chosen, layer.routes32)
+        sent = Sent.of(chosen, weight, to, group.size, me)
+        sizes_out = torch.from_numpy(sent.pairs)
+        sizes_in = torch.empty_like(sizes_out)
+        ones = [1] * group.size
+        meter.enter("exchange")
+        group.all_to_all(sizes_in, sizes_out, ones, ones)
+        meter.enter("route")
+        pairs_in = sizes_in.numpy()
+    else:
+        to = kernels.assign(chosen, np.ascontiguousarray(step.sends(me)), me)
+        sent = Sent.of(chosen, weight, to, group.size, me)
+        pairs_in = step.pairs_between()[:, me]
+    layer.note(index, torch.from_numpy(to))
+    give, take = _others(sent.pairs, me), _others(pairs_in, me)
     own = int(sent.pairs[me])
     meta = torch.from_numpy(sent.wire.view(np.uint8).reshape(-1, _PAIR.itemsize)[: len(sent.wire) - own])
     received = torch.empty(sum(take), _PAIR.itemsize, dtype=torch.uint8)
     _move(group, meter, received, meta, give, take)
     theirs = received.numpy().reshape(-1).view(_PAIR)
-    return _finish(layer, sent, theirs, take, len(index), None)
+    return _finish(layer, sent, theirs, take, len(index), None, guests)
 
 
 def gather(index: torch.Tensor, weights: torch.Tensor, tokens: torch.Tensor, layer: Any) -> Agreed:
@@ -141,7 +155,9 @@ def gather(index: torch.Tensor, weights: torch.Tensor, tokens: torch.Tensor, lay
         if max(counts) <= room:
             break
         layer.room = max(counts)
-    sent = Sent.of(chosen, weight, kernels.choose(chosen, layer.routes32), group.size, me)
+    to = kernels.choose(chosen, layer.routes32)
+    layer.note(index, torch.from_numpy(to))
+    sent = Sent.of(chosen, weight, to, group.size, me)
     rows_of, pairs_of, take = [tokens[:0]], [np.empty(0, _PAIR)], [0] * group.size
     for source in range(group.size):
         if source == me:
@@ -149,17 +165,23 @@ def gather(index: torch.Tensor, weights: torch.Tensor, tokens: torch.Tensor, lay
         n, data = counts[source], everything[source, 8:]
         pairs = data[room * row :][: n * top_k * _PAIR.itemsize].numpy().view(_PAIR).reshape(n, top_k)
         theirs = np.ascontiguousarray(pairs["expert"]).view(np.int16).astype(np.int64)
-        to = kernels.choose(theirs, layer.routes_of(source))
-        other = Sent.of(theirs, pairs["weight"].reshape(-1), to, group.size, source)
+        via = kernels.choose(theirs, layer.routes_of(source))
+        other = Sent.of(theirs, pairs["weight"].reshape(-1), via, group.size, source)
         for_me = other.row_token[other.block(other.rows, source, me)]
         rows_of.append(data[: n * row].view(tokens.dtype).view(n, tokens.shape[1])[torch.from_numpy(for_me)])
         pairs_of.append(other.wire[other.block(other.pairs, source, me)])
         take[source] = len(pairs_of[-1])
-    return _finish(layer, sent, np.concatenate(pairs_of), take, count, torch.cat(rows_of))
+    return _finish(layer, sent, np.concatenate(pairs_of), take, count, torch.cat(rows_of), None)
 
 
 def _finish(
-    layer: Any, sent: Sent, theirs: np.ndarray, pairs_in: list[int], tokens: int, gathered: torch.Tensor | None
+    layer: Any,
+    sent: Sent,
+    theirs: np.ndarray,
+    pairs_in: list[int],
+    tokens: int,
+    gathered: torch.Tensor | None,
+    guests: Guests | None,
 ) -> Agreed:
     """The plan, once others' pairs are here, by source."""
     me = layer.group.rank
@@ -167,7 +189,12 @@ def _finish(
     others = len(sent.row_token) - own_rows
     pairs = np.concatenate([theirs, sent.wire[len(sent.wire) - own_pairs :]])
     bits, weight = np.ascontiguousarray(pairs["expert"]), np.ascontiguousarray(pairs["weight"])
-    offsets, sorted_row, sorted_weight, segment, place = kernels.plan_receive(bits, weight, layer.row_of32, layer.held)
+    row_of, held = layer.row_of32, layer.held
+    if guests is not None:
+        row_of = row_of.copy()
+        row_of[guests.experts] = held + np.arange(len(guests.experts))
+        held += len(guests.experts)
+    offsets, sorted_row, sorted_weight, segment, place = kernels.plan_receive(bits, weight, row_of, held)
     firsts = np.zeros(len(bits) + 1, np.int64)
     np.cumsum(bits >> 15, out=firsts[1:])
     ends = firsts[np.cumsum(pairs_in)]
@@ -181,7 +208,7 @@ def _finish(
         layer.group, layer.meter, layer.pool, _others(sent.rows, me), rows_in.tolist(), _others(sent.pairs, me),
         pairs_in, torch.from_numpy(sent.row_token), sent.pair, offsets, torch.from_numpy(sorted_row), sorted_weight,
         segment, place, own_start + segment[n], kernels.rows_of_tokens(sent.row_token[:others], tokens), gathered,
-        layer.exchange.float8,
+        layer.exchange.float8, guests,
     )  # fmt: skip
 
 

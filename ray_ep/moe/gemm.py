@@ -26,6 +26,7 @@ class Packed:
 
     def __init__(self, weight: torch.Tensor):
         weight = weight.detach()
+        self.rows = len(weight)
         self._rows = [torch.ops.mkldnn._reorder_linear_weight(w, _ROWS) if _ONEDNN else w for w in weight]
 
     def mm(self, a: torch.Tensor, row: int, out: torch.Tensor) -> None:

@@ -172,6 +172,60 @@ def choose(index: Any, routes: Any) -> Any:
 
 
 @njit(**_OPTIONS)
+def assign(index: Any, sends: Any, rank: int) -> Any:
+    """to [T, K] int32: ranks for the pairs of index [T, K] (-1: nobody) so that exactly `sends` [E, R] are met.
+
+    Where an expert's tokens are split, those stay that the rank itself may compute, then those go that travel to the
+    rank anyway, for one copy then serves several experts.
+    """
+    tokens, top_k = index.shape
+    ranks = sends.shape[1]
+    left, whole = sends.copy(), _only_rank(sends)
+    to = np.full((tokens, top_k), -1, np.int32)
+    visits = np.zeros((tokens, ranks), np.bool_)
+    for t in range(tokens):
+        for k in range(top_k):
+            if index[t, k] >= 0 and whole[index[t, k]] >= 0:
+                to[t, k] = whole[index[t, k]]
+                visits[t, to[t, k]] = True
+    for anywhere in range(2):
+        for t in range(tokens):
+            for k in range(top_k):
+                if index[t, k] >= 0 and to[t, k] < 0:
+                    r = _pick(left[index[t, k]], visits[t], rank, anywhere == 1)
+                    if r >= 0:
+                        to[t, k] = r
+                        left[index[t, k], r] -= 1
+    return to
+
+
+@njit(**_OPTIONS)
+def _only_rank(sends: Any) -> Any:
+    """[E] the rank that gets all of an expert's pairs, -1 where they are split."""
+    out = np.full(sends.shape[0], -1, np.int64)
+    for e in range(sends.shape[0]):
+        count = 0
+        for r in range(sends.shape[1]):
+            if sends[e, r] > 0:
+                count += 1
+                out[e] = r
+        if count != 1:
+            out[e] = -1
+    return out
+
+
+@njit(**_OPTIONS)
+def _pick(left: Any, visits: Any, rank: int, anywhere: bool) -> int:
+    """A rank with room for one more pair: the token's own, else one that it visits, else any; -1 for none."""
+    if left[rank] > 0:
+        return rank
+    for r in range(left.shape[0]):
+        if left[r] > 0 and (anywhere or visits[r]):
+            return r
+    return -1
+
+
+@njit(**_OPTIONS)
 def plan_send(index: Any, to: Any, ranks: int, rank: int) -> Any:
     """Who gets which token of index [T, K], given the rank of each pair, to [T, K] (-1: nobody).
 
@@ -272,6 +326,7 @@ def rows_of_tokens(row_token: Any, tokens: int) -> Any:
 def warm() -> None:
     """Compile every kernel for float32 and bfloat16, or load it from numba's cache: never inside a timed step."""
     index, routes = np.zeros((2, 2), np.int64), np.zeros((2, 1), np.int32)
+    assign(index, np.full((1, 1), 4, np.int64), 0)
     _, _, row_token, pair, bits = plan_send(index, choose(index, routes), 1, 0)
     weight = np.ones(len(pair), np.float32)
     _, _, sorted_weight, segment, place = plan_receive(bits, weight, np.zeros(1, np.int64), 1)

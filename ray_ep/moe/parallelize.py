@@ -14,12 +14,14 @@ import numpy as np
 import torch
 
 from ray_ep.collective import Group
-from ray_ep.errors import ModelError, PlacementError
+from ray_ep.errors import BadInput, ModelError, PlacementError
 from ray_ep.moe import kernels
 from ray_ep.moe.counters import Counters
 from ray_ep.moe.exchange import Meter
-from ray_ep.moe.experts import IMPLEMENTATION, ExpertLayer, is_plain
+from ray_ep.moe.experts import IMPLEMENTATION, ExpertLayer, Shared, is_plain
 from ray_ep.moe.gemm import Packed
+from ray_ep.moe.guests import MODES, Balancer, Limits
+from ray_ep.moe.guests import warm as warm_step
 from ray_ep.moe.pool import Pool
 from ray_ep.moe.replicas import ReplicaExchange
 from ray_ep.moe.routing import Routing
@@ -38,7 +40,7 @@ class ExpertParallel:
         routing, counters, meter, exchange: shared by all layers.
     """
 
-    def __init__(self, modules: dict[str, torch.nn.Module], group: Group, sample: int, seed: int):
+    def __init__(self, modules: dict[str, torch.nn.Module], group: Group, sample: int, seed: int, balancer: Balancer):
         self.modules = list(modules.values())
         self.names = list(modules)
         self.group = group
@@ -46,20 +48,19 @@ class ExpertParallel:
         self.routing = Routing(len(modules))
         self.counters = Counters(len(modules), self.num_experts, sample, seed + group.rank)
         self.meter = Meter(np.zeros(group.size, np.int64), np.zeros(len(modules), np.int64))
-        self.exchange = Exchange()
-        pool = Pool()
-        self.layers = [
-            ExpertLayer(i, name, self.num_experts, group, self.routing, self.meter, self.counters, pool, self.exchange)
-            for i, name in enumerate(modules)
-        ]
+        self.exchange, self.balancer = Exchange(), balancer
+        shared = Shared(group, self.routing, self.meter, self.counters, Pool(), self.exchange, balancer)
+        self.layers = [ExpertLayer(i, name, self.num_experts, shared) for i, name in enumerate(modules)]
 
     def place(self, placement: Placement, node_of: np.ndarray | None, device: torch.device) -> None:
         """Take on the maps of a placement in every layer (weights are moved by the caller)."""
         self.placement, self.node_of = placement, node_of
+        self.balancer.place(placement, node_of)
         self.num_nodes = 1 if node_of is None else len(set(np.asarray(node_of).tolist()))
         for layer in self.layers:
             layer.place(placement, node_of, device)
-        self.replicas = [ReplicaExchange(placement, i, self.group) for i in range(len(self.layers))]
+        self.replicas = [ReplicaExchange(placement, i, self.group, device) for i in range(len(self.layers))]
+        self.counters.to(device)
 
     def parameters(self, index: int) -> dict[str, torch.nn.Parameter]:
         """Per-expert parameters of a layer, [S, ...] with one row for each expert held."""
@@ -102,7 +103,9 @@ def parallelize(
     model: torch.nn.Module,
     group: Group,
     placement: Placement | None = None,
+    balance: str = "auto",
     *,
+    limits: Limits | None = None,
     node_of: np.ndarray | None = None,
     sample: int = 0,
     seed: int = 0,
@@ -111,12 +114,15 @@ def parallelize(
 
     Every rank of the group calls it with the same model; afterwards each holds the dense part whole and the experts
     that its placement names, and forward and backward must be called by all ranks together (a rank without tokens
-    inside `model.ray_ep.idle()`). Dense gradients are this rank's share: sum them over ranks yourself. A replica's
-    gradient is its share too: `model.ray_ep.replicas` sums them to the primary.
+    inside `model.ray_ep.idle()`). A model that shall compute on a GPU is moved there before.
+    Dense gradients are this rank's share: sum them over ranks yourself. A replica's gradient is its share too:
+    `model.ray_ep.replicas` sums them to the primary.
 
     Args:
         model: a transformers model, or any module that contains transformers experts modules.
         placement: which expert sits where; None: contiguous.
+        balance: inside each step among ranks with fast links: off, auto or always (`guests.Balancer`).
+        limits: memory and links of that balance.
         node_of: [R] node of each rank, so that tokens prefer replicas on their node; None: all on one.
         sample: size of the reservoir of token expert sets; seed: of its choice.
 
@@ -130,7 +136,10 @@ def parallelize(
     modules = find_experts(model)
     if any(hasattr(m, "ray_ep_layer") for m in modules.values()):
         raise ModelError(f"{type(model).__name__} is already parallelized")
-    ep = ExpertParallel(modules, group, sample, seed)
+    if balance not in MODES:
+        raise BadInput(f"balance={balance!r}: allowed are {', '.join(MODES)}")
+    balancer = Balancer(group, len(modules), balance, limits or Limits())
+    ep = ExpertParallel(modules, group, sample, seed, balancer)
     layers, experts = len(modules), ep.num_experts
     placement = contiguous(layers, experts, group.size) if placement is None else placement
     if (placement.num_layers, placement.num_ranks, placement.num_experts) != (layers, group.size, experts):
@@ -148,6 +157,7 @@ def parallelize(
         module.config._experts_implementation = IMPLEMENTATION
     if next(model.parameters()).device.type == "cpu":
         kernels.warm()
+    warm_step()
     _attach_routers(model, ep)
     ep.routing.checkpoint_blocks(model)
     model.ray_ep = ep

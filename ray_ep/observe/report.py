@@ -77,6 +77,7 @@ def _content(run_dir: Path, run: RunFiles) -> dict[str, Any]:
         "company": company,
         "company_figure": None if company is None else Markup(figures.coactivation(company.ratio)),
         "placement": _placement(run),
+        "exchange": run.exchange,
         "events": [_event(e) for e in run.events[-_MAX_EVENTS:]],
         "events_left_out": max(len(run.events) - _MAX_EVENTS, 0),
         "config": masked(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)) if run.config else "",

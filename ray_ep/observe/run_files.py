@@ -35,6 +35,7 @@ class RunFiles:
     coactivation: np.ndarray | None  # [L, E, E] tokens for which both fired
     placement_version: int
     slots: list[list[list[int]]]  # [L][R][S] expert, -1 = empty; [] without a placement
+    exchange: dict[str, Any]  # the choice of the exchange, with `timings`; {} without one
 
     def column(self, name: str) -> np.ndarray:
         """One figure over the steps, float64 [steps]; NaN where a step lacks it."""
@@ -61,6 +62,7 @@ def read_run(run_dir: Path) -> RunFiles:
         coactivation=coactivation,
         placement_version=version,
         slots=slots,
+        exchange=_read_exchange(run_dir / "exchange.json"),
     )
 
 
@@ -113,6 +115,20 @@ def _read_statistics(path: Path) -> tuple[np.ndarray | None, np.ndarray | None]:
     pairs = arrays.get("coactivation")
     fits = pairs is not None and pairs.shape == (*load.shape, load.shape[1])
     return load, pairs if fits else None
+
+
+def _read_exchange(path: Path) -> dict[str, Any]:
+    """The choice, its timings those that can be read: words, and timings of kind, transport, seconds and rounds."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        words = str(tree["words"])
+        rows = [(str(t["kind"]), str(t["transport"]), float(t["seconds"]), int(t["rounds"])) for t in tree["timings"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+    names = ("kind", "transport", "seconds", "rounds")
+    taken = (str(tree.get("kind")), str(tree.get("transport")))
+    timings = [dict(zip(names, row, strict=True), taken=row[:2] == taken) for row in sorted(rows, key=lambda r: r[2])]
+    return {"words": words, "timings": timings}
 
 
 def _read_placement(folder: Path) -> tuple[int, list[list[list[int]]]]:

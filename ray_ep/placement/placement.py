@@ -154,7 +154,7 @@ class Placement:
                 tree.get("primary"),
                 tree.get("shares"),
             )
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, OverflowError) as e:
             raise PlacementError(f"{where}: not a placement: {e!r}") from None
 
     @staticmethod

@@ -108,5 +108,5 @@ class Topology:
             return Topology(
                 np.asarray(rows), np.asarray(tree["latency"]), np.asarray(tree["node_of"]), measured_at=at, **known
             )
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, OverflowError) as e:
             raise PlacementError(f"{where}: not a topology: {e!r}") from None

@@ -1,4 +1,7 @@
-"""The Ray actor of a rank: joins groups, holds a `Rank`, passes calls on. Nothing is decided here."""
+"""The Ray actor of a rank: joins groups, holds a `Rank`, passes calls on. Nothing is decided here.
+
+Ranks on GPUs have not run yet.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,10 @@ import ray
 import torch
 from transformers import PreTrainedConfig
 
-from ray_ep.collective import Group, SoloGroup
-from ray_ep.collective.ray_backend import join, leave
+from ray_ep.collective import Group, SoloGroup, StagedGroup
+from ray_ep.collective.ray_backend import join, leave, usable
 from ray_ep.config import from_dict
+from ray_ep.moe import Choice
 from ray_ep.placement import Placement, RoutingStatistics
 from ray_ep.rank.data import Corpus
 from ray_ep.rank.rank import Rank, StepResult
@@ -23,10 +27,13 @@ from ray_ep.rank.rank import Rank, StepResult
 class RankActor:
     """One rank of a run."""
 
-    def __init__(self, rank: int, size: int, threads: int):
+    def __init__(self, rank: int, size: int, threads: int, device: str = "cpu"):
         torch.set_num_threads(threads)
+        # Ray shows a rank its own GPU alone, so that it is number 0 in every thread.
+        self.device = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
         self.rank, self.size = rank, size
-        self.name, self.group = "", None
+        self.name = ""
+        self.groups: dict[str, Group] = {}  # by transport; after `choose_exchange` the one that was taken
 
     def __repr__(self) -> str:
         return f"Rank(rank={self.rank}, of={self.size})"
@@ -37,12 +44,24 @@ class RankActor:
         context = ray.get_runtime_context()
         return {"rank": self.rank, "node": context.get_node_id(), "host": socket.gethostname(), "pid": os.getpid()}
 
-    def join(self, name: str, epoch: int, timeout_s: float) -> None:
-        """Form the group of an epoch with the other ranks (collective)."""
+    def transports(self) -> list[str]:
+        """Transports that this process could use."""
+        return usable()
+
+    def join(self, name: str, epoch: int, timeout_s: float, transports: list[str]) -> None:
+        """Form the group of an epoch with the other ranks (collective), once over each of the transports.
+
+        Raises:
+            BadInput: a transport cannot be used in this process.
+        """
         self.name = name
-        self.group: Group | None = (
-            SoloGroup(epoch) if self.size == 1 else join(name, self.rank, self.size, epoch, timeout_s)
-        )
+        if self.size == 1:
+            self.groups = {"memory": SoloGroup(epoch)}
+            return
+        for transport in transports:
+            group: Group = join(f"{name}-{transport}", self.rank, self.size, epoch, timeout_s, transport)
+            on_device = transport != "gloo" or self.device.type == "cpu"
+            self.groups[transport] = group if on_device else StagedGroup(group)
 
     def build(
         self,
@@ -53,9 +72,16 @@ class RankActor:
         node_of: np.ndarray,
     ) -> dict[str, int]:
         """Build the model on the joined group (collective); returns sizes for people."""
-        assert self.group is not None
-        self.work = Rank(from_dict(cfg), config, corpus, self.group, placement, node_of)
+        group = next(iter(self.groups.values()))
+        self.work = Rank(from_dict(cfg), config, corpus, group, placement, node_of, self.device)
         return {"parameters": sum(p.numel() for p in self.work.model.parameters())}
+
+    def choose_exchange(self, step: int) -> Choice:
+        """`Rank.choose_exchange` among the groups that were joined; the others are left."""
+        choice = self.work.choose_exchange(step, self.groups)
+        for transport in set(self.groups) - {choice.transport}:
+            self._leave(transport)
+        return choice
 
     def train_step(self, step: int) -> StepResult:
         """`Rank.train_step`."""
@@ -73,6 +99,10 @@ class RankActor:
         """`Rank.load`."""
         self.work.load(url, step)
 
+    def balance_words(self) -> str:
+        """`Rank.balance_words`."""
+        return self.work.balance_words()
+
     def statistics(self) -> RoutingStatistics:
         """`Rank.statistics`."""
         return self.work.statistics()
@@ -80,10 +110,14 @@ class RankActor:
     @ray.method(concurrency_group="control")
     def abort(self) -> None:
         """Release this rank from a collective that waits for a dead peer."""
-        if self.group is not None:
-            self.group.abort()
+        for group in list(self.groups.values()):
+            group.abort()
 
     def close(self) -> None:
         """Leave the group."""
-        if self.size > 1:
-            leave(self.name)
+        for transport in list(self.groups):
+            self._leave(transport)
+
+    def _leave(self, transport: str) -> None:
+        del self.groups[transport]
+        leave(f"{self.name}-{transport}")

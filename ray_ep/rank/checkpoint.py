@@ -78,9 +78,10 @@ class Directory:
 
     def write_tensors(self, step: int, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, list[Any]]:
         """One safetensors file; returns {key: [file, checksum]} for the manifest."""
+        tensors = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
         with tempfile.TemporaryDirectory() as tmp:
             local = Path(tmp) / name
-            save_file({k: t.detach().contiguous() for k, t in tensors.items()}, local)
+            save_file(tensors, local)
             self.fs.put_file(str(local), f"{self.path(step)}/{name}")
         return {k: [name, checksum(t)] for k, t in tensors.items()}
 
@@ -97,7 +98,7 @@ class Directory:
 
 def checksum(t: torch.Tensor) -> int:
     """CRC-32 of a tensor's bytes."""
-    return zlib.crc32(t.detach().contiguous().flatten().view(torch.uint8).numpy())
+    return zlib.crc32(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def save_rank(directory: Directory, step: int, model: Any, optimizer: MasterOptimizer) -> dict[str, list[Any]]:

@@ -54,12 +54,18 @@ def meta_model(config: PreTrainedConfig, dtype: str = "float32") -> PreTrainedMo
 
 
 def build(
-    cfg: ModelConfig, config: PreTrainedConfig, seed: int, group: Group, placement: Placement, **options: Any
+    cfg: ModelConfig,
+    config: PreTrainedConfig,
+    seed: int,
+    group: Group,
+    placement: Placement,
+    device: torch.device | str = "cpu",
+    **options: Any,
 ) -> PreTrainedModel:
     """The parallelized model of one rank (collective).
 
-    Weights come from cfg.path, else are drawn from `seed`, the same on any number of ranks. `options` go to
-    `ray_ep.moe.parallelize`.
+    Weights come from cfg.path, else are drawn from `seed`, the same on any number of ranks and any device: they are
+    made on the CPU. `options` go to `ray_ep.moe.parallelize`.
     """
     model = meta_model(config, cfg.dtype)
     rows = {n: placement.experts_of(i, group.rank) for i, n in enumerate(find_experts(model))}
@@ -67,6 +73,7 @@ def build(
         load_pretrained(model, Path(cfg.path), rows)
     else:
         draw_weights(model, seed, rows)
+    model.to(torch.device(device))
     parallelize(model, group, placement, seed=seed, **options)
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -119,7 +119,7 @@ class MasterOptimizer:
         state = self.torch.state[w.master]
         state.update(moments)
         if self.cfg.kind == "adamw":
-            state["step"] = torch.tensor(float(step))
+            state["step"] = torch.tensor(float(step), device=w.master.device)  # where the fused optimizer keeps it
 
     def pending(self) -> str:
         """Name of a parameter with a gradient that was accumulated and not applied yet; empty if there is none."""
@@ -193,7 +193,7 @@ class MasterOptimizer:
 
     def _global_norm(self) -> float:
         """L2 norm of the whole gradient, each expert counted once (at its primary), the same on every rank."""
-        squares = torch.zeros(2, dtype=torch.float64)
+        squares = torch.zeros(2, dtype=torch.float64, device=self.weights[0].master.device)
         for w in self.weights:
             squares[int(w.layer is not None)] += w.master.grad.double().square().sum()
         experts = squares[1:].clone()

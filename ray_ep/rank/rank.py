@@ -7,7 +7,7 @@ B sequences of the global batch, L MoE layers, E experts, R ranks.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,27 @@ from transformers import PreTrainedConfig
 from ray_ep.collective import Group
 from ray_ep.config.schema import Config
 from ray_ep.errors import ModelError
-from ray_ep.moe import ExpertParallel, Moved, apply_placement, router_losses, update_bias
+from ray_ep.moe import (
+    KINDS,
+    Choice,
+    ExpertParallel,
+    Limits,
+    Moved,
+    apply_placement,
+    choose,
+    router_losses,
+    settle,
+    update_bias,
+)
 from ray_ep.placement import Placement, RoutingStatistics
 from ray_ep.rank.checkpoint import Checkpoint, Directory, load_rank, save_rank
 from ray_ep.rank.data import Corpus, global_batch, held_out_batch
 from ray_ep.rank.model import build
 from ray_ep.rank.optimizer import MasterOptimizer
+from ray_ep.rank.trial import unseen
+
+CHOICE_S = 1.2
+"""Time that the choice of the exchange may take, beside one forward pass and a first round of every way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +50,7 @@ class Usage:
     statistics_seconds: float
     sent: np.ndarray  # [R] bytes sent to each rank
     pairs: np.ndarray  # [L] (token, expert) pairs computed here
+    balance: np.ndarray  # the fields of ray_ep.moe.Balance in order, as numbers
 
     def __sub__(self, earlier: Usage) -> Usage:
         return Usage(*(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)))
@@ -62,6 +78,7 @@ class Rank:
         config: the transformers config of the model.
         corpus: the same on every rank; the batch is cut from it by (seed, step).
         node_of: [R] node of each rank.
+        device: where this rank computes; the group must take its tensors. Only cpu has been run yet.
     """
 
     def __init__(
@@ -72,20 +89,49 @@ class Rank:
         group: Group,
         placement: Placement,
         node_of: np.ndarray | None = None,
+        device: torch.device | str = "cpu",
     ):
-        self.cfg, self.corpus, self.group = cfg, corpus, group
+        self.cfg, self.corpus, self.group, self.device = cfg, corpus, group, torch.device(device)
         sample = cfg.statistics.sample // group.size
-        options = {"node_of": node_of, "sample": sample}
+        options = {"node_of": node_of, "sample": sample, "device": self.device, "balance": cfg.balance.in_step}
+        options["limits"] = Limits(cfg.balance.guest_mb, cfg.balance.most)
         self.model = build(cfg.model, config, cfg.seed, group, placement, **options)
         self.ep: ExpertParallel = self.model.ray_ep
         self.ep.routing.force = cfg.router.force
+        way, wanted = self.ep.exchange, cfg.exchange
+        way.chunks, way.float8, way.tokens = wanted.chunks, wanted.float8, wanted.tokens
         self.optimizer = MasterOptimizer(self.model, cfg.optim, group)
+
+    @torch.no_grad()
+    def choose_exchange(self, step: int, groups: dict[str, Group]) -> Choice:
+        """Take the fastest way to exchange, timed on the routing of the batch of `step` (collective, before training).
+
+        Nothing that a step depends on or reports is changed, but the groups: those not taken are the caller's to close.
+
+        Args:
+            groups: transports to choose from, by name.
+        """
+        cfg = self.cfg
+        kinds = KINDS if cfg.exchange.kind == "auto" else (cfg.exchange.kind,)
+        if len(groups) == 1 and (self.group.size == 1 or len(kinds) == 1):
+            return settle(self.ep, kinds[0], groups)
+        layer = self.ep.layers[len(self.ep.layers) // 2]
+        batch = global_batch(self.corpus.train, cfg.seed, step, cfg.batch.sequences, cfg.batch.length)
+        part = np.split(batch, cfg.batch.accumulation)[0]
+        with unseen(self.model):
+            layer.capture = True
+            self._cross_entropy(self._share(part))
+            if layer.captured is None:
+                raise self._never_called()
+            choice = choose(self.ep, layer.captured, layer.index, groups, kinds=kinds, backward=True, budget_s=CHOICE_S)
+        self.group = self.optimizer.group = self.ep.group
+        return choice
 
     def train_step(self, step: int) -> StepResult:
         """One optimizer step (step counts from 0) over this rank's share of the global batch."""
         cfg, began = self.cfg, self.usage()
         batch = global_batch(self.corpus.train, cfg.seed, step, cfg.batch.sequences, cfg.batch.length)
-        losses = torch.zeros(3, dtype=torch.float64)
+        losses = torch.zeros(3, dtype=torch.float64, device=self.device)
         self.model.train()
         for part in np.split(batch, cfg.batch.accumulation):
             loss, figures = self._loss(part, batch.shape[0] * cfg.batch.length)
@@ -99,7 +145,7 @@ class Rank:
         update_bias(self.ep.routing.routers, load, cfg.router.bias_rate)
         main, aux, z = losses.tolist()
         rate, tokens = self.optimizer.learning_rate(step), int(batch.shape[0] * cfg.batch.length)
-        return StepResult(step, main, aux, z, norm, rate, tokens, load.numpy(), self.usage() - began)
+        return StepResult(step, main, aux, z, norm, rate, tokens, load.cpu().numpy(), self.usage() - began)
 
     @torch.no_grad()
     def evaluate(self, trace: bool = False) -> tuple[float, list[dict[str, np.ndarray]]]:
@@ -113,13 +159,13 @@ class Rank:
         for layer in self.ep.layers:
             layer.trace = [] if trace else None
         mine = self._share(batch)
-        total = torch.zeros(2, dtype=torch.float64)
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
         total[0] = self._cross_entropy(mine)
         total[1] = mine[:, 1:].size
         self.group.all_reduce(total)
         self.ep.counters.enabled = True
         found = [
-            {"experts": torch.cat([e for e, _ in x]).numpy(), "ranks": torch.cat([r for _, r in x]).numpy()}
+            {"experts": torch.cat([e for e, _ in x]).cpu().numpy(), "ranks": torch.cat([r for _, r in x]).cpu().numpy()}
             for layer in self.ep.layers
             if (x := layer.trace)
         ]
@@ -141,6 +187,10 @@ class Rank:
         """Take on checkpoint `step`."""
         load_rank(Checkpoint(Directory(url), step), self.model, self.optimizer)
 
+    def balance_words(self) -> str:
+        """What balance inside the step costs here, for people; empty if it is off or nothing was measured."""
+        return self.ep.balancer.words()
+
     def statistics(self) -> RoutingStatistics:
         """Routing statistics of this rank since its making. Not collective."""
         return self.ep.counters.statistics()
@@ -151,7 +201,7 @@ class Rank:
         mine = self._share(part)
         main = self._cross_entropy(mine) / tokens
         if not any(layer.calls for layer in self.ep.layers):
-            raise ModelError(f"{type(self.model).__name__} never called its experts through transformers' interface")
+            raise self._never_called()
         routing, count = self.ep.routing, part[:, 1:].size
         load = self.ep.pass_load()
         losses = router_losses(routing.logits, load, routing.routers, self.group, count, router.aux_loss)
@@ -159,6 +209,9 @@ class Rank:
         loss = main + (router.aux_coefficient * losses.aux + router.z_coefficient * losses.z) / passes
         figures = torch.stack([main.double(), losses.aux.double() / passes, losses.z.double() / passes])
         return loss, figures.detach()
+
+    def _never_called(self) -> ModelError:
+        return ModelError(f"{type(self.model).__name__} never called its experts through transformers' interface")
 
     def _share(self, batch: np.ndarray) -> np.ndarray:
         """Rows of the batch [B, length + 1] that are this rank's; there may be none."""
@@ -170,8 +223,9 @@ class Rank:
         """Summed loss of predicting rows[:, 1:] from rows[:, :-1]; zero, with all exchanges made, if there are none."""
         if not len(rows):
             with self.ep.idle():
-                return 0 * self.model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False).logits.sum()
-        ids = torch.from_numpy(rows)
+                padding = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
+                return 0 * self.model(input_ids=padding, use_cache=False).logits.sum()
+        ids = torch.from_numpy(rows).to(self.device)
         logits = self.model(input_ids=ids[:, :-1], use_cache=False).logits
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
 
@@ -179,4 +233,5 @@ class Rank:
         """Totals since this rank's making, by its own clock."""
         meter, counters = self.ep.meter, self.ep.counters
         now, exchange, experts = time.perf_counter(), meter.seconds["exchange"], meter.seconds["experts"]
-        return Usage(now, exchange, experts, counters.seconds, meter.sent.copy(), meter.pairs.copy())
+        balance = np.array(astuple(self.ep.balancer.done), np.float64)
+        return Usage(now, exchange, experts, counters.seconds, meter.sent.copy(), meter.pairs.copy(), balance)

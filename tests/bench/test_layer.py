@@ -4,6 +4,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from ray_ep.bench.contenders import Work
+from ray_ep.bench.device import gemms
 
 RAY_EP = Path(sys.executable).with_name("ray-ep")
 
@@ -34,6 +38,28 @@ def test_a_row_has_both_contenders_speed_their_ratio_and_what_bounds_ours():
     assert 0.3 < sum(row["phases"].values()) < 1.05
     # 16 tokens a rank, top-2 of 16: at most every token once to the other rank, 512 wide, there and back, both passes.
     assert 0 < row["bytes_sent"] <= 2 * 16 * (4 * 512 * 2 + 1 + 2 * (6 + 4))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_the_bench_on_it_is_refused_with_words():
+    done = bench("--work=C", "--device=cuda")
+    assert done.returncode == 2
+    assert "needs a CUDA device" in done.stderr
+    assert len(done.stderr.splitlines()) < 3
+
+
+def test_several_ranks_on_the_one_gpu_are_refused():
+    done = bench("--work=C", "--device=cuda", "--ranks=2")
+    assert done.returncode == 2
+    assert "--ranks=1" in done.stderr
+
+
+def test_the_roofline_computes_the_works_products_alike_one_by_one_and_batched():
+    work = Work(tokens=64, hidden=32, ffn=16, experts=4, top_k=2)
+    results = [[t.clone() for t in step()] for step in gemms(work, torch.float32, torch.device("cpu")).values()]
+    assert [t.shape for t in results[0]] == [(4, 32, 32), (4, 32, 32)]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("wrong", ["--work=D", "--dtype=float16", "--pass=backward", "--ranks=two", "--peers=megatron"])

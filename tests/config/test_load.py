@@ -39,6 +39,10 @@ def test_file_and_overrides_merge_and_the_override_wins(tmp_path):
         ("optim.learning_rate=nan", "at least 0"),
         ("optim.learning_rate=.nan", "at least 0"),
         ("optim.steps=[1", "not YAML"),
+        ("exchange.kind=ring", "allowed are auto, flat, two_level, all_gather"),
+        ("exchange.transport=mpi", "allowed are auto, gloo, nccl, torch_nccl"),
+        ("exchange.chunks=0", "at least 1"),
+        ("exchange.tokens=100", "a rank has up to 4096 tokens in one pass"),
     ],
 )
 def test_a_bad_override_is_named_with_what_is_allowed(override, says):
@@ -47,6 +51,23 @@ def test_a_bad_override_is_named_with_what_is_allowed(override, says):
     with pytest.raises(ConfigError, match=says) as e:
         load_config(None, [override])
     assert override.split("=")[0].split(".")[-1] in str(e.value)
+
+
+@pytest.mark.parametrize("transport", ["nccl", "torch_nccl"])
+def test_a_transport_between_gpus_is_refused_for_cpu_ranks(transport):
+    with pytest.raises(ConfigError, match=rf"exchange\.transport='{transport}'.*allowed are auto, gloo"):
+        load_config(None, [f"exchange.transport={transport}", "cluster.device=cpu"])
+    assert load_config(None, [f"exchange.transport={transport}"]).cluster.device == "auto"  # the cluster may have GPUs
+
+
+def test_the_bound_on_tokens_counts_those_of_a_rank_a_pass_and_a_chunk():
+    # 16 sequences of 8 in 2 passes on 4 ranks: 2 sequences a rank; the evaluation has 12: 3 a rank, 24 tokens, 2 chunks
+    sizes = ["batch.sequences=16", "batch.length=8", "batch.accumulation=2", "cluster.ranks=4", "eval.sequences=12"]
+    cfg = load_config(None, [*sizes, "exchange.chunks=2", "exchange.tokens=12"])
+    assert cfg.exchange.tokens == 12
+    with pytest.raises(ConfigError, match="give at least 12, or 0"):
+        load_config(None, [*sizes, "exchange.chunks=2", "exchange.tokens=11"])
+    assert load_config(None, [*sizes, "exchange.tokens=16", "eval.every=0"]).exchange.tokens == 16
 
 
 def test_missing_and_malformed_files_are_named(tmp_path):

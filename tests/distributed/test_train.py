@@ -17,14 +17,15 @@ KEYS = {
 }  # fmt: skip
 FILES = {
     "config.yaml", "metrics.jsonl", "events.jsonl", "topology.json", "placements/0000.json", "statistics/routing.npz",
-    "report.html", "checkpoints/step-000020/manifest.json", "provenance/step-000020.npz",
+    "exchange.json", "report.html", "checkpoints/step-000020/manifest.json", "provenance/step-000020.npz",
 }  # fmt: skip
 
 IN_ONE_PROCESS = """
 import json, sys, time
 from pathlib import Path
 import ray
-ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+given = {"GIVEN": "kept", "MALLOC_TRIM_THRESHOLD_": "7000000"}
+ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": given})
 import ray_ep
 from ray_ep.errors import CheckpointError
 
@@ -44,6 +45,12 @@ try:
     train("run_dir=damaged", "cluster.ranks=1", "resume=four", *kept[2:])
 except CheckpointError as e:
     status["damaged"] = str(e)
+
+from ray_ep.driver.cluster import Ranks
+ranks = Ranks(ray_ep.load_config(None, ["cluster.ranks=1", "cluster.cpus_per_rank=0.5"]).cluster, "one", True, bool)
+environ = Path(f"/proc/{ranks.where[0]['pid']}/environ").read_text().split(chr(0))
+status["environ"] = dict(line.split("=", 1) for line in environ if line.startswith(("GIVEN", "MALLOC", "TORCH_NCCL")))
+ranks.kill()
 
 @ray.remote
 def alive():
@@ -95,6 +102,34 @@ def test_every_step_has_a_line_with_every_figure(run, lines):
         assert 0.5 <= m["balancedness"] <= 1
         assert m["exchange_seconds"] + m["expert_seconds"] < m["step_seconds"]
         assert m["tokens_per_second"] == pytest.approx(256 / m["step_seconds"])
+
+
+def test_how_tokens_travel_was_measured_at_the_start_and_is_told_everywhere(run, lines):
+    path = run[1]
+    choice = json.loads((path / "exchange.json").read_text())
+    assert {t["kind"] for t in choice["timings"]} == {"flat", "all_gather"}  # both ranks are on one node
+    assert choice["kind"] in ("flat", "all_gather")
+    assert (choice["transport"], choice["tokens"], choice["backward"]) == ("gloo", 128, True)
+    assert all(t["seconds"] > 0 for t in choice["timings"])
+    (event,) = [e for e in lines(path / "events.jsonl") if e["kind"] == "exchange"]
+    assert event["message"] == choice["words"]
+    page = (path / "report.html").read_text()
+    assert choice["words"] in page
+    assert page.count("<td>taken</td>") == 1
+
+
+def test_a_lone_rank_has_nothing_to_choose(one_process, shared):
+    choice = json.loads((shared.path / "one" / "exchange.json").read_text())
+    assert (choice["kind"], choice["timings"]) == ("flat", [])
+
+
+def test_rank_processes_keep_their_memory_and_what_the_program_gave_its_ray(one_process):
+    assert one_process["environ"] == {
+        "GIVEN": "kept",
+        "MALLOC_TRIM_THRESHOLD_": "7000000",  # the program's own word counts
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",
+    }
 
 
 def test_the_loss_falls(run, lines):

@@ -13,7 +13,7 @@ from ray_ep.rank.rank import StepResult, Usage
 def result(sent, pairs, exchange=0.1, expert=0.2, load=((3, 1, 2, 2), (2, 2, 2, 2))):
     usage = Usage(
         seconds=0.5, exchange_seconds=exchange, expert_seconds=expert, statistics_seconds=exchange / 10,
-        sent=np.array(sent), pairs=np.array(pairs),
+        sent=np.array(sent), pairs=np.array(pairs), balance=np.array([2, 3.0, 2.2, 3, 6000, 0.01, 2.0]),
     )  # fmt: skip
     return StepResult(
         step=4, loss=2.5, aux_loss=1.25, z_loss=0.5, grad_norm=0.75, lr=1e-3, tokens=64, load=np.array(load),
@@ -78,3 +78,10 @@ def test_the_largest_expert_load_is_in_multiples_of_the_mean_of_its_layer():
 def test_a_line_is_plain_json():
     m = metrics()
     assert json.loads(json.dumps(m)) == m
+
+
+def test_balance_is_a_mean_over_layers_and_its_gain_is_priced_at_the_steps_own_time_a_pair():
+    m = metrics()
+    assert (m["imbalance_before"], m["imbalance_after"]) == (1.5, 1.1)
+    assert (m["guests"], m["guest_bytes"], m["balance_saved_predicted"]) == (3, 6000, 0.01)
+    assert m["balance_saved_measured"] == pytest.approx(2.0 * 0.4 / 6)  # 2 pairs, 0.4 s for 6 pairs of a mean rank

@@ -57,7 +57,9 @@ def round_trip(case, group):
         exchange(group, output, input, output_sizes, input_sizes)
 
     group.all_to_all = all_to_all
-    agreed = plan(case.index[r], case.routes[r], group, meter)
+    index, routes = case.index[r], case.routes[r]
+    to = routes[index, (torch.arange(len(index)) % routes.shape[1])[:, None]]
+    agreed = plan(index, to, group, meter)
     rows, pair_w = dispatch(x, w, agreed)
     scaled = rows[agreed.pair_row] * ((agreed.pair_expert + 1).to(x.dtype) * pair_w)[:, None]
     out = combine(torch.zeros_like(rows).index_add(0, agreed.pair_row, scaled), agreed)

@@ -175,7 +175,7 @@ class Failing(Watched):
 def join(model, group):
     """Let a model go on over another group."""
     ep = model.ray_ep
-    for part in (ep, *ep.layers):
+    for part in (ep, ep.balancer, *ep.layers):
         part.group = group
     ep.place(ep.placement, ep.node_of, torch.device("cpu"))
 

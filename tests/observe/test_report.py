@@ -12,7 +12,8 @@ from ray_ep.observe.routing import expected_pairs, strongest_coactivation
 from ray_ep.observe.run_files import read_run
 
 LAYERS, EXPERTS, TOP_K, TOKENS = 4, 16, 2, 4000
-FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "statistics/routing.npz", "placements/0000.json")
+FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "statistics/routing.npz", "placements/0000.json",
+         "exchange.json")  # fmt: skip
 VOID = {"meta", "link", "br", "img", "input", "use", "path"}
 
 
@@ -108,6 +109,12 @@ def run_dir(tmp_path, routes):
         {"time": "2026-05-01T12:00:20", "kind": "rank_lost", "message": "rank 1 died; steps go on with 3", "step": 90},
     ]
     (folder / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    timings = [
+        {"kind": "flat", "transport": "gloo", "seconds": 0.004, "rounds": 9},
+        {"kind": "two_level", "transport": "gloo", "seconds": 0.002, "rounds": 9},
+    ]
+    choice = {"kind": "two_level", "transport": "gloo", "words": "two_level over gloo, measured", "timings": timings}
+    (folder / "exchange.json").write_text(json.dumps(choice))
     (folder / "placements").mkdir()
     (folder / "placements" / "0000.json").write_text(json.dumps(placement()))
     return folder
@@ -156,6 +163,12 @@ def test_the_placement_table_marks_replicas_and_joins_neighbours(run_dir):
     assert "Placement, version 1" in page
     assert "4-7 8-11 3 12-15" in page
     assert "4 further replicas, 12 empty slots" in page
+
+
+def test_the_ways_of_the_exchange_are_listed_from_the_fastest_and_the_taken_one_marked(run_dir):
+    page = Page(write_report(run_dir).read_text())
+    assert "two_level over gloo, measured" in page.text
+    assert "two_level gloo 2.00 1.00 9 taken flat gloo 4.00 2.00 9 " in page.text
 
 
 def test_a_placement_on_many_ranks_is_summed_up(run_dir):

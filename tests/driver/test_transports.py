@@ -1,0 +1,48 @@
+"""What ranks compute on and exchange over, given the configuration and what the cluster has."""
+
+import pytest
+
+from ray_ep.config import load_config
+from ray_ep.driver.cluster import device_of, transports
+from ray_ep.errors import ClusterError
+
+
+def cluster(**keys):
+    return load_config(None, [f"cluster.{k}={v}" for k, v in keys.items()]).cluster
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "expected"),
+    [("auto", 0, "cpu"), ("auto", 1, "cpu"), ("auto", 2, "cuda"), ("cpu", 8, "cpu"), ("cuda", 2, "cuda")],
+)
+def test_ranks_sit_on_gpus_if_there_is_one_for_each(device, gpus, expected):
+    assert device_of(cluster(device=device, ranks=2), {"CPU": 4.0, "GPU": float(gpus)}) == expected
+
+
+def test_too_few_gpus_are_refused_with_what_there_is():
+    with pytest.raises(ClusterError, match=r"2 ranks need 2 GPUs, the cluster has 0 \(and 4 CPUs\)"):
+        device_of(cluster(device="cuda", ranks=2), {"CPU": 4.0})
+
+
+ALL, BARE = ["gloo", "nccl", "torch_nccl"], ["gloo", "torch_nccl"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "usable", "expected"),
+    [
+        ("auto", "cpu", [ALL, ALL], ["gloo"]),
+        ("auto", "cuda", [ALL, ALL], ["nccl", "torch_nccl"]),
+        ("auto", "cuda", [ALL, BARE], ["torch_nccl"]),
+        ("gloo", "cuda", [ALL, ALL], ["gloo"]),
+        ("nccl", "cuda", [BARE, BARE], ["nccl"]),  # the rank itself says what is missing
+    ],
+)
+def test_transports_to_choose_from_are_those_that_every_rank_can_use(wanted, device, usable, expected):
+    assert transports(wanted, device, usable) == expected
+
+
+def test_nccl_for_cpu_ranks_and_gpus_without_any_nccl_are_refused():
+    with pytest.raises(ClusterError, match=r"exchange\.transport=nccl .* allowed are auto, gloo"):
+        transports("nccl", "cpu", [["gloo"]])
+    with pytest.raises(ClusterError, match=r"no NCCL can be used by every rank"):
+        transports("auto", "cuda", [ALL, ["gloo"]])
