@@ -4,6 +4,7 @@ from ray_ep.moe.balance import router_losses, update_bias
 from ray_ep.moe.choose import Choice, choose, settle
 from ray_ep.moe.exchange import PHASES
 from ray_ep.moe.guests import Balance, Limits
+from ray_ep.moe.migrate import Moved, OwnedState, apply_placement
 from ray_ep.moe.parallelize import ExpertParallel, find_experts, parallelize
 from ray_ep.moe.ways import KINDS
 
@@ -14,6 +15,9 @@ __all__ = [
     "Choice",
     "ExpertParallel",
     "Limits",
+    "Moved",
+    "OwnedState",
+    "apply_placement",
     "choose",
     "find_experts",
     "parallelize",

@@ -54,7 +54,7 @@ class ExpertParallel:
 
     def place(self, placement: Placement, node_of: np.ndarray | None, device: torch.device) -> None:
         """Take on the maps of a placement in every layer (weights are moved by the caller)."""
-        self.placement = placement
+        self.placement, self.node_of = placement, node_of
         self.balancer.place(placement, node_of)
         self.num_nodes = 1 if node_of is None else len(set(np.asarray(node_of).tolist()))
         for layer in self.layers:

@@ -3,6 +3,7 @@
 from ray_ep.placement.baselines import contiguous, random, slots_needed
 from ray_ep.placement.cost import Migration, Prediction, StepCosts, migration, predict
 from ray_ep.placement.eplb import load_only
+from ray_ep.placement.migration import Move, moves
 from ray_ep.placement.placement import Placement
 from ray_ep.placement.planner import plan
 from ray_ep.placement.statistics import RoutingStatistics
@@ -10,6 +11,7 @@ from ray_ep.placement.topology import Topology
 
 __all__ = [
     "Migration",
+    "Move",
     "Placement",
     "Prediction",
     "RoutingStatistics",
@@ -18,6 +20,7 @@ __all__ = [
     "contiguous",
     "load_only",
     "migration",
+    "moves",
     "plan",
     "predict",
     "random",

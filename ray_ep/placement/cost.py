@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from ray_ep.errors import PlacementError
 from ray_ep.placement.dispatch import simulate
+from ray_ep.placement.migration import held, moves
 from ray_ep.placement.placement import Floats, Ints, Placement
 from ray_ep.placement.statistics import RoutingStatistics
 from ray_ep.placement.topology import Topology
@@ -170,38 +171,23 @@ class Migration:
 
 
 def migration(old: Placement, new: Placement, topology: Topology, costs: StepCosts | None = None) -> Migration:
-    """Price a change of placement: weights of arriving replicas, optimizer state of new primaries."""
+    """Price a change of placement (see migration.moves): weights of arriving replicas, state of new primaries.
+
+    Raises:
+        PlacementError: the placements are not of one model on the topology's ranks.
+    """
     costs = costs or StepCosts()
-    if (old.num_layers, old.num_experts, old.num_ranks) != (new.num_layers, new.num_experts, new.num_ranks):
-        raise PlacementError("the two placements are not of one model on one set of ranks")
     slow = 1.0 / topology.bandwidth
     sent, received = np.zeros(new.num_ranks), np.zeros(new.num_ranks)
-    replicas = primaries = 0
-    for layer in range(new.num_layers):
-        before, after = held(old, layer), held(new, layer)
-        arrives = after & ~before
-        replicas += int(arrives.sum())
-        for e, r in zip(*np.nonzero(arrives), strict=True):
-            hosts = np.nonzero(before[e])[0]
-            source = hosts[np.argmin(slow[hosts, r])]
-            seconds = costs.expert_bytes * slow[source, r] + topology.latency[source, r]
-            sent[source] += seconds
-            received[r] += seconds
-        moved = np.nonzero(old.owner[layer] != new.owner[layer])[0]
-        primaries += len(moved)
-        for e in moved:
-            a, b = old.owner[layer, e], new.owner[layer, e]
-            sent[a] += costs.optimizer_bytes * slow[a, b]
-            received[b] += costs.optimizer_bytes * slow[a, b]
+    found = moves(old, new, slow)
+    for m in found:
+        size = m.weights * costs.expert_bytes + m.state * costs.optimizer_bytes
+        seconds = size * slow[m.source, m.target] + topology.latency[m.source, m.target]
+        sent[m.source] += seconds
+        received[m.target] += seconds
+    replicas, primaries = sum(m.weights for m in found), sum(m.state for m in found)
     seconds = float(np.maximum(sent, received).max(initial=0.0))
     return Migration(replicas, primaries, int((new.slots >= 0).sum()), seconds)
-
-
-def held(placement: Placement, layer: int) -> npt.NDArray[np.bool_]:
-    """[E, R] whether a rank has a slot with the expert."""
-    out = np.zeros((placement.num_experts + 1, placement.num_ranks), bool)
-    out[placement.slots[layer], np.arange(placement.num_ranks)[:, None]] = True  # empty slots fill the extra row
-    return out[:-1]
 
 
 def dispatch_layer(

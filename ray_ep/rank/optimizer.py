@@ -32,6 +32,11 @@ class Weight:
     layer: int | None  # MoE layer of an expert stack, None for dense
     gradient: torch.Tensor | None = None  # float32, like param; summed over the passes of a step
 
+    @property
+    def key(self) -> str:
+        """Name in the module that holds it."""
+        return self.name.rpartition(".")[2]
+
 
 class MasterOptimizer:
     """AdamW or SGD over the master weights of one rank.
@@ -46,10 +51,10 @@ class MasterOptimizer:
         self.weights = [
             _weight(name, p, layer_of.get(name), ep) for name, p in model.named_parameters() if p.requires_grad
         ]
-        decay = [w.master for w in self.weights if w.master.numel() and _decays(w)]
-        rest = [w.master for w in self.weights if w.master.numel() and not _decays(w)]
-        groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-        self.torch = _torch_optimizer(cfg, [g for g in groups if g["params"]])
+        self.updates = 0  # so far, those of a restored run included
+        decays = (cfg.weight_decay, 0.0)
+        groups = [{"params": p, "weight_decay": d} for p, d in zip(self._groups(), decays, strict=True)]
+        self.torch = _torch_optimizer(cfg, groups)
         schedule = get_scheduler(cfg.schedule, self.torch, cfg.warmup_steps, cfg.steps)
         self._factor = schedule.lr_lambdas[0]
 
@@ -87,6 +92,7 @@ class MasterOptimizer:
         for g in self.torch.param_groups:
             g["lr"] = self.learning_rate(number)
         self.torch.step()
+        self.updates += 1
         self.publish()
         for w in self.weights:
             w.gradient = w.master.grad = None
@@ -109,10 +115,66 @@ class MasterOptimizer:
 
     def restore(self, w: Weight, moments: dict[str, torch.Tensor], step: int) -> None:
         """Put back what `moments` gave, after `step` updates."""
+        self.updates = step
         state = self.torch.state[w.master]
         state.update(moments)
         if self.cfg.kind == "adamw":
             state["step"] = torch.tensor(float(step), device=w.master.device)  # where the fused optimizer keeps it
+
+    def pending(self) -> str:
+        """Name of a parameter with a gradient that was accumulated and not applied yet; empty if there is none."""
+        return next((w.name for w in self.weights if w.gradient is not None), "")
+
+    def kinds_of(self, layer: int) -> dict[str, int]:
+        """Master and moments that an owner keeps of an expert, counted, by the parameter's name in its module."""
+        return {w.key: 1 + len(self._kept()) for w in self._stacks() if w.layer == layer}
+
+    def rows(self, layer: int, expert: int) -> dict[str, list[torch.Tensor]]:
+        """Master and moments of an expert that this rank owns, each [...] float32."""
+        row = self._owned(layer).index(expert)
+        return {
+            w.key: [w.master.data[row], *(m[row] for m in self.moments(w).values())]
+            for w in self._stacks()
+            if w.layer == layer
+        }
+
+    @torch.no_grad()
+    def take(self, layer: int, experts: list[int], arrived: dict[int, dict[str, torch.Tensor]]) -> None:
+        """Own `experts` of a layer from now on, in that order.
+
+        The parameters hold their rows already, the layer's list of experts is still the old one.
+
+        Args:
+            arrived: masters and moments [kinds, ...] of those that this rank did not own, by parameter.
+        """
+        row_of = {e: row for row, e in enumerate(self._owned(layer))}
+        for w in [w for w in self._stacks() if w.layer == layer]:
+            old = {"master": w.master.data, **self.moments(w)}
+            new = {}
+            for i, kind in enumerate(("master", *self._kept())):
+                if kind == "master" and w.param.dtype == torch.float32:
+                    new[kind] = w.param.data[: len(experts)]  # the same storage
+                    continue
+                new[kind] = w.param.data.new_empty(len(experts), *w.param.shape[1:], dtype=torch.float32)
+                for row, e in enumerate(experts):
+                    new[kind][row] = old[kind][row_of[e]] if e in row_of else arrived[e][w.key][i]
+            w.master.data = new.pop("master")
+            self.torch.state.pop(w.master, None)
+            if experts and new:
+                self.restore(w, new, self.updates)
+        for group, masters in zip(self.torch.param_groups, self._groups(), strict=True):
+            group["params"] = masters
+
+    def _groups(self) -> list[list[torch.nn.Parameter]]:
+        """Masters that decay, and those that do not; an expert stack without primaries is in neither."""
+        return [[w.master for w in self.weights if w.master.numel() and _decays(w) is d] for d in (True, False)]
+
+    def _kept(self) -> tuple[str, ...]:
+        """Moments that owners have by now, the same on every rank: before the first update there are none."""
+        return self.kinds if self.updates and (self.cfg.kind == "adamw" or self.cfg.beta1) else ()
+
+    def _owned(self, layer: int) -> list[int]:
+        return self.ep.layers[layer].experts[: self.ep.layers[layer].owned]
 
     def _stacks(self) -> Iterator[Any]:
         return (w for w in self.weights if w.layer is not None)

@@ -17,7 +17,18 @@ from transformers import PreTrainedConfig
 from ray_ep.collective import Group
 from ray_ep.config.schema import Config
 from ray_ep.errors import ModelError
-from ray_ep.moe import KINDS, Choice, ExpertParallel, Limits, choose, router_losses, settle, update_bias
+from ray_ep.moe import (
+    KINDS,
+    Choice,
+    ExpertParallel,
+    Limits,
+    Moved,
+    apply_placement,
+    choose,
+    router_losses,
+    settle,
+    update_bias,
+)
 from ray_ep.placement import Placement, RoutingStatistics
 from ray_ep.rank.checkpoint import Checkpoint, Directory, load_rank, save_rank
 from ray_ep.rank.data import Corpus, global_batch, held_out_batch
@@ -159,6 +170,14 @@ class Rank:
             if (x := layer.trace)
         ]
         return float(total[0] / total[1].clamp_min(1)), found
+
+    def migrate(self, placement: Placement, buffer_mb: float = 256) -> Moved:
+        """Take on another placement: experts move, masters and moments with their primaries (between steps).
+
+        Raises:
+            PlacementError, ModelError, GroupError: see ray_ep.moe.apply_placement; then nothing has changed.
+        """
+        return apply_placement(self.model, placement, buffer_mb=buffer_mb, state=self.optimizer)
 
     def save(self, url: str, step: int) -> dict[str, list[Any]]:
         """Write what this rank owns into checkpoint `step`; returns its part of the manifest. Not collective."""
