@@ -16,8 +16,8 @@ from ray_ep.collective import Group
 from ray_ep.moe.parallelize import ExpertParallel
 from ray_ep.moe.ways import KINDS
 
-_GATHER_BYTES = 64 << 20
-"""All-gather is not tried where every rank would receive more than this."""
+_GATHER_BYTES = 1 << 20
+"""All-gather is for few tokens: it is not tried where every rank would receive more, and it does not balance."""
 
 ROUNDS = 9
 """Most timings of one way."""
