@@ -126,14 +126,27 @@ def bench() -> None:
 @click.option("--malloc", default="default,tuned", show_default=True, help="glibc as it comes, or keeping memory.")
 @click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="Interleaved rounds to count.")
 @click.option("--peers", help="Peers to compare with, such as transformers; all that are installed if not given.")
+@click.option("--routing", help="Impose routings, one or several such as zipf,80:4; `all` for all: see below.")
 @click.option("--memory", is_flag=True, help="Also peak memory of each, in processes of its own.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON line a row.")
-def bench_layer(device: str, peers: str | None, memory: bool, as_json: bool, rounds: int, **lists: str | None) -> None:
+def bench_layer(
+    device: str,
+    peers: str | None,
+    memory: bool,
+    as_json: bool,
+    rounds: int,
+    routing: str | None,
+    **lists: str | None,
+) -> None:
     """The MoE layer against its peers and against the GEMM floor; on a GPU one rank, against plain transformers.
 
     \b
     Works (tokens of a rank, hidden, ffn, experts, top_k):
       A  2048, 512, 1024, 16, 2     B  4096, 1024, 512, 64, 8     C  16, 512, 1024, 16, 2 (decode)
+
+    With --routing, how much of its balanced speed the layer keeps, with balance inside the step and without: balanced,
+    zipf, RATIO:HOT (that share of the tokens picks among the first HOT experts), hot-rank, spread, ragged, zero,
+    rotating, burst.
     """
     from ray_ep.bench.layer import run
     from ray_ep.bench.table import cases, line, title
@@ -144,11 +157,28 @@ def bench_layer(device: str, peers: str | None, memory: bool, as_json: bool, rou
     if device == "cuda":
         _bench_on_device(rows, peers, memory, as_json)
         return
+    if routing is not None:
+        _bench_skew(rows, routing, as_json)
+        return
     if not as_json:
         click.echo(title())
     for case in rows:
         result = run(case, chosen, memory)
         click.echo(json.dumps(result.to_dict()) if as_json else line(result))
+
+
+def _bench_skew(rows: list[Case], routing: str, as_json: bool) -> None:
+    from ray_ep.bench.routing import KINDS, check
+    from ray_ep.bench.skew import TITLE, run_skew
+
+    names = list(KINDS) if routing == "all" else routing.split(",")
+    for name in names:
+        check(name)
+    if not as_json:
+        click.echo(TITLE)
+    for case in rows:
+        for result in run_skew(case, names):
+            click.echo(json.dumps(result.to_dict()) if as_json else result.line())
 
 
 def _bench_on_device(rows: list[Case], peers: str | None, memory: bool, as_json: bool) -> None:
