@@ -91,10 +91,10 @@ def run(case: Case, peers: list[str] | None = None, memory: bool = False) -> Res
             raise BadInput(f"peer {name!r}: allowed here are {', '.join(installed())} (pip install 'ray_ep[bench]')")
     if case.work not in WORKS:
         raise BadInput(f"work {case.work!r}: allowed are {', '.join(WORKS)}")
-    result: Result = _spawn(case, names)
+    result: Result = spawn(case, _rank, names)
     if memory:
         short = Case(case.work, case.dtype, case.backward, case.ranks, case.malloc, 2)
-        result.peak_mib = {name: _spawn(short, [name]) for name in names}
+        result.peak_mib = {name: spawn(short, _rank, [name]) for name in names}
     return result
 
 
@@ -103,8 +103,8 @@ def installed() -> list[str]:
     return [n for n in PEERS if n == "transformers" or (n != "ray_ep" and importlib.util.find_spec(n))]
 
 
-def _spawn(case: Case, names: list[str]) -> Any:
-    """Run the ranks; a single name measures its peak memory instead of time."""
+def spawn(case: Case, main: Any, *args: Any) -> Any:
+    """Run main(rank, case, *args, store, queue) in a fresh process for each rank; what rank 0 put into the queue."""
     context = mp.get_context("spawn")
     queue = context.SimpleQueue()
     kept = dict(os.environ)
@@ -112,7 +112,7 @@ def _spawn(case: Case, names: list[str]) -> Any:
     os.environ.update(ALLOCATOR if case.malloc == "tuned" else {})
     try:
         with tempfile.TemporaryDirectory() as tmp:
-            mp.spawn(_rank, (case, names, f"file://{tmp}/store", queue), nprocs=case.ranks)
+            mp.spawn(main, (case, *args, f"file://{tmp}/store", queue), nprocs=case.ranks)
     finally:
         os.environ.clear()
         os.environ.update(kept)

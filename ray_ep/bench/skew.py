@@ -6,22 +6,18 @@ without balance on balanced routing, in the same run.
 
 from __future__ import annotations
 
-import os
 import statistics
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from ray_ep.bench.contenders import WORKS, block
-from ray_ep.bench.layer import WARM, Case
+from ray_ep.bench.layer import WARM, Case, spawn
 from ray_ep.bench.routing import route
 from ray_ep.collective import from_torch
-from ray_ep.config.process import ALLOCATOR
 from ray_ep.moe import parallelize
 
 
@@ -63,17 +59,7 @@ TITLE = (
 
 def run_skew(case: Case, routings: list[str]) -> list[Skew]:
     """Measure one case on all routings in one process group."""
-    context = mp.get_context("spawn")
-    queue = context.SimpleQueue()
-    kept = dict(os.environ)
-    os.environ.update({"OMP_NUM_THREADS": "1"}, **(ALLOCATOR if case.malloc == "tuned" else {}))
-    try:
-        with tempfile.TemporaryDirectory() as tmp:
-            mp.spawn(_rank, (case, routings, f"file://{tmp}/store", queue), nprocs=case.ranks)
-    finally:
-        os.environ.clear()
-        os.environ.update(kept)
-    found: list[Skew] = queue.get()
+    found: list[Skew] = spawn(case, _rank, routings)
     return found
 
 
