@@ -104,18 +104,21 @@ def rounds(moves: Sequence[Move], sizes: Sequence[int], ranks: int, buffer_bytes
             left[move.source, move.target] += size
             waiting.setdefault((move.source, move.target), deque()).append(Part(i, 0, size))
     out: list[list[Part]] = []
-    while waiting:
-        send, receive = left.sum(1), left.sum(0)
+    while left.any():
+        source, target = np.nonzero(left)
+        busiest = np.maximum(left.sum(1)[source], left.sum(0)[target])
+        order = np.lexsort((target, source, -left[source, target], -busiest))
         room_out, room_in = [buffer_bytes] * ranks, [buffer_bytes] * ranks
         parts: list[Part] = []
-        for s, t in sorted(waiting, key=lambda link: (-max(send[link[0]], receive[link[1]]), -left[link], link)):
-            taken = _take(waiting[s, t], min(room_out[s], room_in[t]))
+        for s, t in zip(source[order].tolist(), target[order].tolist(), strict=True):
+            if not (room := min(room_out[s], room_in[t])):
+                continue
+            taken = _take(waiting[s, t], room)
             size = sum(p.stop - p.start for p in taken)
             room_out[s] -= size
             room_in[t] -= size
             left[s, t] -= size
             parts += taken
-        waiting = {link: queue for link, queue in waiting.items() if queue}
         out.append(parts)
     return out
 

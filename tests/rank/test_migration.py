@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ray_ep.errors import ModelError, PlacementError
+from ray_ep.moe import Balance
 from ray_ep.placement import Placement, contiguous, random
 from ray_ep.rank.checkpoint import Directory
 from tests.conftest import run_ranks
@@ -27,12 +28,13 @@ def drawn(size, seed, replicas):
     return Placement(p.slots, EXPERTS, seed, primary=primary)
 
 
-def train(placements, *overrides, model=QWEN, steps=STEPS):
-    """[rank] results, state and copies after training that takes on the next placement after every other step."""
+def train(placements, *overrides, model=QWEN, steps=STEPS, before=lambda rank: None):
+    """[rank] results after training that takes on the next placement before every other step."""
     cfg, config = configure(*overrides, model=model)
 
     def work(group):
         rank, results, todo = make_rank(cfg, config, group, placements[0]), [], list(placements[1:])
+        before(rank)
         moved = []
         for number in range(steps):
             if number % EVERY == 0 and todo:  # also before the first step, when there are no moments yet
@@ -53,6 +55,13 @@ def test_the_loss_curve_over_migrations_is_that_of_one_process(size, replicas):
     if size > 1:
         assert sum(m.moves for m in ranks[0].moved) > 5 * EXPERTS
         assert sum(m.sent for r in ranks for m in r.moved) == sum(m.received for r in ranks for m in r.moved) > 0
+
+
+def test_balance_inside_the_step_plans_by_the_new_placement():
+    placements = [drawn(3, seed, True) for seed in range(6)]
+    ranks = train(placements, "balance.in_step=always", before=lambda rank: rank.ep.balancer.assume(1e-3, 1e12))
+    assert_follows([r.results for r in ranks], reference(STEPS)[0])
+    assert all(Balance(*sum(r.usage.balance for r in rank.results)).guests > 0 for rank in ranks), "there were guests"
 
 
 VARIANTS = {
