@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ray_ep.placement import packing, search, small
+from ray_ep.placement.forecast import expected_load
 from ray_ep.placement.placement import Floats, Ints
 from ray_ep.placement.problem import STIFF, Problem
 
@@ -38,7 +39,7 @@ class Traffic:
     """What is known of one layer's tokens.
 
     Args:
-        load: [E] tokens of each expert, per token. bits: [E, B] sampled tokens that chose each expert.
+        load: [E] tokens of each expert, per token, as they are expected to be. bits: [E, B] sampled tokens that chose each expert.
         sets: [T, K] the sampled tokens. risk: [E, E] covariance of choices.
     """
 
@@ -55,7 +56,8 @@ class Traffic:
         share = counts / total if total > 0 else np.full(len(counts), 1 / len(counts))
         share = share * sets.shape[1]
         bits = search.token_bits(sets, len(counts))
-        return Traffic(share, bits, sets, RISK * search.covariance(bits, share, len(sets)))
+        cov = search.covariance(bits, share, len(sets))
+        return Traffic(expected_load(share, sets, cov), bits, sets, RISK * cov)
 
 
 @dataclass(frozen=True, slots=True)
