@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from statistics import NormalDist
 
 import numpy as np
 
@@ -23,9 +24,10 @@ from ray_ep.placement.problem import Problem
 from ray_ep.placement.statistics import RoutingStatistics
 from ray_ep.placement.topology import Topology
 
-WORTH = 0.01
-"""A layer stays as it is unless its predicted time falls by this share: less is noise of the statistics."""
-MOVING = 0.05
+WORTH = 0.02
+"""A layer stays as it is unless its predicted time falls by this share and the noise of its loads: a search finds about
+as much in any new sample of the same tokens' kind, and loses it on the next."""
+MOVING = {"node": 0.05, "rank": 0.1}
 """What moving every slot of a layer must gain at least, as a share of its time: moves that gain less are left out."""
 KEEP = 0.9
 """A fresh plan is taken only where improving the current one keeps less than this of its gain."""
@@ -137,19 +139,41 @@ def _settled(problem: Problem, traffic: Traffic, slots: Ints, seed: int) -> Ints
 
 def _replan(problem: Problem, traffic: Traffic, current: Ints, seed: int) -> Ints:
     """Slots [R, S] of one layer: stay, a few moves, or a fresh plan: what gains most after the price of its moves."""
-    now = layer_seconds(problem, traffic, current)
     filled = int((current >= 0).sum())
     # A layer's cost in the units of the search, spread over its slots, gives the price of a move there.
-    price = max(problem.stay, MOVING * (problem.compute + problem.nodes / 4) / filled)
-    few = layer.warm_layer(problem, traffic, current, price, price + problem.owned - problem.stay, seed)
+    price = max(problem.stay, MOVING[problem.level] * (problem.compute + problem.nodes / 4) / filled)
+    prices = price, price + problem.owned - problem.stay
+    now = layer_seconds(problem, traffic, current)
+    few = layer.warm_layer(problem, traffic, current, *prices, seed)
     moves = moved_slots(current, few)
     gain = now - layer_seconds(problem, traffic, few) if moves else 0.0
     if moves > AFRESH * filled:
         fresh = _fresh(problem, traffic, seed)
         more = now - layer_seconds(problem, traffic, fresh)
-        if KEEP * more > gain and more - gain > MOVING * now * (moved_slots(current, fresh) - moves) / filled:
+        if KEEP * more > gain and more - gain > MOVING[problem.level] * now * (moved_slots(current, fresh) - moves) / filled:
             few, gain = fresh, more
-    return few if gain > WORTH * now else current
+    return few if gain > WORTH * now + _noise_seconds(problem, traffic, current) else current
+
+
+def _noise_seconds(problem: Problem, traffic: Traffic, current: Ints) -> float:
+    """By how much a layer's slowest unit is expected to look slower than the mean one by chance alone.
+
+    A plan from one window of tokens looks uneven on the next, and evening that out again gains nothing: of U units
+    the busiest is as far above the mean as the largest of U normal draws (Blom's approximation).
+    """
+    unit = np.arange(problem.ranks) if problem.level == "rank" else problem.node_of
+    units = int(unit.max()) + 1
+    if units < 2 or not traffic.tokens:
+        return 0.0
+    speed = np.bincount(unit, problem.speed)
+    part = np.zeros((problem.experts, units))
+    for r, row in enumerate(current):
+        part[row[row >= 0], unit[r]] += 1.0
+    part /= part.sum(1, keepdims=True)
+    variance = np.maximum(((traffic.risk / layer.RISK) @ part * part).sum(0), 0.0) / traffic.tokens
+    relative = float(np.sqrt(variance / speed**2).mean()) * speed.sum() / traffic.load.sum()
+    even = traffic.load.sum() * problem.costs.tokens_per_rank * problem.costs.expert_seconds
+    return NormalDist().inv_cdf((units - 0.375) / (units + 0.25)) * relative * float(even)
 
 
 def moved_slots(before: Ints, after: Ints) -> int:
