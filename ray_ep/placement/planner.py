@@ -24,10 +24,10 @@ from ray_ep.placement.problem import Problem
 from ray_ep.placement.statistics import RoutingStatistics
 from ray_ep.placement.topology import Topology
 
-WORTH = 0.02
+WORTH = 0.025
 """A layer stays as it is unless its predicted time falls by this share and the noise of its loads: a search finds about
 as much in any new sample of the same tokens' kind, and loses it on the next."""
-MOVING = {"node": 0.05, "rank": 0.1}
+MOVING = {"node": 0.055, "rank": 0.13}
 """What moving every slot of a layer must gain at least, as a share of its time: moves that gain less are left out."""
 KEEP = 0.9
 """A fresh plan is taken only where improving the current one keeps less than this of its gain."""
@@ -143,16 +143,19 @@ def _replan(problem: Problem, traffic: Traffic, current: Ints, seed: int) -> Int
     # A layer's cost in the units of the search, spread over its slots, gives the price of a move there.
     price = max(problem.stay, MOVING[problem.level] * (problem.compute + problem.nodes / 4) / filled)
     prices = price, price + problem.owned - problem.stay
-    now = layer_seconds(problem, traffic, current)
     few = layer.warm_layer(problem, traffic, current, *prices, seed)
     moves = moved_slots(current, few)
-    gain = now - layer_seconds(problem, traffic, few) if moves else 0.0
+    if not moves:
+        return current
+    now = layer_seconds(problem, traffic, current)
+    gain = now - layer_seconds(problem, traffic, few)
     if moves > AFRESH * filled:
         fresh = _fresh(problem, traffic, seed)
         more = now - layer_seconds(problem, traffic, fresh)
         if KEEP * more > gain and more - gain > MOVING[problem.level] * now * (moved_slots(current, fresh) - moves) / filled:
             few, gain = fresh, more
-    return few if gain > WORTH * now + _noise_seconds(problem, traffic, current) else current
+    worth = gain > WORTH * now and gain > WORTH * now + _noise_seconds(problem, traffic, current)
+    return few if worth else current
 
 
 def _noise_seconds(problem: Problem, traffic: Traffic, current: Ints) -> float:
@@ -166,11 +169,13 @@ def _noise_seconds(problem: Problem, traffic: Traffic, current: Ints) -> float:
     if units < 2 or not traffic.tokens:
         return 0.0
     speed = np.bincount(unit, problem.speed)
-    part = np.zeros((problem.experts, units))
-    for r, row in enumerate(current):
-        part[row[row >= 0], unit[r]] += 1.0
-    part /= part.sum(1, keepdims=True)
-    variance = np.maximum(((traffic.risk / layer.RISK) @ part * part).sum(0), 0.0) / traffic.tokens
+    share = 1.0 / np.bincount(current[current >= 0], minlength=problem.experts)
+    variance = np.zeros(units)
+    for u in range(units):
+        here = current[unit == u]
+        here = here[here >= 0]
+        variance[u] = share[here] @ traffic.risk[here[:, None], here] @ share[here] / (layer.RISK * traffic.tokens)
+    variance = np.maximum(variance, 0.0)
     relative = float(np.sqrt(variance / speed**2).mean()) * speed.sum() / traffic.load.sum()
     even = traffic.load.sum() * problem.costs.tokens_per_rank * problem.costs.expert_seconds
     return NormalDist().inv_cdf((units - 0.375) / (units + 0.25)) * relative * float(even)
