@@ -1,4 +1,4 @@
-"""The load to plan for: counted, and shrunk towards a more even mix of topics, since topics' shares regress to the mean.
+"""The load to plan for: counted, and shrunk towards a more even mix of topics, whose shares regress to the mean.
 
 Tokens of a topic choose the same experts. What makes a plan miss its balance on later tokens is a change of topics'
 shares, and the best guess of shares that change is that the large ones fall and the small ones grow. Nobody names the

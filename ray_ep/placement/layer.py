@@ -41,7 +41,8 @@ class Traffic:
     """What is known of one layer's tokens.
 
     Args:
-        load: [E] tokens of each expert, per token, as they are expected to be. bits: [E, B] sampled tokens that chose each expert.
+        load: [E] tokens of each expert, per token, as they are expected to be. bits: [E, B] sampled tokens that chose
+            each expert.
         sets: [T, K] the sampled tokens. risk: [E, E] covariance of choices. tokens: how many were counted.
     """
 

@@ -15,7 +15,7 @@ from statistics import NormalDist
 import numpy as np
 
 from ray_ep.errors import PlacementError
-from ray_ep.placement import layer, packing, search, small
+from ray_ep.placement import layer, packing, search, small, survive
 from ray_ep.placement.cost import StepCosts, check_fit, token_sets
 from ray_ep.placement.dispatch import simulate
 from ray_ep.placement.layer import Traffic
@@ -48,6 +48,7 @@ def plan(
     level: str = "node",
     seed: int = 0,
     costs: StepCosts | None = None,
+    survive_nodes: int = 0,
 ) -> Placement:
     """Decide replicas, nodes and ranks of every expert so that the predicted step time is low.
 
@@ -61,12 +62,14 @@ def plan(
         level: node: ranks of a node are balanced inside each step, so nodes must be even; rank: ranks must be.
         seed: of the order in which the search looks at experts.
         costs: figures of the cost model, ranks' speeds among them.
+        survive_nodes: nodes that may be lost, any of them, with a replica of every expert left; `survive.price` says
+            what that costs.
 
     Returns:
         A placement; its version is the current one's plus one, or the same where every layer stays.
 
     Raises:
-        PlacementError: fewer slots than experts, statistics, topology, costs and current that do not fit one another.
+        PlacementError: fewer slots than experts (or than survive_nodes takes), statistics, topology, costs and current that do not fit one another.
     """
     costs = costs or StepCosts()
     layers, experts = np.shape(statistics.load)
@@ -76,10 +79,12 @@ def plan(
     if sets.size and (sets.min() < 0 or sets.max() >= experts):
         raise PlacementError(f"statistics: the sample names expert {sets.max()}: allowed are 0 to {experts - 1}")
     problem = Problem.of(topology, experts, sets.shape[2], slots_per_rank, level, horizon_steps, costs)
+    survive.check_room(problem.room, experts, topology.node_of, survive_nodes)
+    start = None if current is None else _needed(current) if survive_nodes else current.slots
 
     def one(i: int) -> Ints:
         traffic = Traffic.of(np.asarray(statistics.load[i], np.float64), sets[i])
-        now = None if current is None else _fitted(current.slots[i], problem)
+        now = None if start is None else _fitted(start[i], problem)
         if now is None:
             return _settled(problem, traffic, _fresh(problem, traffic, seed), seed)
         return _replan(problem, traffic, now, seed)
@@ -88,6 +93,8 @@ def plan(
         found = list(pool.map(one, range(layers)))
     width = int(problem.room.max(initial=0))
     slots = np.stack(found) if found else np.zeros((0, problem.ranks, width), np.int64)
+    if survive_nodes:
+        return _secured(slots, statistics, topology, problem, current, survive_nodes)
     if current is None:
         return Placement(slots, experts, primary=_primaries(slots, experts, None))
     padded = np.full((layers, problem.ranks, max(width, current.slots.shape[2])), -1, np.int64)
@@ -96,6 +103,40 @@ def plan(
         return current
     primary = _primaries(slots, experts, current.owner)
     return Placement(slots, experts, current.version + 1, primary)
+
+
+def _needed(current: Placement) -> Ints:
+    """Slots [L, R, S] without the replicas that are there for safety alone."""
+    return current.slots if current.shares is None else np.where(current.shares > 0, current.slots, -1)
+
+
+def _secured(
+    slots: Ints,
+    statistics: RoutingStatistics,
+    topology: Topology,
+    problem: Problem,
+    current: Placement | None,
+    nodes: int,
+) -> Placement:
+    """The plan [L, R, S] with every expert on nodes + 1 nodes; a layer that stays keeps its safety replicas too."""
+    shares = np.ones(slots.shape)
+    before = None if current is None else _needed(current)
+    kept = None if current is None else survive.layers_that_survive(current, topology.node_of, nodes)
+    for i in range(len(slots)):
+        if current is not None and before is not None and kept is not None and kept[i]:
+            fits = _fitted(current.slots[i], problem)
+            needed = _fitted(before[i], problem)
+            if fits is not None and current.slots.shape[2] == slots.shape[2] and (needed == slots[i]).all():
+                slots[i] = current.slots[i]
+                shares[i] = 1.0 if current.shares is None else current.shares[i]
+                continue
+        load = np.asarray(statistics.load[i], np.float64)
+        slots[i], shares[i] = survive.secured(slots[i], load, problem.room, topology.node_of, nodes)
+    if current is not None and current.slots.shape == slots.shape and (slots == current.slots).all():
+        return current
+    version = 0 if current is None else current.version + 1
+    primary = _primaries(slots, problem.experts, None if current is None else current.owner)
+    return Placement(slots, problem.experts, version, primary, shares)
 
 
 def _fitted(current: Ints, problem: Problem) -> Ints | None:
@@ -152,7 +193,10 @@ def _replan(problem: Problem, traffic: Traffic, current: Ints, seed: int) -> Int
     if moves > AFRESH * filled:
         fresh = _fresh(problem, traffic, seed)
         more = now - layer_seconds(problem, traffic, fresh)
-        if KEEP * more > gain and more - gain > MOVING[problem.level] * now * (moved_slots(current, fresh) - moves) / filled:
+        if (
+            KEEP * more > gain
+            and more - gain > MOVING[problem.level] * now * (moved_slots(current, fresh) - moves) / filled
+        ):
             few, gain = fresh, more
     worth = gain > WORTH * now and gain > WORTH * now + _noise_seconds(problem, traffic, current)
     return few if worth else current
