@@ -69,7 +69,8 @@ def plan(
         A placement; its version is the current one's plus one, or the same where every layer stays.
 
     Raises:
-        PlacementError: fewer slots than experts (or than survive_nodes takes), statistics, topology, costs and current that do not fit one another.
+        PlacementError: fewer slots than experts (or than survive_nodes takes), or statistics, topology, costs and
+            current that do not fit one another.
     """
     costs = costs or StepCosts()
     layers, experts = np.shape(statistics.load)
