@@ -223,7 +223,7 @@ def _noise_seconds(problem: Problem, traffic: Traffic, current: Ints) -> float:
     variance = np.maximum(variance, 0.0)
     relative = float(np.sqrt(variance / speed**2).mean()) * speed.sum() / traffic.load.sum()
     even = traffic.load.sum() * problem.costs.tokens_per_rank * problem.costs.expert_seconds
-    return NormalDist().inv_cdf((units - 0.375) / (units + 0.25)) * relative * float(even)
+    return float(NormalDist().inv_cdf((units - 0.375) / (units + 0.25)) * relative * even)
 
 
 def moved_slots(before: Ints, after: Ints) -> int:
