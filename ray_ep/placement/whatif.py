@@ -93,8 +93,8 @@ class Row:
         step_seconds, compute_seconds, traffic_seconds: of all MoE layers of a step.
         balancedness, node_balancedness: mean / max speed-weighted load (1 is perfect).
         remote_nodes, remote_ranks: others that a token visits in a layer, mean.
-        bytes_across: that a rank's tokens send to other nodes in a step, both ways, a copy a node; bytes_inside: copies
-            to ranks of the own node.
+        bytes_across: that a rank's tokens send to other nodes in a step, both ways, a copy a node; bytes_inside: the
+            further copies inside nodes, one a rank visited beyond the first of each other node.
         tokens_per_second: of the whole cluster, if the MoE layers were all.
     """
 
