@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ray_ep.placement import packing, search, small
+from ray_ep.placement.forecast import expected_load
 from ray_ep.placement.placement import Floats, Ints
 from ray_ep.placement.problem import STIFF, Problem
 
@@ -26,6 +27,8 @@ NODE_RISK = {"node": 0.12, "rank": 0.04}
 """Of that, what counts between nodes, where it is at odds with traffic: tokens of a topic want few nodes."""
 FLOW = 1.0
 """How much the price of a visit grows from a node without traffic to one with the usual traffic, as a share of it."""
+WARM_FLOW, WARM_STIFF = 2.0, 2.0
+"""`FLOW` and the factor on `stiff` when a plan is improved: few moves first relieve the busiest nodes."""
 RANK_MOVE = 150.0
 """Moves between ranks of a node against those between nodes: evening out ranks that are near the mean gains nothing."""
 SWEEPS = 20
@@ -38,14 +41,16 @@ class Traffic:
     """What is known of one layer's tokens.
 
     Args:
-        load: [E] tokens of each expert, per token. bits: [E, B] sampled tokens that chose each expert.
-        sets: [T, K] the sampled tokens. risk: [E, E] covariance of choices.
+        load: [E] tokens of each expert, per token, as they are expected to be. bits: [E, B] sampled tokens that chose
+            each expert.
+        sets: [T, K] the sampled tokens. risk: [E, E] covariance of choices. tokens: how many were counted.
     """
 
     load: Floats
     bits: npt.NDArray[np.uint64]
     sets: Ints
     risk: Floats
+    tokens: float
 
     @staticmethod
     def of(load: Floats, sets: Ints) -> Traffic:
@@ -55,7 +60,8 @@ class Traffic:
         share = counts / total if total > 0 else np.full(len(counts), 1 / len(counts))
         share = share * sets.shape[1]
         bits = search.token_bits(sets, len(counts))
-        return Traffic(share, bits, sets, RISK * search.covariance(bits, share, len(sets)))
+        cov = search.covariance(bits, share, len(sets))
+        return Traffic(expected_load(share, sets, cov), bits, sets, RISK * cov, total / max(sets.shape[1], 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +92,7 @@ def warm_layer(problem: Problem, traffic: Traffic, current: Ints, stay: float, o
     place[empty] = _free_places(problem, items)
     order = _orders(len(place), seed, SWEEPS)
     risk = _item_risk(problem, traffic, items)
-    world = _world(problem, traffic, bits, place)
+    world = _world(problem, traffic, bits, place, warm=True)
     search.improve_grouping(bits, load, risk, place, world, items.home, price, order)
     return _pack_nodes(problem, traffic, items, place, current, RANK_MOVE * stay)
 
@@ -157,15 +163,16 @@ def _item_risk(problem: Problem, traffic: Traffic, items: Items) -> Floats:
 
 
 def _world(
-    problem: Problem, traffic: Traffic, bits: npt.NDArray[np.uint64], place: Ints
+    problem: Problem, traffic: Traffic, bits: npt.NDArray[np.uint64], place: Ints, warm: bool = False
 ) -> tuple[Floats, Floats, Floats, float, float, float]:
     """What the search is told of nodes; `place` gives the traffic that is usual for one."""
     speed = problem.node_speed()
     target = traffic.load.sum() * speed / speed.sum()
     price = problem.price() / len(traffic.sets)
     usual = float((price * search.visits_of(bits, place, problem.nodes)).mean())
-    steep = FLOW / (2 * usual) if usual > 0 else 0.0
-    return problem.source, target, price, problem.stiff, _bulk(problem, traffic.load), steep
+    steep = (WARM_FLOW if warm else FLOW) / (2 * usual) if usual > 0 else 0.0
+    stiff = problem.stiff * (WARM_STIFF if warm and problem.level == "node" else 1.0)
+    return problem.source, target, price, stiff, _bulk(problem, traffic.load), steep
 
 
 def _bulk(problem: Problem, load: Floats) -> float:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from statistics import NormalDist
 
 import numpy as np
 
 from ray_ep.errors import PlacementError
-from ray_ep.placement import layer, packing, search, small
+from ray_ep.placement import layer, packing, search, small, survive
 from ray_ep.placement.cost import StepCosts, check_fit, token_sets
 from ray_ep.placement.dispatch import simulate
 from ray_ep.placement.layer import Traffic
@@ -23,9 +24,10 @@ from ray_ep.placement.problem import Problem
 from ray_ep.placement.statistics import RoutingStatistics
 from ray_ep.placement.topology import Topology
 
-WORTH = 0.01
-"""A layer stays as it is unless its predicted time falls by this share: less is noise of the statistics."""
-MOVING = 0.05
+WORTH = 0.025
+"""A layer stays as it is unless its predicted time falls by this share and the noise of its loads: a search finds about
+as much in any new sample of the same tokens' kind, and loses it on the next."""
+MOVING = {"node": 0.055, "rank": 0.13}
 """What moving every slot of a layer must gain at least, as a share of its time: moves that gain less are left out."""
 KEEP = 0.9
 """A fresh plan is taken only where improving the current one keeps less than this of its gain."""
@@ -46,6 +48,7 @@ def plan(
     level: str = "node",
     seed: int = 0,
     costs: StepCosts | None = None,
+    survive_nodes: int = 0,
 ) -> Placement:
     """Decide replicas, nodes and ranks of every expert so that the predicted step time is low.
 
@@ -59,12 +62,15 @@ def plan(
         level: node: ranks of a node are balanced inside each step, so nodes must be even; rank: ranks must be.
         seed: of the order in which the search looks at experts.
         costs: figures of the cost model, ranks' speeds among them.
+        survive_nodes: nodes that may be lost, any of them, with a replica of every expert left; `survive.price` says
+            what that costs.
 
     Returns:
         A placement; its version is the current one's plus one, or the same where every layer stays.
 
     Raises:
-        PlacementError: fewer slots than experts, statistics, topology, costs and current that do not fit one another.
+        PlacementError: fewer slots than experts (or than survive_nodes takes), or statistics, topology, costs and
+            current that do not fit one another.
     """
     costs = costs or StepCosts()
     layers, experts = np.shape(statistics.load)
@@ -74,10 +80,12 @@ def plan(
     if sets.size and (sets.min() < 0 or sets.max() >= experts):
         raise PlacementError(f"statistics: the sample names expert {sets.max()}: allowed are 0 to {experts - 1}")
     problem = Problem.of(topology, experts, sets.shape[2], slots_per_rank, level, horizon_steps, costs)
+    survive.check_room(problem.room, experts, topology.node_of, survive_nodes)
+    start = None if current is None else _needed(current) if survive_nodes else current.slots
 
     def one(i: int) -> Ints:
         traffic = Traffic.of(np.asarray(statistics.load[i], np.float64), sets[i])
-        now = None if current is None else _fitted(current.slots[i], problem)
+        now = None if start is None else _fitted(start[i], problem)
         if now is None:
             return _settled(problem, traffic, _fresh(problem, traffic, seed), seed)
         return _replan(problem, traffic, now, seed)
@@ -86,6 +94,8 @@ def plan(
         found = list(pool.map(one, range(layers)))
     width = int(problem.room.max(initial=0))
     slots = np.stack(found) if found else np.zeros((0, problem.ranks, width), np.int64)
+    if survive_nodes:
+        return _secured(slots, statistics, topology, problem, current, survive_nodes)
     if current is None:
         return Placement(slots, experts, primary=_primaries(slots, experts, None))
     padded = np.full((layers, problem.ranks, max(width, current.slots.shape[2])), -1, np.int64)
@@ -94,6 +104,40 @@ def plan(
         return current
     primary = _primaries(slots, experts, current.owner)
     return Placement(slots, experts, current.version + 1, primary)
+
+
+def _needed(current: Placement) -> Ints:
+    """Slots [L, R, S] without the replicas that are there for safety alone."""
+    return current.slots if current.shares is None else np.where(current.shares > 0, current.slots, -1)
+
+
+def _secured(
+    slots: Ints,
+    statistics: RoutingStatistics,
+    topology: Topology,
+    problem: Problem,
+    current: Placement | None,
+    nodes: int,
+) -> Placement:
+    """The plan [L, R, S] with every expert on nodes + 1 nodes; a layer that stays keeps its safety replicas too."""
+    shares = np.ones(slots.shape)
+    before = None if current is None else _needed(current)
+    kept = None if current is None else survive.layers_that_survive(current, topology.node_of, nodes)
+    for i in range(len(slots)):
+        if current is not None and before is not None and kept is not None and kept[i]:
+            fits = _fitted(current.slots[i], problem)
+            needed = _fitted(before[i], problem)
+            if fits is not None and current.slots.shape[2] == slots.shape[2] and (needed == slots[i]).all():
+                slots[i] = current.slots[i]
+                shares[i] = 1.0 if current.shares is None else current.shares[i]
+                continue
+        load = np.asarray(statistics.load[i], np.float64)
+        slots[i], shares[i] = survive.secured(slots[i], load, problem.room, topology.node_of, nodes)
+    if current is not None and current.slots.shape == slots.shape and (slots == current.slots).all():
+        return current
+    version = 0 if current is None else current.version + 1
+    primary = _primaries(slots, problem.experts, None if current is None else current.owner)
+    return Placement(slots, problem.experts, version, primary, shares)
 
 
 def _fitted(current: Ints, problem: Problem) -> Ints | None:
@@ -137,19 +181,49 @@ def _settled(problem: Problem, traffic: Traffic, slots: Ints, seed: int) -> Ints
 
 def _replan(problem: Problem, traffic: Traffic, current: Ints, seed: int) -> Ints:
     """Slots [R, S] of one layer: stay, a few moves, or a fresh plan: what gains most after the price of its moves."""
-    now = layer_seconds(problem, traffic, current)
     filled = int((current >= 0).sum())
     # A layer's cost in the units of the search, spread over its slots, gives the price of a move there.
-    price = max(problem.stay, MOVING * (problem.compute + problem.nodes / 4) / filled)
-    few = layer.warm_layer(problem, traffic, current, price, price + problem.owned - problem.stay, seed)
+    price = max(problem.stay, MOVING[problem.level] * (problem.compute + problem.nodes / 4) / filled)
+    prices = price, price + problem.owned - problem.stay
+    few = layer.warm_layer(problem, traffic, current, *prices, seed)
     moves = moved_slots(current, few)
-    gain = now - layer_seconds(problem, traffic, few) if moves else 0.0
+    if not moves:
+        return current
+    now = layer_seconds(problem, traffic, current)
+    gain = now - layer_seconds(problem, traffic, few)
     if moves > AFRESH * filled:
         fresh = _fresh(problem, traffic, seed)
         more = now - layer_seconds(problem, traffic, fresh)
-        if KEEP * more > gain and more - gain > MOVING * now * (moved_slots(current, fresh) - moves) / filled:
+        if (
+            KEEP * more > gain
+            and more - gain > MOVING[problem.level] * now * (moved_slots(current, fresh) - moves) / filled
+        ):
             few, gain = fresh, more
-    return few if gain > WORTH * now else current
+    worth = gain > WORTH * now and gain > WORTH * now + _noise_seconds(problem, traffic, current)
+    return few if worth else current
+
+
+def _noise_seconds(problem: Problem, traffic: Traffic, current: Ints) -> float:
+    """By how much a layer's slowest unit is expected to look slower than the mean one by chance alone.
+
+    A plan from one window of tokens looks uneven on the next, and evening that out again gains nothing: of U units
+    the busiest is as far above the mean as the largest of U normal draws (Blom's approximation).
+    """
+    unit = np.arange(problem.ranks) if problem.level == "rank" else problem.node_of
+    units = int(unit.max()) + 1
+    if units < 2 or not traffic.tokens:
+        return 0.0
+    speed = np.bincount(unit, problem.speed)
+    share = 1.0 / np.bincount(current[current >= 0], minlength=problem.experts)
+    variance = np.zeros(units)
+    for u in range(units):
+        here = current[unit == u]
+        here = here[here >= 0]
+        variance[u] = share[here] @ traffic.risk[here[:, None], here] @ share[here] / (layer.RISK * traffic.tokens)
+    variance = np.maximum(variance, 0.0)
+    relative = float(np.sqrt(variance / speed**2).mean()) * speed.sum() / traffic.load.sum()
+    even = traffic.load.sum() * problem.costs.tokens_per_rank * problem.costs.expert_seconds
+    return float(NormalDist().inv_cdf((units - 0.375) / (units + 0.25)) * relative * even)
 
 
 def moved_slots(before: Ints, after: Ints) -> int:
