@@ -10,7 +10,8 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/python -c "from ray_ep.moe.kernels import warm; warm()"  # compile once, not in a step
+	@# compile once, not in a step
+	$(BIN)/python -c "from ray_ep.moe import kernels; from ray_ep.placement import planner, step; kernels.warm(); step.warm(); planner.warm()"
 	@touch $@
 
 train: setup
