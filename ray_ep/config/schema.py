@@ -160,7 +160,7 @@ class BalanceConfig:
     """Balance inside each step, among ranks with fast links."""
 
     in_step: str = _opt(
-        "auto",
+        "off",
         "off; auto: surplus tokens go to other ranks, with the expert's weights where they lack it, where costs "
         "measured in the first pass say that it pays; always: the same, and it says where it cannot",
         ("auto", "off", "always"),
