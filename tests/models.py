@@ -101,6 +101,16 @@ def parallel_pass(model, ids, group, placement, shards, before=None, node_of=Non
     return model, total, logits.detach()[: len(part)], gather_gradients(model, group)
 
 
+def assert_equals(results, model, ids, tolerance=1e-5):
+    """All ranks' `parallel_pass` together give plain transformers' loss, logits and every gradient."""
+    loss, logits, grads = reference(model, ids)
+    assert (torch.cat([r[2] for r in results if len(r[2])]) - logits).abs().max() <= tolerance
+    for _, total, _, got in results:
+        assert abs(total - loss) <= tolerance
+        for n, g in grads.items():
+            assert (got[n] - (g if g is not None else 0)).abs().max() <= tolerance, n
+
+
 def gather_gradients(model, group):
     """Every gradient in full: dense ones summed over ranks, each expert's from its primary."""
     ep = model.ray_ep

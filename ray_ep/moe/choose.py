@@ -140,7 +140,8 @@ def settle(ep: ExpertParallel, kind: str, groups: dict[str, Group]) -> Choice:
 
 def take(ep: ExpertParallel, kind: str, group: Group) -> None:
     """Let all layers exchange by `kind` over `group`; every rank calls it with the same."""
-    ep.exchange.kind, ep.group = kind, group
+    ep.exchange.kind = kind
+    ep.group = ep.balancer.group = group
     for layer, replicas in zip(ep.layers, ep.replicas, strict=True):
         layer.group = replicas.group = group
 

@@ -182,8 +182,8 @@ class Balancer:
             _synchronise(hidden)
             took = min(took, time.perf_counter() - start)
         message = torch.cat([b.reshape(-1) for b in blocks])
-        received, ones = torch.empty_like(message), [0] * self.group.size
-        give, take = ones.copy(), ones.copy()
+        received = torch.empty_like(message)
+        give, take = [0] * self.group.size, [0] * self.group.size
         give[(self.group.rank + 1) % self.group.size] = take[self.group.rank - 1] = len(message)
         for _ in range(3):
             self.group.barrier()

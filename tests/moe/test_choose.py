@@ -9,7 +9,7 @@ import torch
 import ray_ep
 from ray_ep.collective import Group
 from ray_ep.moe import KINDS, choose, settle
-from ray_ep.moe.choose import CLEARLY, candidates, fastest
+from ray_ep.moe.choose import CLEARLY, candidates, fastest, take
 from tests.models import build, placement_of
 
 NODES = np.array([0, 0, 1, 1])
@@ -172,3 +172,15 @@ def test_the_first_way_stays_unless_another_is_clearly_faster():
     assert fastest(dict(zip(ways, [1.0, 2.0, CLEARLY + 0.01], strict=True))) == ways[0]
     assert fastest(dict(zip(ways, [1.0, CLEARLY - 0.02, CLEARLY - 0.01], strict=True))) == ways[1]
     assert fastest({ways[2]: 1.0}) == ways[2]
+
+
+def test_what_is_taken_carries_the_balance_too(ranks):
+    """A transport that was not taken is closed: nothing may still gather counts over it."""
+
+    def one(group):
+        ep = ray_ep.moe.parallelize(build("qwen3_moe"), group).ray_ep
+        other = group.split(0)
+        take(ep, "flat", other)
+        return all(x is other for x in (ep.group, ep.balancer.group, ep.layers[0].group, ep.replicas[0].group))
+
+    assert ranks(2, one) == [True, True]

@@ -12,7 +12,7 @@ import ray_ep
 from ray_ep.errors import BadInput
 from ray_ep.moe import Limits, kernels
 from ray_ep.moe.guests import destinations
-from tests.models import MODELS, VOCAB, build, even_shards, parallel_pass, placement_of, reference
+from tests.models import MODELS, VOCAB, assert_equals, build, even_shards, parallel_pass, placement_of, reference
 
 
 def free(model):
@@ -27,15 +27,6 @@ def ids_of(rows=5):
 def passes(ranks, model, ids, size, kind, before=free, **options):
     placement, shards = placement_of(model, kind, size), even_shards(len(ids), size)
     return ranks(size, lambda g: parallel_pass(model, ids, g, placement, shards, before, **options))
-
-
-def assert_equals(results, model, ids, tolerance=1e-5):
-    loss, logits, grads = reference(model, ids)
-    assert (torch.cat([r[2] for r in results if len(r[2])]) - logits).abs().max() <= tolerance
-    for _, total, _, got in results:
-        assert abs(total - loss) <= tolerance
-        for n, g in grads.items():
-            assert (got[n] - (g if g is not None else 0)).abs().max() <= tolerance, n
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -6,7 +6,7 @@ import torch
 
 from ray_ep.moe.float8 import pack, unpack
 from ray_ep.moe.ways import KINDS, gateways
-from tests.models import VOCAB, build, even_shards, parallel_pass, placement_of, reference
+from tests.models import VOCAB, assert_equals, build, even_shards, parallel_pass, placement_of, reference
 
 NODES = {1: [0], 2: [0, 1], 3: [0, 0, 1], 4: [0, 0, 1, 1], 5: [0, 1, 0, 1, 1]}
 
@@ -30,15 +30,6 @@ def set_way(kind="flat", chunks=1, float8=False, tokens=0, fused=True):
 
 def ids_of(rows=5):
     return torch.randint(3, VOCAB, (rows, 9), generator=torch.Generator().manual_seed(1))
-
-
-def assert_equals(results, model, ids, tolerance=1e-5):
-    loss, logits, grads = reference(model, ids)
-    assert (torch.cat([r[2] for r in results if len(r[2])]) - logits).abs().max() <= tolerance
-    for _, total, _, got in results:
-        assert abs(total - loss) <= tolerance
-        for n, g in grads.items():
-            assert (got[n] - (g if g is not None else 0)).abs().max() <= tolerance, n
 
 
 @pytest.mark.parametrize("fused", [True, False])
