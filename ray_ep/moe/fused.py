@@ -19,7 +19,7 @@ import torch
 from ray_ep.moe import kernels
 from ray_ep.moe.float8 import pack, unpack
 from ray_ep.moe.fused_plan import Agreed
-from ray_ep.moe.gemm import Packed, mm
+from ray_ep.moe.gemm import Packed, gradient, mm
 
 
 class FusedExperts(torch.autograd.Function):
@@ -89,10 +89,10 @@ class FusedExperts(torch.autograd.Function):
             kernels.swiglu_backward(
                 _np(g[a:b]), plan.sorted_weight[a:b], _np(dh[:n]), _np(dg[:n]), _np(h[:n]), d_weight[a:b]
             )
-            mm(part.t(), h[:n], out=d_down[e])
+            gradient(part, h[:n], out=d_down[e])
             mm(dg[:n], ups[e], out=dx[a:b])
             part = torch.index_select(x, 0, plan.sorted_row[a:b], out=rows[:n])
-            mm(dg[:n].t(), part, out=d_gate_up[e])
+            gradient(dg[:n], part, out=d_gate_up[e])
         for e in np.nonzero(np.diff(plan.offsets) == 0)[0]:
             d_gate_up[e].zero_()
             d_down[e].zero_()

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import torch
 
+from ray_ep.moe import kernels
+
 _ONEDNN = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 _ROWS = 32
 """Rows that weights are packed for: a layout that is good for few rows and for many (measured)."""
+
+_FEW = 8
+"""Rows up to which float32 weight gradients are written row by row: MKL takes 0.7 ms from 2 rows on, ours 0.2 to 0.4."""
 
 
 def mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
@@ -19,6 +24,14 @@ def mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
         out.copy_(torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], ""))
     else:
         torch.mm(a, b, out=out)
+
+
+def gradient(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    """out [M, N] = a [n, M]^T @ b [n, N]: of a weight, from its rows' inputs and their outputs' gradients."""
+    if a.dtype == torch.float32 and len(a) <= _FEW:
+        kernels.outer(a.numpy(), b.numpy(), out.numpy())
+    else:
+        torch.mm(a.t(), b, out=out)
 
 
 class Packed:

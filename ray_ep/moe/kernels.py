@@ -128,6 +128,30 @@ def swiglu_backward(gate_up: Any, weight: Any, dh: Any, d_gate_up: Any, h: Any, 
 
 
 @njit(**_OPTIONS)
+def outer(a: Any, b: Any, out: Any) -> None:
+    """out [M, N] = a [n, M]^T b [n, N], float32, n at least 1: for few rows, four of which are added at a time."""
+    n, width = a.shape[0], out.shape[1]
+    for i in range(out.shape[0]):
+        row, first = out[i], 1
+        if n < 4:
+            for j in range(width):
+                row[j] = a[0, i] * b[0, j]
+        else:
+            w, x, y, z, first = a[0, i], a[1, i], a[2, i], a[3, i], 4
+            for j in range(width):
+                row[j] = w * b[0, j] + x * b[1, j] + y * b[2, j] + z * b[3, j]
+        while first + 3 < n:
+            w, x, y, z = a[first, i], a[first + 1, i], a[first + 2, i], a[first + 3, i]
+            for j in range(width):
+                row[j] += w * b[first, j] + x * b[first + 1, j] + y * b[first + 2, j] + z * b[first + 3, j]
+            first += 4
+        for k in range(first, n):
+            w = a[k, i]
+            for j in range(width):
+                row[j] += w * b[k, j]
+
+
+@njit(**_OPTIONS)
 def sum_segments(rows: Any, start: Any, member: Any, out: Any) -> None:
     """out[i] = sum of rows[member[start[i]:start[i + 1]]], added in float32."""
     width = rows.shape[1]
@@ -331,6 +355,7 @@ def warm() -> None:
     weight = np.ones(len(pair), np.float32)
     _, _, sorted_weight, segment, place = plan_receive(bits, weight, np.zeros(1, np.int64), 1)
     start, member = rows_of_tokens(row_token, 2)
+    outer(np.ones((1, 2), np.float32), np.ones((1, 2), np.float32), np.ones((2, 2), np.float32))
     for dtype in (np.float32, np.uint16):
         wide, narrow = np.zeros((len(sorted_weight), 8), dtype), np.zeros((len(sorted_weight), 4), dtype)
         swiglu(wide, sorted_weight, narrow)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import ray_ep
 from ray_ep.moe import kernels
+from ray_ep.moe.gemm import gradient
 from ray_ep.moe.pool import Pool
 from tests.models import VOCAB, build, even_shards, parallel_pass, placement_of
 
@@ -36,6 +37,16 @@ def test_swiglu_and_its_backward_equal_autograd(dtype):
     torch.testing.assert_close(again.float(), h.float(), **close)
     torch.testing.assert_close(d.float(), a.grad, **close)
     torch.testing.assert_close(d_weight, w.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", range(1, 11))
+def test_weight_gradients_of_few_and_of_many_rows_are_the_product(rows, dtype):
+    generator = torch.Generator().manual_seed(rows)
+    a, b = (torch.randn(rows, n, generator=generator).to(dtype) for n in (6, 9))
+    out = torch.empty(6, 9, dtype=dtype)
+    gradient(a, b, out)
+    torch.testing.assert_close(out, a.t() @ b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
