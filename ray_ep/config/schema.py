@@ -160,9 +160,9 @@ class BalanceConfig:
     """Balance inside each step, among ranks with fast links."""
 
     in_step: str = _opt(
-        "off",
-        "off; auto: surplus tokens go to other ranks, with the expert's weights where they lack it, where costs "
-        "measured in the first pass say that it pays; always: the same, and it says where it cannot",
+        "auto",
+        "surplus tokens go to other ranks, with the expert's weights where they lack it, when measured costs say that it "
+        "pays. auto: in a run only while its own steps are faster so, which is tried; always: without that trial; off",
         ("auto", "off", "always"),
     )
     guest_mb: int = _opt(512, "memory of a rank for weights that it borrows; 0: none")

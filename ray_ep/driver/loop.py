@@ -142,7 +142,6 @@ class Driver:
         self.saved = -1  # step of the last checkpoint
         self.earlier = plan.checkpoint.statistics() if plan.checkpoint else None  # counted before a resume
         self.loads: deque[np.ndarray] = deque(maxlen=WINDOW)
-        self.told = False  # what balance costs
         self.alarms: dict[tuple[str, int], int] = {}  # step at which each was last true
 
     def form(self) -> None:
@@ -189,9 +188,8 @@ class Driver:
         results: list[StepResult] = self.ranks.call("train_step", self.done)
         seconds = time.perf_counter() - began
         self.done += 1
-        if not self.told and (words := self.ranks.call("balance_words")[0]):
-            self._event("balance", words)
-        self.told = True
+        if results[0].note:
+            self._event("balance", results[0].note)
         metrics = step_metrics(self.done, results, seconds, self.topology, self.plan.placement)
         if self._due(self.cfg.eval.every) and len(self.plan.corpus.held_out):
             metrics["eval_loss"] = self._evaluate()

@@ -75,6 +75,7 @@ class Balancer:
         self._rules: dict[tuple[int, bool], StepRules | None] = {}
         self._costs: tuple[np.ndarray, float] | None = None
         self.keep, self._told = True, False
+        self.active = True  # off for a while: whoever times the steps decides
         self._min_pairs: int | None = None
         self._bytes = 0  # of an expert
         if mode == "always" and group.size == 1:
@@ -110,7 +111,7 @@ class Balancer:
 
     def rules(self, layer: int, weights: list[torch.Tensor], hidden: torch.Tensor, training: bool) -> StepRules | None:
         """The rules of a layer whose per-expert parameters are `weights`; None: no balance (collective at first)."""
-        if self.mode == "off" or self.group.size == 1:
+        if self.mode == "off" or not self.active or self.group.size == 1:
             return None
         if (layer, training) not in self._rules:
             self._rules[layer, training] = self._make(layer, weights, hidden, training)

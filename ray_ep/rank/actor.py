@@ -104,10 +104,6 @@ class RankActor:
         """`Rank.load`."""
         self.work.load(url, step)
 
-    def balance_words(self) -> str:
-        """`Rank.balance_words`."""
-        return self.work.balance_words()
-
     def statistics(self) -> RoutingStatistics:
         """`Rank.statistics`."""
         return self.work.statistics()

@@ -34,6 +34,7 @@ from ray_ep.rank.checkpoint import Checkpoint, Directory, load_rank, save_rank
 from ray_ep.rank.data import Corpus, global_batch, held_out_batch
 from ray_ep.rank.model import build
 from ray_ep.rank.optimizer import MasterOptimizer
+from ray_ep.rank.pays import Pays
 from ray_ep.rank.trial import unseen
 
 CHOICE_S = 1.2
@@ -58,7 +59,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one rank says about one step. All but `usage` is global and equal on every rank."""
+    """What one rank says about one step. All but `usage` is global and equal on every rank.
+
+    `note` is what there is to say of the balance inside the step, seldom anything.
+    """
 
     step: int
     loss: float
@@ -69,6 +73,7 @@ class StepResult:
     tokens: int
     load: np.ndarray  # [L, E] tokens each expert received in the step
     usage: Usage
+    note: str = ""
 
 
 class Rank:
@@ -101,6 +106,8 @@ class Rank:
         way, wanted = self.ep.exchange, cfg.exchange
         way.chunks, way.float8, way.tokens = wanted.chunks, wanted.float8, wanted.tokens
         self.optimizer = MasterOptimizer(self.model, cfg.optim, group)
+        self.pays = Pays() if cfg.balance.in_step == "auto" and group.size > 1 else None
+        self._told = False  # what balance costs
 
     @torch.no_grad()
     def choose_exchange(self, step: int, groups: dict[str, Group]) -> Choice:
@@ -131,21 +138,24 @@ class Rank:
         """One optimizer step (step counts from 0) over this rank's share of the global batch."""
         cfg, began = self.cfg, self.usage()
         batch = global_batch(self.corpus.train, cfg.seed, step, cfg.batch.sequences, cfg.batch.length)
-        losses = torch.zeros(3, dtype=torch.float64, device=self.device)
+        losses = torch.zeros(4, dtype=torch.float64, device=self.device)  # main, aux, z; seconds
         self.model.train()
         for part in np.split(batch, cfg.batch.accumulation):
             loss, figures = self._loss(part, batch.shape[0] * cfg.batch.length)
             loss.backward()
             self.optimizer.accumulate()
-            losses += figures
+            losses[:3] += figures
         norm = self.optimizer.step(step)
+        losses[3] = time.perf_counter() - began.seconds
         self.group.all_reduce(losses)
         load = self.ep.counters.take_step()
         self.group.all_reduce(load)
         update_bias(self.ep.routing.routers, load, cfg.router.bias_rate)
-        main, aux, z = losses.tolist()
+        main, aux, z, seconds = losses.tolist()
         rate, tokens = self.optimizer.learning_rate(step), int(batch.shape[0] * cfg.batch.length)
-        return StepResult(step, main, aux, z, norm, rate, tokens, load.cpu().numpy(), self.usage() - began)
+        counts = load.cpu().numpy()
+        note = self._balance(seconds / self.group.size, counts)
+        return StepResult(step, main, aux, z, norm, rate, tokens, counts, self.usage() - began, note)
 
     @torch.no_grad()
     def evaluate(self, trace: bool = False) -> tuple[float, list[dict[str, np.ndarray]]]:
@@ -187,13 +197,21 @@ class Rank:
         """Take on checkpoint `step`."""
         load_rank(Checkpoint(Directory(url), step), self.model, self.optimizer)
 
-    def balance_words(self) -> str:
-        """What balance inside the step costs here, for people; empty if it is off or nothing was measured."""
-        return self.ep.balancer.words()
-
     def statistics(self) -> RoutingStatistics:
         """Routing statistics of this rank since its making. Not collective."""
         return self.ep.counters.statistics()
+
+    def _balance(self, seconds: float, load: np.ndarray) -> str:
+        """Keep or change how the next step is balanced; what there is to say of it."""
+        notes = [] if self._told else [self.ep.balancer.words()]
+        self._told = True
+        if self.pays is not None:
+            owned = np.zeros((len(load), self.group.size))  # [L, R] as if primaries did it all
+            for row, owner, counts in zip(owned, self.ep.placement.owner, load, strict=True):
+                np.add.at(row, owner, counts)
+            notes.append(self.pays.step(seconds, float((owned.max(1) / np.maximum(owned.mean(1), 1e-9)).mean())))
+            self.ep.balancer.active = self.pays.on
+        return "; ".join(filter(None, notes))
 
     def _loss(self, part: np.ndarray, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's share of the loss of one pass over `part` [B, length + 1]; its figures main, aux, z."""
