@@ -63,8 +63,8 @@ class Pays:
         return self._answer(
             with_it < without,
             now,
-            f"a step takes {with_it * 1e3:.0f} ms with it and {without * 1e3:.0f} ms without ({ROUNDS} of each, in turn); "
-            f"without it the fullest rank has {now:.2f} of the mean load",
+            f"a step takes {with_it * 1e3:.0f} ms with it and {without * 1e3:.0f} ms without ({ROUNDS} of each, in "
+            f"turn); without it the fullest rank has {now:.2f} of the mean load",
         )
 
     def _answer(self, on: bool, imbalance: float, why: str) -> str:
