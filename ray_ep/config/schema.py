@@ -162,7 +162,7 @@ class BalanceConfig:
     in_step: str = _opt(
         "auto",
         "surplus tokens go to other ranks, with the expert's weights where they lack it, when measured costs say that "
-        "it pays. auto: in a run only while its own steps are faster so, which is tried; always: without that trial; off",
+        "it pays. auto: in a run only while its own steps are faster so, as it tries; always: without trial; off",
         ("auto", "off", "always"),
     )
     guest_mb: int = _opt(512, "memory of a rank for weights that it borrows; 0: none")
