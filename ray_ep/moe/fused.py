@@ -10,6 +10,7 @@ computed again. T tokens, K top_k, H hidden, F ffn, R ranks, S experts held; row
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -20,6 +21,7 @@ from ray_ep.moe import kernels
 from ray_ep.moe.float8 import pack, unpack
 from ray_ep.moe.fused_plan import Agreed
 from ray_ep.moe.gemm import Packed, gradient, mm
+from ray_ep.moe.guests import Luggage
 
 
 class FusedExperts(torch.autograd.Function):
@@ -41,7 +43,7 @@ class FusedExperts(torch.autograd.Function):
     ) -> torch.Tensor:
         pool, n_others = plan.pool, plan.others_in
         borrowed = _borrow(gate_up, down, plan)
-        ups, downs = _rows(gate_up, down, borrowed)
+        ups, downs = _rows((gate_up, down), borrowed)
         x = _collect(hidden, plan, forward=True)
         plan.meter.enter("experts")
         total, longest = int(plan.offsets[-1]), _longest(plan)
@@ -71,14 +73,15 @@ class FusedExperts(torch.autograd.Function):
         x, g, gate_up, down, *kept = ctx.saved_tensors
         plan: Agreed = ctx.plan
         pool, n_others = plan.pool, plan.others_in
-        ups, downs = _rows(gate_up, down, kept or _borrow(gate_up, down, plan))
+        ups, downs = _rows((gate_up, down), kept or _borrow(gate_up, down, plan))
         dy = _collect(d_out.contiguous(), plan, forward=False)
         plan.meter.enter("experts")
         total, longest = int(plan.offsets[-1]), _longest(plan)
         dx = pool.take(total, x.shape[1], like=x)
         d_weight = np.empty(total, np.float32)
-        d_gate_up = pool.take(len(ups), *gate_up.shape[1:], like=x)  # own experts, then guests
-        d_down = pool.take(len(downs), *down.shape[1:], like=x)
+        d_gate_up, d_down = own = tuple(pool.take(*w.shape, like=x) for w in (gate_up, down))
+        of_guests = Luggage.of(len(ups) - len(own[0]), own, pool.take)
+        d_ups, d_downs = _rows(own, of_guests.rows)
         rows = pool.take(longest, x.shape[1], like=x)
         dh, h = pool.take(longest, down.shape[2], like=x), pool.take(longest, down.shape[2], like=x)
         dg = pool.take(longest, gate_up.shape[1], like=x)
@@ -89,13 +92,13 @@ class FusedExperts(torch.autograd.Function):
             kernels.swiglu_backward(
                 _np(g[a:b]), plan.sorted_weight[a:b], _np(dh[:n]), _np(dg[:n]), _np(h[:n]), d_weight[a:b]
             )
-            gradient(part, h[:n], out=d_down[e])
+            gradient(part, h[:n], out=d_downs[e])
             mm(dg[:n], ups[e], out=dx[a:b])
             part = torch.index_select(x, 0, plan.sorted_row[a:b], out=rows[:n])
-            gradient(dg[:n], part, out=d_gate_up[e])
+            gradient(dg[:n], part, out=d_ups[e])
         for e in np.nonzero(np.diff(plan.offsets) == 0)[0]:
-            d_gate_up[e].zero_()
-            d_down[e].zero_()
+            d_ups[e].zero_()
+            d_downs[e].zero_()
         plan.meter.enter("combine")
         partial = pool.take(n_others, x.shape[1], like=x)
         kernels.sum_segments(_np(dx), plan.segment[: n_others + 1], plan.place, _np(partial))
@@ -108,10 +111,7 @@ class FusedExperts(torch.autograd.Function):
             d_hidden = _add_up(dx, back, d_out, plan)
         d_weights = _to_tokens(home, by_pair, ctx.weights, plan)
         if plan.guests is not None:
-            held = len(gate_up)
-            plan.guests.bring_home(d_gate_up[held:], d_gate_up[:held])
-            plan.guests.bring_home(d_down[held:], d_down[:held])
-            d_gate_up, d_down = d_gate_up[:held], d_down[:held]
+            plan.guests.bring_home(of_guests, own)
         plan.meter.enter("")
         return d_hidden, d_weights, d_gate_up, d_down, None, None
 
@@ -121,14 +121,12 @@ def _borrow(gate_up: torch.Tensor, down: torch.Tensor, plan: Agreed) -> tuple[to
     if plan.guests is None:
         return ()
     plan.meter.enter("pack")
-    count = len(plan.guests.experts)
-    return tuple(plan.guests.fetch(w, plan.pool.take(count, *w.shape[1:], like=w)) for w in (gate_up, down))
+    return plan.guests.fetch((gate_up, down), plan.pool.take).rows
 
 
-def _rows(gate_up: torch.Tensor, down: torch.Tensor, borrowed: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Each expert's two weights: own ones, then guests'."""
-    up, out = borrowed or (gate_up[:0], down[:0])
-    return [*gate_up, *up], [*down, *out]
+def _rows(own: Sequence[torch.Tensor], of_guests: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Each expert's two weights (or gradients): own ones [S, ...], then guests' [G, ...]."""
+    return [[*mine, *theirs] for mine, theirs in zip(own, of_guests or ([], []), strict=True)]
 
 
 def _linear(x: torch.Tensor, weight: list[torch.Tensor], row: int, packed: Packed | None, out: torch.Tensor) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -25,8 +27,14 @@ MODES = ("off", "auto", "always")
 _TRIAL_ROWS = 256
 """Rows of the trial that measures what a pair costs."""
 
+_TRIAL_BYTES = 1 << 20
+"""Least bytes of the trial that measures bandwidth: a small expert alone would measure latency, which guests share."""
+
 _SAME_SPEED = 1.5
 """Ranks whose trials differ by less count as equally fast."""
+
+Take = Callable[..., torch.Tensor]
+"""Gives memory: take(*shape, like=tensor), as `Pool.take` does."""
 
 log = logging.getLogger("ray_ep")
 
@@ -183,15 +191,17 @@ class Balancer:
             _synchronise(hidden)
             took = min(took, time.perf_counter() - start)
         message = torch.cat([b.reshape(-1) for b in blocks])
+        message = message.repeat(-(-_TRIAL_BYTES // max(message.numel() * message.element_size(), 1)))
         received = torch.empty_like(message)
         give, take = [0] * self.group.size, [0] * self.group.size
         give[(self.group.rank + 1) % self.group.size] = take[self.group.rank - 1] = len(message)
+        travel = np.inf
         for _ in range(3):
             self.group.barrier()
             start = time.perf_counter()
             self.group.all_to_all(received, message, take, give)
             _synchronise(hidden)
-            travel = time.perf_counter() - start
+            travel = min(travel, time.perf_counter() - start)
         mine = torch.tensor([took / _TRIAL_ROWS, message.numel() * message.element_size() / travel])
         every = self.group.all_gather(mine.double()).numpy()
         seconds = every[:, 0].copy()
@@ -227,23 +237,42 @@ class Guests:
             group, meter, row_of[expert[given]].tolist(), give, expert[taken][by_source].tolist(), take, keep
         )  # fmt: skip
 
-    def fetch(self, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """weight [S, ...] of this rank's experts -> out [G, ...] of its guests (collective)."""
-        self._move(weight.detach()[self.give_rows], out, self.give, self.take)
+    def fetch(self, weights: Sequence[torch.Tensor], take: Take) -> Luggage:
+        """weights [S, ...] of this rank's experts -> its guests' [G, ...], all in one message (collective)."""
+        out = Luggage.of(len(self.experts), weights, take)
+        send = torch.cat([_bytes(w.detach()[self.give_rows]) for w in weights], 1)
+        self._move(send, out.message, self.give, self.take)
         return out
 
-    def bring_home(self, of_guests: torch.Tensor, own: torch.Tensor) -> None:
-        """Gradients [G, ...] of the guests are added to those [S, ...] where they came from, by ascending rank."""
-        received = own.new_empty(len(self.give_rows), *own.shape[1:])
-        self._move(of_guests, received, self.take, self.give)
-        for row, gradient in zip(self.give_rows, received, strict=True):
-            own[row] += gradient
+    def bring_home(self, of_guests: Luggage, own: Sequence[torch.Tensor]) -> None:
+        """Gradients of the guests are added to `own` [S, ...] where they came from, by ascending rank (collective)."""
+        received = Luggage.of(len(self.give_rows), own, _new)
+        self._move(of_guests.message, received.message, self.take, self.give)
+        for total, gradients in zip(own, received.rows, strict=True):
+            for row, gradient in zip(self.give_rows, gradients, strict=True):
+                total[row] += gradient
 
     def _move(self, rows: torch.Tensor, out: torch.Tensor, give: list[int], take: list[int]) -> None:
         phase = self.meter.enter("exchange")
         self.group.all_to_all(out, rows.contiguous(), take, give)
         self.meter.enter(phase)
         self.meter.add(give, rows, self.group.rank)
+
+
+@dataclass(frozen=True, slots=True)
+class Luggage:
+    """What travels of some experts: all their weights, or gradients, side by side."""
+
+    message: torch.Tensor  # uint8 [G, bytes]
+    rows: tuple[torch.Tensor, ...]  # views of it: [G, ...] of each weight
+
+    @staticmethod
+    def of(count: int, like: Sequence[torch.Tensor], take: Take) -> Luggage:
+        """Unwritten, for `count` experts whose weights are `like` [S, ...], all of one dtype; memory from `take`."""
+        sizes = [prod(w.shape[1:]) * w.element_size() for w in like]
+        message = take(count, sum(sizes), like=like[0].new_empty(0, dtype=torch.uint8))
+        parts = zip(message.split(sizes, 1), like, strict=True)
+        return Luggage(message, tuple(m.view(w.dtype).view(count, *w.shape[1:]) for m, w in parts))
 
 
 class Borrow(torch.autograd.Function):
@@ -255,16 +284,17 @@ class Borrow(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, guests: Guests, rows: torch.Tensor, *params: torch.Tensor) -> Any:
         ctx.guests = guests
-        more = [p.new_empty(len(guests.experts), *p.shape[1:]) for p in params]
-        return (rows.view_as(rows), *(torch.cat([p, guests.fetch(p, m)]) for p, m in zip(params, more, strict=True)))
+        more = guests.fetch(params, _new).rows
+        return (rows.view_as(rows), *(torch.cat([p, m]) for p, m in zip(params, more, strict=True)))
 
     @staticmethod
     def backward(ctx: Any, d_rows: torch.Tensor, *grads: torch.Tensor) -> Any:
-        own = []
-        for g in grads:
-            held = len(g) - len(ctx.guests.experts)
-            own.append(g[:held].clone())
-            ctx.guests.bring_home(g[held:].contiguous(), own[-1])
+        count = len(ctx.guests.experts)
+        own = [g[: len(g) - count].clone() for g in grads]
+        theirs = Luggage.of(count, own, _new)
+        for part, g in zip(theirs.rows, grads, strict=True):
+            part.copy_(g[len(g) - count :])
+        ctx.guests.bring_home(theirs, own)
         return (None, d_rows, *own)
 
 
@@ -288,6 +318,15 @@ def _largest(group: Group, number: float) -> float:
     value = torch.tensor([float(number)], dtype=torch.float64)
     group.all_reduce(value, "max")
     return float(value)
+
+
+def _bytes(rows: torch.Tensor) -> torch.Tensor:
+    """[n, ...] as uint8 [n, bytes]."""
+    return rows.flatten(1).view(torch.uint8)
+
+
+def _new(*shape: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
 def _synchronise(like: torch.Tensor) -> None:
