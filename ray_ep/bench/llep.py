@@ -28,7 +28,7 @@ REPOSITORY = "github.com/SalesforceAIResearch/LeastLoadedEP"
 FILES = ("llep/utils.py", "llep/gpt_oss_llep.py")
 
 THRESHOLD = 1.1
-"""LLEP balances from this max/mean load of ranks on; its README has 1.3, with which it leaves 50:4 as it is."""
+"""LLEP balances from this max/mean load of ranks on; its README has 1.3."""
 MIN_TOKENS = 64
 """Fewest tokens that LLEP moves; its own 1024 (for GPUs) is an eighth of all choices of work A on two ranks."""
 
