@@ -16,9 +16,19 @@ import torch.distributed as dist
 
 from ray_ep.bench.contenders import WORKS, block
 from ray_ep.bench.layer import WARM, Case, spawn
-from ray_ep.bench.routing import route
-from ray_ep.collective import from_torch
+from ray_ep.bench.llep import Layer, ours, peer, twin
+from ray_ep.bench.routing import route, tokens_of
+from ray_ep.collective import Group, from_torch
 from ray_ep.moe import parallelize
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Medians of LLEP on the same routing."""
+
+    ms: float
+    ideal_ms: float  # its own: balanced routing, its balancer off
+    twin_ms: float  # of our layer, balanced, on LLEP's kind of experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,78 +43,121 @@ class Skew:
     before: float  # slowest rank's tokens over the mean, without balance
     after: float
     guests: float  # a step, all ranks
+    llep: Beside | None = None  # if it was asked for
+
+    @property
+    def tokens(self) -> int:
+        """Of all ranks in a step."""
+        work, ranks = WORKS[self.case.work], self.case.ranks
+        return sum(tokens_of(self.routing, work, rank, ranks, 0, 0) for rank in range(ranks))
 
     def to_dict(self) -> dict[str, Any]:
         """For --json."""
-        shares = {"off_share": self.ideal_ms / self.off_ms, "auto_share": self.ideal_ms / self.auto_ms}
-        return {**asdict(self), **shares}
+        found = {**asdict(self), "off_share": self.ideal_ms / self.off_ms, "auto_share": self.ideal_ms / self.auto_ms}
+        if self.llep is None:
+            del found["llep"]
+        else:
+            found["llep"] |= {
+                "tokens_per_second": self.tokens / self.llep.ms * 1e3,
+                "share": self.llep.ideal_ms / self.llep.ms,
+                "ratio": self.llep.ms / self.auto_ms,
+                "twin_ratio": self.llep.ms / self.llep.twin_ms,
+            }
+        return found
 
     def line(self) -> str:
         """One row of the table."""
-        c, ideal = self.case, self.ideal_ms
+        c, ideal, llep = self.case, self.ideal_ms, self.llep
         kind = "both" if c.backward else "forward"
+        more = (
+            ""
+            if llep is None
+            else (
+                f" {self.tokens / self.auto_ms * 1e3:9,.0f} {self.tokens / llep.ms * 1e3:9,.0f} "
+                f"{llep.ideal_ms / llep.ms:6.2f} {llep.ms / self.auto_ms:6.2f} {llep.ms / llep.twin_ms:6.2f}"
+            )
+        )
         return (
             f"{c.work:4} {c.dtype:8} {kind:7} {c.ranks:5} {c.malloc:7} {self.routing:9} {self.off_ms:9.1f} "
             f"{ideal / self.off_ms:6.2f} {self.auto_ms:9.1f} {ideal / self.auto_ms:6.2f} {self.before:7.2f} "
-            f"{self.after:6.2f} {self.guests:7.1f}"
+            f"{self.after:6.2f} {self.guests:7.1f}{more}"
         )
 
 
-TITLE = (
-    f"{'work':4} {'dtype':8} {'pass':7} {'ranks':>5} {'malloc':7} {'routing':9} {'off ms':>9} {'share':>6} "
-    f"{'auto ms':>9} {'share':>6} {'before':>7} {'after':>6} {'guests':>7}\n"
-    f"share: of the balanced ideal; before, after: slowest rank's tokens over the mean"
-)
+def title(llep: bool) -> str:
+    """Head of the table."""
+    head = (
+        f"{'work':4} {'dtype':8} {'pass':7} {'ranks':>5} {'malloc':7} {'routing':9} {'off ms':>9} {'share':>6} "
+        f"{'auto ms':>9} {'share':>6} {'before':>7} {'after':>6} {'guests':>7}"
+    )
+    legend = "share: of the balanced ideal; before, after: slowest rank's tokens over the mean"
+    if llep:
+        head += f" {'auto t/s':>9} {'LLEP t/s':>9} {'share':>6} {'ratio':>6} {'same':>6}"
+        legend += (
+            "\nLLEP: share of its own balanced ideal; ratio: auto's tokens/s over LLEP's (the same GEMMs, Qwen3-MoE "
+            "experts against gpt-oss ones);\nsame: that of our layer on LLEP's gpt-oss experts"
+        )
+    return f"{head}\n{legend}"
 
 
-def run_skew(case: Case, routings: list[str]) -> list[Skew]:
-    """Measure one case on all routings in one process group."""
-    found: list[Skew] = spawn(case, _rank, routings)
+def run_skew(case: Case, routings: list[str], llep: str | None = None) -> list[Skew]:
+    """Measure one case on all routings in one process group.
+
+    Args:
+        llep: folder with the package `llep` to compare with, after `llep.check`; None: without.
+    """
+    found: list[Skew] = spawn(case, _rank, routings, llep)
     return found
 
 
-def _rank(rank: int, case: Case, routings: list[str], store: str, queue: Any) -> None:
+def step(layer: Layer, hidden: torch.Tensor, index: torch.Tensor, group: Group, backward: bool) -> float:
+    """Milliseconds of one forward (and backward) of hidden [T, H], index [T, K] over all ranks (collective)."""
+    x = hidden.detach().requires_grad_(backward)
+    weights = layer.weights(index).requires_grad_(backward)
+    group.barrier()
+    start = time.perf_counter()
+    with torch.set_grad_enabled(backward):
+        out = layer.call(x, index, weights)
+        if backward:
+            out.float().square().mean().backward()
+    group.barrier()
+    for p in layer.parameters:
+        p.grad = None
+    return (time.perf_counter() - start) * 1e3
+
+
+def _rank(rank: int, case: Case, routings: list[str], llep: str | None, store: str, queue: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=case.ranks)
     group, dtype, work = from_torch(), getattr(torch, case.dtype), WORKS[case.work]
     modules = {mode: parallelize(block(work, dtype), group, balance=mode) for mode in ("off", "auto")}
+    layers = {mode: ours(module, dtype) for mode, module in modules.items()}
+    if llep is not None:
+        layers["llep"], layers["llep off"] = peer(llep, work, group, dtype, case.backward)
+        layers["twin"] = twin(work, group, dtype)
     hidden = torch.randn(work.tokens * 2, work.hidden, generator=torch.Generator().manual_seed(rank)).to(dtype)
-
-    def step(mode: str, index: torch.Tensor) -> float:
-        x = hidden[: len(index)].detach().requires_grad_(case.backward)
-        weights = torch.full(index.shape, 1 / work.top_k, dtype=dtype, requires_grad=case.backward)
-        group.barrier()
-        start = time.perf_counter()
-        with torch.set_grad_enabled(case.backward):
-            out = modules[mode].experts(x, index, weights)
-            if case.backward:
-                out.float().square().mean().backward()
-        group.barrier()
-        for p in modules[mode].parameters():
-            p.grad = None
-        return (time.perf_counter() - start) * 1e3
-
-    ideal, found = 0.0, []
+    ideal, llep_ideal, found = 0.0, 0.0, []
     for name in ["balanced", *(r for r in routings if r != "balanced")]:
         done = modules["auto"].ray_ep.balancer.done
-        spent: dict[str, list[float]] = {mode: [] for mode in modules}
+        spent: dict[str, list[float]] = {n: [] for n in layers if n != "llep off" or name == "balanced"}
         start = (done.layers, done.before, done.after, done.guests)
         for number in range(WARM + case.rounds):
             index = route(name, work, rank, case.ranks, 0, number)
-            for mode in modules:
-                took = step(mode, index)
+            for contender in spent:
+                took = step(layers[contender], hidden[: len(index)], index, group, case.backward)
                 if number >= WARM:
-                    spent[mode].append(took)
-        off, auto = (statistics.median(spent[mode]) for mode in ("off", "auto"))
-        ideal = ideal or off
-        layers = max(done.layers - start[0], 1)
+                    spent[contender].append(took)
+        median = {contender: statistics.median(times) for contender, times in spent.items()}
+        ideal, llep_ideal = ideal or median["off"], llep_ideal or median.get("llep off", 0.0)
+        count = max(done.layers - start[0], 1)
         figures = (
-            (done.before - start[1]) / layers,
-            (done.after - start[2]) / layers,
-            (done.guests - start[3]) / layers,
+            (done.before - start[1]) / count,
+            (done.after - start[2]) / count,
+            (done.guests - start[3]) / count,
         )
+        beside = None if llep is None else Beside(median["llep"], llep_ideal, median["twin"])
         if name in routings:
-            found.append(Skew(case, name, ideal, off, auto, *figures))
+            found.append(Skew(case, name, ideal, median["off"], median["auto"], *figures, beside))
     if rank == 0:
         queue.put(found)
     dist.barrier()

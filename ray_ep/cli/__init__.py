@@ -127,6 +127,12 @@ def bench() -> None:
 @click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="Interleaved rounds to count.")
 @click.option("--peers", help="Peers to compare with, such as transformers; all that are installed if not given.")
 @click.option("--routing", help="Impose routings, one or several such as zipf,80:4; `all` for all: see below.")
+@click.option(
+    "--llep",
+    type=click.Path(),
+    metavar="DIR",
+    help="With --routing: compare with LLEP; DIR: a git clone of github.com/SalesforceAIResearch/LeastLoadedEP.",
+)
 @click.option("--memory", is_flag=True, help="Also peak memory of each, in processes of its own.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON line a row.")
 def bench_layer(
@@ -136,6 +142,7 @@ def bench_layer(
     as_json: bool,
     rounds: int,
     routing: str | None,
+    llep: str | None,
     **lists: str | None,
 ) -> None:
     """The MoE layer against its peers and against the GEMM floor; on a GPU one rank, against plain transformers.
@@ -146,19 +153,24 @@ def bench_layer(
 
     With --routing, how much of its balanced speed the layer keeps, with balance inside the step and without: balanced,
     zipf, RATIO:HOT (that share of the tokens picks among the first HOT experts), hot-rank, spread, ragged, zero,
-    rotating, burst.
+    rotating, burst. With --llep DIR also LLEP's tokens/s and ours over them.
     """
     from ray_ep.bench.layer import run
     from ray_ep.bench.table import cases, line, title
+    from ray_ep.errors import BadInput
 
     chosen = None if peers is None else [p for p in peers.split(",") if p]
     lists["ranks"] = lists["ranks"] or ("1" if device == "cuda" else "2")
     rows = cases(rounds, **{k: v.split(",") for k, v in lists.items() if v is not None})
+    if llep is not None and (device == "cuda" or routing is None):
+        raise BadInput(
+            "bench layer --llep: it is compared on imposed routings on CPUs: --routing=zipf,80:4, no --device"
+        )
     if device == "cuda":
         _bench_on_device(rows, peers, memory, as_json)
         return
     if routing is not None:
-        _bench_skew(rows, routing, as_json)
+        _bench_skew(rows, routing, llep, as_json)
         return
     if not as_json:
         click.echo(title())
@@ -167,17 +179,20 @@ def bench_layer(
         click.echo(json.dumps(result.to_dict()) if as_json else line(result))
 
 
-def _bench_skew(rows: list[Case], routing: str, as_json: bool) -> None:
+def _bench_skew(rows: list[Case], routing: str, llep: str | None, as_json: bool) -> None:
+    from ray_ep.bench.llep import check as check_llep
     from ray_ep.bench.routing import KINDS, check
-    from ray_ep.bench.skew import TITLE, run_skew
+    from ray_ep.bench.skew import run_skew, title
 
     names = list(KINDS) if routing == "all" else routing.split(",")
     for name in names:
         check(name)
+    if llep is not None:
+        check_llep(llep, rows)
     if not as_json:
-        click.echo(TITLE)
+        click.echo(title(llep is not None))
     for case in rows:
-        for result in run_skew(case, names):
+        for result in run_skew(case, names, llep):
             click.echo(json.dumps(result.to_dict()) if as_json else result.line())
 
 
