@@ -1,11 +1,12 @@
 """`ray-ep bench layer --routing`: how much of its balanced speed the layer keeps, with balance in the step and without.
 
 The same layer twice in one process group, on the same tokens and routing, taking turns. The balanced ideal is the layer
-without balance on balanced routing, in the same run.
+without balance on balanced routing, which takes its turns too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from ray_ep.bench.llep import Layer, ours, peer, twin
 from ray_ep.bench.routing import route, tokens_of
 from ray_ep.collective import Group, from_torch
 from ray_ep.moe import parallelize
+from ray_ep.moe.guests import Balancer
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,32 +135,38 @@ def _rank(rank: int, case: Case, routings: list[str], llep: str | None, store: s
     modules = {mode: parallelize(block(work, dtype), group, balance=mode) for mode in ("off", "auto")}
     layers = {mode: ours(module, dtype) for mode, module in modules.items()}
     if llep is not None:
-        layers["llep"], layers["llep off"] = peer(llep, work, group, dtype, case.backward)
+        layers["llep"], layers["llep ideal"] = peer(llep, work, group, dtype, case.backward)
         layers["twin"] = twin(work, group, dtype)
-    hidden = torch.randn(work.tokens * 2, work.hidden, generator=torch.Generator().manual_seed(rank)).to(dtype)
-    ideal, llep_ideal, found = 0.0, 0.0, []
-    for name in ["balanced", *(r for r in routings if r != "balanced")]:
-        done = modules["auto"].ray_ep.balancer.done
-        spent: dict[str, list[float]] = {n: [] for n in layers if n != "llep off" or name == "balanced"}
-        start = (done.layers, done.before, done.after, done.guests)
-        for number in range(WARM + case.rounds):
-            index = route(name, work, rank, case.ranks, 0, number)
-            for contender in spent:
-                took = step(layers[contender], hidden[: len(index)], index, group, case.backward)
-                if number >= WARM:
-                    spent[contender].append(took)
-        median = {contender: statistics.median(times) for contender, times in spent.items()}
-        ideal, llep_ideal = ideal or median["off"], llep_ideal or median.get("llep off", 0.0)
-        count = max(done.layers - start[0], 1)
-        figures = (
-            (done.before - start[1]) / count,
-            (done.after - start[2]) / count,
-            (done.guests - start[3]) / count,
-        )
-        beside = None if llep is None else Beside(median["llep"], llep_ideal, median["twin"])
-        if name in routings:
-            found.append(Skew(case, name, ideal, median["off"], median["auto"], *figures, beside))
+    layers["ideal"] = layers["off"]
+    with contextlib.ExitStack() as stack:
+        for module in () if case.backward else modules.values():
+            stack.enter_context(module.ray_ep.inference())  # weights stay as they are: pack once
+        found = [_compare(name, case, group, layers, modules["auto"].ray_ep.balancer) for name in routings]
     if rank == 0:
         queue.put(found)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _compare(name: str, case: Case, group: Group, layers: dict[str, Layer], balancer: Balancer) -> Skew:
+    """Medians of all contenders on one routing (of the ideals: on the balanced one), taking turns (collective)."""
+    work, dtype, done = WORKS[case.work], getattr(torch, case.dtype), balancer.done
+    hidden = torch.randn(work.tokens * 2, work.hidden, generator=torch.Generator().manual_seed(group.rank)).to(dtype)
+    spent: dict[str, list[float]] = {n: [] for n in layers}
+    start = (done.layers, done.before, done.after, done.guests)
+    for number in range(WARM + case.rounds):
+        for contender, times in spent.items():
+            kind = "balanced" if contender.endswith("ideal") else name
+            index = route(kind, work, group.rank, group.size, 0, number)
+            took = step(layers[contender], hidden[: len(index)], index, group, case.backward)
+            if number >= WARM:
+                times.append(took)
+    median = {contender: statistics.median(times) for contender, times in spent.items()}
+    count = max(done.layers - start[0], 1)
+    figures = (
+        (done.before - start[1]) / count,
+        (done.after - start[2]) / count,
+        (done.guests - start[3]) / count,
+    )
+    beside = Beside(median["llep"], median["llep ideal"], median["twin"]) if "llep" in median else None
+    return Skew(case, name, median["ideal"], median["off"], median["auto"], *figures, beside)
