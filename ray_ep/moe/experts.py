@@ -17,17 +17,19 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ExpertsInterface, _default_apply_gate, grouped_mm_experts_forward
 
 from ray_ep.collective import Group
+from ray_ep.moe.balancer import Balancer
 from ray_ep.moe.bounded import bounded
 from ray_ep.moe.counters import Counters
 from ray_ep.moe.exchange import Meter, combine, dispatch, plan
 from ray_ep.moe.fused import FusedExperts
 from ray_ep.moe.fused_plan import Agreed, agree, gather
 from ray_ep.moe.gemm import Packed
-from ray_ep.moe.guests import Balancer, Borrow, Guests, destinations
+from ray_ep.moe.guests import Borrow, Guests, Kept, destinations
 from ray_ep.moe.pool import Pool
 from ray_ep.moe.routing import Routing, recomputing
 from ray_ep.moe.ways import Exchange, by_row, gateways
 from ray_ep.placement import Placement
+from ray_ep.placement.step import StepPlan, StepRules
 
 IMPLEMENTATION = "ray_ep"
 
@@ -68,6 +70,7 @@ class ExpertLayer:
         self.fused = True  # use the fused body where it fits; off for comparison
         self.room = 0  # tokens of a rank that an all-gather has room for so far, equal on all ranks
         self.packed: tuple[Packed, Packed] | None = None  # in inference
+        self.kept: Kept | None = None  # guests of earlier steps, in inference
         self.calls = 0  # forward passes so far: a model that silently keeps its own experts never counts
         self.capture = False  # keep what the next pass computes on, in `captured`
         self.captured: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
@@ -86,6 +89,7 @@ class ExpertLayer:
         self.pass_load = self.pass_load.to(device)
         row_of = torch.full((self.num_experts,), -1)
         row_of[self.experts] = torch.arange(len(self.experts))
+        self.kept = None
         self.row_of = row_of.to(device)  # [E] row of the local weights, -1 if not here
         self.row_of32 = row_of.numpy()
         self._routes_of = functools.cache(lambda source: placement.routes(self.index, source, node_of).astype(np.int32))
@@ -164,15 +168,21 @@ class ExpertLayer:
             return self._fuse(module, hidden, top_k_weights, gather(top_k_index, top_k_weights, hidden, self))
         params = list(module.parameters(recurse=False))
         rules = self.balancer.rules(self.index, params, hidden, torch.is_grad_enabled())
-        step, guests = None, None
+        step, guests, kept = None, None, None
         if rules is not None:
+            kept = self._keep(rules) if fused else None
+            rules = rules if kept is None else kept.rules
             self.meter.enter("route")
             counts = torch.bincount(top_k_index[top_k_index >= 0].reshape(-1), minlength=self.num_experts)
             step = self.balancer.plan(counts.to(torch.int32), rules, self.meter, not recomputing())
-            guests = Guests.of(step, self.row_of32, self.group, self.meter, self.balancer.keep)
+            row_of = self.row_of32 if kept is None else kept.row_of
+            guests = Guests.of(step, row_of, self.group, self.meter, self.balancer.keep)
         if fused:
-            ours = agree(top_k_index, top_k_weights, self, step, guests)
-            return self._fuse(module, hidden, top_k_weights, ours)
+            ours = agree(top_k_index, top_k_weights, self, step, guests, kept)
+            out = self._fuse(module, hidden, top_k_weights, ours)
+            if step is not None and kept is not None:
+                self._settle(kept, step, ours)
+            return out
         column = torch.arange(len(hidden), device=hidden.device) % self.routes.shape[1]
         to = self.routes[top_k_index.clamp_min(0), column[:, None]]
         if step is not None:
@@ -181,19 +191,38 @@ class ExpertLayer:
         agreed = plan(top_k_index, to, self.group, self.meter, self.exchange.float8)
         self._count_pairs(len(agreed.pair_row))
         rows, weights = dispatch(hidden, top_k_weights, agreed)
-        view, row_of = module, self.row_of
+        view, row = module, self.row_of
         if guests is not None:
             rows, *more = Borrow.apply(guests, rows, *params)
             names = [name for name, _ in module.named_parameters(recurse=False)]
             view = Extended(module, dict(zip(names, more, strict=True)), self.held + len(guests.experts))
-            row_of = row_of.clone()
-            row_of[guests.experts] = self.held + torch.arange(len(guests.experts), device=row_of.device)
+            row = row.clone()
+            row[guests.experts] = self.held + torch.arange(len(guests.experts), device=row.device)
         self.meter.enter("experts")
-        partial = self._compute(view, rows, weights, agreed.pair_row, row_of[agreed.pair_expert])
+        partial = self._compute(view, rows, weights, agreed.pair_row, row[agreed.pair_expert])
         self.meter.enter("combine")
         out = combine(partial, agreed)
         self.meter.enter("")
         return out
+
+    def _keep(self, rules: StepRules) -> Kept | None:
+        """Where guests stay; None if weights may change, or there is no room for one in every layer."""
+        slots = self.balancer.slots_to_keep()
+        if self.packed is None or torch.is_grad_enabled() or not slots:
+            return None
+        if self.kept is None:
+            self.kept = Kept(rules, slots, self.row_of32, self.held)
+        return self.kept
+
+    def _settle(self, kept: Kept, step: StepPlan, ours: Agreed) -> None:
+        """Guests of this step stay, packed like the rank's own experts."""
+        stay = kept.settle(step, ours.guests, ours.arrived)
+        for packed, new in zip(self.packed or (), ours.arrived, strict=False):
+            for row in new:
+                packed.append(row)
+        if not stay:
+            for packed in self.packed or ():
+                packed.cut(self.held)
 
     def _fuse(self, module: Any, hidden: torch.Tensor, weights: torch.Tensor, ours: Agreed) -> torch.Tensor:
         self._count_pairs(len(ours.place))

@@ -43,7 +43,8 @@ class FusedExperts(torch.autograd.Function):
     ) -> torch.Tensor:
         pool, n_others = plan.pool, plan.others_in
         borrowed = _borrow(gate_up, down, plan)
-        ups, downs = _rows((gate_up, down), borrowed)
+        stayed = ([], []) if plan.kept is None else plan.kept.rows
+        ups, downs = ([*a, *b] for a, b in zip(_rows((gate_up, down), stayed), borrowed or ([], []), strict=True))
         x = _collect(hidden, plan, forward=True)
         plan.meter.enter("experts")
         total, longest = int(plan.offsets[-1]), _longest(plan)
@@ -121,7 +122,9 @@ def _borrow(gate_up: torch.Tensor, down: torch.Tensor, plan: Agreed) -> tuple[to
     if plan.guests is None:
         return ()
     plan.meter.enter("pack")
-    return plan.guests.fetch((gate_up, down), plan.pool.take).rows
+    rows = plan.guests.fetch((gate_up, down), plan.pool.take, plan.kept).rows
+    plan.arrived.extend(rows)
+    return rows
 
 
 def _rows(own: Sequence[torch.Tensor], of_guests: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:

@@ -7,7 +7,7 @@ T tokens, K top_k (an expert of -1 is no choice), E experts, S experts held, R r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from ray_ep.collective import Group
 from ray_ep.moe import kernels
 from ray_ep.moe.exchange import Meter
 from ray_ep.moe.float8 import pack
-from ray_ep.moe.guests import Guests
+from ray_ep.moe.guests import Guests, Kept
 from ray_ep.moe.pool import Pool
 from ray_ep.placement.step import StepPlan
 
@@ -46,7 +46,9 @@ class Agreed:
     back: tuple[np.ndarray, np.ndarray]  # CSR: rows sent to others, by token
     gathered: torch.Tensor | None  # [others in, ...] others' rows as they travel, if they came with the metadata
     float8: bool  # rows are dispatched in 8 bits
-    guests: Guests | None  # experts S, S + 1, ... of the offsets
+    guests: Guests | None  # the last experts of the offsets
+    kept: Kept | None  # experts S, S + 1, ... of the offsets
+    arrived: list[torch.Tensor] = field(default_factory=list)  # weights of the guests, once they are here
 
     @property
     def others_out(self) -> int:
@@ -89,14 +91,20 @@ class Sent:
 
 
 def agree(
-    index: torch.Tensor, weights: torch.Tensor, layer: Any, step: StepPlan | None = None, guests: Guests | None = None
+    index: torch.Tensor,
+    weights: torch.Tensor,
+    layer: Any,
+    step: StepPlan | None = None,
+    guests: Guests | None = None,
+    kept: Kept | None = None,
 ) -> Agreed:
     """Plan one layer's exchange with all ranks (collective): sizes, then 6 bytes a pair.
 
     Args:
         index, weights: [T, K].
         layer: has group, meter, pool, routes32 [E, C], row_of32 [E] and held (S).
-        step: the balance of this step, which says who computes how many pairs (and so all sizes); guests: its guests.
+        step: the balance of this step, which says who computes how many pairs (and so all sizes); guests: its guests;
+            kept: earlier ones that stayed.
     """
     group, meter, me = layer.group, layer.meter, layer.group.rank
     meter.enter("route")
@@ -122,7 +130,7 @@ def agree(
     received = torch.empty(sum(take), _PAIR.itemsize, dtype=torch.uint8)
     _move(group, meter, received, meta, give, take)
     theirs = received.numpy().reshape(-1).view(_PAIR)
-    return _finish(layer, sent, theirs, take, len(index), None, guests)
+    return _finish(layer, sent, theirs, take, len(index), None, guests, kept)
 
 
 def gather(index: torch.Tensor, weights: torch.Tensor, tokens: torch.Tensor, layer: Any) -> Agreed:
@@ -171,7 +179,7 @@ def gather(index: torch.Tensor, weights: torch.Tensor, tokens: torch.Tensor, lay
         rows_of.append(data[: n * row].view(tokens.dtype).view(n, tokens.shape[1])[torch.from_numpy(for_me)])
         pairs_of.append(other.wire[other.block(other.pairs, source, me)])
         take[source] = len(pairs_of[-1])
-    return _finish(layer, sent, np.concatenate(pairs_of), take, count, torch.cat(rows_of), None)
+    return _finish(layer, sent, np.concatenate(pairs_of), take, count, torch.cat(rows_of))
 
 
 def _finish(
@@ -181,7 +189,8 @@ def _finish(
     pairs_in: list[int],
     tokens: int,
     gathered: torch.Tensor | None,
-    guests: Guests | None,
+    guests: Guests | None = None,
+    kept: Kept | None = None,
 ) -> Agreed:
     """The plan, once others' pairs are here, by source."""
     me = layer.group.rank
@@ -189,7 +198,7 @@ def _finish(
     others = len(sent.row_token) - own_rows
     pairs = np.concatenate([theirs, sent.wire[len(sent.wire) - own_pairs :]])
     bits, weight = np.ascontiguousarray(pairs["expert"]), np.ascontiguousarray(pairs["weight"])
-    row_of, held = layer.row_of32, layer.held
+    row_of, held = (layer.row_of32, layer.held) if kept is None else (kept.row_of, kept.held)
     if guests is not None:
         row_of = row_of.copy()
         row_of[guests.experts] = held + np.arange(len(guests.experts))
@@ -208,7 +217,7 @@ def _finish(
         layer.group, layer.meter, layer.pool, _others(sent.rows, me), rows_in.tolist(), _others(sent.pairs, me),
         pairs_in, torch.from_numpy(sent.row_token), sent.pair, offsets, torch.from_numpy(sorted_row), sorted_weight,
         segment, place, own_start + segment[n], kernels.rows_of_tokens(sent.row_token[:others], tokens), gathered,
-        layer.exchange.float8, guests,
+        layer.exchange.float8, guests, kept,
     )  # fmt: skip
 
 

@@ -42,6 +42,16 @@ class Packed:
         self.rows = len(weight)
         self._rows = [torch.ops.mkldnn._reorder_linear_weight(w, _ROWS) if _ONEDNN else w for w in weight]
 
+    def append(self, weight: torch.Tensor) -> None:
+        """One more row [N, K]."""
+        self._rows += Packed(weight[None])._rows
+        self.rows += 1
+
+    def cut(self, rows: int) -> None:
+        """Give up all rows but the first."""
+        del self._rows[rows:]
+        self.rows = rows
+
     def mm(self, a: torch.Tensor, row: int, out: torch.Tensor) -> None:
         """out [M, N] = a [M, K] @ weight[row].t()."""
         weight = self._rows[row]

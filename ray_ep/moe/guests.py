@@ -1,14 +1,11 @@
-"""Balance inside the step: from one layer's exact counts, who computes how many pairs, and whose weights travel.
+"""Guests: weights that a rank borrows for one layer of one step, and whose gradients go home; where tokens go then.
 
-The plan is pure (ray_ep.placement.step); here are its measured costs, the tokens' destinations, and the guests: weights
-that a rank borrows for one layer of one step, and whose gradients go home.
-E experts, R ranks, S experts held, G guests of this rank, T tokens, K top_k.
+While weights do not change (inference) guests stay, and are replicas from then on. Who has which guests is the plan of
+ray_ep.placement.step. E experts, R ranks, S experts held, G guests of this rank, T tokens, K top_k.
 """
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -19,195 +16,13 @@ import torch
 
 from ray_ep.collective import Group
 from ray_ep.moe.exchange import Meter
-from ray_ep.placement import Placement, Topology
-from ray_ep.placement.step import StepPlan, StepRules, balance_step, warm
+from ray_ep.placement.step import StepPlan, StepRules
 
-MODES = ("off", "auto", "always")
-
-_TRIAL_ROWS = 256
-"""Rows of the trial that measures what a pair costs."""
-
-_TRIAL_BYTES = 1 << 20
-"""Least bytes of the trial that measures bandwidth: a small expert alone would measure latency, which guests share."""
-
-_SAME_SPEED = 1.5
-"""Ranks whose trials differ by less count as equally fast."""
+_UNEVEN = 1.05
+"""Imbalance that guests which fill their room must not leave."""
 
 Take = Callable[..., torch.Tensor]
 """Gives memory: take(*shape, like=tensor), as `Pool.take` does."""
-
-log = logging.getLogger("ray_ep")
-
-
-@dataclass(slots=True)
-class Balance:
-    """What the balance of one rank's layers did; sums over layers and passes, forward only."""
-
-    layers: int = 0
-    before: float = 0.0  # slowest rank's load over the mean, as the nearest-replica rule would have it
-    after: float = 0.0
-    guests: int = 0  # in the whole group
-    guest_bytes: int = 0  # their weights
-    saved_seconds: float = 0.0  # predicted
-    moved_pairs: float = 0.0  # pairs that the slowest rank was spared
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What bounds the balance of a model.
-
-    Args:
-        guest_mb: memory of a rank for guests. Kept until backward if it is enough for all layers, else of one layer at
-            a time, and backward fetches them again.
-        most: no rank computes more than this times its fair share, whatever it costs.
-        topology: measured links; None: every link inside a node counts as the one measured in the first pass.
-    """
-
-    guest_mb: int = 512
-    most: float = 2.0
-    topology: Topology | None = None
-
-
-class Balancer:
-    """Plans of all layers of one model on one rank.
-
-    Args:
-        mode: off; auto and always: where it is predicted to pay, by costs measured in the first pass; always says so
-            where it cannot.
-    """
-
-    def __init__(self, group: Group, layers: int, mode: str, limits: Limits):
-        self.group, self.layers, self.mode = group, layers, mode
-        self.guest_mb, self.most, self.topology = limits.guest_mb, limits.most, limits.topology
-        self.done = Balance()
-        self._rules: dict[tuple[int, bool], StepRules | None] = {}
-        self._costs: tuple[np.ndarray, float] | None = None
-        self.keep, self._told = True, False
-        self.active = True  # off for a while: whoever times the steps decides
-        self._min_pairs: int | None = None
-        self._bytes = 0  # of an expert
-        if mode == "always" and group.size == 1:
-            log.warning("balance=always: a group of one rank has nothing to balance; it goes on without")
-
-    def place(self, placement: Placement, node_of: np.ndarray | None) -> None:
-        """Take on a placement."""
-        self.placement = placement
-        nodes = [0] * self.group.size if node_of is None else np.asarray(node_of).tolist()
-        self.nodes = Topology.of_nodes(nodes)
-        self._rules.clear()
-
-    def assume(self, seconds_per_pair: float, bandwidth: float, min_pairs: int = 0) -> None:
-        """Plan with these costs instead of measured ones: seconds of a pair's forward, bytes/s between ranks."""
-        self._costs, self._min_pairs = (np.full(self.group.size, seconds_per_pair), bandwidth), min_pairs
-        self._rules.clear()
-
-    def words(self) -> str:
-        """What balance costs here and from when on it pays; empty before the first pass."""
-        if self.mode == "off" or self._costs is None or not self._rules:
-            return ""
-        rules = next(iter(self._rules.values()))
-        if rules is None or not rules.guest_slots:
-            return "balance inside the step: no guests"
-        off = rules.expert_seconds[rules.fast & ~np.eye(len(rules.fast), dtype=bool)]
-        if not len(off):
-            return "balance inside the step: no rank has a fast link to another"
-        pair, guest = float(rules.seconds_per_pair.mean()), float(off.mean())
-        return (
-            f"balance inside the step: a token at an expert takes {pair * 1e6:.1f} us, a guest {guest * 1e3:.2f} ms: "
-            f"it pays from {int(np.ceil(guest / pair))} tokens on; at most {rules.guest_slots} guests a layer and rank"
-        )
-
-    def rules(self, layer: int, weights: list[torch.Tensor], hidden: torch.Tensor, training: bool) -> StepRules | None:
-        """The rules of a layer whose per-expert parameters are `weights`; None: no balance (collective at first)."""
-        if self.mode == "off" or not self.active or self.group.size == 1:
-            return None
-        if (layer, training) not in self._rules:
-            self._rules[layer, training] = self._make(layer, weights, hidden, training)
-        return self._rules[layer, training]
-
-    def plan(self, counts: torch.Tensor, rules: StepRules, meter: Meter, count: bool) -> StepPlan:
-        """The plan for this rank's counts [E] (collective)."""
-        phase = meter.enter("exchange")
-        gathered = self.group.all_gather(counts)
-        meter.enter(phase)
-        meter.add([1] * self.group.size, counts[None], self.group.rank)
-        self.group.wait()
-        everyone = gathered.cpu().numpy()
-        fair = everyone.sum() / self.group.size
-        plan = balance_step(everyone, rules, cap=max(int(np.ceil(self.most * fair)), 1))
-        if count:
-            done, mean = self.done, max(fair, 1e-9)
-            done.layers += 1
-            done.before, done.after = done.before + plan.before, done.after + plan.after
-            done.guests += len(plan.guests)
-            done.guest_bytes += len(plan.guests) * self._bytes
-            done.saved_seconds += plan.saved_seconds
-            done.moved_pairs += (plan.before - plan.after) * mean
-        return plan
-
-    def _make(self, layer: int, weights: list[torch.Tensor], hidden: torch.Tensor, training: bool) -> StepRules | None:
-        if self._costs is None:
-            self._costs = self._measure(weights, hidden)
-        seconds, bandwidth = self._costs
-        size = sum(w[0].numel() * w.element_size() if len(w) else 0 for w in weights)
-        size = self._bytes = int(_largest(self.group, size))
-        budget = self.guest_mb * 2**20
-        self.keep = budget // (size * self.layers) >= min(4, max(1, self.placement.num_experts // self.group.size))
-        slots = budget // (size * self.layers) if self.keep and training else budget // size
-        if not slots and not self._told:
-            self._told = True
-            log.warning(
-                "balance.guest_mb=%d is less than one expert (%.1f MB): no rank takes guests; allowed is more",
-                self.guest_mb, size / 2**20,
-            )  # fmt: skip
-        topology = self.topology
-        if topology is None:
-            near = self.nodes.node_of[:, None] == self.nodes.node_of[None]
-            topology = Topology(
-                np.where(near, bandwidth, np.inf), np.where(near, 1e-4, 0.0), self.nodes.node_of
-            )  # between nodes unmeasured: step.py is careful there
-        alone = (topology.node_of[:, None] == topology.node_of[None]).sum() == self.group.size
-        if self.mode == "always" and alone and self.topology is None and not self._told:
-            self._told = True
-            log.warning("balance=always: no two ranks share a node and no link was measured fast; it goes on without")
-        hidden_bytes = hidden.shape[1] * hidden.element_size()
-        times = 3.0 if training else 1.0  # backward has twice the GEMMs of forward
-        rules = StepRules.of(self.placement, layer, topology, size, times * seconds, hidden_bytes, slots, training)
-        return rules if self._min_pairs is None else replace(rules, min_pairs=self._min_pairs)
-
-    @torch.no_grad()
-    def _measure(self, weights: list[torch.Tensor], hidden: torch.Tensor) -> tuple[np.ndarray, float]:
-        """Seconds of a pair's forward on each rank [R], bytes/s between ranks; the same on every rank (collective)."""
-        matrices = [w for w in weights if w.dim() == 3]
-        inputs = [hidden.new_ones(_TRIAL_ROWS, w.shape[2]) for w in matrices]
-        blocks = [w[0] if len(w) else w.new_zeros(w.shape[1:]) for w in matrices]
-        took = np.inf
-        for _ in range(5):
-            self.group.barrier()
-            _synchronise(hidden)
-            start = time.perf_counter()
-            for x, block in zip(inputs, blocks, strict=True):
-                x @ block.t()
-            _synchronise(hidden)
-            took = min(took, time.perf_counter() - start)
-        message = torch.cat([b.reshape(-1) for b in blocks])
-        message = message.repeat(-(-_TRIAL_BYTES // max(message.numel() * message.element_size(), 1)))
-        received = torch.empty_like(message)
-        give, take = [0] * self.group.size, [0] * self.group.size
-        give[(self.group.rank + 1) % self.group.size] = take[self.group.rank - 1] = len(message)
-        travel = np.inf
-        for _ in range(3):
-            self.group.barrier()
-            start = time.perf_counter()
-            self.group.all_to_all(received, message, take, give)
-            _synchronise(hidden)
-            travel = min(travel, time.perf_counter() - start)
-        mine = torch.tensor([took / _TRIAL_ROWS, message.numel() * message.element_size() / travel])
-        every = self.group.all_gather(mine.double()).numpy()
-        seconds = every[:, 0].copy()
-        if seconds.max() < _SAME_SPEED * seconds.min():
-            seconds[:] = np.median(seconds)  # the same hardware: what differs is noise, which must not move tokens
-        return seconds, float(np.median(every[:, 1]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,10 +52,16 @@ class Guests:
             group, meter, row_of[expert[given]].tolist(), give, expert[taken][by_source].tolist(), take, keep
         )  # fmt: skip
 
-    def fetch(self, weights: Sequence[torch.Tensor], take: Take) -> Luggage:
-        """weights [S, ...] of this rank's experts -> its guests' [G, ...], all in one message (collective)."""
+    def fetch(self, weights: Sequence[torch.Tensor], take: Take, kept: Kept | None = None) -> Luggage:
+        """weights [S, ...] of this rank's experts -> its guests' [G, ...], all in one message (collective).
+
+        Rows from S on are those of guests that stayed.
+        """
         out = Luggage.of(len(self.experts), weights, take)
-        send = torch.cat([_bytes(w.detach()[self.give_rows]) for w in weights], 1)
+        if kept is None:
+            send = torch.cat([_bytes(w.detach()[self.give_rows]) for w in weights], 1)
+        else:
+            send = kept.give(self.give_rows, weights)
         self._move(send, out.message, self.give, self.take)
         return out
 
@@ -273,6 +94,57 @@ class Luggage:
         message = take(count, sum(sizes), like=like[0].new_empty(0, dtype=torch.uint8))
         parts = zip(message.split(sizes, 1), like, strict=True)
         return Luggage(message, tuple(m.view(w.dtype).view(count, *w.shape[1:]) for m, w in parts))
+
+
+class Kept:
+    """Guests of one layer that stay while weights do not change: from the next step on replicas like any other.
+
+    Every rank knows of all of them, for they follow from the plans.
+
+    Args:
+        rules: without them.
+        slots: most of them on a rank.
+        row_of: [E] row of the rank's own experts, -1 elsewhere; held: how many they are.
+    """
+
+    def __init__(self, rules: StepRules, slots: int, row_of: np.ndarray, held: int):
+        self._base, self._slots, self._own = replace(rules, guest_slots=slots), slots, (row_of, held)
+        self._forget()
+
+    def _forget(self) -> None:
+        self.rules = self._base
+        self.row_of, self.held = self._own[0].copy(), self._own[1]
+        self.rows: tuple[list[torch.Tensor], ...] = ([], [])  # of each weight
+        self._count = np.zeros(len(self._base.node_of), np.int64)  # [R]
+
+    def give(self, rows: list[int], weights: Sequence[torch.Tensor]) -> torch.Tensor:
+        """uint8 [len(rows), bytes] of rows that are the rank's own in `weights` [S, ...] or stayed."""
+        parts = []
+        for weight, stayed in zip(weights, self.rows, strict=True):
+            picked = [weight.detach()[r] if r < len(weight) else stayed[r - len(weight)] for r in rows]
+            parts.append(_bytes(torch.stack(picked) if picked else weight[:0]))
+        return torch.cat(parts, 1)
+
+    def settle(self, plan: StepPlan, guests: Guests | None, arrived: Sequence[torch.Tensor]) -> bool:
+        """The guests of a step that is over stay, their weights [G, ...] being `arrived`; False: all are given up.
+
+        That is when there is no room for another one and the ranks are uneven.
+        """
+        if guests is None:
+            if self.rules.guest_slots or plan.after < _UNEVEN:
+                return True
+            self._forget()
+            return False
+        holds = self.rules.holds.copy()
+        expert, _, to = plan.guests.T
+        holds[expert, to] = True
+        np.add.at(self._count, to, 1)
+        self.row_of[guests.experts] = self.held + np.arange(len(guests.experts))
+        self.held += len(guests.experts)
+        for rows, new in zip(self.rows, arrived, strict=True):
+            rows.extend(new)
+        self.rules = replace(self._base, holds=holds, guest_slots=self._slots - int(self._count.max()))
+        return True
 
 
 class Borrow(torch.autograd.Function):
@@ -314,12 +186,6 @@ def destinations(index: torch.Tensor, sends: torch.Tensor, rank: int) -> torch.T
     return to.view_as(index)
 
 
-def _largest(group: Group, number: float) -> float:
-    value = torch.tensor([float(number)], dtype=torch.float64)
-    group.all_reduce(value, "max")
-    return float(value)
-
-
 def _bytes(rows: torch.Tensor) -> torch.Tensor:
     """[n, ...] as uint8 [n, bytes]."""
     return rows.flatten(1).view(torch.uint8)
@@ -327,11 +193,3 @@ def _bytes(rows: torch.Tensor) -> torch.Tensor:
 
 def _new(*shape: int, like: torch.Tensor) -> torch.Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device)
-
-
-def _synchronise(like: torch.Tensor) -> None:
-    if like.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-__all__ = ["MODES", "Balance", "Balancer", "Borrow", "Guests", "destinations", "warm"]

@@ -16,12 +16,12 @@ import torch
 from ray_ep.collective import Group
 from ray_ep.errors import BadInput, ModelError, PlacementError
 from ray_ep.moe import kernels
+from ray_ep.moe.balancer import MODES, Balancer, Limits
+from ray_ep.moe.balancer import warm as warm_step
 from ray_ep.moe.counters import Counters
 from ray_ep.moe.exchange import Meter
 from ray_ep.moe.experts import IMPLEMENTATION, ExpertLayer, Shared, is_plain
 from ray_ep.moe.gemm import Packed
-from ray_ep.moe.guests import MODES, Balancer, Limits
-from ray_ep.moe.guests import warm as warm_step
 from ray_ep.moe.pool import Pool
 from ray_ep.moe.replicas import ReplicaExchange
 from ray_ep.moe.routing import Routing
@@ -78,7 +78,8 @@ class ExpertParallel:
     def inference(self) -> Iterator[None]:
         """Inside: passes without gradients use weights packed for the CPU, which must not change meanwhile.
 
-        Decode reads packed weights twice as fast; they take the experts' memory once more.
+        Decode reads packed weights twice as fast; they take the experts' memory once more. Guests stay, as far as
+        `Limits.guest_mb` goes.
         """
         for module, layer in zip(self.modules, self.layers, strict=True):
             if is_plain(module, module.gate_up_proj):  # type: ignore[arg-type]
@@ -87,7 +88,7 @@ class ExpertParallel:
             yield
         finally:
             for layer in self.layers:
-                layer.packed = None
+                layer.packed = layer.kept = None
 
     @contextmanager
     def idle(self) -> Iterator[None]:
@@ -121,7 +122,7 @@ def parallelize(
     Args:
         model: a transformers model, or any module that contains transformers experts modules.
         placement: which expert sits where; None: contiguous.
-        balance: inside each step among ranks with fast links: off, auto or always (`guests.Balancer`).
+        balance: inside each step among ranks with fast links: off, auto or always (`balancer.Balancer`).
         limits: memory and links of that balance.
         node_of: [R] node of each rank, so that tokens prefer replicas on their node; None: all on one.
         sample: size of the reservoir of token expert sets; seed: of its choice.

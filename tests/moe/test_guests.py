@@ -114,6 +114,33 @@ def test_every_token_to_one_expert_leaves_no_rank_with_more_than_its_bound(ranks
     assert max(pairs) <= 150
 
 
+@pytest.mark.parametrize("room", [100, 1])
+def test_in_inference_guests_stay_and_logits_are_those_of_one_process(ranks, room):
+    model = build("qwen3_moe")
+    batches = [ids_of(), ids_of(), ids_of() + 1, ids_of(), ids_of() + 1]
+    with torch.no_grad():
+        wanted = [copy(model)(input_ids=ids).logits for ids in batches]
+
+    def work(group):
+        mine = ray_ep.moe.parallelize(copy(model), group)
+        free(mine)
+        balancer, guests, worst = mine.ray_ep.balancer, [], 0.0
+        balancer.slots_to_keep = lambda: room
+        with torch.no_grad(), mine.ray_ep.inference():
+            for ids, want in zip(batches, wanted, strict=True):
+                before = balancer.done.guests
+                worst = max(worst, float((mine(input_ids=ids).logits - want).abs().max()))
+                guests.append(balancer.done.guests - before)
+        assert all(layer.kept is None for layer in mine.ray_ep.layers)
+        return guests, worst
+
+    for guests, worst in ranks(3, work):
+        assert worst <= 1e-5
+        assert guests[0]
+        if room == 100:
+            assert guests[1] == guests[3] == guests[4] == 0
+
+
 def test_balanced_tokens_stay_where_they_are(ranks):
     model = build("qwen3_moe", num_experts_per_tok=2)
 
