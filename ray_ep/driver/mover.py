@@ -83,18 +83,29 @@ class Mover:
         moving = self._answer(done)
         asked = self.run.take_request()
         links = self.watched and self._look_at_links(done, step)
-        unit = self.topology.node_of if self.level == "node" else np.arange(self.topology.num_ranks)
-        if self.rebalancer.due(done, self.recent.imbalance(unit.tolist()), asked, links):
+        if self.rebalancer.due(done, self._imbalance(), asked, links):
             self._ask(done)
         return {"migration_seconds": moving, "rebalance_seconds": time.perf_counter() - began}
+
+    def _imbalance(self) -> float:
+        """Busiest over mean, where somebody wants to know."""
+        if not self.cfg.placement.imbalance:
+            return 1.0
+        unit = self.topology.node_of if self.level == "node" else np.arange(self.topology.num_ranks)
+        return self.recent.imbalance(unit.tolist())
 
     def _answer(self, done: int) -> float:
         """Move if a decision says so; returns the seconds that it took."""
         verdict, said = self.rebalancer.answer()
         self._say(said)
-        return 0.0 if verdict is None else self._move(verdict, done)
+        return 0.0 if verdict is None else self.move(verdict, done)
 
-    def _move(self, verdict: Verdict, done: int) -> float:
+    def move(self, verdict: Verdict, done: int) -> float:
+        """Have the experts moved, after `done` steps; returns the seconds that it took. A refusal is told, and no more.
+
+        Raises:
+            RankError: a rank was lost; the others' group is then unusable.
+        """
         placement = verdict.placement
         assert placement is not None
         began = time.perf_counter()
@@ -222,7 +233,8 @@ def step_of(results: list[StepResult], seconds: float) -> Step:
 def changed_links(old: Topology, new: Topology) -> list[str]:
     """Links whose bandwidth is not what it was, one phrase each, the most changed first, at most eight."""
     n = new.num_ranks
-    factor = np.where(np.eye(n, dtype=bool), 1.0, old.bandwidth / new.bandwidth)
+    known = np.isfinite(old.bandwidth) & np.isfinite(new.bandwidth) & ~np.eye(n, dtype=bool)
+    factor = np.divide(old.bandwidth, new.bandwidth, out=np.ones((n, n)), where=known)
     amount = np.abs(np.log(factor))
     order = np.argsort(-amount, axis=None, kind="stable")
     found = []

@@ -183,7 +183,7 @@ def _replan(problem: Problem, traffic: Traffic, current: Ints, seed: int) -> Int
     """Slots [R, S] of one layer: stay, a few moves, or a fresh plan: what gains most after the price of its moves."""
     filled = int((current >= 0).sum())
     # A layer's cost in the units of the search, spread over its slots, gives the price of a move there. Where compute
-    # is far dearer than traffic the search weighs it no more than `stiff` says, and a move must not cost more than that.
+    # is far dearer than traffic the search weighs it no more than `stiff` says: nor may a move cost more than that.
     compute = min(problem.compute, problem.stiff / STIFF[problem.level])
     price = max(problem.stay, MOVING[problem.level] * (compute + problem.nodes / 4) / filled)
     prices = price, price + problem.owned - problem.stay
