@@ -1,6 +1,7 @@
-"""Experts that move while `ray-ep train` runs: the same losses, a decision in words, on demand too, refusals harmless."""
+"""Experts that move while `ray-ep train` runs: the same losses, reasons in words, on demand, refusals harmless."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,7 @@ def test_experts_move_where_it_pays_and_what_it_brought_is_measured(runs, said, 
     versions = [m["placement_version"] for m in metrics]
     assert versions[0] == 0
     assert versions[-1] >= 1
-    changes = [a for a, b in zip(metrics, metrics[1:], strict=False) if a["placement_version"] < b["placement_version"]]
+    changes = [a for a, b in pairwise(metrics) if a["placement_version"] < b["placement_version"]]
     assert all(0 < m["migration_seconds"] <= m["rebalance_seconds"] for m in changes)
     assert all(m["migration_seconds"] == 0 for m in metrics if m not in changes)
     assert metrics[0]["balancedness"] == pytest.approx(2 / 3)
