@@ -98,6 +98,10 @@ def check(cfg: DictConfig) -> None:
         )
     if cfg.data.files and cfg.data.dataset:
         raise ConfigError("data.files and data.dataset are both set: give one of them")
+    if 0 < cfg.placement.imbalance <= 1:
+        raise ConfigError(
+            f"placement.imbalance={cfg.placement.imbalance!r}: busiest over mean is at least 1: give more than 1, or 0"
+        )
     _check_exchange(cfg)
 
 
@@ -142,6 +146,13 @@ _AT_LEAST: dict[str, float] = {
     "router.alarm_balancedness": 0,
     "router.alarm_starved": 0,
     "placement.slots_per_rank": 0,
+    "placement.every": 0,
+    "placement.imbalance": 0,
+    "placement.horizon_steps": 1,
+    "placement.decay": 1,
+    "placement.migration_buffer_mb": 1,
+    "placement.survive_nodes": 0,
+    "placement.alert_s": 0,
     "balance.guest_mb": 0,
     "balance.most": 1,
     "exchange.chunks": 1,

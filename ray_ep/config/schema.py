@@ -124,12 +124,32 @@ class RouterConfig:
 
 @dataclass
 class PlacementConfig:
-    """Where each expert starts out."""
+    """Where each expert starts out, and when experts move while the run goes on."""
 
     initial: str = _opt("contiguous", "contiguous, random, or the path of a placement JSON file")
     slots_per_rank: int = _opt(
         0, "slots of a rank in each MoE layer; more than experts/ranks gives replicas; 0: just enough"
     )
+    every: int = _opt(
+        100,
+        "consider other places for the experts every N steps, and when a link changes; they move only where the "
+        "measured gain is predicted to pay the move back; 0: only on imbalance and on demand (ray-ep rebalance)",
+    )
+    imbalance: float = _opt(
+        0.0, "consider them too when the busiest rank (or node) computes this times the mean; above 1; 0: never"
+    )
+    level: str = _opt(
+        "auto",
+        "what a plan makes even; auto: node where balance.in_step evens the ranks of a node out, else rank",
+        ("auto", "node", "rank"),
+    )
+    horizon_steps: int = _opt(1000, "steps within which a move must pay back; at most those that are left")
+    decay: float = _opt(50.0, "half-life, in steps, of the statistics that a plan is made from")
+    migration_buffer_mb: int = _opt(256, "MiB that a rank sends and receives at most in one exchange of a move")
+    survive_nodes: int = _opt(
+        0, "nodes that may be lost, any of them, with a replica of every expert left; takes slots_per_rank"
+    )
+    alert_s: float = _opt(600.0, "a plan that has not come to a decision for so long is an alert event; 0: never")
 
 
 @dataclass

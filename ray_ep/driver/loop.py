@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig
 from ray_ep.config.schema import Config
 from ray_ep.driver.alarm import WINDOW, collapse
 from ray_ep.driver.cluster import Ranks, connected, transports
+from ray_ep.driver.mover import Mover, check_survival, facts_of
 from ray_ep.driver.probe import measured
 from ray_ep.driver.rundir import RunDir, checkpoint_url, choose, find_checkpoint
 from ray_ep.errors import CheckpointError, ConfigError
@@ -55,8 +56,9 @@ class Plan:
     corpus: Corpus
     config: PreTrainedConfig
     signature: dict[str, list[int]]  # parameter -> shape
-    placement: Placement
+    placement: Placement  # to begin with
     checkpoint: Checkpoint | None  # to go on from
+    expert_parameters: int  # of the largest expert
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -107,9 +109,10 @@ def check(cfg: Config, now: datetime) -> Plan:
     model = meta_model(config)
     modules = find_experts(model)
     experts = int(next(iter(modules.values())).num_experts)
-    placement = _placement(cfg, len(modules), experts)
+    placement = _placement(cfg, run, len(modules), experts)
     signature = {n: list(p.shape) for n, p in model.named_parameters()}
-    return Plan(run, corpus, config, signature, placement, _resume(cfg, run, signature))
+    size = max(sum(p.numel() for p in m.parameters()) for m in modules.values()) // experts
+    return Plan(run, corpus, config, signature, placement, _resume(cfg, run, signature), size)
 
 
 def drive(cfg: Config, plan: Plan, listeners: list[Listener], interrupt: Interrupt) -> str:
@@ -151,6 +154,7 @@ class Driver:
         self.ranks.call("join", self.ranks.name, 0, cfg.cluster.collective_timeout_s, ways)
         if cfg.topology.measure and cfg.cluster.ranks > 1:
             self.topology = measured(self.ranks, cfg.topology.budget_s)
+        check_survival(cfg, self.topology, plan.placement)
         tree = OmegaConf.to_container(cfg)
         shared = self.ranks.share(plan.corpus)
         self.ranks.call("build", tree, plan.config, shared, plan.placement, self.topology.node_of)
@@ -158,6 +162,8 @@ class Driver:
             self.ranks.call("load", plan.checkpoint.directory.url, plan.checkpoint.step)
             self.done = self.saved = plan.checkpoint.step
         choice: Choice = self.ranks.call("choose_exchange", self.done)[0]
+        facts = facts_of(cfg, plan.config, plan.expert_parameters, choice.kind)
+        self.mover = Mover(cfg, plan.run, self.ranks, self.topology, plan.placement, facts, self._event)
         plan.run.create(cfg)
         plan.run.exchange(choice.to_dict())
         plan.run.topology(self.topology)
@@ -190,7 +196,8 @@ class Driver:
         self.done += 1
         if results[0].note:
             self._event("balance", results[0].note)
-        metrics = step_metrics(self.done, results, seconds, self.topology, self.plan.placement)
+        metrics = step_metrics(self.done, results, seconds, self.topology, self.mover.placement)
+        metrics |= self.mover.after_step(self.done, results, seconds)
         if self._due(self.cfg.eval.every) and len(self.plan.corpus.held_out):
             metrics["eval_loss"] = self._evaluate()
         for listener in self.listeners:
@@ -307,8 +314,23 @@ def step_metrics(
     }
 
 
-def _placement(cfg: Config, layers: int, experts: int) -> Placement:
-    """The initial placement; raises PlacementError (fewer slots than experts) or ConfigError."""
+def _placement(cfg: Config, run: RunDir, layers: int, experts: int) -> Placement:
+    """The placement to begin with; raises PlacementError (fewer slots than experts) or ConfigError.
+
+    A run that goes on (resume=auto) goes on with the last one it had, unless a file is named or it does not fit.
+    """
+    named = cfg.placement.initial not in ("contiguous", "random")
+    last = run.newest_placement() if cfg.resume == "auto" else None
+    initial = _initial(cfg, layers, experts)
+    if last is None:
+        return initial
+    fits = last.slots.shape[:2] == initial.slots.shape[:2] and last.num_experts == experts
+    fits = fits and last.slots.shape[2] <= initial.slots.shape[2]
+    # Another one in the same run gets a number of its own, so that none that was there is overwritten.
+    return last if fits and not named else replace(initial, version=last.version + 1)
+
+
+def _initial(cfg: Config, layers: int, experts: int) -> Placement:
     ranks, slots = cfg.cluster.ranks, cfg.placement.slots_per_rank or None
     if cfg.placement.initial == "contiguous":
         return contiguous(layers, experts, ranks, slots)

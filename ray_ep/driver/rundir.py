@@ -16,12 +16,15 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ray_ep.config.schema import Config
-from ray_ep.errors import CheckpointError, ConfigError
+from ray_ep.errors import CheckpointError, ConfigError, PlacementError
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.rank.checkpoint import Checkpoint, Directory
 
 RUNS = "runs"
 """Parent of run directories that the user did not name."""
+
+REQUEST = "rebalance"
+"""File in a run directory that asks for a decision about the placement."""
 
 
 class RunDir:
@@ -58,6 +61,25 @@ class RunDir:
     def placement(self, placement: Placement) -> None:
         """Keep a placement under its version."""
         self.write(f"placements/{placement.version:04d}.json", placement.to_json())
+
+    def newest_placement(self) -> Placement | None:
+        """The placement that the run had last; None: none that can be read."""
+        for path in sorted((self.path / "placements").glob("*.json"), key=lambda p: (len(p.name), p.name))[::-1]:
+            with suppress(PlacementError):
+                return Placement.load(path)
+        return None
+
+    def request(self) -> None:
+        """Ask the driver of this run to consider other places for the experts after its next step."""
+        (self.path / REQUEST).touch()
+
+    def take_request(self) -> bool:
+        """Whether somebody asked for that; asks are then taken for heard."""
+        try:
+            (self.path / REQUEST).unlink()
+        except OSError:
+            return False
+        return True
 
     def exchange(self, choice: dict[str, Any]) -> None:
         """Keep how tokens travel, and the timings of the ways that it was chosen from."""

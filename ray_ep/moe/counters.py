@@ -20,12 +20,21 @@ class Counters:
 
     Args:
         sample: tokens kept in the reservoir of expert sets; 0 for none.
+        window: mean age, in tokens, of those kept once that many were seen; not given: all count alike, however old.
         seed: of the reservoir's choice; ranks should differ.
         pair_tokens: tokens a layer and pass that are looked at for pair counts; more are subsampled, and the counts
             scaled to the whole by `take`.
     """
 
-    def __init__(self, layers: int, experts: int, sample: int = 0, seed: int = 0, pair_tokens: int = 1024):
+    def __init__(
+        self,
+        layers: int,
+        experts: int,
+        sample: int = 0,
+        seed: int = 0,
+        pair_tokens: int = 1024,
+        window: int = 1 << 62,
+    ):
         self.layers, self.experts, self.pair_tokens = layers, experts, pair_tokens
         self.enabled = True
         self.seconds = 0.0  # spent counting so far
@@ -35,6 +44,7 @@ class Counters:
         self.transitions = torch.zeros(max(layers - 1, 0), experts * experts, dtype=torch.float64)
         self.capacity, self._rng = sample, np.random.default_rng(seed)
         self.sample: torch.Tensor | None = None  # [L, capacity, K]
+        self.window = window
         self.seen = 0  # tokens offered to the reservoir
         self._passes = 0
         self._previous: torch.Tensor | None = None  # expert ids of the layer before, for transitions
@@ -68,16 +78,18 @@ class Counters:
     def statistics(self) -> RoutingStatistics:
         """Everything counted so far on this rank."""
         shape = (-1, self.experts, self.experts)
-        if self.sample is None:
-            sample = np.zeros((self.layers, 0, 1), np.int32)
-        else:
-            sample = self.sample[:, : min(self.seen, self.capacity)].cpu().numpy().astype(np.int32)
         return RoutingStatistics(
             self.total.cpu().numpy().copy(),
             self.coactivation.cpu().numpy().round().astype(np.int64).reshape(shape),
             self.transitions.cpu().numpy().round().astype(np.int64).reshape(shape),
-            sample,
+            self.sets(),
         )
+
+    def sets(self) -> np.ndarray:
+        """[L, N, K] int32, the reservoir; N is 0 before the first pass."""
+        if self.sample is None:
+            return np.zeros((self.layers, 0, 1), np.int32)
+        return self.sample[:, : min(self.seen, self.capacity)].cpu().numpy().astype(np.int32)
 
     def _count_pairs(self, layer: int, index: torch.Tensor) -> None:
         stride = max(1, -(-len(index) // self.pair_tokens))
@@ -96,9 +108,13 @@ class Counters:
         return bincount(pairs.reshape(-1), self.experts * self.experts)
 
     def _keep(self, layer: int, index: torch.Tensor) -> None:
-        """Reservoir sampling (Vitter's algorithm R): the first layer chooses the tokens, the others follow."""
+        """Reservoir sampling (Vitter's algorithm R): the first layer chooses the tokens, the others follow.
+
+        With a window, every later token is taken as if it were the last one of the window: then the ages of those kept
+        are exponential (Aggarwal's biased reservoir, VLDB 2006).
+        """
         if layer == 0:
-            number = self.seen + np.arange(len(index))
+            number = np.minimum(self.seen + np.arange(len(index)), max(self.window, self.capacity))
             slot = np.where(number < self.capacity, number, self._rng.integers(0, number + 1))
             taken = np.nonzero(slot < self.capacity)[0][::-1]
             slot, last = np.unique(slot[taken], return_index=True)  # of tokens that chose one place the last stays

@@ -7,6 +7,7 @@ from ray_ep.placement.migration import Move, moves
 from ray_ep.placement.placement import Placement
 from ray_ep.placement.planner import plan
 from ray_ep.placement.statistics import RoutingStatistics
+from ray_ep.placement.step import StepPlan, StepRules, balance_step
 from ray_ep.placement.topology import Topology
 
 __all__ = [
@@ -16,7 +17,10 @@ __all__ = [
     "Prediction",
     "RoutingStatistics",
     "StepCosts",
+    "StepPlan",
+    "StepRules",
     "Topology",
+    "balance_step",
     "contiguous",
     "load_only",
     "migration",

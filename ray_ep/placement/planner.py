@@ -20,7 +20,7 @@ from ray_ep.placement.cost import StepCosts, check_fit, token_sets
 from ray_ep.placement.dispatch import simulate
 from ray_ep.placement.layer import Traffic
 from ray_ep.placement.placement import Ints, Placement
-from ray_ep.placement.problem import Problem
+from ray_ep.placement.problem import STIFF, Problem
 from ray_ep.placement.statistics import RoutingStatistics
 from ray_ep.placement.topology import Topology
 
@@ -182,8 +182,10 @@ def _settled(problem: Problem, traffic: Traffic, slots: Ints, seed: int) -> Ints
 def _replan(problem: Problem, traffic: Traffic, current: Ints, seed: int) -> Ints:
     """Slots [R, S] of one layer: stay, a few moves, or a fresh plan: what gains most after the price of its moves."""
     filled = int((current >= 0).sum())
-    # A layer's cost in the units of the search, spread over its slots, gives the price of a move there.
-    price = max(problem.stay, MOVING[problem.level] * (problem.compute + problem.nodes / 4) / filled)
+    # A layer's cost in the units of the search, spread over its slots, gives the price of a move there. Where compute
+    # is far dearer than traffic the search weighs it no more than `stiff` says: nor may a move cost more than that.
+    compute = min(problem.compute, problem.stiff / STIFF[problem.level])
+    price = max(problem.stay, MOVING[problem.level] * (compute + problem.nodes / 4) / filled)
     prices = price, price + problem.owned - problem.stay
     few = layer.warm_layer(problem, traffic, current, *prices, seed)
     moves = moved_slots(current, few)

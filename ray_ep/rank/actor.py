@@ -18,7 +18,7 @@ from ray_ep.collective import Group, SoloGroup, StagedGroup
 from ray_ep.collective.probe import measure
 from ray_ep.collective.ray_backend import join, leave, usable
 from ray_ep.config import from_dict
-from ray_ep.moe import Choice
+from ray_ep.moe import Choice, Moved
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.rank.data import Corpus
 from ray_ep.rank.rank import Rank, StepResult
@@ -107,6 +107,14 @@ class RankActor:
     def statistics(self) -> RoutingStatistics:
         """`Rank.statistics`."""
         return self.work.statistics()
+
+    def sample(self) -> np.ndarray:
+        """`Rank.sample`."""
+        return self.work.sample()
+
+    def migrate(self, placement: Placement, buffer_mb: float) -> Moved:
+        """`Rank.migrate`."""
+        return self.work.migrate(placement, buffer_mb)
 
     @ray.method(concurrency_group="control")
     def abort(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import astuple, dataclass, fields
+from math import log
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,8 @@ class Rank:
         self.model = build(cfg.model, config, cfg.seed, group, placement, **options)
         self.ep: ExpertParallel = self.model.ray_ep
         self.ep.routing.force = cfg.router.force
+        tokens = cfg.batch.sequences * cfg.batch.length / group.size  # of this rank in a step
+        self.ep.counters.window = round(cfg.placement.decay / log(2) * tokens)
         way, wanted = self.ep.exchange, cfg.exchange
         way.chunks, way.float8, way.tokens = wanted.chunks, wanted.float8, wanted.tokens
         self.optimizer = MasterOptimizer(self.model, cfg.optim, group)
@@ -200,6 +203,10 @@ class Rank:
     def statistics(self) -> RoutingStatistics:
         """Routing statistics of this rank since its making. Not collective."""
         return self.ep.counters.statistics()
+
+    def sample(self) -> np.ndarray:
+        """[L, N, K] expert sets of a reservoir of this rank's recent tokens (see placement.decay). Not collective."""
+        return self.ep.counters.sets()
 
     def _balance(self, seconds: float, load: np.ndarray) -> str:
         """Keep or change how the next step is balanced; what there is to say of it."""

@@ -141,6 +141,18 @@ def test_every_token_is_as_likely_in_the_reservoir_as_any_other():
     assert (abs(slots / 300 - np.array([10, 25, 25]) / tokens) < 0.12).all()
 
 
+def test_with_a_window_old_tokens_leave_the_reservoir_at_its_pace():
+    half_life, capacity, tokens = 80, 32, 960
+    window = round(half_life / np.log(2))
+    passes = [token_sets(40, s, layers=1) for s in range(0, tokens, 40)]
+    ages = np.concatenate([
+        tokens - numbers(counted(passes, 110, sample=capacity, seed=s, window=window).statistics().sample)[0]
+        for s in range(60)
+    ])  # fmt: skip
+    assert np.mean(ages <= half_life) == pytest.approx(0.5, abs=0.06)
+    assert np.mean(ages <= 2 * half_life) == pytest.approx(0.75, abs=0.06)
+
+
 def test_ranks_choose_their_samples_independently_and_a_sample_of_none_is_empty(ranks):
     assert counted(some_passes([5])).statistics().sample.shape == (3, 0, 1)
     a, b = (numbers(counted([token_sets(300)], 110, sample=8, seed=s).statistics().sample)[0] for s in (0, 1))

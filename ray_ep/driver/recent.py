@@ -1,0 +1,130 @@
+"""What recent steps say: decayed loads and times, and from them the figures of the cost model. Pure NumPy, no Ray.
+
+L MoE layers, E experts, R ranks.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ray_ep.placement import StepCosts
+
+NOW = 5
+"""Steps whose median is what a step takes now: as many as a slow link needs to be noticed."""
+ALIKE = 1.25
+"""Ranks whose seconds a pair differ by less are taken for equally fast: timing noise is no reason to move experts."""
+FEW = 0.05
+"""A rank with less than this share of the mean pairs says nothing about its speed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a step's costs depend on beside what is measured.
+
+    Args:
+        tokens_per_rank: in a step. hidden: size of a token's hidden state. parameters: of one expert.
+        item_bytes: of a compute weight. state_bytes: of what a primary keeps of one parameter beside it.
+        passes: times a hidden state crosses each way in a step: forward and backward (and a recomputation).
+        kind: how tokens travel: flat, two_level or all_gather.
+    """
+
+    tokens_per_rank: int
+    hidden: int
+    parameters: int
+    item_bytes: int
+    state_bytes: int
+    passes: int
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step as the ranks measured it.
+
+    Args:
+        load: [L, E] tokens each expert received. pairs: [R, L] (token, expert) pairs each rank computed.
+        experts, exchange: [R] seconds; waiting for peers counts as exchange.
+        sent: [R, R] bytes from rank (row) to rank.
+        seconds: of the whole step.
+    """
+
+    load: np.ndarray
+    pairs: np.ndarray
+    experts: np.ndarray
+    exchange: np.ndarray
+    sent: np.ndarray
+    seconds: float
+
+
+class Recent:
+    """Figures of the last steps. Loads and seconds a pair are decayed sums; what a step takes is a short median.
+
+    Args:
+        half_life: in steps.
+    """
+
+    def __init__(self, half_life: float):
+        self.keep = 0.5 ** (1 / half_life)
+        self.load = np.zeros((0, 0))  # [L, E]
+        self._pairs = np.zeros(0)  # [R]
+        self._experts = np.zeros(0)  # [R] seconds
+        self._last: deque[Step] = deque(maxlen=NOW)
+
+    def add(self, step: Step) -> None:
+        """One more step; those before count a little less."""
+        new = step.load.astype(np.float64), step.pairs.sum(1).astype(np.float64), step.experts.astype(np.float64)
+        if self._last:
+            old = self.load, self._pairs, self._experts
+            new = tuple(self.keep * a + b for a, b in zip(old, new, strict=True))  # type: ignore[assignment]
+        self.load, self._pairs, self._experts = new
+        self._last.append(step)
+
+    def step_seconds(self) -> float:
+        """What a step takes now."""
+        return float(np.median([s.seconds for s in self._last]))
+
+    def moe_seconds(self) -> float:
+        """What the expert layers take of it: exchange and experts of the rank where they take longest."""
+        return float(np.median([(s.experts + s.exchange).max() for s in self._last]))
+
+    def imbalance(self, units: Sequence[int]) -> float:
+        """Pairs of the busiest unit over the mean unit, mean over layers; units [R]: which unit a rank belongs to."""
+        pairs = np.sum([s.pairs for s in self._last], axis=0)  # [R, L]
+        number = np.unique(units, return_inverse=True)[1]
+        total = np.zeros((number.max() + 1, pairs.shape[1]))
+        np.add.at(total, number, pairs)
+        each = total / np.bincount(number)[:, None]
+        return float((each.max(0) / np.maximum(pairs.mean(0), 1e-9)).mean()) if pairs.any() else 1.0
+
+    def costs(self, facts: Facts) -> StepCosts:
+        """Figures of the cost model; those that nothing was measured of yet are 0."""
+        seconds, speed = self._speeds()
+        weights = float(facts.parameters * facts.item_bytes)
+        crosses = 0 if facts.kind == "all_gather" else facts.passes  # there every token goes everywhere in any case
+        return StepCosts(
+            tokens_per_rank=facts.tokens_per_rank,
+            token_bytes=float(facts.hidden * facts.item_bytes * crosses),
+            expert_seconds=seconds,
+            expert_bytes=weights,
+            # A primary's master weight travels instead of the compute weight that is its rounding.
+            optimizer_bytes=max(facts.parameters * facts.state_bytes - weights, 0.0),
+            speed=speed,
+            two_level={"flat": False, "two_level": True}.get(facts.kind),
+        )
+
+    def _speeds(self) -> tuple[float, tuple[float, ...] | None]:
+        """(Seconds a pair on a usual rank, relative speed of each rank; None: all alike)."""
+        known = (self._pairs > FEW * max(self._pairs.mean(), 1e-9)) & (self._experts > 0)
+        if not known.any():
+            return 0.0, None
+        each = np.full(len(known), np.nan)
+        each[known] = self._experts[known] / self._pairs[known]
+        usual = float(np.median(each[known]))
+        ratio = np.where(known, each / usual, 1.0)
+        if ratio.max() < ALIKE * ratio.min():
+            return float(self._experts[known].sum() / self._pairs[known].sum()), None
+        return usual, tuple((1 / ratio).tolist())

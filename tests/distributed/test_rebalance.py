@@ -1,0 +1,136 @@
+"""Experts that move while `ray-ep train` runs: the same losses, reasons in words, on demand, refusals harmless."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ray_ep
+
+PACKAGE = str(Path(ray_ep.__file__).parent.parent)
+COMPUTE = (
+    "model.overrides={hidden_size: 32, intermediate_size: 32, moe_intermediate_size: 512, num_hidden_layers: 2, "
+    "num_experts: 8, head_dim: 8}"
+)  # experts take a good part of a step, so that their places matter on links as fast as this machine's
+
+RUNS = """
+import json, sys, threading, time
+from datetime import datetime
+from pathlib import Path
+import ray
+ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+import ray_ep
+from ray_ep.cli import main
+from ray_ep.driver.cluster import Ranks
+from ray_ep.driver.loop import Driver, Interrupt, check
+from ray_ep.driver.verdict import Verdict
+from ray_ep.placement import contiguous, planner
+
+planner.warm()  # so that the first decision does not wait for a compiler
+same = json.loads(sys.argv[1])
+def config(*overrides):
+    return ray_ep.load_config(None, [*same, *overrides])
+
+def ask():
+    while not Path("asked/metrics.jsonl").exists():
+        time.sleep(0.02)
+    main(["rebalance", "asked"], standalone_mode=False)
+
+ray_ep.train(config("run_dir=static", "placement.every=0"))
+ray_ep.train(config("run_dir=moving", "placement.every=2"))
+ray_ep.train(config("run_dir=moving", "placement.every=0", "resume=auto", "optim.steps=26"))
+threading.Thread(target=ask).start()
+ray_ep.train(config("run_dir=asked", "placement.every=0", "optim.steps=16"))
+
+cfg = config("run_dir=refused", "placement.every=0", "optim.steps=3")
+plan = check(cfg, datetime.now())
+ranks = Ranks(cfg.cluster, "refused", False, Interrupt())
+driver = Driver(cfg, plan, ranks, [plan.run], Interrupt())
+try:
+    driver.form()
+    driver.step()
+    driver.mover.move(Verdict(contiguous(2, 8, 3), "move to three ranks", 1.0), 1)
+    driver.run()
+finally:
+    ranks.kill()
+ray.shutdown()
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(shared):
+    """The directory with a run whose experts stay, one whose move (and its continuation), and two others."""
+    same = [
+        COMPUTE, "data.files=[text.txt]", "batch.sequences=8", "batch.length=128", "optim.steps=24",
+        "cluster.cpus_per_rank=0.5", "router.force=skewed", "exchange.kind=flat", "balance.in_step=off",
+        "eval.every=0",
+    ]  # fmt: skip
+    command = shared.start("python", "-c", RUNS, json.dumps(same), PYTHONPATH=PACKAGE)
+    assert command.wait(220) == 0, command.err
+    return shared.path
+
+
+@pytest.fixture
+def said(runs, lines):
+    """Messages of a run's events of one kind."""
+    return lambda name, kind="rebalance": [
+        e["message"] for e in lines(runs / name / "events.jsonl") if e["kind"] == kind
+    ]
+
+
+def test_experts_move_where_it_pays_and_what_it_brought_is_measured(runs, said, lines):
+    first = next(m for m in said("moving") if not m.startswith("stay"))
+    assert first.startswith("move ")
+    assert "experts: predicted step " in first
+    assert "(asked after step " in first
+    assert any(m.startswith("measured after the move of step ") for m in said("moving"))
+    metrics = lines(runs / "moving" / "metrics.jsonl")
+    versions = [m["placement_version"] for m in metrics]
+    assert versions[0] == 0
+    assert versions[-1] >= 1
+    changes = [a for a, b in pairwise(metrics) if a["placement_version"] < b["placement_version"]]
+    assert all(0 < m["migration_seconds"] <= m["rebalance_seconds"] for m in changes)
+    assert all(m["migration_seconds"] == 0 for m in metrics if m not in changes)
+    assert metrics[0]["balancedness"] == pytest.approx(2 / 3)
+    assert metrics[-1]["balancedness"] > 0.9
+    assert sorted(p.name for p in (runs / "moving" / "placements").iterdir()) == [
+        f"{v:04d}.json" for v in range(versions[-1] + 1)
+    ]
+
+
+def test_losses_are_those_of_a_run_whose_experts_stay(runs, lines):
+    static, moving = (lines(runs / name / "metrics.jsonl")[:24] for name in ("static", "moving"))
+    assert {m["placement_version"] for m in static} == {0}
+    for a, b in zip(static, moving, strict=True):
+        assert (b["loss"], b["grad_norm"]) == pytest.approx((a["loss"], a["grad_norm"]), rel=2e-4), a["step"]
+
+
+def test_a_run_that_goes_on_keeps_its_placement(runs, lines):
+    metrics = lines(runs / "moving" / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == list(range(1, 27))
+    assert {m["placement_version"] for m in metrics[24:]} == {metrics[23]["placement_version"]}
+    assert metrics[-1]["balancedness"] > 0.9
+
+
+def test_the_report_shows_why(runs, said):
+    page = (runs / "moving" / "report.html").read_text()
+    assert "predicted step" in page
+    assert "measured after the move" in page
+
+
+def test_a_run_is_asked_by_the_command_and_answers(runs, said):
+    assert not (runs / "asked" / "rebalance").exists()
+    first = said("asked")[0]
+    assert first.startswith(("move ", "stay: "))
+    assert ": on demand)" in first
+    assert said("static") == []
+
+
+def test_a_placement_that_the_ranks_refuse_changes_nothing(runs, said, lines):
+    (message,) = said("refused")
+    assert message.startswith("the move failed: placement is for 2 layers x 8 experts on 3 ranks")
+    metrics = lines(runs / "refused" / "metrics.jsonl")
+    assert [m["placement_version"] for m in metrics] == [0, 0, 0]
+    assert np.isfinite([m["loss"] for m in metrics]).all()
