@@ -23,7 +23,9 @@ _ENGINES = ("ray_ep", "sglang", "tensorrt-llm", "vllm-ascend")
 )
 @click.option("--level", type=click.Choice(["node", "rank"]), help="What must be even; see below.")
 @click.option("--current", type=_PATH, help="The placement that runs now; a run directory's own if not given.")
-@click.option("--survive-nodes", type=click.IntRange(0), default=0, help="So many nodes may go, any of them; see below.")
+@click.option(
+    "--survive-nodes", type=click.IntRange(0), default=0, help="So many nodes may go, any of them; see below."
+)
 @click.option("--horizon", type=float, default=1000.0, show_default=True, help="Steps over which a move must pay back.")
 @click.option("--experts", type=click.IntRange(1), help="Experts of a layer, where a short record does not tell.")
 @click.option("--cost", "costs", multiple=True, metavar="NAME=VALUE", help="A figure of the cost model; see below.")

@@ -122,9 +122,8 @@ def _move(found: tuple[Candidate, ...], now: str, case: Case) -> str:
     steps = pays_back(moving, old, new)
     unsafe = not survives(by_name[now].placement, case.topology.node_of, case.survive_nodes)
     what = f"{moving.replicas} experts ({in_bytes(by_name[PLAN].moving_bytes)})"
-    then = (
-        f"predicted step {in_seconds(old.step_seconds)} -> {in_seconds(new.step_seconds)}, costs {in_seconds(moving.seconds)}"
-    )
+    change = f"{in_seconds(old.step_seconds)} -> {in_seconds(new.step_seconds)}"
+    then = f"predicted step {change}, costs {in_seconds(moving.seconds)}"
     if unsafe:
         return f"move {what}: {now} cannot lose {case.survive_nodes} node(s); {then}"
     if steps > case.horizon_steps:

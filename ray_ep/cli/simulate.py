@@ -5,7 +5,6 @@ Predicting is ray_ep.placement.whatif's; simulate_inputs.py reads, simulate_run.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 

@@ -1,6 +1,6 @@
-"""What `ray-ep simulate` is given: routing, clusters, sizes -> what ray_ep.placement.whatif takes; failures name the flag.
+"""What `ray-ep simulate` is given: routing, clusters, sizes -> what ray_ep.placement.whatif takes.
 
-Imports neither torch nor Ray.
+Failures name the flag. Imports neither torch nor Ray.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ LEGEND = (
     "what a rank's tokens send to other nodes in a step, both ways; memory: of the fullest rank, for experts"
 )
 LINKS_IN_A_MINUTE = 58 * 4096**2
-"""Links that are predicted exactly, summed over rows and layers: DeepSeek-V3 once on 4,096 ranks, about half a minute."""
+"""Links, summed over rows and layers, that are all predicted: DeepSeek-V3 once on 4,096 ranks, about half a minute."""
 LEAST_LAYERS = 4
 """Not fewer layers than these stand for all."""
 
@@ -79,9 +79,7 @@ def _costs(options: Mapping[str, Any], run: Path | None, recorded: Recorded, ran
     return replace(costs.figures, tokens_per_rank=share), f"{costs.source}; {options['tokens']} tokens a step in all"
 
 
-def _notes(
-    recorded: Recorded, rows: Sequence[Option], level: str, most: int, placements: Sequence[str]
-) -> list[str]:
+def _notes(recorded: Recorded, rows: Sequence[Option], level: str, most: int, placements: Sequence[str]) -> list[str]:
     layers, experts = recorded.statistics.load.shape
     notes = [f"{layers} layers x {experts} experts; level {level}", *recorded.notes]
     if most < layers:

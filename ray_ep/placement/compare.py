@@ -23,7 +23,7 @@ from ray_ep.placement.topology import Topology
 PLAN, CURRENT = "plan", "current"
 """Names of the two candidates that the others are compared with."""
 FREE = "unprotected"
-"""Name of the plan that need not outlive the loss of nodes, where the other must: what safety costs is their difference."""
+"""Name of the plan that need not outlive lost nodes, where the other must: safety's price is their difference."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -274,5 +274,5 @@ class Links:
         # A node's arrivals are shared out over its ranks; inside, each destination rank gets its copy from there.
         ranks_meet = int(np.bincount(self.node_of).max()) > 1
         two = across + inside + (wait if ranks_meet else 0.0)
-        chosen = {True: two, False: flat, None: min(two, flat)}[costs.two_level]
+        chosen: float = {True: two, False: flat, None: min(two, flat)}[costs.two_level]
         return chosen + wait

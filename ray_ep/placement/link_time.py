@@ -17,6 +17,19 @@ TILE = 64
 
 
 @kernel
+def _across(to_node: Any, way: Any, members: Any) -> Any:
+    """The longest that a rank sends copies to nodes [R, N], or receives its share of its node's; way [R, N] s/byte."""
+    longest, into = 0.0, np.zeros(len(members))
+    for s in range(len(to_node)):
+        out = 0.0
+        for n in range(len(members)):
+            out += to_node[s, n] * way[s, n]
+            into[n] += to_node[s, n] * way[s, n] / members[n]
+        longest = max(longest, out)
+    return max(longest, into.max())
+
+
+@kernel
 def busiest(to_rank: Any, to_node: Any, rank: Any, node: Any, home: Any, node_of: Any) -> Any:
     """Seconds for a message of one byte a copy, dispatch and combine together.
 
@@ -58,14 +71,4 @@ def busiest(to_rank: Any, to_node: Any, rank: Any, node: Any, home: Any, node_of
                 received[0, r] += there
                 received[1, r] += back
     inside = max(sent[0].max(), received[0].max()) + max(sent[1].max(), received[1].max())
-    across = 0.0
-    for way in (node, home):
-        most, into = 0.0, np.zeros(nodes)
-        for s in range(ranks):
-            out = 0.0
-            for n in range(nodes):
-                out += to_node[s, n] * way[s, n]
-                into[n] += to_node[s, n] * way[s, n] / members[n]
-            most = max(most, out)
-        across += max(most, into.max())
-    return flat, across, inside
+    return flat, _across(to_node, node, members) + _across(to_node, home, members), inside

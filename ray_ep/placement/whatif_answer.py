@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ray_ep.placement.gpus import Gpu
 from ray_ep.placement.whatif import Row
@@ -76,16 +77,18 @@ def _growth(options: Sequence[Option], of: Option) -> list[str]:
     largest: dict[int, Option] = {}
     for o in options:
         ranks = o.row.cluster.ranks
-        if o.gpu == of.gpu and (
-            ranks not in largest or o.row.tokens_per_second > largest[ranks].row.tokens_per_second
-        ):
+        if o.gpu == of.gpu and (ranks not in largest or o.row.tokens_per_second > largest[ranks].row.tokens_per_second):
             largest[ranks] = o
     sizes = [largest[r] for r in sorted(largest)]
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in pairwise(sizes):
         more = (b.row.tokens_per_second - a.row.tokens_per_second) / (b.row.cluster.ranks - a.row.cluster.ranks)
         if more < PAYS * a.tokens_per_gpu:
-            brings = f"brings {more / a.tokens_per_gpu:.0%} of what one brought before" if more > 0 else "brings nothing"
-            return [f"more than {a.row.cluster.ranks} GPUs do not pay: up to {b.row.cluster.ranks}, each added {brings}"]
+            brings = (
+                f"brings {more / a.tokens_per_gpu:.0%} of what one brought before" if more > 0 else "brings nothing"
+            )
+            return [
+                f"more than {a.row.cluster.ranks} GPUs do not pay: up to {b.row.cluster.ranks}, each added {brings}"
+            ]
     if len(sizes) > 1:
         return [f"adding GPUs pays up to {sizes[-1].row.cluster.ranks}, the largest that was tried"]
     return []
