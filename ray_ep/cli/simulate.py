@@ -33,8 +33,9 @@ _PATH = click.Path(path_type=Path)
 @click.option("--experts", type=click.IntRange(1), help="Experts of a layer, where a short record does not tell.")
 @click.option("--layers", type=click.IntRange(1), help="Predict at most so many layers; they stand for the others.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the search.")
+@click.option("--html", type=_PATH, help="Write the table, the answer and a plot as one page.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON line a row, then one with the answer.")
-def simulate(statistics: Path | None, as_json: bool, **options: Any) -> None:
+def simulate(statistics: Path | None, as_json: bool, html: Path | None, **options: Any) -> None:
     """Predict steps on clusters that do not exist: how many GPUs of which kind. Starts nothing.
 
     STATISTICS is what `ray-ep plan` takes: a run directory, a routing.npz of ray_ep, or another engine's record.
@@ -60,4 +61,6 @@ def simulate(statistics: Path | None, as_json: bool, **options: Any) -> None:
     from ray_ep.cli import simulate_run
 
     found = simulate_run.simulated(statistics, options)
+    if html is not None:
+        simulate_run.draw(found, html)
     click.echo("\n".join(simulate_run.lines(found)) if as_json else simulate_run.text(found))

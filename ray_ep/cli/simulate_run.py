@@ -12,7 +12,7 @@ from ray_ep.cli import plan_inputs, simulate_inputs
 from ray_ep.cli.simulate_inputs import Clusters
 from ray_ep.cli.table import table
 from ray_ep.cli.units import in_bytes, in_seconds
-from ray_ep.errors import BadInput
+from ray_ep.errors import BadInput, PlacementError
 from ray_ep.placement.cost import StepCosts
 from ray_ep.placement.engines import Recorded
 from ray_ep.placement.whatif import PLANNED_SLOTS, simulate
@@ -94,16 +94,41 @@ def _notes(recorded: Recorded, rows: Sequence[Option], level: str, most: int, pl
 
 def text(found: Simulated) -> str:
     """For the terminal: notes, the table, the answer."""
-    head = [*HEAD, "for 1"] if _priced(found) else HEAD
-    return "\n".join(
-        [*found.notes, "", table(head, [_cells(o, _priced(found)) for o in found.options]), LEGEND, "", found.answer]
-    )
+    priced = _priced(found)
+    rows = [_cells(o, priced) for o in found.options]
+    return "\n".join([*found.notes, "", table(_head(priced), rows), LEGEND, "", found.answer])
 
 
 def lines(found: Simulated) -> list[str]:
     """One JSON document a row in SI units, and one with the answer and the notes."""
     last = {"answer": found.answer, "notes": list(found.notes)}
     return [json.dumps(x) for x in (*map(_figures, found.options), last)]
+
+
+def draw(found: Simulated, html: Path) -> None:
+    """Write the page; raises PlacementError where it cannot be written."""
+    from ray_ep.observe.plan_page import growth, page
+
+    named: dict[str, list[tuple[int, float]]] = {}
+    for o in found.options:
+        kind = "" if o.gpu is None else f"{o.gpu.name}, "
+        slots = o.row.cluster.slots_per_rank
+        many = "just enough slots" if slots is None else f"{slots} slots"
+        name = f"{kind}{many}, {o.row.placement.replace('_', '-')}"
+        named.setdefault(name, []).append((o.row.cluster.ranks, o.tokens_per_gpu))
+    priced = _priced(found)
+    table_rows = [_head(priced), *(_cells(o, priced) for o in found.options)]
+    maps = [growth(named)]
+    try:
+        html.write_text(
+            page(found.notes, table_rows, LEGEND, [found.answer], maps, "Clusters compared", "Answer"), encoding="utf-8"
+        )
+    except OSError as e:
+        raise PlacementError(f"{e.filename}: {e.strerror or e}") from None
+
+
+def _head(priced: bool) -> tuple[str, ...]:
+    return (*HEAD, "for 1") if priced else HEAD
 
 
 def _priced(found: Simulated) -> bool:
