@@ -17,6 +17,7 @@ import ray_ep
 from ray_ep.cli.plan import plan
 from ray_ep.cli.probe import probe
 from ray_ep.cli.rebalance import rebalance
+from ray_ep.cli.simulate import simulate
 
 if TYPE_CHECKING:
     from ray_ep.bench.layer import Case
@@ -54,6 +55,7 @@ def main() -> None:
       ray-ep train optim.steps=500          the same, longer
       ray-ep export runs/NAME OUT           the trained model as a transformers checkpoint
       ray-ep plan runs/NAME                 would other places for the experts be faster, and what would moving cost
+      ray-ep simulate runs/NAME --nodes 2,4,8   how many GPUs of which kind: clusters that do not exist
       ray-ep probe cluster.ranks=4          how fast the links between ranks are
       ray-ep rebalance runs/NAME            ask a running job to consider that now
 
@@ -65,6 +67,7 @@ def main() -> None:
 main.add_command(plan)
 main.add_command(probe)
 main.add_command(rebalance)
+main.add_command(simulate)
 
 
 @main.command()

@@ -23,6 +23,9 @@ _ENGINES = ("ray_ep", "sglang", "tensorrt-llm", "vllm-ascend")
 )
 @click.option("--level", type=click.Choice(["node", "rank"]), help="What must be even; see below.")
 @click.option("--current", type=_PATH, help="The placement that runs now; a run directory's own if not given.")
+@click.option(
+    "--survive-nodes", type=click.IntRange(0), default=0, help="So many nodes may go, any of them; see below."
+)
 @click.option("--horizon", type=float, default=1000.0, show_default=True, help="Steps over which a move must pay back.")
 @click.option("--experts", type=click.IntRange(1), help="Experts of a layer, where a short record does not tell.")
 @click.option("--cost", "costs", multiple=True, metavar="NAME=VALUE", help="A figure of the cost model; see below.")
@@ -45,6 +48,9 @@ def plan(statistics: Path, as_json: bool, html: Path | None, plots: Path | None,
     \b
     --cost: tokens_per_rank, token_bytes (of a hidden state), expert_seconds (one token through one expert),
     expert_bytes, optimizer_bytes (of one expert). A run directory tells its own.
+
+    --survive-nodes K: whichever K nodes are lost, every expert still has a replica. The price in memory, traffic and
+    time is that against the plan without it. Without --slots: the fewest that do.
 
     \b
     A cluster in YAML:

@@ -20,6 +20,7 @@ from ray_ep.errors import BadInput, PlacementError
 from ray_ep.placement import Placement, StepCosts, Topology
 from ray_ep.placement.cluster_description import describe
 from ray_ep.placement.engines import Recorded
+from ray_ep.placement.survive import fewest_slots
 
 STATISTICS = Path("statistics") / "routing.npz"
 COSTS = ("tokens_per_rank", "token_bytes", "expert_seconds", "expert_bytes", "optimizer_bytes")
@@ -216,3 +217,16 @@ def slots_of(text: str | None, current: Placement | None, ranks: int) -> int | t
     if not numbers or min(numbers) < 0 or len(numbers) not in (1, ranks):
         raise BadInput(f"--slots {text!r}: expected a number of slots, or {ranks} with commas between, one a rank")
     return numbers[0] if len(numbers) == 1 else numbers
+
+
+def safe_slots(
+    slots: int | tuple[int, ...] | None, experts: int, topology: Topology, survive_nodes: int
+) -> int | tuple[int, ...] | None:
+    """Slots with which `survive_nodes` nodes may be lost: the given ones, else the fewest that do.
+
+    Raises:
+        PlacementError: no more nodes than may be lost.
+    """
+    if slots is not None or not survive_nodes:
+        return slots
+    return fewest_slots(experts, topology.node_of, survive_nodes)

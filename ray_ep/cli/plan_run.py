@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,13 @@ import numpy as np
 from ray_ep.cli import plan_inputs
 from ray_ep.cli.engines import write_placement
 from ray_ep.cli.table import table
+from ray_ep.cli.units import in_bytes, in_seconds
 from ray_ep.errors import BadInput, PlacementError
 from ray_ep.placement.advice import advice_words
-from ray_ep.placement.compare import PLAN, Candidate, Case, candidates, compare, pays_back
+from ray_ep.placement.compare import PLAN, Candidate, Case, candidates, compare, pays_back, safety
 from ray_ep.placement.cost import Prediction
 from ray_ep.placement.engines import Recorded
+from ray_ep.placement.survive import Price, survives
 
 HEAD = ("placement", "step", "of now", "compute", "traffic", "ranks", "nodes", "remote", "moved", "bytes", "pays back")
 LEGEND = (
@@ -33,7 +35,7 @@ class Planned:
     Args:
         now: name of the candidate that the others are compared with.
         words: the advice, a sentence each. notes: what was read and assumed.
-        written: the plan's file; None: nowhere.
+        written: the plan's file; None: nowhere. safety: what outliving lost nodes costs; None: not asked for.
     """
 
     case: Case
@@ -44,6 +46,7 @@ class Planned:
     words: tuple[str, ...]
     notes: tuple[str, ...]
     written: str | None
+    safety: Price | None
 
 
 def planned(path: Path, options: dict[str, Any]) -> Planned:
@@ -64,7 +67,11 @@ def planned(path: Path, options: dict[str, Any]) -> Planned:
     costs = plan_inputs.read_costs(options["costs"], run, recorded, ranks, speed)
     slots = plan_inputs.slots_of(options["slots"], current, ranks)
     level = options["level"] or ("node" if recorded.engine == engine == "ray_ep" else "rank")
-    case = Case(recorded.statistics, topology, slots, level, options["horizon"], costs.figures, options["seed"])
+    lost = options["survive_nodes"]
+    safe = plan_inputs.safe_slots(slots, recorded.statistics.load.shape[1], topology, lost)
+    case = Case(
+        recorded.statistics, topology, safe, level, options["horizon"], costs.figures, options["seed"], lost, slots
+    )
     placements = candidates(case, current)
     now = next(iter(placements))
     found = tuple(compare(case, placements, now))
@@ -74,10 +81,17 @@ def planned(path: Path, options: dict[str, Any]) -> Planned:
     words = advice_words(recorded.statistics, told, topology.node_of, size, now, nearest, level)
     if out is not None:
         write_placement(placements[PLAN], engine, out, recorded.layer_ids, recorded.num_layers)
-    return Planned(
-        case, recorded, costs, now, found, (_move(found, now, case), *words), _notes(recorded, case, costs),
-        None if out is None else f"{out} ({engine})",
-    )  # fmt: skip
+    price = safety(case, placements)
+    words = [_move(found, now, case), *_safety_in_words(price, lost), *words]
+    where = None if out is None else f"{out} ({engine})"
+    return Planned(case, recorded, costs, now, found, tuple(words), _notes(recorded, case, costs), where, price)
+
+
+def _safety_in_words(price: Price | None, lost: int) -> list[str]:
+    if price is None:
+        return []
+    nodes = "any node" if lost == 1 else f"any {lost} nodes"
+    return [f"{nodes} may go and every expert keeps a replica; that costs, against the unprotected plan: {price}"]
 
 
 def _notes(recorded: Recorded, case: Case, costs: plan_inputs.Costs) -> tuple[str, ...]:
@@ -106,10 +120,12 @@ def _move(found: tuple[Candidate, ...], now: str, case: Case) -> str:
     if moving is None or not (moving.replicas or moving.primaries):
         return f"stay with {now}: no move wins back its price within {case.horizon_steps:g} steps"
     steps = pays_back(moving, old, new)
-    what = f"{moving.replicas} experts ({_bytes(by_name[PLAN].moving_bytes)})"
-    then = (
-        f"predicted step {_seconds(old.step_seconds)} -> {_seconds(new.step_seconds)}, costs {_seconds(moving.seconds)}"
-    )
+    unsafe = not survives(by_name[now].placement, case.topology.node_of, case.survive_nodes)
+    what = f"{moving.replicas} experts ({in_bytes(by_name[PLAN].moving_bytes)})"
+    change = f"{in_seconds(old.step_seconds)} -> {in_seconds(new.step_seconds)}"
+    then = f"predicted step {change}, costs {in_seconds(moving.seconds)}"
+    if unsafe:
+        return f"move {what}: {now} cannot lose {case.survive_nodes} node(s); {then}"
     if steps > case.horizon_steps:
         return f"stay with {now}: to move {what} does not pay back within {case.horizon_steps:g} steps: {then}"
     return f"move {what}: {then}, pays back in {steps:.3g} steps"
@@ -134,12 +150,12 @@ def _row(c: Candidate, old: Prediction) -> tuple[str, ...]:
         steps = pays_back(c.moving, old, p)
         moved = (
             str(c.moving.replicas),
-            _bytes(c.moving_bytes),
+            in_bytes(c.moving_bytes),
             f"{steps:.3g} steps" if np.isfinite(steps) else "never",
         )
     return (
-        c.name, _seconds(p.step_seconds), f"{of_now:.2f}", _seconds(float(p.compute.sum())),
-        _seconds(float(p.traffic.sum())), f"{p.balancedness:.3f}", f"{p.node_balancedness:.3f}",
+        c.name, in_seconds(p.step_seconds), f"{of_now:.2f}", in_seconds(float(p.compute.sum())),
+        in_seconds(float(p.traffic.sum())), f"{p.balancedness:.3f}", f"{p.node_balancedness:.3f}",
         f"{float(np.mean(p.remote_nodes)):.2f}", *moved,
     )  # fmt: skip
 
@@ -158,6 +174,8 @@ def tree(planned: Planned) -> dict[str, Any]:
         "engine": planned.recorded.engine,
         "compared_with": planned.now,
         "placements": [_figures(c, old) for c in planned.found],
+        "survive_nodes": case.survive_nodes,
+        "survival_price": None if planned.safety is None else asdict(planned.safety),
         "advice": list(planned.words),
         "notes": list(planned.notes),
         "written": planned.written,
@@ -199,17 +217,3 @@ def draw(planned: Planned, html: Path | None, plots: Path | None) -> None:
             html.write_text(page(planned.notes, (HEAD, *rows), LEGEND, planned.words, maps), encoding="utf-8")
     except OSError as e:
         raise PlacementError(f"{e.filename}: {e.strerror or e}") from None
-
-
-def _seconds(value: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}" if value < 1000 * size else f"{value / size:,.0f} {unit}"
-    return f"{1e6 * value:.2g} us"
-
-
-def _bytes(value: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.0f} B"

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from ray_ep.config.schema import Config
 from ray_ep.driver.cluster import Ranks, connected, transports
 from ray_ep.errors import ConfigError
 from ray_ep.placement import Topology
+from ray_ep.placement.gpu_links import joined
 from ray_ep.placement.groups import best_of, contradictions
 
 
 def measured(ranks: Ranks, budget_s: float) -> Topology:
     """Links between ranks that have joined their group and are not computing.
 
-    Where they contradict what Ray says of the nodes they are measured once more, for a busy machine can do that too.
+    Where they contradict what Ray says of the nodes, or the GPUs' driver of their links, they are measured once more,
+    for a busy machine can do that too.
 
     Raises:
         RankError: a rank died or was unreachable while probing, which names it; the group is then unusable.
     """
     node_of = ranks.topology().node_of
     topology: Topology = ranks.call("probe", node_of, budget_s)[0]
+    topology = replace(topology, joined=joined(ranks.call("gpu_links")))
     if contradictions(topology):
-        topology = best_of(topology, ranks.call("probe", node_of, budget_s)[0])
+        again: Topology = ranks.call("probe", node_of, budget_s)[0]
+        topology = best_of(topology, replace(again, joined=topology.joined))
     return topology
 
 

@@ -1,11 +1,13 @@
 """The heat maps of a plan and the page that holds them: expert load of ranks, traffic of links, before and after.
 
+The page holds simulated clusters, too, and how what a GPU brings falls with their number.
+
 Imports matplotlib, jinja2 and the placement layer; needs neither torch nor Ray.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
@@ -75,8 +77,33 @@ def link_traffic(sent: np.ndarray, top: float, case: Case, name: str) -> str:
     return _finish(figure, axes, name, f"from {unit}", x=f"to {unit}")
 
 
+def growth(lines: Mapping[str, Sequence[tuple[int, float]]]) -> Map:
+    """Tokens/s of a GPU over the number of GPUs, (GPUs, tokens/s) of each line by its name."""
+    figure, axes = _figure((6.0, 3.4))
+    for points in lines.values():
+        ranks, tokens = zip(*sorted(points), strict=True)
+        axes.plot(ranks, tokens, marker="o", linewidth=1.6)
+    for line, name in zip(axes.lines, lines, strict=True):
+        line.set_label(name)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_ylim(bottom=0.0)
+    axes.grid(True, axis="y", color=GREY, alpha=0.2)
+    return (
+        "growth",
+        "What a GPU brings in clusters of many",
+        _finish(figure, axes, "growth", "tokens/s a GPU", x="GPUs"),
+    )
+
+
 def page(
-    notes: Sequence[str], table: Sequence[Sequence[str]], legend: str, words: Sequence[str], maps: Sequence[Map]
+    notes: Sequence[str],
+    table: Sequence[Sequence[str]],
+    legend: str,
+    words: Sequence[str],
+    maps: Sequence[Map],
+    title: str = "Placements compared",
+    words_title: str = "Advice",
 ) -> str:
     """One self-contained HTML page; the table's first row is its head."""
     environment = jinja2.Environment(
@@ -87,6 +114,8 @@ def page(
         lstrip_blocks=True,
     )
     return environment.get_template("plan.html").render(
+        title=title,
+        words_title=words_title,
         notes=notes,
         head=table[0],
         rows=table[1:],

@@ -17,10 +17,13 @@ from ray_ep.placement.eplb import load_only
 from ray_ep.placement.placement import Floats, Placement
 from ray_ep.placement.planner import plan
 from ray_ep.placement.statistics import RoutingStatistics
+from ray_ep.placement.survive import Price, price
 from ray_ep.placement.topology import Topology
 
 PLAN, CURRENT = "plan", "current"
 """Names of the two candidates that the others are compared with."""
+FREE = "unprotected"
+"""Name of the plan that need not outlive lost nodes, where the other must: safety's price is their difference."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,8 @@ class Case:
     Args:
         slots: of a rank and layer, one number or one per rank; None: just enough for every expert.
         level: node or rank, what must be even; see `plan`.
+        survive_nodes: nodes that the plan must be able to lose; see `plan`.
+        free_slots: as `slots`, of the plan that need not.
     """
 
     statistics: RoutingStatistics
@@ -39,6 +44,8 @@ class Case:
     horizon_steps: float
     costs: StepCosts
     seed: int = 0
+    survive_nodes: int = 0
+    free_slots: int | Sequence[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +62,8 @@ class Candidate:
 def candidates(case: Case, current: Placement | None) -> dict[str, Placement]:
     """The current placement (if any), contiguous, random, load-only (EPLB's kind) and the plan, by name.
 
+    Where the plan must survive the loss of nodes, also one that need not.
+
     Raises:
         PlacementError: see `plan`.
     """
@@ -64,9 +73,10 @@ def candidates(case: Case, current: Placement | None) -> dict[str, Placement]:
     found["contiguous"] = contiguous(layers, experts, ranks, case.slots)
     found["random"] = random(layers, experts, ranks, case.slots, case.seed)
     found["load-only"] = load_only(case.statistics.load, ranks, case.slots, case.topology.node_of)
-    found[PLAN] = plan(
-        case.statistics, case.topology, case.slots, current, case.horizon_steps, case.level, case.seed, case.costs
-    )
+    rest = current, case.horizon_steps, case.level, case.seed, case.costs
+    if case.survive_nodes:
+        found[FREE] = plan(case.statistics, case.topology, case.free_slots, *rest)
+    found[PLAN] = plan(case.statistics, case.topology, case.slots, *rest, case.survive_nodes)
     return found
 
 
@@ -96,6 +106,13 @@ def pays_back(moving: Migration, now: Prediction, new: Prediction) -> float:
     """Steps after which the time that a move takes is won back; inf where nothing is gained."""
     gain = now.step_seconds - new.step_seconds
     return moving.seconds / gain if gain > 0 else float("inf")
+
+
+def safety(case: Case, placements: Mapping[str, Placement]) -> Price | None:
+    """What it costs that the plan survives the loss of nodes; None where it need not."""
+    if not case.survive_nodes:
+        return None
+    return price(placements[PLAN], placements[FREE], case.statistics, case.topology, case.costs, case.level)
 
 
 def link_bytes(case: Case, placement: Placement) -> Floats:

@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from ray_ep.errors import PlacementError
 from ray_ep.placement.dispatch import simulate
+from ray_ep.placement.link_time import busiest
 from ray_ep.placement.migration import held, moves
 from ray_ep.placement.placement import Floats, Ints, Placement
 from ray_ep.placement.statistics import RoutingStatistics
@@ -268,31 +268,11 @@ class Links:
 
     def seconds(self, copies: tuple[Floats, Floats], costs: StepCosts) -> float:
         """Dispatch and combine of one layer: the busiest rank's sends or receives, both ways, and two latencies."""
-        to_rank, to_node = copies
         size = costs.token_bytes * costs.tokens_per_rank
         wait = 2 * float(self.wait.max())
-        flat = self._both_ways(to_rank) * size
-        near = self.node_of[:, None] == self.node_of[None]
+        flat, across, inside = (x * size for x in busiest(*copies, self.rank, self.node, self.home, self.node_of))
         # A node's arrivals are shared out over its ranks; inside, each destination rank gets its copy from there.
-        members = np.bincount(self.node_of)
-        out = (to_node * self.node).sum(1), (to_node * self.home).sum(1)
-        into = (to_node * self.node).sum(0) / members, (to_node * self.home).sum(0) / members
-        cross = sum(max(float(o.max()), float(i.max())) for o, i in zip(out, into, strict=True)) * size
-        inside = self._both_ways(self._inside(to_rank, near)) * size
-        two = cross + inside + (wait if near.sum() > len(near) else 0.0)
-        chosen = {True: two, False: flat, None: min(two, flat)}[costs.two_level]
+        ranks_meet = int(np.bincount(self.node_of).max()) > 1
+        two = across + inside + (wait if ranks_meet else 0.0)
+        chosen: float = {True: two, False: flat, None: min(two, flat)}[costs.two_level]
         return chosen + wait
-
-    def _both_ways(self, to_rank: Floats) -> float:
-        """Dispatch, then the way back: each the longest of any rank's sends and receives."""
-        there, back = to_rank * self.rank, to_rank * self.rank.T
-        return sum(max(float(x.sum(1).max()), float(x.sum(0).max())) for x in (there, back))
-
-    def _inside(self, to_rank: Floats, near: npt.NDArray[np.bool_]) -> Floats:
-        """[R, R] copies inside nodes when tokens of other nodes come through all ranks of the node evenly."""
-        members = np.bincount(self.node_of)
-        arriving = np.where(near, 0.0, to_rank).sum(0)  # [R] copies each rank gets from other nodes
-        relay = near * (arriving / members[self.node_of])[None]
-        inside: Floats = np.where(near, to_rank, 0.0) + relay
-        np.fill_diagonal(inside, 0.0)
-        return inside

@@ -9,6 +9,7 @@ from itertools import combinations
 import numpy as np
 import numpy.typing as npt
 
+from ray_ep.placement.gpu_links import KINDS, NVLINK
 from ray_ep.placement.topology import Topology
 
 Pair = tuple[int, int]
@@ -71,11 +72,12 @@ def contradictions(topology: Topology, kinds: Mapping[Pair, str] | None = None, 
     A rank whose best link inside its node is `factor` times slower than the links of the node's other ranks; a pair
     inside a node that is so beside the node's other pairs (or, where it has none, beside other nodes' pairs, or the
     links between nodes); nodes said to be apart whose link is as fast as those inside; a pair said to have a certain
-    kind of link that is `factor` times slower than the others of that kind.
+    kind of link that is `factor` times slower than the others of that kind; a pair said to be joined by NVLink that the
+    measured groups hold apart; and ranks said to share a node of which the driver of the GPUs knows but one.
 
     Args:
         topology: measured; its node_of is what Ray says.
-        kinds: what the driver of the GPUs says, by pair of ranks: "NVLink", "PCIe", ...
+        kinds: what the driver of the GPUs says, by pair of ranks: "NVLink", "PCIe", ...; None: the topology's `joined`.
         factor: of the time of a MESSAGE in the slower direction.
     """
     far = distances(topology)
@@ -91,7 +93,9 @@ def contradictions(topology: Topology, kinds: Mapping[Pair, str] | None = None, 
         odd = _slow_pairs(topology, far, node, pairs, elsewhere, factor)
         found += odd.values()
         right += [p for p in pairs if p not in odd]
-    return found + _near_nodes(topology, far, right) + _odd_kinds(topology, far, kinds or {}, factor)
+    kinds = _said_kinds(topology) if kinds is None else kinds
+    odd_kinds = _odd_kinds(topology, far, kinds, factor)
+    return found + _near_nodes(topology, far, right) + odd_kinds + _parted(topology, kinds) + _strangers(topology)
 
 
 def _pairs_inside(topology: Topology) -> dict[int, list[Pair]]:
@@ -177,6 +181,40 @@ def _odd_kinds(topology: Topology, far: npt.NDArray[np.float64], kinds: Mapping[
                 f"where others of that kind have {_speed(topology, others)}"
             )
     return found
+
+
+def _said_kinds(topology: Topology) -> dict[Pair, str]:
+    if topology.joined is None:
+        return {}
+    pairs = np.argwhere(np.triu(topology.joined, 1) > 0).tolist()
+    return {(a, b): KINDS[topology.joined[a, b]] for a, b in pairs}
+
+
+def _parted(topology: Topology, kinds: Mapping[Pair, str]) -> list[str]:
+    """NVLink, of all kinds, makes a group of ranks: pairs that it joins and whose measured groups differ."""
+    groups = topology.groups
+    if groups is None:
+        return []
+    return [
+        f"ranks {a} and {b} are said to be joined by NVLink but by measurement they are in different groups of fast "
+        f"links: theirs has {_speed(topology, [(a, b)])}"
+        for (a, b), kind in kinds.items()
+        if kind == KINDS[NVLINK] and groups[a] != groups[b]
+    ]
+
+
+def _strangers(topology: Topology) -> list[str]:
+    """Ranks of one node by Ray whose GPUs are both known to drivers, but not to the same one."""
+    joined = topology.joined
+    if joined is None:
+        return []
+    asked = np.any(joined > 0, axis=1).tolist()
+    return [
+        f"ranks {a} and {b} are said to share node {node} but the driver of rank {a}'s GPU does not know rank {b}'s"
+        for node, pairs in _pairs_inside(topology).items()
+        for a, b in pairs
+        if joined[a, b] == 0 and asked[a] and asked[b]
+    ]
 
 
 def _times(far: npt.NDArray[np.float64], pairs: list[Pair]) -> npt.NDArray[np.float64]:

@@ -19,6 +19,7 @@ from ray_ep.placement import layer, packing, search, small, survive
 from ray_ep.placement.cost import StepCosts, check_fit, token_sets
 from ray_ep.placement.dispatch import simulate
 from ray_ep.placement.layer import Traffic
+from ray_ep.placement.link_time import busiest
 from ray_ep.placement.placement import Ints, Placement
 from ray_ep.placement.problem import STIFF, Problem
 from ray_ep.placement.statistics import RoutingStatistics
@@ -284,5 +285,5 @@ def warm() -> None:
         plan(RoutingStatistics(load[::-1], sample=sample), topology, 2, current=first)
 
 
-KERNELS = (packing.pack, packing.add_replicas, search.improve_grouping, small.refine, simulate)
+KERNELS = (packing.pack, packing.add_replicas, search.improve_grouping, small.refine, simulate, busiest)
 """What `warm` compiles; a test checks that no plan compiles another."""

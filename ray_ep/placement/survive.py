@@ -49,6 +49,23 @@ def check_room(room: Ints, experts: int, node_of: npt.ArrayLike, nodes: int) -> 
         )
 
 
+def fewest_slots(experts: int, node_of: npt.ArrayLike, nodes: int) -> int:
+    """Slots of a rank, the same on all, with which any `nodes` nodes may be lost.
+
+    Raises:
+        PlacementError: there are no more nodes than may be lost.
+    """
+    ranks = len(np.asarray(node_of))
+    for slots in range(-(-experts * (max(nodes, 0) + 1) // ranks), experts):
+        try:
+            check_room(np.full(ranks, slots), experts, node_of, nodes)
+        except PlacementError:
+            continue
+        return slots
+    check_room(np.full(ranks, experts), experts, node_of, nodes)
+    return experts
+
+
 def secured(slots: Ints, load: Floats, room: Ints, node_of: npt.ArrayLike, nodes: int) -> tuple[Ints, Floats]:
     """Slots [R, S] with every expert on nodes + 1 nodes, and shares [R, S]: 0 for replicas that safety alone added.
 

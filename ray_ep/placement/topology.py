@@ -24,6 +24,8 @@ class Topology:
         measured: [R, R] bool, links that were timed themselves; the others have the values of their pair of nodes.
         groups: [R] number of the group of ranks joined by fast links, by measurement; None: not looked for.
         measured_at: seconds since 1970.
+        joined: [R, R] kind of link between two ranks' GPUs as their driver says, a number of gpu_links.KINDS (0: not
+            known); None: there is none that says.
 
     Raises:
         PlacementError: shapes that do not agree, NaN, zero or negative bandwidth, negative or infinite latency,
@@ -37,6 +39,7 @@ class Topology:
     measured: npt.NDArray[np.bool_] | None = None
     groups: npt.NDArray[np.int64] | None = None
     measured_at: float | None = None
+    joined: npt.NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         for name, kind in (("bandwidth", np.float64), ("latency", np.float64), ("node_of", np.int64)):
@@ -55,7 +58,13 @@ class Topology:
 
     def _check_measurement(self) -> None:
         n = self.num_ranks
-        kinds = (("spread", np.float64, (n, n)), ("measured", np.bool_, (n, n)), ("groups", np.int64, (n,)))
+        square = (n, n)
+        kinds = (
+            ("spread", np.float64, square),
+            ("measured", np.bool_, square),
+            ("groups", np.int64, (n,)),
+            ("joined", np.int64, square),
+        )
         for name, kind, shape in kinds:
             if (value := getattr(self, name)) is None:
                 continue
@@ -90,7 +99,7 @@ class Topology:
             "bandwidth": [[float(b) if np.isfinite(b) else None for b in row] for row in self.bandwidth],
             "latency": self.latency.tolist(),
         }
-        for name in ("spread", "measured", "groups"):
+        for name in ("spread", "measured", "groups", "joined"):
             if (value := getattr(self, name)) is not None:
                 tree[name] = value.tolist()
         if self.measured_at is not None:
@@ -103,7 +112,7 @@ class Topology:
         try:
             tree = json.loads(text)
             rows = [[np.inf if b is None else float(b) for b in row] for row in tree["bandwidth"]]
-            known = {k: np.asarray(tree[k]) for k in ("spread", "measured", "groups") if k in tree}
+            known = {k: np.asarray(tree[k]) for k in ("spread", "measured", "groups", "joined") if k in tree}
             at = float(tree["measured_at"]) if "measured_at" in tree else None
             return Topology(
                 np.asarray(rows), np.asarray(tree["latency"]), np.asarray(tree["node_of"]), measured_at=at, **known

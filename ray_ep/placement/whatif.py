@@ -13,74 +13,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ray_ep.errors import PlacementError
-from ray_ep.placement.baselines import contiguous
-from ray_ep.placement.cost import StepCosts, predict
+from ray_ep.placement.baselines import contiguous, slots_needed
+from ray_ep.placement.cost import Prediction, StepCosts, predict
 from ray_ep.placement.eplb import load_only
 from ray_ep.placement.placement import Placement
 from ray_ep.placement.planner import plan
 from ray_ep.placement.statistics import RoutingStatistics
-from ray_ep.placement.topology import Topology
+from ray_ep.placement.whatif_clusters import Cluster, Given
 
-MOST_RANKS = 4096
-"""The prediction holds tables of R x R links."""
+__all__ = ["Cluster", "Given", "Row", "grid", "simulate", "spread", "sweep", "synthetic"]
+
 PLANNED_SLOTS = 2048
 """Slots of a layer up to which the planner's search (quadratic in slots) is run; beyond, load is balanced alone."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cluster:
-    """A cluster described by its link classes.
-
-    Args:
-        nodes: number of nodes; ranks_per_node: ranks of each.
-        slots_per_rank: slots of a rank and layer; None: just enough for every expert.
-        inside, across: bytes/s between two ranks of a node, and of different nodes.
-        latency_inside, latency_across: seconds.
-        speeds: relative speed of each kind of rank, in turn over the ranks; (1.0,) is an even cluster.
-
-    Raises:
-        PlacementError: numbers that are not positive, more than 4,096 ranks.
-    """
-
-    nodes: int
-    ranks_per_node: int
-    slots_per_rank: int | None = None
-    inside: float = 450e9
-    across: float = 50e9
-    latency_inside: float = 3e-6
-    latency_across: float = 1e-5
-    speeds: tuple[float, ...] = (1.0,)
-
-    def __post_init__(self) -> None:
-        for name in ("nodes", "ranks_per_node", "inside", "across"):
-            value = getattr(self, name)
-            if not value > 0:
-                raise PlacementError(f"cluster: {name}={value}: expected a positive number")
-        for name in ("latency_inside", "latency_across"):
-            value = getattr(self, name)
-            if not (np.isfinite(value) and value >= 0):
-                raise PlacementError(f"cluster: {name}={value}: expected a finite number, not negative")
-        if not self.speeds or not all(np.isfinite(s) and s > 0 for s in self.speeds):
-            raise PlacementError(f"cluster: speeds={self.speeds}: expected finite positive numbers")
-        if self.ranks > MOST_RANKS:
-            raise PlacementError(f"cluster: {self.ranks} ranks: at most {MOST_RANKS} can be simulated")
-
-    @property
-    def ranks(self) -> int:
-        """R."""
-        return self.nodes * self.ranks_per_node
-
-    def topology(self) -> Topology:
-        """Its links, as if measured."""
-        node_of = np.repeat(np.arange(self.nodes), self.ranks_per_node)
-        near = node_of[:, None] == node_of
-        latency = np.where(near, self.latency_inside, self.latency_across)
-        np.fill_diagonal(latency, 0.0)
-        return Topology(np.where(near, self.inside, self.across), latency, node_of)
-
-    def speed(self) -> tuple[float, ...]:
-        """[R] relative speed of each rank."""
-        return tuple(itertools.islice(itertools.cycle(self.speeds), self.ranks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +40,12 @@ class Row:
         bytes_across: that a rank's tokens send to other nodes in a step, both ways, a copy a node; bytes_inside: the
             further copies inside nodes, one a rank visited beyond the first of each other node.
         tokens_per_second: of the whole cluster, if the MoE layers were all.
+        memory_bytes: of the fullest rank, for weights of its slots and optimizer state of the experts it owns.
+        tokens_per_rank: that each rank brings to a step.
+        slots_per_rank: of a layer.
     """
 
-    cluster: Cluster
+    cluster: Cluster | Given
     placement: str
     step_seconds: float
     compute_seconds: float
@@ -110,21 +57,26 @@ class Row:
     bytes_across: float
     bytes_inside: float
     tokens_per_second: float
+    memory_bytes: float
+    tokens_per_rank: float
+    slots_per_rank: int
 
 
 def simulate(
-    cluster: Cluster,
+    cluster: Cluster | Given,
     statistics: RoutingStatistics,
     placements: Sequence[str] = ("contiguous", "load_only", "plan"),
     costs: StepCosts | None = None,
     level: str = "node",
     seed: int = 0,
+    most_layers: int | None = None,
 ) -> list[Row]:
     """Predict a step on `cluster` under each of `placements`.
 
     Args:
         costs: figures of the cost model; its speed is taken from the cluster.
         level: node where ranks of a node are balanced inside each step; rank otherwise.
+        most_layers: of more layers, so many are predicted, evenly spaced, and stand for all; None: all are.
 
     Returns:
         one row per placement, in order.
@@ -134,7 +86,12 @@ def simulate(
     """
     costs = replace(costs or StepCosts(), speed=cluster.speed())
     topology = cluster.topology()
+    stand_for = len(statistics.load)
+    statistics = spread(statistics, most_layers)
     layers, experts = np.shape(statistics.load)
+    if not layers:
+        raise PlacementError("statistics: no layers to simulate")
+    stand_for /= layers
     slots = cluster.slots_per_rank
     known: dict[str, Callable[[], Placement]] = {
         "contiguous": lambda: contiguous(layers, experts, cluster.ranks, slots),
@@ -145,19 +102,74 @@ def simulate(
     for name in placements:
         if name not in known:
             raise PlacementError(f"placement={name!r}: allowed are {', '.join(known)}")
-        large = name == "plan" and cluster.ranks * (slots or 1) > PLANNED_SLOTS
+        large = name == "plan" and cluster.ranks * (slots or slots_needed(experts, cluster.ranks)) > PLANNED_SLOTS
         chosen = "load_only" if large else name
-        p = predict(known[chosen](), statistics, topology, costs, level)
-        copies = costs.tokens_per_rank * costs.token_bytes * 2
-        across = float(p.remote_nodes.sum()) * copies
-        # Copies to other ranks, less those that only pass to another node: at least one rank of each node visited.
-        inside = max(float(p.remote_ranks.sum() - p.remote_nodes.sum()), 0.0) * copies
-        tokens = cluster.ranks * costs.tokens_per_rank / p.step_seconds if p.step_seconds > 0 else np.inf
-        times = p.step_seconds, float(p.compute.sum()), float(p.traffic.sum())
-        visits = float(p.remote_nodes.mean()), float(p.remote_ranks.mean())
-        even = p.balancedness, p.node_balancedness
-        out.append(Row(cluster, chosen, *times, *even, *visits, across, inside, tokens))
+        placement = known[chosen]()
+        p = predict(placement, statistics, topology, costs, level)
+        out.append(_row(cluster, chosen, placement, p, costs, stand_for))
     return out
+
+
+def _row(
+    cluster: Cluster | Given, name: str, placement: Placement, p: Prediction, costs: StepCosts, stand_for: float
+) -> Row:
+    """`stand_for`: layers of the model to a predicted one."""
+    copies = costs.tokens_per_rank * costs.token_bytes * 2 * stand_for
+    across = float(p.remote_nodes.sum()) * copies
+    # Copies to other ranks, less those that only pass to another node: at least one rank of each node visited.
+    inside = max(float(p.remote_ranks.sum() - p.remote_nodes.sum()), 0.0) * copies
+    compute, traffic = float(p.compute.sum()) * stand_for, float(p.traffic.sum()) * stand_for
+    step = compute + traffic
+    filled = (placement.slots >= 0).sum((0, 2))
+    owned = np.bincount(placement.owner.ravel(), minlength=cluster.ranks)
+    memory = float((filled * costs.expert_bytes + owned * costs.optimizer_bytes).max()) * stand_for
+    return Row(
+        cluster,
+        name,
+        step,
+        compute,
+        traffic,
+        p.balancedness,
+        p.node_balancedness,
+        float(p.remote_nodes.mean()),
+        float(p.remote_ranks.mean()),
+        across,
+        inside,
+        cluster.ranks * costs.tokens_per_rank / step if step > 0 else np.inf,
+        memory,
+        costs.tokens_per_rank,
+        placement.slots.shape[2],
+    )
+
+
+def spread(statistics: RoutingStatistics, most_layers: int | None) -> RoutingStatistics:
+    """At most `most_layers` layers, evenly spaced, first and last among them; raises PlacementError below 1."""
+    if most_layers is None or most_layers >= len(statistics.load):
+        return statistics
+    if most_layers < 1:
+        raise PlacementError(f"most_layers={most_layers}: expected at least 1")
+    pick = np.round(np.linspace(0, len(statistics.load) - 1, most_layers)).astype(np.int64)
+    pairs, sample = statistics.coactivation, statistics.sample
+    return RoutingStatistics(
+        statistics.load[pick],
+        None if pairs is None else pairs[pick],
+        sample=None if sample is None else sample[pick],
+    )
+
+
+def grid(
+    cluster: Cluster,
+    nodes: Sequence[int] = (),
+    ranks_per_node: Sequence[int] = (),
+    slots_per_rank: Sequence[int | None] = (),
+) -> list[Cluster]:
+    """The cluster in every combination of sizes; an empty sequence keeps its own. Raises as `Cluster` does."""
+    axes = (
+        nodes or [cluster.nodes],
+        ranks_per_node or [cluster.ranks_per_node],
+        slots_per_rank or [cluster.slots_per_rank],
+    )
+    return [replace(cluster, nodes=n, ranks_per_node=r, slots_per_rank=s) for n, r, s in itertools.product(*axes)]
 
 
 def sweep(
@@ -171,14 +183,8 @@ def sweep(
     level: str = "node",
 ) -> list[Row]:
     """`simulate` for every combination; an empty sequence keeps the cluster's own value. Raises as `simulate` does."""
-    axes = (
-        nodes or [cluster.nodes],
-        ranks_per_node or [cluster.ranks_per_node],
-        slots_per_rank or [cluster.slots_per_rank],
-    )
     rows = []
-    for n, r, s in itertools.product(*axes):
-        one = replace(cluster, nodes=n, ranks_per_node=r, slots_per_rank=s)
+    for one in grid(cluster, nodes, ranks_per_node, slots_per_rank):
         rows += simulate(one, statistics, placements, costs, level)
     return rows
 

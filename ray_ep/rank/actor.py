@@ -15,11 +15,13 @@ import torch
 from transformers import PreTrainedConfig
 
 from ray_ep.collective import Group, SoloGroup, StagedGroup
+from ray_ep.collective.nvml import gpu_links, library
 from ray_ep.collective.probe import measure
 from ray_ep.collective.ray_backend import join, leave, usable
 from ray_ep.config import from_dict
 from ray_ep.moe import Choice, Moved
 from ray_ep.placement import Placement, RoutingStatistics, Topology
+from ray_ep.placement.gpu_links import GpuLinks
 from ray_ep.rank.data import Corpus
 from ray_ep.rank.rank import Rank, StepResult
 
@@ -67,6 +69,10 @@ class RankActor:
     def probe(self, node_of: np.ndarray, budget_s: float) -> Topology:
         """`measure` on the joined group, the first of its transports (collective)."""
         return measure(next(iter(self.groups.values())), node_of, budget_s, str(self.device))
+
+    def gpu_links(self) -> GpuLinks | None:
+        """What the driver of this rank's GPU says of its links; None without one."""
+        return gpu_links(self.device, library())
 
     def build(
         self,

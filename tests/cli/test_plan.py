@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from ray_ep.cli import main
 from ray_ep.cli.engines import read_placement
 from ray_ep.placement import Placement, RoutingStatistics, StepCosts, Topology, contiguous, plan, predict
+from ray_ep.placement.survive import survives
 from tests.placement.traces import statistics, trace
 
 LAYERS, EXPERTS, TOP_K = 3, 16, 4
@@ -202,6 +203,37 @@ def test_another_engines_record_is_planned_by_rank_with_serving_costs_into_its_o
     assert moved["migration_bytes"] == moved["moved_slots"] * StepCosts().expert_bytes
 
 
+def test_a_plan_that_outlives_a_node_states_its_price(place, recorded):
+    said = figures(*BASE, "--slots", 10, "--current", "now.json", "--survive-nodes", 1, "--out", "safe.json")
+    safe, node_of = Placement.load("safe.json"), np.array([0, 0, 1, 1])
+    assert survives(safe, node_of, 1)
+    by_name = {p["name"]: p for p in said["placements"]}
+    assert list(by_name)[-2:] == ["unprotected", "plan"]
+    paid = said["survival_price"]
+    assert said["survive_nodes"] == 1
+    assert paid["step_seconds"] == pytest.approx(
+        by_name["plan"]["step_seconds"] - by_name["unprotected"]["step_seconds"]
+    )
+    assert paid["remote_nodes"] == pytest.approx(
+        by_name["plan"]["remote_nodes"] - by_name["unprotected"]["remote_nodes"]
+    )
+    assert said["advice"][0].startswith("move ")
+    assert "current cannot lose 1 node(s)" in said["advice"][0]
+    words = told(*BASE, "--slots", 10, "--current", "now.json", "--survive-nodes", 1)
+    assert "any node may go and every expert keeps a replica; that costs, against the unprotected plan: " in words
+    again = figures(*BASE, "--current", "safe.json", "--survive-nodes", 1)
+    assert again["advice"][0].startswith("stay with current")
+    assert figures(*BASE)["survival_price"] is None
+
+
+def test_safety_without_slots_takes_the_fewest_that_do_and_their_memory_is_the_price(place):
+    said = figures(*BASE, "--survive-nodes", 1, "--out", "safe.json")
+    assert Placement.load("safe.json").slots.shape[2] == 8
+    assert said["survival_price"]["slots"] == LAYERS * EXPERTS
+    assert said["survival_price"]["bytes"] == LAYERS * EXPERTS * StepCosts().expert_bytes
+    assert "8 slots a rank" in said["notes"][0]
+
+
 def test_heat_maps_and_page_are_whole(place):
     told("routing.npz", "-t", "cluster.yaml", "--current", "now.json", "--html", "p.html", "--plots", "maps/of")
     files = sorted(p.name for p in (place / "maps" / "of").iterdir())
@@ -245,6 +277,9 @@ BASE = ("routing.npz", "-t", "cluster.yaml")
     [
         (None, (*BASE, "--slots", 3), "gives 12 slots for 16 experts: at least 4 a rank"),
         (None, (*BASE, "--slots", "4,4"), "--slots '4,4': expected a number of slots, or 4 with commas"),
+        (None, (*BASE, "--slots", 7, "--survive-nodes", 1), "needs every one of 16 experts on 2 nodes, 32 slots"),
+        (None, (*BASE, "--survive-nodes", 2), "survive_nodes=2 of 2 nodes: at most 1 may be lost"),
+        (None, (*BASE, "--survive-nodes", -1), "-1 is not in the range"),
         (None, (*BASE, "--slots", "many"), "--slots 'many'"),
         (six_ranks, ("routing.npz", "-t", "six.json", "--current", "now.json"), "4 ranks, the topology has 6"),
         (nan_topology, ("routing.npz", "-t", "nan.json"), "nan.json: topology: bandwidth must be positive"),

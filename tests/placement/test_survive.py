@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from ray_ep.errors import PlacementError
 from ray_ep.placement import Topology, plan, predict
-from ray_ep.placement.survive import price, survives
+from ray_ep.placement.survive import fewest_slots, price, survives
 from tests.placement.traces import statistics, trace
 
 
@@ -84,3 +84,11 @@ def test_too_few_slots_or_nodes_are_named(lost, slots, says):
     stats, topology = statistics(trace(1, 12, 2, 256), 12), Topology.of_nodes([0, 0, 1, 1])
     with pytest.raises(PlacementError, match=says):
         plan(stats, topology, slots, survive_nodes=lost)
+
+
+def test_the_fewest_slots_are_those_with_which_it_can_be():
+    assert fewest_slots(12, [0, 0, 1, 1], 1) == 6
+    assert fewest_slots(12, [0, 0, 1, 1], 0) == 3
+    assert fewest_slots(12, [0, 0, 0, 1], 1) == 12, "the lone rank must hold everything"
+    with pytest.raises(PlacementError, match="at most 1 may be lost"):
+        fewest_slots(12, [0, 0, 1, 1], 2)

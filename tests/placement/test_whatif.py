@@ -1,9 +1,16 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from ray_ep.errors import PlacementError
-from ray_ep.placement import RoutingStatistics, StepCosts
-from ray_ep.placement.whatif import Cluster, simulate, sweep, synthetic
+from ray_ep.placement import RoutingStatistics, StepCosts, Topology
+from ray_ep.placement.whatif import Cluster, Given, simulate, spread, sweep, synthetic
+
+SUMS = (
+    "step_seconds", "compute_seconds", "traffic_seconds", "bytes_across", "bytes_inside", "tokens_per_second",
+    "balancedness", "node_balancedness",
+)  # fmt: skip
 
 
 def test_two_ranks_worked_out_by_hand():
@@ -53,6 +60,27 @@ def test_a_thousand_ranks_are_predicted_and_what_stood_in_for_the_search_is_name
     assert 0 < row.node_balancedness <= 1
 
 
+def test_evenly_spaced_layers_stand_for_all():
+    stats = synthetic(7, 16, 2, tokens=256)
+    few = spread(stats, 3)
+    assert (few.load == stats.load[[0, 3, 6]]).all()
+    assert (few.sample == stats.sample[[0, 3, 6]]).all()
+    assert spread(stats, 7) is spread(stats, None) is stats
+    same = RoutingStatistics(np.repeat(stats.load[:1], 6, 0), sample=np.repeat(stats.sample[:1], 6, 0))
+    whole, part = (simulate(Cluster(2, 2, 6), same, ["load_only"], most_layers=n)[0] for n in (None, 2))
+    assert part == replace(whole, **{n: pytest.approx(getattr(whole, n)) for n in SUMS})
+
+
+def test_a_measured_cluster_is_simulated_as_it_is_and_grown_with_its_medians():
+    stats, even = synthetic(1, 16, 2, tokens=256), Cluster(2, 2, 6, inside=3e9, across=1e9, speeds=(0.5,))
+    given = Given(even.topology(), even.speed(), 6)
+    (a,), (b,) = simulate(even, stats, ["plan"]), simulate(given, stats, ["plan"])
+    assert replace(b, cluster=even) == a
+    assert given.even() == even
+    unknown = Given(Topology.of_nodes([0, 0, 0, 1]))
+    assert unknown.even() == Cluster(2, 3)
+
+
 def test_synthetic_routing_is_as_skewed_as_asked_for_and_topics_share_experts():
     even, skewed = (synthetic(1, 32, 2, zipf=z, focus=0.0) for z in (0.0, 1.0))
     assert even.max_over_mean()[0] < 1.3 < 2.5 < skewed.max_over_mean()[0]
@@ -71,6 +99,9 @@ def test_synthetic_routing_is_as_skewed_as_asked_for_and_topics_share_experts():
         (lambda: synthetic(1, 4, 5), "top_k=5"),
         (lambda: synthetic(1, 4, 2, zipf=-1.0), "zipf=-1"),
         (lambda: simulate(Cluster(2, 1, 2), synthetic(1, 4, 2), ["best"]), "allowed are contiguous"),
+        (lambda: Given(Topology.of_nodes([0, 1]), (1.0,)), "1 speeds for 2 ranks"),
+        (lambda: spread(synthetic(3, 4, 2), 0), "most_layers=0"),
+        (lambda: simulate(Cluster(2, 1, 2), RoutingStatistics(np.zeros((0, 4)))), "no layers"),
         (lambda: simulate(Cluster(2, 1, 1), synthetic(1, 4, 2), ["plan"]), "at least 2 a rank"),
     ],
 )
