@@ -1,17 +1,20 @@
 """Trains the same steps under each of several placements on one set of ranks, taking turns; inside a lab.
 
-`turns.py RUN OUT ROUNDS STEPS`: the model, data and statistics are those of RUN, which `ray-ep train` made; links are
-measured here, since Ray may give ranks to hosts otherwise than then. Each turn builds the model anew under a placement
-and makes STEPS steps, the first of which is not timed; OUT gets one JSON object.
+`turns.py RUN OUT STEPS,STEPS,... [key=value]...`: model, data and routing statistics are those of RUN, a run directory of
+`ray-ep train`. Links are measured here and placements made for them, since Ray may give ranks to hosts otherwise than
+then. A round is a turn of every placement, the model built anew, of so many steps; every second round goes backwards.
+OUT gets one JSON object, stdout a table.
 """
 
 import json
-import statistics
 import sys
 import time
 from datetime import datetime
 from pathlib import Path
+from statistics import median
 
+import numpy as np
+import ray
 from omegaconf import OmegaConf
 
 import ray_ep
@@ -19,34 +22,40 @@ from ray_ep.cli.plan_inputs import read_recorded, run_costs
 from ray_ep.driver.cluster import Ranks, connected
 from ray_ep.driver.loop import check, step_metrics
 from ray_ep.driver.probe import measured
-from ray_ep.placement import StepCosts, contiguous, load_only, plan, predict, random
-from ray_ep.placement.placement import Placement
-
-RANDOM = 4
+from ray_ep.placement import Placement, StepCosts, contiguous, load_only, plan, predict, random
 
 
 def placements(recorded, topology, costs):
-    """By name: static ones, one of load alone, the planner's at both levels, and one on half of the ranks."""
+    """By name: static ones, one of load alone, the planner's at both levels, and two that are bad on purpose."""
     layers, experts = recorded.load.shape
     ranks = topology.num_ranks
     found = {"contiguous": contiguous(layers, experts, ranks)}
-    found |= {f"random {seed}": random(layers, experts, ranks, seed=seed) for seed in range(RANDOM)}
+    found |= {f"random {seed}": random(layers, experts, ranks, seed=seed) for seed in range(3)}
     found["load-only"] = load_only(recorded.load, ranks, None, topology.node_of)
     for level in ("node", "rank"):
         found[f"plan, {level}"] = plan(recorded, topology, level=level, costs=costs)
-    return found | {"worst": worst(found["plan, rank"])}
+    return found | {"torn": torn(found["plan, rank"]), "hot": hot(recorded.load, topology)}
 
 
-def worst(planned):
-    """The planned groups torn apart: the n-th expert of each rank goes to rank n modulo R."""
-    slots = planned.slots.reshape(planned.num_layers, -1)
-    torn = slots.reshape(planned.num_layers, -1, planned.num_ranks).transpose(0, 2, 1)
-    return Placement(torn.copy(), planned.num_experts)
+def torn(planned):
+    """What the plan put together, torn apart: the n-th expert of each rank goes to rank n modulo R."""
+    slots = planned.slots.reshape(planned.num_layers, -1, planned.num_ranks).transpose(0, 2, 1)
+    return Placement(slots.copy(), planned.num_experts)
 
 
-def turn(ranks, checked, tree, placement, topology, steps):
+def hot(load, topology):
+    """The hottest experts on the rank whose links are slowest, the next hottest on the next slowest, and so on."""
+    slow = np.where(np.eye(topology.num_ranks, dtype=bool), 0.0, 1 / topology.bandwidth)
+    order = np.argsort(-load, axis=1, kind="stable").reshape(len(load), topology.num_ranks, -1)
+    slots = np.empty_like(order)
+    slots[:, np.argsort(-(slow + slow.T).sum(1))] = order
+    return Placement(slots, load.shape[1])
+
+
+def turn(ranks, checked, cfg, placement, topology, steps):
     """Metrics of each step of one turn."""
-    ranks.call("build", tree, checked.config, ranks.share(checked.corpus), placement, topology.node_of)
+    tree, corpus = OmegaConf.to_container(cfg), ranks.share(checked.corpus)
+    ranks.call("build", tree, checked.config, corpus, placement, topology.node_of)
     ranks.call("choose_exchange", 0)
     lines = []
     for step in range(steps):
@@ -56,48 +65,52 @@ def turn(ranks, checked, tree, placement, topology, steps):
     return lines
 
 
-def main(run, out, rounds, steps):
-    """Measure, plan, train in turns, write."""
-    cfg = ray_ep.load_config(str(run / "config.yaml"), [f"run_dir={out.with_suffix('')}"])
+def figures(placement, turns, recorded, topology, costs):
+    """What was predicted, and what came."""
+    steps = [line for lines in turns for line in lines]
+    names = ("step_seconds", "tokens_per_second", "exchange_seconds", "bytes_inter_node", "balancedness")
+    predicted = predict(placement, recorded, topology, costs)
+    return {
+        **{name: median(line[name] for line in steps) for name in names},
+        "predicted_seconds": predicted.step_seconds,
+        "predicted_traffic": float(predicted.traffic.sum()),
+        "losses": [[line["loss"] for line in lines] for lines in turns],
+        "slots": placement.slots.tolist(),
+    }
+
+
+def main(run, out, rounds, overrides):
+    """Measure, plan, train in turns, write and print."""
+    cfg = ray_ep.load_config(str(run / "config.yaml"), [f"run_dir={out.with_suffix('')}", *overrides])
     checked = check(cfg, datetime.now())
     recorded = read_recorded(run, None)
     with connected(cfg.cluster) as local:
+        address = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes()}
         ranks = Ranks(cfg.cluster, f"turns-{time.time_ns()}", local, lambda: False)
         try:
             ranks.call("join", ranks.name, 0, 60.0, ["gloo"])
             topology = measured(ranks, cfg.topology.budget_s)
-            costs = run_costs(run, recorded, topology.num_ranks)
-            costs = StepCosts(**{**costs, "tokens_per_rank": round(costs["tokens_per_rank"])}, two_level=False)
-            candidates = placements(recorded.statistics, topology, costs)
-            lines = {name: [] for name in candidates}
-            tree = OmegaConf.to_container(cfg)
-            for _ in range(rounds):
-                for name, placement in candidates.items():
-                    lines[name].append(turn(ranks, checked, tree, placement, topology, steps))
+            own = run_costs(run, recorded, topology.num_ranks)
+            own["tokens_per_rank"] = cfg.batch.sequences * cfg.batch.length // topology.num_ranks
+            costs = StepCosts(**own, two_level=cfg.exchange.kind == "two_level")
+            tried = placements(recorded.statistics, topology, costs)
+            turn(ranks, checked, cfg, tried["contiguous"], topology, 1)  # what is slow once only
+            lines = {name: [] for name in tried}
+            for number, steps in enumerate(rounds):
+                for name in list(tried)[:: -1 if number % 2 else 1]:
+                    lines[name].append(turn(ranks, checked, cfg, tried[name], topology, steps))
         finally:
             ranks.kill()
-    found = {"topology": json.loads(topology.to_json()), "hosts": [w["ip"] for w in ranks.where if "ip" in w]}
-    found["placements"] = {n: figures(candidates[n], lines[n], recorded, topology, costs) for n in candidates}
-    found["slots"] = {n: p.slots.tolist() for n, p in candidates.items()}
-    out.write_text(json.dumps(found))
-
-
-def figures(placement, turns, recorded, topology, costs):
-    """What was predicted and what came."""
-    predicted = predict(placement, recorded.statistics, topology, costs)
-    timed = [line for lines in turns for line in lines[1:]]
-    return {
-        "predicted": predicted.step_seconds,
-        "predicted_traffic": float(predicted.traffic.sum()),
-        "seconds": statistics.median(line["step_seconds"] for line in timed),
-        "tokens_per_second": statistics.median(line["tokens_per_second"] for line in timed),
-        "all_seconds": [line["step_seconds"] for line in timed],
-        "exchange_seconds": statistics.median(line["exchange_seconds"] for line in timed),
-        "expert_seconds": statistics.median(line["expert_seconds"] for line in timed),
-        "bytes": statistics.median(line["bytes_inter_node"] for line in timed),
-        "losses": [[line["loss"] for line in lines] for lines in turns],
-    }
+    found = {n: figures(tried[n], lines[n], recorded.statistics, topology, costs) for n in tried}
+    hosts = [address[w["node"]] for w in ranks.where]
+    out.write_text(json.dumps({"placements": found, "hosts": hosts, "topology": json.loads(topology.to_json())}))
+    for name, f in found.items():
+        print(
+            f"{name:11} {f['tokens_per_second']:6.0f} tokens/s, step {f['step_seconds']:.3f} s (exchange "
+            f"{f['exchange_seconds']:.3f}), predicted {f['predicted_seconds']:.3f} (traffic "
+            f"{f['predicted_traffic']:.3f}); {f['bytes_inter_node'] / 1e6:.1f} MB, balancedness {f['balancedness']:.2f}"
+        )
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), [int(n) for n in sys.argv[3].split(",")], sys.argv[4:])
