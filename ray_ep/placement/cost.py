@@ -1,7 +1,7 @@
 """What a step costs under a placement, predicted: compute, traffic over the measured links, and the price of moving.
 
-The model is alpha-beta: a layer takes as long as its slowest rank computes, plus what its busiest rank sends or
-receives, both ways (dispatch and combine), a token counted once per destination. Kernels are in dispatch.py.
+The model is alpha-beta: a layer takes as long as its slowest rank computes, plus what its slowest link or its busiest
+rank's port takes, both ways (dispatch and combine), a token counted once per destination. Kernels are in dispatch.py.
 L layers, E experts, R ranks, N nodes, K top_k.
 """
 
@@ -243,16 +243,56 @@ def _drawn_sets(statistics: RoutingStatistics, tokens: int, top_k: int | None, s
 
 
 @dataclass(frozen=True, slots=True)
-class Links:
-    """Seconds a byte between ranks and, mean over their ranks, from ranks to nodes; zero where not measured.
+class Way:
+    """Seconds a byte of copies [R, P] from ranks to peers (ranks or nodes): of each link, and of the ports at its ends.
+
+    Messages to different peers run side by side; what they share is the port. Its speed is not measured, but it is at
+    least that of its fastest link of the kind (inside the node, across), so slower links are slow by themselves.
 
     Args:
-        rank: [R, R]; node: [R, N] from a rank to a node; home: [R, N] from a node to a rank; wait: [R] longest latency.
+        link: [R, P]; out: [R, P] of the rank's port; into: [R, P] of the peer's.
     """
 
-    rank: Floats
-    node: Floats
-    home: Floats
+    link: Floats
+    out: Floats
+    into: Floats
+
+    @staticmethod
+    def of(slow: Floats, near: npt.NDArray[np.bool_]) -> Way:
+        """Between ranks: `slow` [R, R], zero where not measured; `near` [R, R] inside a node."""
+        out, into = np.zeros_like(slow), np.zeros_like(slow)
+        for kind in (near & (slow > 0), ~near & (slow > 0)):
+            fastest = np.where(kind, slow, np.inf)
+            out += np.where(kind, fastest.min(1, keepdims=True, initial=np.inf), 0.0)
+            into += np.where(kind, fastest.min(0, keepdims=True, initial=np.inf), 0.0)
+        return Way(slow, out, into)
+
+    def back(self) -> Way:
+        """The way of the answers, from where the copies went, in the same places."""
+        return Way(self.link.T, self.into.T, self.out.T)
+
+    def to_nodes(self, member: Floats) -> Way:
+        """Means over the ranks of nodes: `member` [R, N] sums to 1 by node."""
+        return Way(self.link @ member, self.out @ member, self.into @ member)
+
+    def seconds(self, copies: Floats, members: Ints | int = 1) -> float:
+        """Of `copies` [R, P], one byte each, until the last is there; a peer shares out what comes over its members."""
+        ends = (copies * self.out).sum(1), (copies * self.into).sum(0) / members
+        return max(float(x.max(initial=0.0)) for x in (copies * self.link, *ends))
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """Ways of dispatch and combine between ranks and, mean over their ranks, between ranks and nodes.
+
+    Args:
+        rank, home: there and back between ranks. node, node_home: to nodes and back. wait: [R] longest latency.
+    """
+
+    rank: Way
+    home: Way
+    node: Way
+    node_home: Way
     wait: Floats
     node_of: Ints
 
@@ -264,10 +304,12 @@ class Links:
         latency = topology.latency.copy()
         np.fill_diagonal(latency, 0.0)
         member = (node_of[:, None] == np.arange(node_of.max() + 1)) / np.bincount(node_of)  # [R, N]
-        return Links(slow, slow @ member, slow.T @ member, latency.max(1), node_of)
+        rank = Way.of(slow, node_of[:, None] == node_of[None])
+        home = rank.back()
+        return Links(rank, home, rank.to_nodes(member), home.to_nodes(member), latency.max(1), node_of)
 
     def seconds(self, copies: tuple[Floats, Floats], costs: StepCosts) -> float:
-        """Dispatch and combine of one layer: the busiest rank's sends or receives, both ways, and two latencies."""
+        """Dispatch and combine of one layer: the slowest link or busiest rank's port, both ways, and two latencies."""
         to_rank, to_node = copies
         size = costs.token_bytes * costs.tokens_per_rank
         wait = 2 * float(self.wait.max())
@@ -275,18 +317,15 @@ class Links:
         near = self.node_of[:, None] == self.node_of[None]
         # A node's arrivals are shared out over its ranks; inside, each destination rank gets its copy from there.
         members = np.bincount(self.node_of)
-        out = (to_node * self.node).sum(1), (to_node * self.home).sum(1)
-        into = (to_node * self.node).sum(0) / members, (to_node * self.home).sum(0) / members
-        cross = sum(max(float(o.max()), float(i.max())) for o, i in zip(out, into, strict=True)) * size
+        cross = (self.node.seconds(to_node, members) + self.node_home.seconds(to_node, members)) * size
         inside = self._both_ways(self._inside(to_rank, near)) * size
         two = cross + inside + (wait if near.sum() > len(near) else 0.0)
         chosen = {True: two, False: flat, None: min(two, flat)}[costs.two_level]
         return chosen + wait
 
     def _both_ways(self, to_rank: Floats) -> float:
-        """Dispatch, then the way back: each the longest of any rank's sends and receives."""
-        there, back = to_rank * self.rank, to_rank * self.rank.T
-        return sum(max(float(x.sum(1).max()), float(x.sum(0).max())) for x in (there, back))
+        """Dispatch, then the way back."""
+        return self.rank.seconds(to_rank) + self.home.seconds(to_rank)
 
     def _inside(self, to_rank: Floats, near: npt.NDArray[np.bool_]) -> Floats:
         """[R, R] copies inside nodes when tokens of other nodes come through all ranks of the node evenly."""

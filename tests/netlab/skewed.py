@@ -1,8 +1,8 @@
 """A small model whose experts co-fire in groups and unevenly, and the text that makes them: a checkpoint directory.
 
-Letters belong to topics, and a topic's letters lie close together in the embedding; in each layer the router's rows of a
-group of experts lie close to one topic. A token so fires mostly the experts of its topic's group, not always the same,
-and topics are more or less frequent. Groups are scattered over the experts' numbers, in each layer otherwise.
+Letters belong to topics, and a topic's letters lie close together in the embedding; in each layer the router's rows of
+a group of experts lie close to one topic. A token so fires mostly the experts of its topic's group, not always the
+same, and topics are more or less frequent. Groups are scattered over the experts' numbers, in each layer otherwise.
 """
 
 import sys
@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 TOPICS, LETTERS = 8, 11
 EXPERTS, TOP_K, LAYERS, HIDDEN = 32, 4, 2, 128
-CLOSE = 0.8
+CLOSE = 1.2
 """How far topics are apart, over how far letters of a topic and experts of a group are."""
 SHARES = np.arange(1, TOPICS + 1) ** -0.7
 
@@ -25,13 +25,13 @@ def letters(topic):
 
 
 def text(length, seed=0):
-    """Bytes in runs of a topic, each letter drawn by the one before."""
+    """Bytes, each drawn by the one before, in runs of a topic: short, so that every rank's share of a batch has all."""
     rng = np.random.default_rng(seed)
     after = rng.dirichlet(np.full(LETTERS, 0.3), (TOPICS, LETTERS))
     out, letter = [], 0
     while len(out) < length:
         topic = rng.choice(TOPICS, p=SHARES / SHARES.sum())
-        for _ in range(rng.integers(8, 40)):
+        for _ in range(rng.integers(3, 9)):
             letter = rng.choice(LETTERS, p=after[topic, letter])
             out.append(letters(topic)[letter])
         out.append(10)

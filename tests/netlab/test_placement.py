@@ -27,7 +27,7 @@ FOUR = {
         {"from": "h3", "to": "h1", "bandwidth": "20mbit"},
     ],
 }
-TWO = {"default": "160mbit", "pairs": [{"from": "h1", "to": "h0", "bandwidth": "40mbit"}]}
+TWO = {"default": "80mbit", "pairs": [{"from": "h1", "to": "h0", "bandwidth": "20mbit"}]}
 RUN = """cluster.ranks=4 batch.sequences=48 batch.length=64 optim.learning_rate=0.001 optim.warmup_steps=1
 optim.schedule=constant_with_warmup router.aux_loss=off exchange.kind=flat balance.in_step=off eval.every=0"""
 TURNS = Path(__file__).with_name("turns.py")
@@ -67,7 +67,7 @@ def compared(request, run, make_lab):
     """(lab, what turns.py found): four hosts of one rank, flat; and two hosts of two ranks, once to each node."""
     path, lab = request.getfixturevalue("four") if request.param == "flat" else make_lab(2, TWO, ranks=2)
     out = run.parent / f"{request.param}.json"
-    verb, fewer = ("exec", []) if request.param == "flat" else ("run", ["batch.sequences=32"])
+    verb, fewer = ("exec", []) if request.param == "flat" else ("run", ["batch.sequences=24"])
     options = [run, out, "1,3", f"exchange.kind={request.param}", *fewer]
     print(netlab(verb, path, "--", sys.executable, TURNS, *options)[0])
     return lab, json.loads(out.read_text())

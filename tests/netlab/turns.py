@@ -1,6 +1,6 @@
 """Trains the same steps under each of several placements on one set of ranks, taking turns; inside a lab.
 
-`turns.py RUN OUT STEPS,STEPS,... [key=value]...`: model, data and routing statistics are those of RUN, a run directory of
+`turns.py RUN OUT STEPS,STEPS,... [key=value]...`: model, data and routing statistics are those of RUN, a directory of
 `ray-ep train`. Links are measured here and placements made for them, since Ray may give ranks to hosts otherwise than
 then. A round is a turn of every placement, the model built anew, of so many steps; every second round goes backwards.
 OUT gets one JSON object, stdout a table.
@@ -26,21 +26,28 @@ from ray_ep.placement import Placement, StepCosts, contiguous, load_only, plan, 
 
 
 def placements(recorded, topology, costs):
-    """By name: static ones, one of load alone, the planner's at both levels, and two that are bad on purpose."""
+    """By name: static ones, one of load alone, the planner's at both levels, that in part undone, and by heat."""
     layers, experts = recorded.load.shape
     ranks = topology.num_ranks
     found = {"contiguous": contiguous(layers, experts, ranks)}
-    found |= {f"random {seed}": random(layers, experts, ranks, seed=seed) for seed in range(3)}
+    found |= {f"random {seed}": random(layers, experts, ranks, seed=seed) for seed in range(2)}
     found["load-only"] = load_only(recorded.load, ranks, None, topology.node_of)
     for level in ("node", "rank"):
         found[f"plan, {level}"] = plan(recorded, topology, level=level, costs=costs)
-    return found | {"torn": torn(found["plan, rank"]), "hot": hot(recorded.load, topology)}
+    planned, static = found["plan, rank"], found["contiguous"]
+    mixed = np.where(np.arange(layers)[:, None, None] % 2, static.slots, planned.slots)
+    found["plan, half the layers"] = Placement(mixed, experts)
+    found |= {f"{part:.0%} torn": torn(planned, part) for part in (0.5, 1.0)}
+    return found | {"hot": hot(recorded.load, topology)}
 
 
-def torn(planned):
-    """What the plan put together, torn apart: the n-th expert of each rank goes to rank n modulo R."""
-    slots = planned.slots.reshape(planned.num_layers, -1, planned.num_ranks).transpose(0, 2, 1)
-    return Placement(slots.copy(), planned.num_experts)
+def torn(planned, part):
+    """A part of each rank's experts scattered over the ranks: the n-th of them goes to rank n modulo R."""
+    slots = planned.slots.copy()
+    count = round(part * slots.shape[2] / planned.num_ranks) * planned.num_ranks
+    some = slots[:, :, :count].reshape(planned.num_layers, -1, planned.num_ranks).transpose(0, 2, 1)
+    slots[:, :, :count] = some.reshape(planned.num_layers, planned.num_ranks, count)
+    return Placement(slots, planned.num_experts)
 
 
 def hot(load, topology):
@@ -106,7 +113,7 @@ def main(run, out, rounds, overrides):
     out.write_text(json.dumps({"placements": found, "hosts": hosts, "topology": json.loads(topology.to_json())}))
     for name, f in found.items():
         print(
-            f"{name:11} {f['tokens_per_second']:6.0f} tokens/s, step {f['step_seconds']:.3f} s (exchange "
+            f"{name:21} {f['tokens_per_second']:6.0f} tokens/s, step {f['step_seconds']:.3f} s (exchange "
             f"{f['exchange_seconds']:.3f}), predicted {f['predicted_seconds']:.3f} (traffic "
             f"{f['predicted_traffic']:.3f}); {f['bytes_inter_node'] / 1e6:.1f} MB, balancedness {f['balancedness']:.2f}"
         )
