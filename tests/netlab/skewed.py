@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 TOPICS, LETTERS = 8, 11
 EXPERTS, TOP_K, LAYERS, HIDDEN = 32, 4, 2, 128
-CLOSE = 1.2
+CLOSE = 1.0
 """How far topics are apart, over how far letters of a topic and experts of a group are."""
 SHARES = np.arange(1, TOPICS + 1) ** -0.7
 
@@ -34,7 +34,8 @@ def text(length, seed=0):
         for _ in range(rng.integers(3, 9)):
             letter = rng.choice(LETTERS, p=after[topic, letter])
             out.append(letters(topic)[letter])
-        out.append(10)
+        if rng.random() < 0.1:
+            out.append(10)
     return bytes(out[:length])
 
 
