@@ -1,7 +1,7 @@
 """What a step costs under a placement, predicted: compute, traffic over the measured links, and the price of moving.
 
-The model is alpha-beta: a layer takes as long as its slowest rank computes, plus what its busiest rank sends or
-receives, both ways (dispatch and combine), a token counted once per destination. Kernels are in dispatch.py.
+The model is alpha-beta: a layer takes as long as its slowest rank computes, plus what its slowest link or its busiest
+rank's port takes, both ways (dispatch and combine), a token counted once per destination. Kernels are in dispatch.py.
 L layers, E experts, R ranks, N nodes, K top_k.
 """
 
@@ -244,15 +244,20 @@ def _drawn_sets(statistics: RoutingStatistics, tokens: int, top_k: int | None, s
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """Seconds a byte between ranks and, mean over their ranks, from ranks to nodes; zero where not measured.
+    """Seconds a byte of the links between ranks, and of the ports at their ends; zero where not measured.
+
+    Messages to different peers run side by side; what they share is the port. Its speed is not measured, but it is at
+    least that of its fastest link of the kind (inside the node, across), so slower links are slow by themselves.
 
     Args:
-        rank: [R, R]; node: [R, N] from a rank to a node; home: [R, N] from a node to a rank; wait: [R] longest latency.
+        rank: [R, R] of links. ports: [2, 2, R] out, into; inside the node, across.
+        node: [2, 3, R, N] there, back: link, port out, port in, means over a node's ranks.
+        wait: [R] longest latency.
     """
 
     rank: Floats
+    ports: Floats
     node: Floats
-    home: Floats
     wait: Floats
     node_of: Ints
 
@@ -263,14 +268,25 @@ class Links:
         np.fill_diagonal(slow, 0.0)
         latency = topology.latency.copy()
         np.fill_diagonal(latency, 0.0)
+        near = node_of[:, None] == node_of
+        ports = np.zeros((2, 2, len(node_of)))
+        for kind, of_kind in enumerate((near, ~near)):
+            known = np.where(of_kind & (slow > 0), slow, np.inf)
+            for end in range(2):
+                fastest = known.min(1 - end, initial=np.inf)
+                ports[end, kind] = np.where(np.isfinite(fastest), fastest, 0.0)
         member = (node_of[:, None] == np.arange(node_of.max() + 1)) / np.bincount(node_of)  # [R, N]
-        return Links(slow, slow @ member, slow.T @ member, latency.max(1), node_of)
+        known = (slow > 0).astype(np.float64)
+        out, into = ports[0, 1], ports[1, 1]
+        there = slow @ member, out[:, None] * (known @ member), known @ (into[:, None] * member)
+        back = slow.T @ member, into[:, None] * (known.T @ member), known.T @ (out[:, None] * member)
+        return Links(slow, ports, np.stack([np.stack(there), np.stack(back)]), latency.max(1), node_of)
 
     def seconds(self, copies: tuple[Floats, Floats], costs: StepCosts) -> float:
-        """Dispatch and combine of one layer: the busiest rank's sends or receives, both ways, and two latencies."""
+        """Dispatch and combine of one layer: the slowest link or busiest rank's port, both ways, and two latencies."""
         size = costs.token_bytes * costs.tokens_per_rank
         wait = 2 * float(self.wait.max())
-        flat, across, inside = (x * size for x in busiest(*copies, self.rank, self.node, self.home, self.node_of))
+        flat, across, inside = (x * size for x in busiest(copies, self.rank, self.ports, self.node, self.node_of))
         # A node's arrivals are shared out over its ranks; inside, each destination rank gets its copy from there.
         ranks_meet = int(np.bincount(self.node_of).max()) > 1
         two = across + inside + (wait if ranks_meet else 0.0)

@@ -1,4 +1,4 @@
-"""Compiled: how long the busiest rank sends or receives in one layer, in one pass over the links.
+"""Compiled: how long one layer's copies take over the links and the ports at their ends, in one pass over the links.
 
 The formula and its reasons are `cost.Links`'; as whole arrays it would make a dozen temporaries of R x R numbers,
 134 MB each at 4,096 ranks. R ranks, N nodes.
@@ -17,58 +17,83 @@ TILE = 64
 
 
 @kernel
-def _across(to_node: Any, way: Any, members: Any) -> Any:
-    """The longest that a rank sends copies to nodes [R, N], or receives its share of its node's; way [R, N] s/byte."""
-    longest, into = 0.0, np.zeros(len(members))
-    for s in range(len(to_node)):
-        out = 0.0
+def _longest(copies: Any, link: Any, out: Any, into: Any, members: Any) -> Any:
+    """Seconds until copies [R, N] to nodes are there: link, out, into [R, N] s/byte; arrivals are shared by members."""
+    longest, arrived = 0.0, np.zeros(len(members))
+    for s in range(len(copies)):
+        sent = 0.0
         for n in range(len(members)):
-            out += to_node[s, n] * way[s, n]
-            into[n] += to_node[s, n] * way[s, n] / members[n]
-        longest = max(longest, out)
-    return max(longest, into.max())
+            c = copies[s, n]
+            longest = max(longest, c * link[s, n])
+            sent += c * out[s, n]
+            arrived[n] += c * into[s, n] / members[n]
+        longest = max(longest, sent)
+    return max(longest, arrived.max())
 
 
 @kernel
-def busiest(to_rank: Any, to_node: Any, rank: Any, node: Any, home: Any, node_of: Any) -> Any:
+def _between_ranks(to_rank: Any, arriving: Any, link: Any, ports: Any, node_of: Any, inside: Any) -> Any:
+    """Dispatch and combine between ranks. inside: within nodes alone, arriving [R] from the node's others on top."""
+    ranks = len(to_rank)
+    load = np.zeros((2, 2, 2, ranks))  # there, back; sent, received; near, far: copies
+    slowest = np.zeros(2)
+    for top in range(0, ranks, TILE):
+        for left in range(0, ranks, TILE):
+            for s in range(top, min(top + TILE, ranks)):
+                for r in range(left, min(left + TILE, ranks)):
+                    near = node_of[s] == node_of[r]
+                    if s == r or (inside and not near):
+                        continue
+                    far = 0 if near else 1
+                    copies = to_rank[s, r] + (arriving[r] if inside else 0.0)
+                    there, back = link[s, r], link[r, s]
+                    if there > 0:
+                        slowest[0] = max(slowest[0], copies * there)
+                        load[0, 0, far, s] += copies
+                        load[0, 1, far, r] += copies
+                    if back > 0:
+                        slowest[1] = max(slowest[1], copies * back)
+                        load[1, 0, far, r] += copies
+                        load[1, 1, far, s] += copies
+    total = 0.0
+    for way in range(2):
+        longest = slowest[way]
+        for end in range(2):
+            for r in range(ranks):
+                taken = load[way, end, 0, r] * ports[end, 0, r] + load[way, end, 1, r] * ports[end, 1, r]
+                longest = max(longest, taken)
+        total += longest
+    return total
+
+
+@kernel
+def busiest(copies: Any, link: Any, ports: Any, node_ways: Any, node_of: Any) -> Any:
     """Seconds for a message of one byte a copy, dispatch and combine together.
 
     Args:
-        to_rank: [R, R] copies to other ranks, to_node: [R, N] to other nodes. node_of: [R] numbers 0 to N - 1.
-        rank: [R, R] seconds a byte; node: [R, N] from a rank to a node; home: [R, N] from a node to a rank.
+        copies: to_rank [R, R] to other ranks, to_node [R, N] to other nodes.
+        link: [R, R] seconds a byte, 0 where not measured.
+        ports: [2, 2, R] seconds a byte of a rank's port: out, into; inside its node, across.
+        node_ways: [2, 3, R, N] there, back: link, port out and port in of a rank's copies to a node (means).
+        node_of: [R] numbers 0 to N - 1.
 
     Returns:
         flat: one copy a rank. across: one copy a node, across nodes. inside: what then travels inside nodes, the
         arrivals of a node being shared out over its ranks evenly and each rank getting its copy from there.
     """
+    to_rank, to_node = copies
     ranks, nodes = to_node.shape
     members = np.zeros(nodes)
     for r in range(ranks):
         members[node_of[r]] += 1.0
-    sent, received = np.zeros((2, ranks)), np.zeros((2, ranks))  # there, back
-    arriving = np.zeros(ranks)  # copies from other nodes
-    for top in range(0, ranks, TILE):
-        for left in range(0, ranks, TILE):
-            for s in range(top, min(top + TILE, ranks)):
-                for r in range(left, min(left + TILE, ranks)):
-                    copies = to_rank[s, r]
-                    there, back = copies * rank[s, r], copies * rank[r, s]
-                    sent[0, s] += there
-                    sent[1, s] += back
-                    received[0, r] += there
-                    received[1, r] += back
-                    if node_of[s] != node_of[r]:
-                        arriving[r] += copies
-    flat = max(sent[0].max(), received[0].max()) + max(sent[1].max(), received[1].max())
-    sent[:], received[:] = 0.0, 0.0
+    arriving = np.zeros(ranks)  # copies from other nodes, a member's share
     for s in range(ranks):
         for r in range(ranks):
-            if node_of[s] == node_of[r] and s != r:
-                copies = to_rank[s, r] + arriving[r] / members[node_of[r]]
-                there, back = copies * rank[s, r], copies * rank[r, s]
-                sent[0, s] += there
-                sent[1, s] += back
-                received[0, r] += there
-                received[1, r] += back
-    inside = max(sent[0].max(), received[0].max()) + max(sent[1].max(), received[1].max())
-    return flat, _across(to_node, node, members) + _across(to_node, home, members), inside
+            if node_of[s] != node_of[r]:
+                arriving[r] += to_rank[s, r] / members[node_of[r]]
+    flat = _between_ranks(to_rank, arriving, link, ports, node_of, False)
+    inside = _between_ranks(to_rank, arriving, link, ports, node_of, True)
+    across = 0.0
+    for way in range(2):
+        across += _longest(to_node, node_ways[way, 0], node_ways[way, 1], node_ways[way, 2], members)
+    return flat, across, inside

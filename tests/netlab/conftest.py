@@ -55,11 +55,11 @@ def left(lab):
     return found + [str(lab.folder)] * lab.folder.exists() + list(processes(lab).values())
 
 
-def write_lab(folder, hosts, links):
+def write_lab(folder, hosts, links, ranks=1):
     """A LAB.yaml whose lab has a name of its own; (path, Lab)."""
     name = f"test-{uuid.uuid4().hex[:8]}"
     path = folder / f"{name}.yaml"
-    hosts = [{"name": f"h{i}", "ranks": 1} for i in range(hosts)]
+    hosts = [{"name": f"h{i}", "ranks": ranks} for i in range(hosts)]
     path.write_text(yaml.safe_dump({"hosts": hosts, "links": links}))
     return path, labs.read_lab(path)
 
@@ -69,8 +69,8 @@ def make_lab(tmp_path_factory):
     """Write LAB.yaml files; whatever a test did with them is gone at the end."""
     made = []
 
-    def make(hosts, links):
-        made.append(write_lab(tmp_path_factory.mktemp("lab"), hosts, links))
+    def make(hosts, links, ranks=1):
+        made.append(write_lab(tmp_path_factory.mktemp("lab"), hosts, links, ranks))
         return made[-1]
 
     yield make

@@ -8,29 +8,34 @@ from hypothesis import strategies as st
 from ray_ep.placement.link_time import TILE, busiest
 
 
-def slow(to_rank, to_node, rank, node, home, node_of):
+def slow(copies, link, ports, node_ways, node_of):
     """flat, across, inside as whole arrays."""
+    to_rank, to_node = copies
+    members, near = np.bincount(node_of), node_of[:, None] == node_of
+
+    def until_there(copies, link, out, into, members=1):
+        """Of copies [R, P]: the slowest link, or the port that takes longest."""
+        return max((copies * link).max(), (copies * out).sum(1).max(), ((copies * into).sum(0) / members).max())
 
     def both_ways(copies):
-        ways = copies * rank, copies * rank.T
-        return sum(max(x.sum(1).max(), x.sum(0).max()) for x in ways)
+        out = np.where(near, ports[0, 0][:, None], ports[0, 1][:, None]) * (link > 0)
+        into = np.where(near, ports[1, 0], ports[1, 1]) * (link > 0)
+        return until_there(copies, link, out, into) + until_there(copies, link.T, into.T, out.T)
 
-    members = np.bincount(node_of)
-    near = node_of[:, None] == node_of
     arriving = np.where(near, 0.0, to_rank).sum(0)
     inside = near * (to_rank + arriving / members[node_of])
     np.fill_diagonal(inside, 0.0)
-    across = sum(max((to_node * w).sum(1).max(), ((to_node * w).sum(0) / members).max()) for w in (node, home))
-    return both_ways(to_rank), across, both_ways(inside)
+    return both_ways(to_rank), sum(until_there(to_node, *w, members) for w in node_ways), both_ways(inside)
 
 
 def case(node_of, seed):
     rng, node_of = np.random.default_rng(seed), np.unique(node_of, return_inverse=True)[1].astype(np.int64)
     ranks, nodes = len(node_of), node_of.max() + 1
-    to_rank, rank = rng.random((2, ranks, ranks)) * (1 - np.eye(ranks))
-    to_node, node, home = rng.random((3, ranks, nodes))
+    to_rank, link = rng.random((2, ranks, ranks)) * (1 - np.eye(ranks))
+    link *= rng.random(link.shape) < 0.9  # some links were not measured
+    to_node = rng.random((ranks, nodes))
     to_node[np.arange(ranks), node_of] = 0.0
-    return to_rank, to_node, rank, node, home, node_of
+    return (to_rank, to_node), link, rng.random((2, 2, ranks)), rng.random((2, 3, ranks, nodes)), node_of
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=9), st.integers(0, 99))
@@ -49,8 +54,8 @@ def test_two_nodes_of_two_worked_out_by_hand():
     # Rank 0 sends half its tokens to rank 2; every link takes a second a byte.
     to_rank, to_node = np.zeros((4, 4)), np.zeros((4, 2))
     to_rank[0, 2] = to_node[0, 1] = 0.5
-    rank, ways = 1.0 - np.eye(4), np.ones((4, 2))
-    flat, across, inside = busiest(to_rank, to_node, rank, ways, ways, np.array([0, 0, 1, 1]))
+    link, ports, ways = 1.0 - np.eye(4), np.ones((2, 2, 4)), np.ones((2, 3, 4, 2))
+    flat, across, inside = busiest((to_rank, to_node), link, ports, ways, np.array([0, 0, 1, 1]))
     assert flat == 2 * 0.5
     assert across == 2 * 0.5
     assert inside == 2 * 0.25, "half of it arrives at rank 3 and goes on to rank 2"
