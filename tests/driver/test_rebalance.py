@@ -375,7 +375,8 @@ class FakeRanks:
         self.calls.append(method)
         if method == "migrate" and self.refuse:
             raise PlacementError("rank 1 has no memory for the experts that arrive")
-        answers = {"sample": np.split(tokens(True), RANKS, axis=1), "migrate": [None] * RANKS}
+        nothing = [None] * RANKS
+        answers = {"sample": np.split(tokens(True), RANKS, axis=1), "migrate": nothing, "gpu_links": nothing}
         return answers[method] if method in answers else [self.links] * RANKS
 
 
@@ -386,7 +387,7 @@ def results(load=None, sent=0, exchange=(0.01, 0.03)):
 
 
 def mover(tmp_path, *overrides, ranks=None, measure=False):
-    cfg = load_config(None, ["optim.steps=1000", f"topology.measure={measure}", *overrides])
+    cfg = load_config(None, ["optim.steps=1000", f"topology.measure={measure}", "balance.in_step=off", *overrides])
     run, said, ranks = RunDir(tmp_path), [], ranks or FakeRanks()
     run.create(cfg)
     it = Mover(cfg, run, ranks, topology(), NOWHERE, FACTS, lambda kind, message: said.append((kind, message)))
@@ -487,7 +488,7 @@ def test_changed_links_are_named_the_most_changed_first():
 
 
 def test_plans_leave_to_the_balance_inside_the_step_what_it_does():
-    assert level_of(load_config()) == "rank"
+    assert level_of(load_config(None, ["balance.in_step=off"])) == "rank"
     assert level_of(load_config(None, ["balance.in_step=auto"])) == "node"
     assert level_of(load_config(None, ["balance.in_step=auto", "placement.level=rank"])) == "rank"
 
