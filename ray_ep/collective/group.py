@@ -42,6 +42,16 @@ class Group(ABC):
     ) -> None:
         """Send the input's rows [sum(input_sizes), ...] to the ranks in order; receive [sum(output_sizes), ...]."""
 
+    def begin_all_to_all(
+        self, output: torch.Tensor, input: torch.Tensor, output_sizes: Sequence[int], input_sizes: Sequence[int]
+    ) -> Callable[[], None]:
+        """`all_to_all` that other calls may follow before it ends; what is returned ends it, called once.
+
+        Until then the tensors are the group's. Groups that cannot do better end it at once.
+        """
+        self.all_to_all(output, input, output_sizes, input_sizes)
+        return lambda: None
+
     @abstractmethod
     def all_gather(self, input: torch.Tensor) -> torch.Tensor:
         """[...] of every rank (same shape) -> [size, ...]."""
@@ -166,6 +176,20 @@ class TorchGroup(SplittableGroup):
         start = time.perf_counter()
         self._run(lambda: self._pg.alltoall_base(output, input, list(output_sizes), list(input_sizes)))
         self.seconds += time.perf_counter() - start
+
+    def begin_all_to_all(
+        self, output: torch.Tensor, input: torch.Tensor, output_sizes: Sequence[int], input_sizes: Sequence[int]
+    ) -> Callable[[], None]:
+        started: list[Any] = []
+        start = lambda: self._pg.alltoall_base(output, input, list(output_sizes), list(input_sizes))  # noqa: E731
+        self._run(start, started.append)
+
+        def end() -> None:
+            began = time.perf_counter()
+            self._run(started.pop)
+            self.seconds += time.perf_counter() - began
+
+        return end
 
     def all_gather(self, input: torch.Tensor) -> torch.Tensor:
         start = time.perf_counter()

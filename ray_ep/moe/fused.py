@@ -42,9 +42,9 @@ class FusedExperts(torch.autograd.Function):
         packed: tuple[Packed, Packed] | None,
     ) -> torch.Tensor:
         pool, n_others = plan.pool, plan.others_in
-        borrowed = _borrow(gate_up, down, plan)
+        guests = _borrow(gate_up, down, plan)
         stayed = ([], []) if plan.kept is None else plan.kept.rows
-        ups, downs = ([*a, *b] for a, b in zip(_rows((gate_up, down), stayed), borrowed or ([], []), strict=True))
+        ups, downs = _rows(_rows((gate_up, down), stayed), guests.rows)
         x = _collect(hidden, plan, forward=True)
         plan.meter.enter("experts")
         total, longest = int(plan.offsets[-1]), _longest(plan)
@@ -52,18 +52,22 @@ class FusedExperts(torch.autograd.Function):
         y = pool.take(total, hidden.shape[1], like=hidden)
         rows = pool.take(longest, hidden.shape[1], like=hidden)
         h = pool.take(longest, down.shape[2], like=hidden)
+        here = len(ups) - len(guests.message)  # experts that are: guests come last
         for e, a, b in _experts(plan):
+            if e >= here:
+                guests.wait()
             part = torch.index_select(x, 0, plan.sorted_row[a:b], out=rows[: b - a])
             _linear(part, ups, e, packed and packed[0], g[a:b])
             kernels.swiglu(_np(g[a:b]), plan.sorted_weight[a:b], _np(h[: b - a]))
             _linear(h[: b - a], downs, e, packed and packed[1], y[a:b])
+        guests.wait()
         plan.meter.enter("combine")
         partial = pool.take(n_others, hidden.shape[1], like=hidden)
         kernels.sum_segments(_np(y), plan.segment[: n_others + 1], plan.place, _np(partial))
         out = _return(partial, y, hidden, plan)
         ctx.plan = plan
         keep = plan.guests is not None and plan.guests.keep
-        ctx.save_for_backward(x, g, gate_up, down, *(borrowed if keep else ()))
+        ctx.save_for_backward(x, g, gate_up, down, *(guests.rows if keep else ()))
         ctx.weights = (weights.shape, weights.dtype)
         plan.meter.enter("")
         return out
@@ -74,32 +78,45 @@ class FusedExperts(torch.autograd.Function):
         x, g, gate_up, down, *kept = ctx.saved_tensors
         plan: Agreed = ctx.plan
         pool, n_others = plan.pool, plan.others_in
-        ups, downs = _rows((gate_up, down), kept or _borrow(gate_up, down, plan))
+        guests = Luggage.of(0, (gate_up, down), pool.take) if kept else _borrow(gate_up, down, plan)
+        ups, downs = _rows((gate_up, down), kept or guests.rows)
         dy = _collect(d_out.contiguous(), plan, forward=False)
         plan.meter.enter("experts")
-        total, longest = int(plan.offsets[-1]), _longest(plan)
+        total, longest, held = int(plan.offsets[-1]), _longest(plan), len(gate_up)
         dx = pool.take(total, x.shape[1], like=x)
         d_weight = np.empty(total, np.float32)
-        d_gate_up, d_down = own = tuple(pool.take(*w.shape, like=x) for w in (gate_up, down))
-        of_guests = Luggage.of(len(ups) - len(own[0]), own, pool.take)
+        own = tuple(pool.take(*w.shape, like=x) for w in (gate_up, down))
+        of_guests = Luggage.of(len(ups) - held, own, pool.take)
         d_ups, d_downs = _rows(own, of_guests.rows)
         rows = pool.take(longest, x.shape[1], like=x)
         dh, h = pool.take(longest, down.shape[2], like=x), pool.take(longest, down.shape[2], like=x)
         dg = pool.take(longest, gate_up.shape[1], like=x)
-        for e, a, b in _experts(plan):
-            n = b - a
-            part = torch.index_select(dy, 0, plan.sorted_row[a:b], out=rows[:n])
-            mm(part, downs[e], out=dh[:n])
-            kernels.swiglu_backward(
-                _np(g[a:b]), plan.sorted_weight[a:b], _np(dh[:n]), _np(dg[:n]), _np(h[:n]), d_weight[a:b]
-            )
-            gradient(part, h[:n], out=d_downs[e])
-            mm(dg[:n], ups[e], out=dx[a:b])
-            part = torch.index_select(x, 0, plan.sorted_row[a:b], out=rows[:n])
-            gradient(dg[:n], part, out=d_ups[e])
         for e in np.nonzero(np.diff(plan.offsets) == 0)[0]:
             d_ups[e].zero_()
             d_downs[e].zero_()
+
+        def compute(experts: list[tuple[int, int, int]]) -> None:
+            for e, a, b in experts:
+                n = b - a
+                part = torch.index_select(dy, 0, plan.sorted_row[a:b], out=rows[:n])
+                mm(part, downs[e], out=dh[:n])
+                kernels.swiglu_backward(
+                    _np(g[a:b]), plan.sorted_weight[a:b], _np(dh[:n]), _np(dg[:n]), _np(h[:n]), d_weight[a:b]
+                )
+                gradient(part, h[:n], out=d_downs[e])
+                mm(dg[:n], ups[e], out=dx[a:b])
+                part = torch.index_select(x, 0, plan.sorted_row[a:b], out=rows[:n])
+                gradient(dg[:n], part, out=d_ups[e])
+
+        mine = [part for part in _experts(plan) if part[0] < held]
+        theirs = [part for part in _experts(plan) if part[0] >= held]
+        if not kept:  # they may still be on their way: first the rank's own
+            compute(mine)
+            guests.wait()
+        compute(theirs)
+        add = plan.guests.send_home(of_guests, own) if plan.guests is not None else None
+        if kept:
+            compute(mine)
         plan.meter.enter("combine")
         partial = pool.take(n_others, x.shape[1], like=x)
         kernels.sum_segments(_np(dx), plan.segment[: n_others + 1], plan.place, _np(partial))
@@ -111,25 +128,25 @@ class FusedExperts(torch.autograd.Function):
             back, home = _one_message(partial, by_pair, d_out, plan)
             d_hidden = _add_up(dx, back, d_out, plan)
         d_weights = _to_tokens(home, by_pair, ctx.weights, plan)
-        if plan.guests is not None:
-            plan.guests.bring_home(of_guests, own)
+        if add is not None:
+            add()
         plan.meter.enter("")
-        return d_hidden, d_weights, d_gate_up, d_down, None, None
+        return d_hidden, d_weights, *own, None, None
 
 
-def _borrow(gate_up: torch.Tensor, down: torch.Tensor, plan: Agreed) -> tuple[torch.Tensor, ...]:
-    """The guests' weights [G, 2F, H] and [G, H, F]; nothing if no rank has any."""
+def _borrow(gate_up: torch.Tensor, down: torch.Tensor, plan: Agreed) -> Luggage:
+    """The guests' weights [G, 2F, H] and [G, H, F] set out; no rows if no rank has any."""
     if plan.guests is None:
-        return ()
+        return Luggage.of(0, (gate_up, down), plan.pool.take)
     plan.meter.enter("pack")
-    rows = plan.guests.fetch((gate_up, down), plan.pool.take, plan.kept).rows
-    plan.arrived.extend(rows)
-    return rows
+    luggage = plan.guests.fetch((gate_up, down), plan.pool.take, plan.kept)
+    plan.arrived.extend(luggage.rows)
+    return luggage
 
 
-def _rows(own: Sequence[torch.Tensor], of_guests: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """Each expert's two weights (or gradients): own ones [S, ...], then guests' [G, ...]."""
-    return [[*mine, *theirs] for mine, theirs in zip(own, of_guests or ([], []), strict=True)]
+def _rows(first: Sequence[Any], then: Sequence[Any]) -> list[list[torch.Tensor]]:
+    """Each expert's two weights (or gradients): rows of `first`, then of `then`."""
+    return [[*a, *b] for a, b in zip(first, then, strict=True)]
 
 
 def _linear(x: torch.Tensor, weight: list[torch.Tensor], row: int, packed: Packed | None, out: torch.Tensor) -> None:

@@ -55,29 +55,43 @@ class Guests:
     def fetch(self, weights: Sequence[torch.Tensor], take: Take, kept: Kept | None = None) -> Luggage:
         """weights [S, ...] of this rank's experts -> its guests' [G, ...], all in one message (collective).
 
-        Rows from S on are those of guests that stayed.
+        It travels beside what follows: `Luggage.wait` before it is read. Rows from S on are of guests that stayed.
         """
         out = Luggage.of(len(self.experts), weights, take)
         if kept is None:
             send = torch.cat([_bytes(w.detach()[self.give_rows]) for w in weights], 1)
         else:
             send = kept.give(self.give_rows, weights)
-        self._move(send, out.message, self.give, self.take)
+        self._move(send, out, self.give, self.take)
         return out
 
-    def bring_home(self, of_guests: Luggage, own: Sequence[torch.Tensor]) -> None:
-        """Gradients of the guests are added to `own` [S, ...] where they came from, by ascending rank (collective)."""
-        received = Luggage.of(len(self.give_rows), own, _new)
-        self._move(of_guests.message, received.message, self.take, self.give)
-        for total, gradients in zip(own, received.rows, strict=True):
-            for row, gradient in zip(self.give_rows, gradients, strict=True):
-                total[row] += gradient
+    def send_home(self, of_guests: Luggage, own: Sequence[torch.Tensor]) -> Callable[[], None]:
+        """Gradients of the guests set out for where they came from (collective).
 
-    def _move(self, rows: torch.Tensor, out: torch.Tensor, give: list[int], take: list[int]) -> None:
-        phase = self.meter.enter("exchange")
-        self.group.all_to_all(out, rows.contiguous(), take, give)
-        self.meter.enter(phase)
+        What is returned adds those that arrive to `own` [S, ...], by ascending rank.
+        """
+        received = Luggage.of(len(self.give_rows), own, _new)
+        self._move(of_guests.message, received, self.take, self.give)
+
+        def add() -> None:
+            received.wait()
+            for total, gradients in zip(own, received.rows, strict=True):
+                for row, gradient in zip(self.give_rows, gradients, strict=True):
+                    total[row] += gradient
+
+        return add
+
+    def _move(self, rows: torch.Tensor, out: Luggage, give: list[int], take: list[int]) -> None:
+        rows = rows.contiguous()
+        end = self.group.begin_all_to_all(out.message, rows, take, give)
         self.meter.add(give, rows, self.group.rank)
+
+        def arrive(sent: torch.Tensor = rows) -> None:  # which must stay until then
+            phase = self.meter.enter("exchange")
+            end()
+            self.meter.enter(phase)
+
+        out.on_its_way.append(arrive)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +100,12 @@ class Luggage:
 
     message: torch.Tensor  # uint8 [G, bytes]
     rows: tuple[torch.Tensor, ...]  # views of it: [G, ...] of each weight
+    on_its_way: list[Callable[[], None]] = field(default_factory=list, repr=False)
+
+    def wait(self) -> None:
+        """Return once it is here."""
+        while self.on_its_way:
+            self.on_its_way.pop()()
 
     @staticmethod
     def of(count: int, like: Sequence[torch.Tensor], take: Take) -> Luggage:
@@ -156,8 +176,9 @@ class Borrow(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, guests: Guests, rows: torch.Tensor, *params: torch.Tensor) -> Any:
         ctx.guests = guests
-        more = guests.fetch(params, _new).rows
-        return (rows.view_as(rows), *(torch.cat([p, m]) for p, m in zip(params, more, strict=True)))
+        more = guests.fetch(params, _new)
+        more.wait()
+        return (rows.view_as(rows), *(torch.cat([p, m]) for p, m in zip(params, more.rows, strict=True)))
 
     @staticmethod
     def backward(ctx: Any, d_rows: torch.Tensor, *grads: torch.Tensor) -> Any:
@@ -166,7 +187,7 @@ class Borrow(torch.autograd.Function):
         theirs = Luggage.of(count, own, _new)
         for part, g in zip(theirs.rows, grads, strict=True):
             part.copy_(g[len(g) - count :])
-        ctx.guests.bring_home(theirs, own)
+        ctx.guests.send_home(theirs, own)()
         return (None, d_rows, *own)
 
 
