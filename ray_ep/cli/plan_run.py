@@ -75,7 +75,11 @@ def planned(path: Path, options: dict[str, Any]) -> Planned:
     placements = candidates(case, current)
     now = next(iter(placements))
     found = tuple(compare(case, placements, now))
-    told = {name: placements[name] for name in dict.fromkeys((now, "load-only", PLAN))}
+    told = {
+        name: placements[name]
+        for name in dict.fromkeys((now, "load-only", PLAN))
+        if name in (now, PLAN) or survives(placements[name], topology.node_of, lost)  # no advice to give up what is due
+    }
     size = round(costs.figures.expert_bytes) if costs.sized else None
     nearest = recorded.engine in NEAREST and engine in NEAREST
     words = advice_words(recorded.statistics, told, topology.node_of, size, now, nearest, level)

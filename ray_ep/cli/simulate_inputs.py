@@ -18,6 +18,7 @@ from ray_ep.placement.cluster_description import bytes_per_second, seconds
 from ray_ep.placement.engines import Recorded
 from ray_ep.placement.gpus import Gpu, gpu
 from ray_ep.placement.groups import in_words
+from ray_ep.placement.problem import FASTER
 from ray_ep.placement.whatif import Cluster, Given, grid, synthetic
 
 SYNTHETIC: dict[str, Callable[[str], float]] = {
@@ -99,7 +100,8 @@ def clusters(options: Mapping[str, Any], run: Path | None, experts: int) -> Clus
             inside = base.inside if "inside" in links or kind.inside is None else kind.inside
             one = replace(base, inside=inside, speeds=tuple(s * kind.speed for s in base.speeds))
         found += [(kind, c) for c in grid(one, nodes, per_node, slots)]
-    return _with_room(found, experts, (_links_in_words(base, given, kinds, "inside" in links),))
+    words = _links_in_words(base, given, kinds, "inside" in links)
+    return _with_room(found, experts, (words, *_slow_inside(found)))
 
 
 def _with_room(found: list[tuple[Gpu | None, Cluster | Given]], experts: int, notes: tuple[str, ...]) -> Clusters:
@@ -133,6 +135,21 @@ def _links_in_words(base: Cluster, given: Given | None, kinds: list[Gpu | None],
         f"links of a rank: {inside} inside a node after {1e6 * base.latency_inside:.3g} us, {in_words(base.across)} "
         f"across nodes after {1e6 * base.latency_across:.3g} us{source}"
     )
+
+
+def _slow_inside(found: list[tuple[Gpu | None, Cluster | Given]]) -> list[str]:
+    """Which kinds the planner sees no nodes of, as one sentence; see `problem.group_ranks`."""
+    slow = dict.fromkeys(
+        "the ranks" if kind is None else kind.name
+        for kind, c in found
+        if isinstance(c, Cluster) and c.ranks_per_node > 1 and c.nodes > 1 and c.inside < FASTER * c.across
+    )
+    if not slow:
+        return []
+    return [
+        f"links inside nodes of {', '.join(slow)} are less than {FASTER:g} times as fast as those across: the plan "
+        "takes each rank for a node of its own (--placement contiguous,load-only,plan compares)"
+    ]
 
 
 def placements(text: str) -> list[str]:

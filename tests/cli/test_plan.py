@@ -219,6 +219,8 @@ def test_a_plan_that_outlives_a_node_states_its_price(place, recorded):
     )
     assert said["advice"][0].startswith("move ")
     assert "current cannot lose 1 node(s)" in said["advice"][0]
+    few = figures(*BASE, "--slots", 8, "--current", "now.json", "--survive-nodes", 1)
+    assert not any(w.startswith("load-only: ") for w in few["advice"]), "it cannot lose a node"
     words = told(*BASE, "--slots", 10, "--current", "now.json", "--survive-nodes", 1)
     assert "any node may go and every expert keeps a replica; that costs, against the unprotected plan: " in words
     again = figures(*BASE, "--current", "safe.json", "--survive-nodes", 1)

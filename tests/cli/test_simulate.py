@@ -138,6 +138,7 @@ def test_kinds_of_gpus_differ_in_speed_links_and_memory_and_the_price_decides():
     assert l4["compute_seconds"] > 7 * h100["compute_seconds"]
     assert l4["traffic_seconds"] > h100["traffic_seconds"]
     assert "(8 h100)" in last["answer"]
+    assert [n for n in last["notes"] if n.startswith("links inside nodes of l4 are less than 1.5 times as fast")]
     (_, own), last = rows(*flags, "--gpu", "h100:price=50", "--gpu", "own:speed=0.5,inside=100 GB/s,price=1")
     assert "(8 own) with 2 slots a rank, placed by plan: most tokens for the price" in last["answer"]
     assert own["tokens_per_price"] == pytest.approx(own["tokens_per_gpu"] * 3600)
