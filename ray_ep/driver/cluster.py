@@ -10,11 +10,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from ipaddress import ip_address
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ray_ep.collective.probe import ProbeError
@@ -72,8 +73,8 @@ class Ranks:
         self.actors: list[Any] = []
         try:
             self._await_room(interrupted)
-            for rank in range(cfg.ranks):
-                strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)
+            for rank, bundle in enumerate(_by_host(self._group)):
+                strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
                 options = {
                     "num_cpus": cfg.cpus_per_rank,
                     "num_gpus": gpus,
@@ -144,6 +145,24 @@ class Ranks:
                     f"the cluster could not place {self.cfg.ranks} ranks of {each} within "
                     f"cluster.wait_s={self.cfg.wait_s:g} s; it has {_have()}, free now: {_free()}"
                 )
+
+
+def _by_host(group: PlacementGroup) -> list[int]:
+    """Numbers of a placed group's bundles by the address of their node: Ray's order differs from run to run.
+
+    So a placement or a topology of one run fits the next one on the same hosts.
+    """
+    address = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes()}
+    node_of: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
+
+    def place(bundle: int) -> tuple[int, str, int]:
+        host = address[node_of[bundle]]
+        try:
+            return int(ip_address(host)), node_of[bundle], bundle
+        except ValueError:  # a name
+            return 0, host, bundle
+
+    return sorted(node_of, key=place)
 
 
 def _check_answers(address: str) -> None:
