@@ -185,6 +185,26 @@ def bench_layer(
         click.echo(json.dumps(result.to_dict()) if as_json else line(result))
 
 
+@bench.command("step")
+@click.argument("overrides", nargs=-1)
+@click.option("--warm", type=click.IntRange(0), default=50, show_default=True, help="Steps before.")
+@click.option("--rounds", type=click.IntRange(1), default=6, show_default=True, help="Rounds of 3 steps of each kind.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON line a row.")
+def bench_step(overrides: tuple[str, ...], warm: int, rounds: int, as_json: bool) -> None:
+    """Whole training steps in turn: balanced routing imposed, without and with balance inside the step.
+
+    OVERRIDES are a run's, such as router.aux_coefficient=0 (then routing becomes skewed) or cluster.ranks=4.
+    """
+    from ray_ep.bench.step import TITLE, run_step
+    from ray_ep.config import load_config
+
+    rows = run_step(load_config(None, overrides), warm, rounds)
+    if not as_json:
+        click.echo(TITLE)
+    for row in rows:
+        click.echo(json.dumps(row.to_dict()) if as_json else row.line())
+
+
 def _bench_skew(rows: list[Case], routing: str, llep: str | None, as_json: bool) -> None:
     from ray_ep.bench.llep import check as check_llep
     from ray_ep.bench.routing import KINDS, check

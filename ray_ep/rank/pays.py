@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from statistics import median
 
+import numpy as np
+
 WARM = 2
 """Steps that are not counted: the first ones measure, compile and allocate."""
 
@@ -21,6 +23,19 @@ CHANGED = 0.1
 
 LEAST = 50
 """Fewest steps between an answer and the next question."""
+
+
+def uneven(load: np.ndarray) -> float:
+    """Fullest over mean of load [L, ...], mean over layers; 1 is even."""
+    return float((load.max(1) / np.maximum(load.mean(1), 1e-9)).mean())
+
+
+def uneven_ranks(load: np.ndarray, owner: np.ndarray, ranks: int) -> float:
+    """`uneven` of ranks if primaries did it all: load [L, E], owner [L, E] their ranks."""
+    of_rank = np.zeros((len(load), ranks))
+    for row, where, counts in zip(of_rank, owner, load, strict=True):
+        np.add.at(row, where, counts)
+    return uneven(of_rank)
 
 
 class Pays:

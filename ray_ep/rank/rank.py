@@ -35,7 +35,7 @@ from ray_ep.rank.checkpoint import Checkpoint, Directory, load_rank, save_rank
 from ray_ep.rank.data import Corpus, global_batch, held_out_batch
 from ray_ep.rank.model import build
 from ray_ep.rank.optimizer import MasterOptimizer
-from ray_ep.rank.pays import Pays
+from ray_ep.rank.pays import Pays, uneven_ranks
 from ray_ep.rank.trial import unseen
 
 CHOICE_S = 1.2
@@ -213,10 +213,7 @@ class Rank:
         notes = [] if self._told else [self.ep.balancer.words()]
         self._told = True
         if self.pays is not None:
-            owned = np.zeros((len(load), self.group.size))  # [L, R] as if primaries did it all
-            for row, owner, counts in zip(owned, self.ep.placement.owner, load, strict=True):
-                np.add.at(row, owner, counts)
-            notes.append(self.pays.step(seconds, float((owned.max(1) / np.maximum(owned.mean(1), 1e-9)).mean())))
+            notes.append(self.pays.step(seconds, uneven_ranks(load, self.ep.placement.owner, self.group.size)))
             self.ep.balancer.active = self.pays.on
         return "; ".join(filter(None, notes))
 

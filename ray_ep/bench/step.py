@@ -1,0 +1,102 @@
+"""`ray-ep bench step`: whole training steps in turn, with balanced routing imposed, without and with in-step balance.
+
+One training: its routing is the model's own, skewed if its balancing losses are off; the balanced ideal are steps of it
+whose router is overruled. Ranks are plain processes over gloo, one thread each.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+from ray_ep.bench.layer import Case, spawn
+from ray_ep.collective import from_torch
+from ray_ep.config import from_dict
+from ray_ep.config.schema import Config
+from ray_ep.driver.loop import check
+from ray_ep.errors import BadInput
+from ray_ep.rank.pays import uneven, uneven_ranks
+from ray_ep.rank.rank import Rank
+
+MODES = ("balanced", "off", "on")
+TURN = 3
+"""Steps of a mode in a round; the first, which finds buffers of the mode before, does not count."""
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """Medians of one mode: balanced (routing imposed), off, on (balance inside the step)."""
+
+    mode: str
+    ms: float
+    share: float  # of the balanced ideal
+    rank_load: float  # fullest rank's load over the mean if primaries did it all
+    expert_load: float  # the same of experts
+
+    def to_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return asdict(self)
+
+    def line(self) -> str:
+        """One row of the table."""
+        return f"{self.mode:9} {self.ms:9.1f} {self.share:6.2f} {self.rank_load:9.2f} {self.expert_load:11.2f}"
+
+
+TITLE = (
+    f"{'routing':9} {'step ms':>9} {'share':>6} {'rank load':>9} {'expert load':>11}\n"
+    "balanced: imposed on the router; off, on: the model's own, without and with balance inside the step\n"
+    "share: of the balanced ideal; loads: of the fullest over the mean, before balance"
+)
+
+
+def run_step(cfg: Config, warm: int, rounds: int) -> list[Steps]:
+    """Train `warm` steps, then TURN of each mode in `rounds` rounds, in fresh processes with the allocator of ranks.
+
+    Raises:
+        BadInput: as a run would; or a single rank, which has nothing to balance.
+    """
+    if cfg.cluster.ranks < 2:
+        raise BadInput(f"bench step: cluster.ranks={cfg.cluster.ranks}: balance is among ranks, at least 2")
+    plan = check(cfg, datetime.now())
+    case = Case("", cfg.model.dtype, True, cfg.cluster.ranks, "tuned", rounds)
+    work = (plan.config, plan.corpus, plan.placement)
+    found: list[Steps] = spawn(case, _rank, OmegaConf.to_container(OmegaConf.structured(cfg)), work, warm)
+    return found
+
+
+def _rank(number: int, case: Case, tree: dict[str, Any], work: Any, warm: int, store: str, queue: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=store, rank=number, world_size=case.ranks)
+    tree["balance"]["in_step"] = "always"  # turned off and on here
+    cfg, (config, corpus, placement), group = from_dict(tree), work, from_torch()
+    rank = Rank(cfg, config, corpus, group, placement)
+    for step in range(warm):
+        rank.train_step(step)
+    step = warm
+    times: dict[str, list[float]] = {mode: [] for mode in MODES}
+    loads: dict[str, list[tuple[float, float]]] = {mode: [] for mode in MODES}
+    for _ in range(case.rounds):
+        for mode in MODES:
+            rank.ep.balancer.active = mode == "on"
+            rank.ep.routing.force = "balanced" if mode == "balanced" else cfg.router.force
+            for turn in range(TURN):
+                group.barrier()
+                start = time.perf_counter()
+                result = rank.train_step(step)
+                took, step = time.perf_counter() - start, step + 1
+                if turn:
+                    times[mode].append(took * 1e3)
+                    loads[mode].append((uneven_ranks(result.load, placement.owner, case.ranks), uneven(result.load)))
+    if number == 0:
+        ms = {mode: statistics.median(t) for mode, t in times.items()}
+        queue.put([Steps(m, ms[m], ms["balanced"] / ms[m], *np.mean(loads[m], 0).tolist()) for m in MODES])
+    dist.barrier()
+    dist.destroy_process_group()
