@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ray_ep.placement import packing, search, small
+from ray_ep.placement import packing, search, small, swaps
 from ray_ep.placement.forecast import expected_load
 from ray_ep.placement.placement import Floats, Ints
 from ray_ep.placement.problem import STIFF, Problem
@@ -93,7 +93,7 @@ def warm_layer(problem: Problem, traffic: Traffic, current: Ints, stay: float, o
     order = _orders(len(place), seed, SWEEPS)
     risk = _item_risk(problem, traffic, items)
     world = _world(problem, traffic, bits, place, warm=True)
-    search.improve_grouping(bits, load, risk, place, world, items.home, price, order)
+    swaps.improve_grouping(bits, load, risk, place, world, items.home, price, order)
     return _pack_nodes(problem, traffic, items, place, current, RANK_MOVE * stay)
 
 
@@ -204,7 +204,7 @@ def _group(problem: Problem, traffic: Traffic, items: Items, seed: int, starts: 
         shuffled = np.where(load > _bulk(problem, traffic.load), np.inf, shuffled)
         order = np.argsort(-shuffled, kind="stable")
         place = search.start_grouping(bits, load, room, world, order)
-        search.improve_grouping(bits, load, risk, place, world, none, free, _orders(len(load), seed + start, SWEEPS))
+        swaps.improve_grouping(bits, load, risk, place, world, none, free, _orders(len(load), seed + start, SWEEPS))
         cost = search.grouping_cost(bits, load, place, world)
         if cost < best_cost:
             best, best_cost = place, cost

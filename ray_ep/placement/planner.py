@@ -15,7 +15,7 @@ from statistics import NormalDist
 import numpy as np
 
 from ray_ep.errors import PlacementError
-from ray_ep.placement import layer, packing, search, small, survive
+from ray_ep.placement import layer, packing, small, survive, swaps
 from ray_ep.placement.cost import StepCosts, check_fit, token_sets
 from ray_ep.placement.dispatch import simulate
 from ray_ep.placement.layer import Traffic
@@ -282,5 +282,5 @@ def warm() -> None:
         plan(RoutingStatistics(load[::-1], sample=sample), topology, 2, current=first)
 
 
-KERNELS = (packing.pack, packing.add_replicas, search.improve_grouping, small.refine, simulate)
+KERNELS = (packing.pack, packing.add_replicas, swaps.improve_grouping, small.refine, simulate)
 """What `warm` compiles; a test checks that no plan compiles another."""
