@@ -127,7 +127,9 @@ def _sorted(bits: Any, load: Any, risk: Any, who: Any, nodes: Any, home: Any, st
 
 
 @kernel
-def improve_grouping(bits: Any, load: Any, risk: Any, place: Any, world: Any, home: Any, stay: Any, order: Any) -> Any:
+def improve_grouping(  # noqa: C901 (one pass over its loops)
+    bits: Any, load: Any, risk: Any, place: Any, world: Any, home: Any, stay: Any, order: Any
+) -> Any:
     """Swap pairs of items between places while that lowers price . visits + stiff * imbalance + moves. In place.
 
     Args:
@@ -187,7 +189,7 @@ def improve_grouping(bits: Any, load: Any, risk: Any, place: Any, world: Any, ho
             swaps += 1
             for n in range(nodes):
                 over[n] += d * (part(i, n, source) - part(j, n, source)) * inv[n]
-                if n == i or n == j or i == nodes or j == nodes:
+                if n in (i, j) or nodes in (i, j):
                     changed[n] = swaps
             changed[i] = changed[j] = swaps
             for n, x in ((i, p), (j, best)):
