@@ -42,11 +42,15 @@ def _terms(i: Any, j: Any, flow: Any, nodes_: Any) -> Any:
     """What is the same for all swaps between places i and j: factors of flow, of load and of risk."""
     cost, visits, steep = flow
     source, over, inv, stiff = nodes_
-    x, y, near, far = 0.0, 0.0, 0.0, 0.0
-    for n in range(source.shape[0]):
-        c = (part(i, n, source) - part(j, n, source)) * inv[n]
-        x -= 2.0 * c * over[n]
-        y += c * c
+    nodes = source.shape[0]
+    if i < nodes and j < nodes:
+        x, y = 2.0 * (inv[j] * over[j] - inv[i] * over[i]), inv[i] * inv[i] + inv[j] * inv[j]
+    else:  # one of the two is everywhere: every node's load changes
+        x, y = 0.0, 0.0
+        for n in range(nodes):
+            c = (part(i, n, source) - part(j, n, source)) * inv[n]
+            x -= 2.0 * c * over[n]
+            y += c * c
     near, far = stiff * inv[i] * inv[i], stiff * inv[j] * inv[j]
     ci, cj = cost[i], cost[j]
     return (
