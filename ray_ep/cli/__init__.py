@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 import ray_ep
+from ray_ep.cli.bench_placement import bench_placement
 from ray_ep.cli.plan import plan
 from ray_ep.cli.probe import probe
 from ray_ep.cli.rebalance import rebalance
@@ -119,6 +120,9 @@ def export(run: str, out: str, step: int | None, dtype: str | None, as_json: boo
 @main.group()
 def bench() -> None:
     """Measure: side by side in one run, with ratios."""
+
+
+bench.add_command(bench_placement)
 
 
 @bench.command("layer")

@@ -105,9 +105,11 @@ def simulate(  # noqa: C901 (one pass over its loops)
             e = sample[t, k]
             r = s
             if not held[e, s]:
-                node = node_of[s] if on[e, node_of[s]] > 0 else -1
-                turn = (run // ranks * golden + e * 0.7548776662466927) % 1.0
-                r = _draw(member[start[e] : start[e + 1]], weight[e], node_of, node, turn)
+                r = member[start[e]]
+                if start[e + 1] - start[e] > 1:
+                    node = node_of[s] if on[e, node_of[s]] > 0 else -1
+                    turn = (run // ranks * golden + e * 0.7548776662466927) % 1.0
+                    r = _draw(member[start[e] : start[e + 1]], weight[e], node_of, node, turn)
             if r != s and seen[r] != run:
                 seen[r] = run
                 to_rank[s, r] += 1.0

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ray_ep.placement import packing, search, small
+from ray_ep.placement import packing, search, small, swaps
 from ray_ep.placement.forecast import expected_load
 from ray_ep.placement.placement import Floats, Ints
 from ray_ep.placement.problem import STIFF, Problem
@@ -29,8 +29,10 @@ FLOW = 1.0
 """How much the price of a visit grows from a node without traffic to one with the usual traffic, as a share of it."""
 WARM_FLOW, WARM_STIFF = 2.0, 2.0
 """`FLOW` and the factor on `stiff` when a plan is improved: few moves first relieve the busiest nodes."""
-RANK_MOVE = 150.0
+RANK_MOVE = {"node": 80.0, "rank": 40.0}
 """Moves between ranks of a node against those between nodes: evening out ranks that are near the mean gains nothing."""
+DEAR = {"node": (8.0, 4.0, 2.0, 1.0), "rank": (1.0,)}
+"""Moves are sought at these multiples of their price, so that the best come first (ranks gain nothing by it)."""
 SWEEPS = 20
 SMALL = 2e6
 """Cost of one sweep (in additions) up to which a layer is refined slot by slot on its exact expectation."""
@@ -93,8 +95,9 @@ def warm_layer(problem: Problem, traffic: Traffic, current: Ints, stay: float, o
     order = _orders(len(place), seed, SWEEPS)
     risk = _item_risk(problem, traffic, items)
     world = _world(problem, traffic, bits, place, warm=True)
-    search.improve_grouping(bits, load, risk, place, world, items.home, price, order)
-    return _pack_nodes(problem, traffic, items, place, current, RANK_MOVE * stay)
+    for dear in DEAR[problem.level]:
+        swaps.improve_grouping(bits, load, risk, place, world, items.home, dear * price, order)
+    return _pack_nodes(problem, traffic, items, place, current, RANK_MOVE[problem.level] * stay)
 
 
 def choose_items(problem: Problem, load: Floats) -> Items:
@@ -204,7 +207,7 @@ def _group(problem: Problem, traffic: Traffic, items: Items, seed: int, starts: 
         shuffled = np.where(load > _bulk(problem, traffic.load), np.inf, shuffled)
         order = np.argsort(-shuffled, kind="stable")
         place = search.start_grouping(bits, load, room, world, order)
-        search.improve_grouping(bits, load, risk, place, world, none, free, _orders(len(load), seed + start, SWEEPS))
+        swaps.improve_grouping(bits, load, risk, place, world, none, free, _orders(len(load), seed + start, SWEEPS))
         cost = search.grouping_cost(bits, load, place, world)
         if cost < best_cost:
             best, best_cost = place, cost
@@ -256,9 +259,8 @@ def _pack_node(
     joint = np.outer(each, each) + traffic.risk[which[:, None], which] * np.outer(share, share)
     joint *= problem.stiff / (traffic.load.sum() / problem.ranks) ** 2
     home = np.full(len(which), -1, np.int64) if now is None else _homes(now, which)
-    sweeps = 0 if now is not None and problem.level == "node" else SWEEPS
     room, speed = problem.room[members], problem.speed[members]
-    where = packing.pack(which, joint, each, room, speed, home, stay, sweeps)
+    where = packing.pack(which, joint, each, room, speed, home, stay, SWEEPS)
     for i, r in enumerate(members):
         slots[r, : room[i]] = _arranged(which[where == i], None if now is None else now[i], room[i])
 

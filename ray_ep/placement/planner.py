@@ -15,7 +15,7 @@ from statistics import NormalDist
 import numpy as np
 
 from ray_ep.errors import PlacementError
-from ray_ep.placement import layer, packing, search, small, survive
+from ray_ep.placement import layer, packing, small, survive, swaps
 from ray_ep.placement.cost import StepCosts, check_fit, token_sets
 from ray_ep.placement.dispatch import simulate
 from ray_ep.placement.layer import Traffic
@@ -25,11 +25,13 @@ from ray_ep.placement.problem import STIFF, Problem
 from ray_ep.placement.statistics import RoutingStatistics
 from ray_ep.placement.topology import Topology
 
-WORTH = 0.025
+WORTH = 0.015
 """A layer stays as it is unless its predicted time falls by this share and the noise of its loads: a search finds about
 as much in any new sample of the same tokens' kind, and loses it on the next."""
-MOVING = {"node": 0.055, "rank": 0.13}
+MOVING = {"node": 0.1, "rank": 0.3}
 """What moving every slot of a layer must gain at least, as a share of its time: moves that gain less are left out."""
+ANEW = 0.15
+"""The same of planning a layer anew instead, against improving it: most of the gain lies in few moves."""
 KEEP = 0.9
 """A fresh plan is taken only where improving the current one keeps less than this of its gain."""
 UNEVEN = 1.05
@@ -197,10 +199,7 @@ def _replan(problem: Problem, traffic: Traffic, current: Ints, seed: int) -> Int
     if moves > AFRESH * filled:
         fresh = _fresh(problem, traffic, seed)
         more = now - layer_seconds(problem, traffic, fresh)
-        if (
-            KEEP * more > gain
-            and more - gain > MOVING[problem.level] * now * (moved_slots(current, fresh) - moves) / filled
-        ):
+        if KEEP * more > gain and more - gain > ANEW * now * (moved_slots(current, fresh) - moves) / filled:
             few, gain = fresh, more
     worth = gain > WORTH * now and gain > WORTH * now + _noise_seconds(problem, traffic, current)
     return few if worth else current
@@ -285,5 +284,5 @@ def warm() -> None:
         plan(RoutingStatistics(load[::-1], sample=sample), topology, 2, current=first)
 
 
-KERNELS = (packing.pack, packing.add_replicas, search.improve_grouping, small.refine, simulate, busiest)
+KERNELS = (packing.pack, packing.add_replicas, swaps.improve_grouping, small.refine, simulate, busiest)
 """What `warm` compiles; a test checks that no plan compiles another."""

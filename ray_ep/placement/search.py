@@ -36,7 +36,7 @@ def _ones(x: Any) -> Any:
 
 
 @kernel
-def _common(a: Any, b: Any) -> Any:
+def common(a: Any, b: Any) -> Any:
     """Tokens in both sets [B]."""
     total = np.uint64(0)
     for w in range(a.shape[0]):
@@ -45,7 +45,7 @@ def _common(a: Any, b: Any) -> Any:
 
 
 @kernel
-def _common3(a: Any, b: Any, c: Any) -> Any:
+def common3(a: Any, b: Any, c: Any) -> Any:
     """Tokens in all three sets [B]."""
     total = np.uint64(0)
     for w in range(a.shape[0]):
@@ -64,33 +64,7 @@ def token_bits(sample: Any, experts: int) -> Any:
 
 
 @kernel
-def _refresh(bits: Any, place: Any, n: int, absent: Any, alone: Any) -> None:
-    """Recompute a node's sets: tokens that do not visit it, tokens with exactly one expert there. In place."""
-    words = bits.shape[1]
-    for w in range(words):
-        absent[n, w] = 0
-        alone[n, w] = 0
-    for e in range(place.shape[0]):
-        if place[e] == n:
-            for w in range(words):  # absent: any, alone: twice, until the end
-                alone[n, w] |= absent[n, w] & bits[e, w]
-                absent[n, w] |= bits[e, w]
-    for w in range(words):
-        alone[n, w] = absent[n, w] & ~alone[n, w]
-        absent[n, w] = ~absent[n, w]
-
-
-@kernel
-def _gains(bits: Any, place: Any, n: int, absent: Any, alone: Any, leave: Any, enter: Any) -> None:
-    """Recompute leave [E] (visits saved when an expert leaves node n) and enter [E, n] (visits added). In place."""
-    for e in range(place.shape[0]):
-        enter[e, n] = _common(bits[e], absent[n])
-        if place[e] == n:
-            leave[e] = _common(bits[e], alone[n])
-
-
-@kernel
-def _part(place: Any, n: Any, source: Any) -> Any:
+def part(place: Any, n: Any, source: Any) -> Any:
     """Share of an expert's load that node n bears when the expert lies at `place`."""
     if place == source.shape[0]:
         return source[n]
@@ -98,7 +72,7 @@ def _part(place: Any, n: Any, source: Any) -> Any:
 
 
 @kernel
-def _away(place: Any, home: Any, nodes: Any) -> Any:
+def away(place: Any, home: Any, nodes: Any) -> Any:
     """Slots that an expert fills anew: those of every other node when it goes everywhere, none where it is already."""
     if place == home or home == nodes or home < 0:
         return 0.0
@@ -135,7 +109,7 @@ def start_grouping(bits: Any, load: Any, room: Any, world: Any, order: Any) -> A
         for n in range(nodes):
             if left[n] > 0:
                 after, before = (weight[n] + load[e]) / target[n], weight[n] / target[n]
-                cost = price[n] * _common(bits[e], absent[n]) + stiff * (after * after - before * before)
+                cost = price[n] * common(bits[e], absent[n]) + stiff * (after * after - before * before)
                 if cost < best_cost:
                     best, best_cost = n, cost
         place[e] = best
@@ -144,40 +118,6 @@ def start_grouping(bits: Any, load: Any, room: Any, world: Any, order: Any) -> A
         for w in range(bits.shape[1]):
             absent[best, w] &= ~bits[e, w]
     return place
-
-
-@kernel
-def _balance_gain(d: Any, over: Any, i: Any, j: Any, source: Any, inv: Any) -> Any:
-    """Gain in evenness when load d comes to place i from place j.
-
-    over: [N] relative deviation from the target, the squares of which are the cost; inv: [N] 1 / target.
-    """
-    nodes = inv.shape[0]
-    if i < nodes and j < nodes:
-        x, y = d * inv[i], d * inv[j]
-        return y * (2.0 * over[j] - y) - x * (2.0 * over[i] + x)
-    gain = 0.0  # one of the two is everywhere: every node's load changes
-    for n in range(nodes):
-        x = d * (_part(i, n, source) - _part(j, n, source)) * inv[n]
-        gain -= x * (2.0 * over[n] + x)
-    return gain
-
-
-@kernel
-def _risk_gain(risk: Any, inter: Any, a: Any, b: Any, i: Any, j: Any, inv: Any) -> Any:
-    """Fall of the nodes' relative load variance when a leaves place i for b's place j, and b the other way.
-
-    inter: [N + 1, E] what each expert shares with a place. inv: [N + 1] 1 / target, 0 for everywhere.
-    """
-    both = 2.0 * risk[a, b] - risk[a, a] - risk[b, b]
-    here, there = 2.0 * (inter[i, a] - inter[i, b]) + both, 2.0 * (inter[j, b] - inter[j, a]) + both
-    return here * inv[i] * inv[i] + there * inv[j] * inv[j]
-
-
-@kernel
-def _flow_gain(price: Any, fewer: Any, visits: Any, steep: Any) -> Any:
-    """Fall of x + steep x^2, x being price . visits of a node, when it has `fewer` visits."""
-    return price * fewer * (1.0 + steep * price * (2.0 * visits - fewer))
 
 
 @kernel
@@ -195,87 +135,6 @@ def visits_of(bits: Any, place: Any, nodes: int) -> Any:
 
 
 @kernel
-def improve_grouping(  # noqa: C901 (one pass over its loops)
-    bits: Any, load: Any, risk: Any, place: Any, world: Any, home: Any, stay: Any, order: Any
-) -> Any:
-    """Swap pairs of experts between places while that lowers price . visits + stiff * imbalance + moves. In place.
-
-    Args:
-        bits, load, world: as for `start_grouping`; place: [E], changed in place.
-        risk: [E, E] covariance of loads; what is everywhere bears none, since it falls on all nodes alike.
-        home: [E] where each expert is now, -1 for none; stay: [E] cost of each slot that it fills anew.
-        order: [sweeps, E] the order in which each sweep seeks partners.
-
-    Returns:
-        swaps made.
-    """
-    source, target, price, stiff, bulk, steep = world
-    nodes, experts, words = target.shape[0], load.shape[0], bits.shape[1]
-    absent, alone = np.zeros((nodes, words), np.uint64), np.zeros((nodes, words), np.uint64)
-    leave, enter = np.zeros(experts, np.int64), np.zeros((experts, nodes + 1), np.int64)
-    over, cost, inv = np.full(nodes, -1.0), np.zeros(nodes + 1), np.zeros(nodes + 1)
-    cost[:nodes], inv[:nodes] = price, 1.0 / target  # visits of "everywhere" cost nothing
-    for n in range(nodes):
-        _refresh(bits, place, n, absent, alone)
-        _gains(bits, place, n, absent, alone, leave, enter)
-    visits = np.zeros(nodes + 1)
-    visits[:nodes] = visits_of(bits, place, nodes)
-    inter = np.zeros((nodes + 1, experts))  # sum of risk with the experts of a place
-    for e in range(experts):
-        for n in range(nodes):
-            over[n] += load[e] * _part(place[e], n, source) * inv[n]
-        inter[place[e]] += risk[e]
-    swaps = 0
-    for sweep in range(order.shape[0]):
-        before = swaps
-        for a in order[sweep]:
-            i = place[a]
-            best, best_gain = -1, 1e-12
-            for b in range(experts):
-                j = place[b]
-                if i == j or (i == nodes and load[a] > bulk) or (j == nodes and load[b] > bulk):
-                    continue
-                fewer_i, fewer_j = leave[a] - enter[b, i], leave[b] - enter[a, j]
-                flow = _flow_gain(cost[i], fewer_i, visits[i], steep) + _flow_gain(cost[j], fewer_j, visits[j], steep)
-                gain = flow + stiff * _balance_gain(load[b] - load[a], over, i, j, source, inv[:nodes])
-                gain += stiff * _risk_gain(risk, inter, a, b, i, j, inv)
-                gain += stay[a] * (_away(i, home[a], nodes) - _away(j, home[a], nodes))
-                gain += stay[b] * (_away(j, home[b], nodes) - _away(i, home[b], nodes))
-                if gain <= best_gain:
-                    continue
-                # Tokens that chose both were counted as leaving, though the other expert keeps them there.
-                if i < nodes:
-                    fewer_i -= _common3(bits[a], bits[b], alone[i])
-                if j < nodes:
-                    fewer_j -= _common3(bits[a], bits[b], alone[j])
-                gain += _flow_gain(cost[i], fewer_i, visits[i], steep) + _flow_gain(cost[j], fewer_j, visits[j], steep)
-                gain -= flow
-                if gain > best_gain:
-                    best, best_gain = b, gain
-            if best < 0:
-                continue
-            j, d = place[best], load[best] - load[a]
-            place[a], place[best] = j, i
-            inter[i] += risk[best] - risk[a]
-            inter[j] -= risk[best] - risk[a]
-            for n in range(nodes):
-                over[n] += d * (_part(i, n, source) - _part(j, n, source)) * inv[n]
-            for n in (i, j):
-                if n < nodes:
-                    _refresh(bits, place, n, absent, alone)
-                    _gains(bits, place, n, absent, alone, leave, enter)
-                    visits[n] = 64.0 * words - _common(absent[n], absent[n])
-            if i == nodes:
-                leave[best] = 0
-            if j == nodes:
-                leave[a] = 0
-            swaps += 1
-        if swaps == before:
-            break
-    return swaps
-
-
-@kernel
 def grouping_cost(bits: Any, load: Any, place: Any, world: Any) -> Any:
     """Priced visits, steeper where a node has many, + stiff * imbalance of a grouping."""
     source, target, price, stiff, _, steep = world
@@ -284,7 +143,7 @@ def grouping_cost(bits: Any, load: Any, place: Any, world: Any) -> Any:
     for n in range(target.shape[0]):
         weight = 0.0
         for e in range(place.shape[0]):
-            weight += load[e] * _part(place[e], n, source)
+            weight += load[e] * part(place[e], n, source)
         x = weight / target[n] - 1.0
         total += flow[n] + steep * flow[n] * flow[n] + stiff * x * x
     return total
@@ -322,7 +181,7 @@ def covariance(bits: Any, load: Any, tokens: int) -> Any:
     out = np.empty((experts, experts))
     for a in range(experts):
         for b in range(a + 1):
-            together = _common(bits[a], bits[b]) / tokens - load[a] * load[b]
+            together = common(bits[a], bits[b]) / tokens - load[a] * load[b]
             out[a, b] = together
             out[b, a] = together
     return out

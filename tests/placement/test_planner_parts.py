@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_ep.placement import Placement, RoutingStatistics, StepCosts, Topology, load_only, migration, packing, predict
+from ray_ep.placement import (
+    Placement,
+    RoutingStatistics,
+    StepCosts,
+    Topology,
+    load_only,
+    migration,
+    packing,
+    predict,
+    swaps,
+)
 from ray_ep.placement import search as kernels
 from ray_ep.placement.dispatch import simulate
 from ray_ep.placement.forecast import DRIFT, expected_load
@@ -115,7 +125,7 @@ def test_swaps_of_the_search_lower_the_cost_that_is_counted_token_by_token(seed,
     found, none = place.copy(), np.full(experts, -1)
     order = np.argsort(rng.random((20, experts)), axis=1)
     zero = np.zeros((experts, experts))
-    kernels.improve_grouping(bits, load, zero, found, world, none, np.zeros(experts), order)
+    swaps.improve_grouping(bits, load, zero, found, world, none, np.zeros(experts), order)
     assert (np.bincount(found, minlength=nodes) == np.bincount(place, minlength=nodes)).all()
     assert cost(found) <= cost(place) + 1e-9
     for a, b in itertools.combinations(range(experts), 2):  # no single swap is left that helps
