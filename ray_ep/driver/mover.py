@@ -19,6 +19,7 @@ from ray_ep.driver.recent import Facts, Recent, Step
 from ray_ep.driver.rundir import RunDir
 from ray_ep.driver.verdict import Question, Verdict, room_of
 from ray_ep.errors import BadInput
+from ray_ep.moe import Balance
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.placement.groups import in_words
 from ray_ep.placement.survive import check_room
@@ -65,7 +66,7 @@ class Mover:
         self.topology, self.placement = topology, placement
         self.rebalancer = Rebalancer(cfg.placement)
         self.recent = Recent(cfg.placement.decay)
-        self.level = level_of(cfg)
+        self.level = level_of(cfg, True)
         self.watch = LinkWatch(topology)
         self.watched = bool(cfg.topology.measure and (cfg.placement.every or cfg.placement.imbalance))
         self._quiet, self._quiet_until = QUIET, 0
@@ -79,6 +80,7 @@ class Mover:
         began = time.perf_counter()
         step = step_of(results, seconds)
         self.recent.add(step)
+        self.level = level_of(self.cfg, Balance(*results[0].usage.balance).layers > 0)
         self._say(*self.rebalancer.stepped(seconds))
         moving = self._answer(done)
         asked = self.run.take_request()
@@ -185,11 +187,11 @@ class Mover:
                 self.event(s.kind, s.message)
 
 
-def level_of(cfg: Config) -> str:
-    """What plans make even: as configured, or what balance inside the step leaves to them."""
+def level_of(cfg: Config, balanced: bool) -> str:
+    """What plans make even: as configured, or what balance inside the step leaves to them; `balanced`: it is on now."""
     if cfg.placement.level != "auto":
         return cfg.placement.level
-    return "rank" if cfg.balance.in_step == "off" else "node"
+    return "node" if balanced and cfg.balance.in_step != "off" else "rank"
 
 
 def facts_of(cfg: Config, config: PreTrainedConfig, expert_parameters: int, kind: str) -> Facts:

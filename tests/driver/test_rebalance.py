@@ -488,9 +488,11 @@ def test_changed_links_are_named_the_most_changed_first():
 
 
 def test_plans_leave_to_the_balance_inside_the_step_what_it_does():
-    assert level_of(load_config(None, ["balance.in_step=off"])) == "rank"
-    assert level_of(load_config(None, ["balance.in_step=auto"])) == "node"
-    assert level_of(load_config(None, ["balance.in_step=auto", "placement.level=rank"])) == "rank"
+    auto = load_config(None, ["balance.in_step=auto"])
+    assert level_of(load_config(None, ["balance.in_step=off"]), True) == "rank"
+    assert level_of(auto, True) == "node"
+    assert level_of(auto, False) == "rank", "it does not pay, and is off"
+    assert level_of(load_config(None, ["balance.in_step=auto", "placement.level=rank"]), True) == "rank"
 
 
 def test_more_nodes_to_survive_than_there_are_is_refused_at_the_start():
