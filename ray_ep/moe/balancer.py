@@ -26,6 +26,9 @@ _TRIAL_ROWS = 256
 _TRIAL_BYTES = 1 << 20
 """Least bytes of the trial that measures bandwidth: a small expert alone would measure latency, which guests share."""
 
+_TRIALS = 8
+"""Trials after which a rank that is slower in all of them is taken to be slower."""
+
 _SAME_SPEED = 1.5
 """Ranks whose trials differ by less count as equally fast."""
 
@@ -176,17 +179,8 @@ class Balancer:
     def _measure(self, weights: list[torch.Tensor], hidden: torch.Tensor) -> tuple[np.ndarray, float]:
         """Seconds of a pair's forward on each rank [R], bytes/s between ranks; the same on every rank (collective)."""
         matrices = [w for w in weights if w.dim() == 3]
-        inputs = [hidden.new_ones(_TRIAL_ROWS, w.shape[2]) for w in matrices]
         blocks = [w[0] if len(w) else w.new_zeros(w.shape[1:]) for w in matrices]
-        took = np.inf
-        for _ in range(5):
-            self.group.barrier()
-            _synchronise(hidden)
-            start = time.perf_counter()
-            for x, block in zip(inputs, blocks, strict=True):
-                x @ block.t()
-            _synchronise(hidden)
-            took = min(took, time.perf_counter() - start)
+        seconds = self._of_pair(blocks, hidden)
         message = torch.cat([b.reshape(-1) for b in blocks])
         message = message.repeat(-(-_TRIAL_BYTES // max(message.numel() * message.element_size(), 1)))
         received = torch.empty_like(message)
@@ -199,12 +193,31 @@ class Balancer:
             self.group.all_to_all(received, message, take, give)
             _synchronise(hidden)
             travel = min(travel, time.perf_counter() - start)
-        mine = torch.tensor([took / _TRIAL_ROWS, message.numel() * message.element_size() / travel])
-        every = self.group.all_gather(mine.double()).numpy()
-        seconds = every[:, 0].copy()
-        if seconds.max() < _SAME_SPEED * seconds.min():
-            seconds[:] = np.median(seconds)  # the same hardware: what differs is noise, which must not move tokens
-        return seconds, float(np.median(every[:, 1]))
+        speed = torch.tensor(message.numel() * message.element_size() / travel, dtype=torch.float64)
+        return seconds, float(self.group.all_gather(speed).median())
+
+    def _of_pair(self, blocks: list[torch.Tensor], hidden: torch.Tensor) -> np.ndarray:
+        """Seconds of a pair's forward on each rank [R]; one number where it may be the same hardware (collective).
+
+        What differs then is noise, which must not move tokens; a rank that looks slow is given more chances.
+        """
+        inputs = [hidden.new_ones(_TRIAL_ROWS, block.shape[1]) for block in blocks]
+        took = np.full(self.group.size, np.inf)
+        for _ in range(_TRIALS):
+            mine = np.inf
+            for _ in range(5):
+                self.group.barrier()
+                _synchronise(hidden)
+                start = time.perf_counter()
+                for x, block in zip(inputs, blocks, strict=True):
+                    x @ block.t()
+                _synchronise(hidden)
+                mine = min(mine, (time.perf_counter() - start) / _TRIAL_ROWS)
+            every = self.group.all_gather(torch.tensor(mine, dtype=torch.float64))
+            took = np.minimum(took, every.cpu().numpy())
+            if took.max() < _SAME_SPEED * took.min():
+                return np.full(self.group.size, np.median(took))
+        return took
 
 
 def _largest(group: Group, number: float) -> float:
