@@ -15,6 +15,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 
 from ray_ep.collective import SoloGroup
 from ray_ep.config import load_config
+from ray_ep.moe.balancer import Balancer
 from ray_ep.placement import contiguous, random
 from ray_ep.rank.data import Corpus, global_batch
 from ray_ep.rank.model import model_config
@@ -159,6 +160,20 @@ def test_thirty_steps_follow_the_single_process_trainer(case, size, sequences):
     assert want[-1].loss < want[0].loss - 0.2, "the reference learns"
     assert {s.grad_norm > 1.5 for s in want} == {True, False}, "some steps are clipped, some are not"
     assert_follows(train(size, 30, *overrides)[0], want)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_balance_inside_the_step_keeps_thirty_losses_to_1e_5_and_evens_skewed_ranks(size, monkeypatch):
+    free = lambda self, *_: (np.ones(self.group.size), 1e12)  # noqa: E731 so that a tiny layer has guests
+    monkeypatch.setattr(Balancer, "_measure", free)
+    overrides = ("router.aux_loss='off'", "batch.sequences=8", "batch.length=64")
+    skewed = contiguous(LAYERS, EXPERTS, size)
+    without, _ = train(size, 30, *overrides, "balance.in_step=off", placement=skewed)
+    results, ranks = train(size, 30, *overrides, "balance.in_step=always", placement=skewed)
+    assert [r.loss for r in results[0]] == pytest.approx([r.loss for r in without[0]], rel=1e-5)
+    done = ranks[0].ep.balancer.done
+    assert done.guests > 30
+    assert done.after / done.layers < 1.02 < 1.1 < done.before / done.layers
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
