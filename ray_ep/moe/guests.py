@@ -18,6 +18,9 @@ from ray_ep.collective import Group
 from ray_ep.moe.exchange import Meter
 from ray_ep.placement.step import StepPlan, StepRules
 
+_SERVES = 8
+"""Steps that a guest which stays is expected to be of use in: its price is spread over them."""
+
 _UNEVEN = 1.05
 """Imbalance that guests which fill their room must not leave."""
 
@@ -128,7 +131,9 @@ class Kept:
     """
 
     def __init__(self, rules: StepRules, slots: int, row_of: np.ndarray, held: int):
-        self._base, self._slots, self._own = replace(rules, guest_slots=slots), slots, (row_of, held)
+        cheaper = rules.expert_seconds / _SERVES
+        self._base, self._slots = replace(rules, guest_slots=slots, expert_seconds=cheaper), slots
+        self._own = row_of, held
         self._forget()
 
     def _forget(self) -> None:
