@@ -157,7 +157,7 @@ class Driver:
         check_survival(cfg, self.topology, plan.placement)
         tree = OmegaConf.to_container(cfg)
         shared = self.ranks.share(plan.corpus)
-        self.ranks.call("build", tree, plan.config, shared, plan.placement, self.topology.node_of)
+        self.ranks.call("build", tree, plan.config, shared, plan.placement, self.topology)
         if plan.checkpoint is not None:
             self.ranks.call("load", plan.checkpoint.directory.url, plan.checkpoint.step)
             self.done = self.saved = plan.checkpoint.step

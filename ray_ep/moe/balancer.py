@@ -56,7 +56,8 @@ class Limits:
         guest_mb: memory of a rank for guests. Kept until backward if it is enough for all layers, else of one layer at
             a time, and backward fetches them again.
         most: no rank computes more than this times its fair share, whatever it costs.
-        topology: measured links; None: every link inside a node counts as the one measured in the first pass.
+        topology: measured links, groups of ranks joined by fast ones as its nodes; None: links inside a node count as
+            those measured in the first pass, others as slow.
     """
 
     guest_mb: int = 512
@@ -166,18 +167,22 @@ class Balancer:
             topology = Topology(
                 np.where(near, bandwidth, np.inf), np.where(near, 1e-4, 0.0), self.nodes.node_of
             )  # between nodes unmeasured: step.py is careful there
-        alone = (topology.node_of[:, None] == topology.node_of[None]).sum() == self.group.size
-        if self.mode == "always" and alone and self.topology is None and not self._told:
-            self._told = True
-            log.warning("balance=always: no two ranks share a node and no link was measured fast; it goes on without")
+        else:  # inside nodes no faster than in the trial, where all ranks send at once
+            near = topology.node_of[:, None] == topology.node_of[None]
+            topology = replace(
+                topology, bandwidth=np.where(near, np.minimum(topology.bandwidth, bandwidth), topology.bandwidth)
+            )
         hidden_bytes = hidden.shape[1] * hidden.element_size()
         times = 3.0 if training else 1.0  # backward has twice the GEMMs of forward
         rules = StepRules.of(self.placement, layer, topology, size, times * seconds, hidden_bytes, slots, training)
+        if self.mode == "always" and rules.fast.sum() == self.group.size and not self._told:
+            self._told = True
+            log.warning("balance=always: no two ranks share a node and no link was measured fast; it goes on without")
         return rules if self._min_pairs is None else replace(rules, min_pairs=self._min_pairs)
 
     @torch.no_grad()
     def _measure(self, weights: list[torch.Tensor], hidden: torch.Tensor) -> tuple[np.ndarray, float]:
-        """Seconds of a pair's forward on each rank [R], bytes/s between ranks; the same on every rank (collective)."""
+        """Seconds of a pair's forward on each rank [R], bytes/s inside a node, equal on all ranks (collective)."""
         matrices = [w for w in weights if w.dim() == 3]
         blocks = [w[0] if len(w) else w.new_zeros(w.shape[1:]) for w in matrices]
         seconds = self._of_pair(blocks, hidden)
@@ -185,15 +190,18 @@ class Balancer:
         message = message.repeat(-(-_TRIAL_BYTES // max(message.numel() * message.element_size(), 1)))
         received = torch.empty_like(message)
         give, take = [0] * self.group.size, [0] * self.group.size
-        give[(self.group.rank + 1) % self.group.size] = take[self.group.rank - 1] = len(message)
+        mates = np.flatnonzero(self.nodes.node_of == self.nodes.node_of[self.group.rank])
+        place = int(np.flatnonzero(mates == self.group.rank)[0])
+        alone = len(mates) == 1
+        give[mates[(place + 1) % len(mates)]] = take[mates[place - 1]] = 0 if alone else len(message)
         travel = np.inf
         for _ in range(3):
             self.group.barrier()
             start = time.perf_counter()
-            self.group.all_to_all(received, message, take, give)
+            self.group.all_to_all(received[: sum(take)], message[: sum(give)], take, give)
             _synchronise(hidden)
             travel = min(travel, time.perf_counter() - start)
-        speed = torch.tensor(message.numel() * message.element_size() / travel, dtype=torch.float64)
+        speed = torch.tensor(np.inf if alone else message.numel() * message.element_size() / travel).double()
         return seconds, float(self.group.all_gather(speed).median())
 
     def _of_pair(self, blocks: list[torch.Tensor], hidden: torch.Tensor) -> np.ndarray:

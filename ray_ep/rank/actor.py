@@ -80,11 +80,12 @@ class RankActor:
         config: PreTrainedConfig,
         corpus: Corpus,
         placement: Placement,
-        node_of: np.ndarray,
+        topology: Topology,
     ) -> dict[str, int]:
         """Build the model on the joined group (collective); returns sizes for people."""
         group = next(iter(self.groups.values()))
-        self.work = Rank(from_dict(cfg), config, corpus, group, placement, node_of, self.device)
+        where = (topology.node_of, self.device, topology)
+        self.work = Rank(from_dict(cfg), config, corpus, group, placement, *where)
         return {"parameters": sum(p.numel() for p in self.work.model.parameters())}
 
     def choose_exchange(self, step: int) -> Choice:

@@ -7,7 +7,7 @@ B sequences of the global batch, L MoE layers, E experts, R ranks.
 from __future__ import annotations
 
 import time
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from math import log
 from typing import Any
 
@@ -30,7 +30,7 @@ from ray_ep.moe import (
     settle,
     update_bias,
 )
-from ray_ep.placement import Placement, RoutingStatistics
+from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.rank.checkpoint import Checkpoint, Directory, load_rank, save_rank
 from ray_ep.rank.data import Corpus, global_batch, held_out_batch
 from ray_ep.rank.model import build
@@ -85,6 +85,7 @@ class Rank:
         corpus: the same on every rank; the batch is cut from it by (seed, step).
         node_of: [R] node of each rank.
         device: where this rank computes; the group must take its tensors. Only cpu has been run yet.
+        topology: links, for the balance inside the step; None, or not measured: it measures a few itself.
     """
 
     def __init__(
@@ -96,11 +97,12 @@ class Rank:
         placement: Placement,
         node_of: np.ndarray | None = None,
         device: torch.device | str = "cpu",
+        topology: Topology | None = None,
     ):
         self.cfg, self.corpus, self.group, self.device = cfg, corpus, group, torch.device(device)
         sample = cfg.statistics.sample // group.size
         options = {"node_of": node_of, "sample": sample, "device": self.device, "balance": cfg.balance.in_step}
-        options["limits"] = Limits(cfg.balance.guest_mb, cfg.balance.most)
+        options["limits"] = Limits(cfg.balance.guest_mb, cfg.balance.most, _links(topology))
         self.model = build(cfg.model, config, cfg.seed, group, placement, **options)
         self.ep: ExpertParallel = self.model.ray_ep
         self.ep.routing.force = cfg.router.force
@@ -257,3 +259,10 @@ class Rank:
         now, exchange, experts = time.perf_counter(), meter.seconds["exchange"], meter.seconds["experts"]
         balance = np.array(astuple(self.ep.balancer.done), np.float64)
         return Usage(now, exchange, experts, counters.seconds, meter.sent.copy(), meter.pairs.copy(), balance)
+
+
+def _links(topology: Topology | None) -> Topology | None:
+    """Measured links, with the groups that they make in place of what nodes are called; None: not measured."""
+    if topology is None or topology.groups is None or not np.isfinite(topology.bandwidth).any():
+        return None
+    return replace(topology, node_of=topology.groups)

@@ -31,7 +31,7 @@ def placements(recorded, topology, costs):
     ranks = topology.num_ranks
     found = {"contiguous": contiguous(layers, experts, ranks)}
     found |= {f"random {seed}": random(layers, experts, ranks, seed=seed) for seed in range(2)}
-    found["load-only"] = load_only(recorded.load, ranks, None, topology.node_of)
+    found["load-only"] = load_only(recorded.load, ranks, None, topology)
     for level in ("node", "rank"):
         found[f"plan, {level}"] = plan(recorded, topology, level=level, costs=costs)
     planned, static = found["plan, rank"], found["contiguous"]
@@ -62,7 +62,7 @@ def hot(load, topology):
 def turn(ranks, checked, cfg, placement, topology, steps):
     """Metrics of each step of one turn."""
     tree, corpus = OmegaConf.to_container(cfg), ranks.share(checked.corpus)
-    ranks.call("build", tree, checked.config, corpus, placement, topology.node_of)
+    ranks.call("build", tree, checked.config, corpus, placement, topology)
     ranks.call("choose_exchange", 0)
     lines = []
     for step in range(steps):
