@@ -34,7 +34,7 @@ test-distributed: setup
 	$(BIN)/pytest tests/distributed
 
 netlab: setup  # needs root and iproute2: skipped, with the reason, where they are not
-	$(BIN)/pytest tests/netlab
+	$(BIN)/pytest -m "lab or not lab" tests/netlab
 
 docs: setup
 	$(BIN)/python -m ray_ep.config.docs > docs/configuration.md

@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 from .conftest import command, needs_root, netlab
 from .skewed import write
 
-pytestmark = [needs_root, pytest.mark.slow]
+pytestmark = [needs_root, pytest.mark.slow, pytest.mark.lab]
 
 FOUR = {
     "default": "80mbit",
