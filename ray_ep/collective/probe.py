@@ -17,7 +17,17 @@ import torch
 from ray_ep.collective.group import Group, SoloGroup, TorchGroup
 from ray_ep.errors import GroupError, PlacementError
 from ray_ep.placement.groups import find_groups
-from ray_ep.placement.probe import LinkFit, assemble, fit, round_budget, rounds, time_link
+from ray_ep.placement.probe import (
+    LinkFit,
+    Pair,
+    assemble,
+    disjoint_rounds,
+    fit,
+    round_budget,
+    rounds,
+    time_link,
+    with_fits,
+)
 from ray_ep.placement.topology import Topology
 
 PATIENCE_S = 20.0
@@ -90,15 +100,49 @@ def measure(
     """
     if len(node_of) != group.size:
         raise PlacementError(f"probe: node_of names {len(node_of)} ranks, the group has {group.size}")
-    if not (math.isfinite(budget_s) and budget_s > 0):
-        raise PlacementError(f"probe: budget_s is {budget_s}, expected a positive number of seconds")
     if isinstance(group, SoloGroup):
         return Topology.of_nodes(list(node_of))
+    fits, now = _time(group, rounds(node_of), budget_s, device, messages, clock)
+    return find_groups(assemble(node_of, fits, measured_at=now))
+
+
+def measure_links(
+    group: Group,
+    known: Topology,
+    pairs: Sequence[Pair],
+    budget_s: float,
+    device: torch.device | str = "cpu",
+    messages: Messages | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Topology:
+    """`known` with the links between some pairs of ranks, both ways, as they are now (collective, as `measure` is).
+
+    Args:
+        pairs: the same on every rank. The others as in `measure`.
+
+    Raises:
+        PlacementError, ProbeError: as `measure`.
+    """
+    plan = disjoint_rounds(known.node_of, pairs)
+    fits, now = _time(group, plan, budget_s, device, messages, clock)
+    return with_fits(known, fits, now)
+
+
+def _time(
+    group: Group,
+    plan: list[list[Pair]],
+    budget_s: float,
+    device: torch.device | str,
+    messages: Messages | None,
+    clock: Callable[[], float],
+) -> tuple[dict[Pair, LinkFit], float]:
+    """(Fits of both directions of every pair of the plan, rank 0's seconds since 1970), the same on every rank."""
+    if not (math.isfinite(budget_s) and budget_s > 0):
+        raise PlacementError(f"probe: budget_s is {budget_s}, expected a positive number of seconds")
     if messages is None:
         if not isinstance(group, TorchGroup):
             raise PlacementError(f"probe: {type(group).__name__} has no messages between two ranks: give `messages`")
         messages = PointToPoint(group)
-    plan = rounds(node_of)
     mine = torch.full((group.size, 4), math.nan, dtype=torch.float64)  # latency, bandwidth, spread, time of day
     mine[:, 3] = time.time()
     start, now, partner = clock(), "starting", None
@@ -125,7 +169,7 @@ def measure(
     fits = {
         (a, b): LinkFit(*everything[a, b, :3].tolist()) for pairs in plan for x, y in pairs for a, b in ((x, y), (y, x))
     }
-    return find_groups(assemble(node_of, fits, measured_at=float(everything[0, 0, 3])))
+    return fits, float(everything[0, 0, 3])
 
 
 class _End:

@@ -1,4 +1,4 @@
-"""The rebalancer's hands: between steps it asks the ranks for samples, measures links again, and has experts moved.
+"""The rebalancer's hands: between steps it asks the ranks for samples, has links watched (links.py) and experts moved.
 
 When and whether is decided in rebalance.py and verdict.py. Every call here is made between two steps of the driver.
 """
@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
 
 import numpy as np
 from transformers import PreTrainedConfig
 
 from ray_ep.config.schema import Config
-from ray_ep.driver.probe import measured
+from ray_ep.driver.links import Links, Ranks
 from ray_ep.driver.rebalance import Rebalancer, Said
 from ray_ep.driver.recent import Facts, Recent, Step
 from ray_ep.driver.rundir import RunDir
@@ -21,25 +20,11 @@ from ray_ep.driver.verdict import Question, Verdict, room_of
 from ray_ep.errors import BadInput
 from ray_ep.moe import Balance
 from ray_ep.placement import Placement, RoutingStatistics, Topology
-from ray_ep.placement.groups import in_words
 from ray_ep.placement.survive import check_room
-from ray_ep.placement.watch import LinkWatch
 from ray_ep.rank.rank import StepResult
 
-QUIET = 20
-"""Steps after a measurement of the links before exchanges may ask for another; twice as many after each in vain."""
-CHANGED = 1.5
-"""A link that is slower or faster by this factor when it is measured again has changed."""
-
-
-class Ranks(Protocol):
-    """Of the driver's ranks what is used here."""
-
-    def call(self, method: str, *args: Any) -> list[Any]:
-        """Call a method on all ranks; results in rank order."""
-
-    def topology(self) -> Topology:
-        """Who shares a node."""
+LOOK = 100
+"""Steps between two looks at slowed links where placement.every is 0 and only imbalance asks."""
 
 
 class Mover:
@@ -49,7 +34,7 @@ class Mover:
         event: tells an operator: kind, message.
 
     Attributes:
-        placement: that the ranks have now. topology: as it was measured last.
+        placement: that the ranks have now.
     """
 
     def __init__(
@@ -63,13 +48,17 @@ class Mover:
         event: Callable[[str, str], None],
     ):
         self.cfg, self.run, self.ranks, self.facts, self.event = cfg, run, ranks, facts, event
-        self.topology, self.placement = topology, placement
+        self.placement = placement
         self.rebalancer = Rebalancer(cfg.placement)
         self.recent = Recent(cfg.placement.decay)
         self.level = level_of(cfg, True)
-        self.watch = LinkWatch(topology)
+        self.links = Links(ranks, topology, cfg.topology.budget_s, cfg.placement.every or LOOK, run.topology, event)
         self.watched = bool(cfg.topology.measure and (cfg.placement.every or cfg.placement.imbalance))
-        self._quiet, self._quiet_until = QUIET, 0
+
+    @property
+    def topology(self) -> Topology:
+        """The links as they were measured last."""
+        return self.links.topology
 
     def after_step(self, done: int, results: list[StepResult], seconds: float) -> dict[str, float]:
         """What is due after `done` steps, of which the last took `seconds`.
@@ -84,8 +73,9 @@ class Mover:
         self._say(*self.rebalancer.stepped(seconds))
         moving = self._answer(done)
         asked = self.run.take_request()
-        links = self.watched and self._look_at_links(done, step)
-        if self.rebalancer.due(done, self._imbalance(), asked, links):
+        if self.watched and self.links.changed(done, step):
+            self._say(self.rebalancer.links_changed())
+        if self.rebalancer.due(done, self._imbalance(), asked):
             self._ask(done)
         return {"migration_seconds": moving, "rebalance_seconds": time.perf_counter() - began}
 
@@ -120,7 +110,7 @@ class Mover:
         self.placement = placement
         self.run.placement(placement)
         self.rebalancer.moved(verdict, done, seconds)
-        self.watch = LinkWatch(self.topology)  # other bytes on the links: what is usual is learnt anew
+        self.links.moved()
         return seconds
 
     def _ask(self, done: int) -> None:
@@ -160,26 +150,6 @@ class Mover:
             return RoutingStatistics(self.recent.load, sample=sample)
         counted = RoutingStatistics.merge(self.ranks.call("statistics"), 0)
         return RoutingStatistics(self.recent.load, counted.coactivation)
-
-    def _look_at_links(self, done: int, step: Step) -> bool:
-        """Whether a link has changed, as exchanges of the last steps suspect and a measurement confirms.
-
-        A step's exchanges are many, and ranks wait for each other in them: what they suspect is always measured.
-        """
-        # A rank that had less to compute has waited in its exchanges for the one that had most.
-        net = np.maximum(step.exchange - (step.experts.max() - step.experts), 0.0)
-        suspected = self.watch.observe_exchange(step.sent, net)
-        if not suspected or done < self._quiet_until:
-            return False
-        old, self.topology = self.topology, measured(self.ranks, self.cfg.topology.budget_s)  # type: ignore[arg-type]
-        found = changed_links(old, self.topology)
-        self._quiet = QUIET if found else 2 * self._quiet
-        self._quiet_until = done + self._quiet
-        self.watch = LinkWatch(self.topology)
-        self.run.topology(self.topology)
-        words = "; ".join(found) or f"measured again and found as before (suspected: {suspected[0].words})"
-        self.event("topology", f"after step {done}: {words}")
-        return bool(found)
 
     def _say(self, *said: Said | None) -> None:
         for s in said:
@@ -230,21 +200,3 @@ def step_of(results: list[StepResult], seconds: float) -> Step:
         sent=np.stack([u.sent for u in usage]),
         seconds=seconds,
     )
-
-
-def changed_links(old: Topology, new: Topology) -> list[str]:
-    """Links whose bandwidth is not what it was, one phrase each, the most changed first, at most eight."""
-    n = new.num_ranks
-    known = np.isfinite(old.bandwidth) & np.isfinite(new.bandwidth) & ~np.eye(n, dtype=bool)
-    factor = np.divide(old.bandwidth, new.bandwidth, out=np.ones((n, n)), where=known)
-    amount = np.abs(np.log(factor))
-    order = np.argsort(-amount, axis=None, kind="stable")
-    found = []
-    for a, b in zip(*np.unravel_index(order[: min(8, n * n)], (n, n)), strict=True):
-        if amount[a, b] > np.log(CHANGED):
-            how = f"{factor[a, b]:.1f} times slower" if factor[a, b] > 1 else f"{1 / factor[a, b]:.1f} times faster"
-            found.append(
-                f"the link from rank {a} to rank {b} is {how}: {in_words(new.bandwidth[a, b])} instead of "
-                f"{in_words(old.bandwidth[a, b])}"
-            )
-    return found

@@ -69,8 +69,8 @@ class Said:
 class Rebalancer:
     """Knows when a decision is due, makes it beside the steps, and judges the moves by what steps took afterwards.
 
-    Between steps its owner calls in this order: `stepped`; `answer` (and after a move `moved`, or `failed`); `due`, and
-    where that names a reason `ask`, or `failed`.
+    Between steps its owner calls in this order: `stepped`; `answer` (and after a move `moved`, or `failed`);
+    `links_changed`, where they have; `due`, and where that names a reason `ask`, or `failed`.
 
     Attributes:
         caution, slower: see verdict.Question.
@@ -114,16 +114,34 @@ class Rebalancer:
             )
         return said
 
-    def due(self, step: int, imbalance: float, on_demand: bool = False, links: bool = False) -> str:
+    def links_changed(self) -> Said | None:
+        """The topology is another one: a decision is due, one being made does not hold, steps before and after differ.
+
+        Returns:
+            what to say of a move whose gain cannot be measured for that.
+        """
+        self._wanted, self._urgent = "links have changed", True
+        self._stale = self._stale or self._planning is not None
+        self.caution = 1.0  # the move that disappointed may have done so since a link had slowed by then
+        self._seconds.clear()
+        trial, self._trial = self._trial, None
+        if trial is None:
+            return None
+        return Said(
+            "rebalance",
+            f"the gain of the move of step {trial.step} was not measured: links have changed meanwhile; "
+            f"{1e3 * trial.verdict.gain:.3g} ms a step were predicted",
+        )
+
+    def due(self, step: int, imbalance: float, on_demand: bool = False) -> str:
         """The reason to decide now, after `step` steps; empty: none, or not yet.
 
         Args:
             imbalance: busiest over mean rank (or node) of recent steps.
-            on_demand: somebody asked. links: the topology has changed since the last call.
+            on_demand: somebody asked.
         """
-        if on_demand or links:
-            self._wanted, self._urgent = "links have changed" if links else "on demand", True
-            self._stale = self._stale or (links and self._planning is not None)
+        if on_demand and not self._urgent:
+            self._wanted, self._urgent = "on demand", True
         elif not self._wanted:
             self._wanted = self._regular(step, imbalance)
         if not self._wanted or self._planning is not None or (self._trial is not None and not self._urgent):
@@ -157,7 +175,8 @@ class Rebalancer:
         self._progress()
         if verdict.links > 0:  # between what links promise and what was seen now, for neither is the whole truth
             self.slower = max((self.slower * seconds / verdict.links) ** 0.5, 1.0)
-        self._trial = Trial(verdict, step, median(self._seconds or [verdict.step_seconds]), seconds)
+        before = median(self._seconds or [verdict.step_seconds + verdict.gain])
+        self._trial = Trial(verdict, step, before, seconds)
         self._seconds.clear()
 
     def failed(self, step: int, message: str) -> Said:

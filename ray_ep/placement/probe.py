@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -83,6 +83,30 @@ def rounds(
             pairs = [_representatives(nodes[a], nodes[b], sample, first[a, b].tolist()) for a, b in meetings]
             plan.append([(min(p), max(p)) for p in pairs if p])
     return [pairs for pairs in plan if pairs]
+
+
+def disjoint_rounds(node_of: Sequence[int] | npt.NDArray[np.int64], pairs: Sequence[Pair]) -> list[list[Pair]]:
+    """These pairs of ranks in rounds that can each run at once, by the rules of `rounds`; first come, first placed.
+
+    Args:
+        node_of: [R] node of each rank. pairs: in any order and direction; each is measured once.
+
+    Raises:
+        PlacementError: a pair that is not of two ranks.
+    """
+    found: list[tuple[list[Pair], set[tuple[str, int]]]] = []
+    for a, b in dict.fromkeys((min(p), max(p)) for p in pairs):
+        if not 0 <= a < b < len(node_of):
+            raise PlacementError(f"probe: a link from rank {a} to rank {b}, expected two of {len(node_of)} ranks")
+        busy = {("rank", a), ("rank", b)}
+        if node_of[a] != node_of[b]:
+            busy |= {("node", int(node_of[a])), ("node", int(node_of[b]))}
+        free = next((i for i, (_, taken) in enumerate(found) if not taken & busy), len(found))
+        if free == len(found):
+            found.append(([], set()))
+        found[free][0].append((a, b))
+        found[free][1].update(busy)
+    return [pairs for pairs, _ in found]
 
 
 def _representatives(one: list[int], other: list[int], sample: int, first: Pair) -> Pair | None:
@@ -235,15 +259,7 @@ def assemble(
     nodes, count = _members(node_of), len(node_of)
     values = np.full((3, count, count), np.nan)  # latency, bandwidth, spread
     for (a, b), f in fits.items():
-        if not (0 <= a < count and 0 <= b < count and a != b):
-            raise PlacementError(f"probe: a link from rank {a} to rank {b}, expected two of {count} ranks")
-        right = math.isfinite(f.latency) and f.latency >= 0 and math.isfinite(f.bandwidth) and f.bandwidth > 0
-        if not right or not (math.isfinite(f.spread) and f.spread >= 0):
-            raise PlacementError(
-                f"probe: link from rank {a} to rank {b}: latency {f.latency:g} s, bandwidth {f.bandwidth:g} bytes/s, "
-                f"spread {f.spread:g}; expected finite values, latency and spread not negative, bandwidth positive"
-            )
-        values[:, a, b] = f.latency, f.bandwidth, f.spread
+        values[:, a, b] = _checked(a, b, f, count)
     measured = np.isfinite(values[0])
     values = np.where(np.isnan(values), values.transpose(0, 2, 1), values)
     for one in nodes:
@@ -260,6 +276,37 @@ def assemble(
         measured=measured,
         measured_at=measured_at,
     )
+
+
+def with_fits(known: Topology, fits: Mapping[Pair, LinkFit], measured_at: float) -> Topology:
+    """`known` with these links, by (source, destination), as measured at that time.
+
+    Raises:
+        PlacementError: as `assemble`.
+    """
+    count = known.num_ranks
+    spread = np.zeros((count, count)) if known.spread is None else known.spread
+    measured = np.zeros((count, count), dtype=bool) if known.measured is None else known.measured
+    values, measured = np.stack([known.latency, known.bandwidth, spread]), measured.copy()
+    for (a, b), f in fits.items():
+        values[:, a, b], measured[a, b] = _checked(a, b, f, count), True
+    latency, bandwidth, spread = values
+    return replace(
+        known, bandwidth=bandwidth, latency=latency, spread=spread, measured=measured, measured_at=measured_at
+    )
+
+
+def _checked(a: int, b: int, f: LinkFit, count: int) -> tuple[float, float, float]:
+    """(latency, bandwidth, spread) of the link from a to b; raises PlacementError where one cannot be."""
+    if not (0 <= a < count and 0 <= b < count and a != b):
+        raise PlacementError(f"probe: a link from rank {a} to rank {b}, expected two of {count} ranks")
+    right = math.isfinite(f.latency) and f.latency >= 0 and math.isfinite(f.bandwidth) and f.bandwidth > 0
+    if not right or not (math.isfinite(f.spread) and f.spread >= 0):
+        raise PlacementError(
+            f"probe: link from rank {a} to rank {b}: latency {f.latency:g} s, bandwidth {f.bandwidth:g} bytes/s, "
+            f"spread {f.spread:g}; expected finite values, latency and spread not negative, bandwidth positive"
+        )
+    return f.latency, f.bandwidth, f.spread
 
 
 def _filled(block: npt.NDArray[np.float64], one: list[int], other: list[int]) -> npt.NDArray[np.float64]:

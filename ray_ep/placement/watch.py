@@ -55,6 +55,7 @@ class LinkWatch:
         self._links: dict[tuple[int, int], deque[tuple[float, float]]] = {}  # (bytes, seconds)
         self._ranks: dict[int, deque[tuple[float, npt.NDArray[np.float64]]]] = {}  # (seconds, times said [2, R])
         self._usual: dict[int, float] = {}  # seconds of a rank's exchange over what the links say, when all was well
+        self._before: dict[int, float] = {}  # that, with other bytes on the links
 
     def observe(self, source: int, destination: int, size: float, seconds: float) -> Change | None:
         """One message of `size` bytes took `seconds`, nothing waited for.
@@ -112,6 +113,14 @@ class LinkWatch:
         slow = {r: ratio for r in ranks.tolist() if (ratio := self._slow(r, float(took[r]), both[r]))}
         return self._blame(slow)
 
+    def moved(self) -> None:
+        """Experts have moved, and with them the bytes on the links: how a rank's time compares is learnt anew.
+
+        But where it then compares worse by the factor, that is taken for a link that slowed meanwhile.
+        """
+        self._before, self._usual = {**self._before, **self._usual}, {}
+        self._ranks.clear()
+
     def _slow(self, rank: int, took: float, said: npt.NDArray[np.float64]) -> float:
         """How much slower than usual the rank was in each of the last exchanges; 0: it was not."""
         seen = self._ranks.setdefault(rank, deque(maxlen=self.observations))
@@ -119,10 +128,12 @@ class LinkWatch:
         if len(seen) < self.observations:
             return 0.0
         ratios = [t / float(s.sum(1).max()) for t, s in seen]
-        usual = self._usual.setdefault(rank, float(np.median(ratios)))
+        now = float(np.median(ratios))
+        before = self._before.pop(rank, now)
+        usual = self._usual.setdefault(rank, now if now < self.factor * before else before)
         # An exchange whose links all run at once is faster than their sum: then the usual falls to that.
-        self._usual[rank] = usual = min(usual, float(np.median(ratios)))
-        return float(np.median(ratios)) / usual if min(ratios) >= self.factor * usual else 0.0
+        self._usual[rank] = usual = min(usual, now)
+        return now / usual if min(ratios) >= self.factor * usual else 0.0
 
     def _blame(self, slow: dict[int, float]) -> list[Change]:
         changes: list[Change] = []

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from ray_ep.collective import Group, SoloGroup, StagedGroup
 from ray_ep.collective.nvml import gpu_links, library
-from ray_ep.collective.probe import measure
+from ray_ep.collective.probe import measure, measure_links
 from ray_ep.collective.ray_backend import join, leave, usable
 from ray_ep.config import from_dict
 from ray_ep.moe import Choice, Moved
@@ -69,6 +69,10 @@ class RankActor:
     def probe(self, node_of: np.ndarray, budget_s: float) -> Topology:
         """`measure` on the joined group, the first of its transports (collective)."""
         return measure(next(iter(self.groups.values())), node_of, budget_s, str(self.device))
+
+    def probe_links(self, known: Topology, pairs: list[tuple[int, int]], budget_s: float) -> Topology:
+        """`measure_links` on the same group (collective)."""
+        return measure_links(next(iter(self.groups.values())), known, pairs, budget_s, str(self.device))
 
     def gpu_links(self) -> GpuLinks | None:
         """What the driver of this rank's GPU says of its links; None without one."""
