@@ -61,7 +61,8 @@ def test_a_group_is_connected_when_it_is_made_not_at_its_first_use(ranks):
 
     before = sockets()
     for made, used in ranks(3, work):
-        assert made == used > before
+        assert made > before
+        assert used <= made  # fewer: an earlier test's may go meanwhile
 
 
 def sockets():
