@@ -2,6 +2,8 @@
 
 import ast
 import re
+import sys
+from importlib.metadata import requires
 from pathlib import Path
 
 from ray_ep.config import fields
@@ -9,6 +11,19 @@ from ray_ep.config import fields
 ROOT = Path(__file__).parent.parent / "ray_ep"
 FILES = sorted(ROOT.rglob("*.py"))
 READS_ENVIRONMENT = {"driver/cluster.py", "cli/__init__.py", "bench/layer.py"}
+
+
+MODULE_OF = {"pyyaml": "yaml", "cupy-cuda12x": "cupy", "nvidia-ml-py": "pynvml"}
+COMES_WITH = {"tokenizers": "transformers", "markupsafe": "jinja2", "yaml": "omegaconf"}
+OURS = {"ray_ep", "tests", "llep", "lab", "network", "nodes"}  # the last three: cluster/netlab
+
+
+def imported(path):
+    """Packages that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+        yield from (name.split(".")[0] for name in names)
 
 
 def functions(path):
@@ -55,3 +70,12 @@ def test_every_configuration_key_is_read_by_somebody():
         section, _, leaf = key.rpartition(".")
         reads = rf"(?<!import )(?<!from ray_ep)\b(?:cfg|{section or 'cfg'})\.(?:\w+\.)?{leaf}\b"
         assert re.search(reads, code), f"nobody reads {key}"
+
+
+def test_whatever_is_imported_is_declared():
+    """A package that happens to be installed here is missing elsewhere."""
+    names = {re.match(r"[\w-]+", requirement)[0].lower() for requirement in requires("ray_ep")}
+    declared = {MODULE_OF.get(name, name.replace("-", "_")) for name in names}
+    for path in [*FILES, *(ROOT.parent / "tests").rglob("*.py"), *(ROOT.parent / "cluster").rglob("*.py")]:
+        for module in set(imported(path)) - sys.stdlib_module_names - OURS:
+            assert COMES_WITH.get(module, module) in declared, f"{path}: {module}"
