@@ -1,4 +1,4 @@
-"""Groups of ranks: the interface, and its implementation over torch process groups.
+"""Groups of ranks: the interface, and the group of one rank.
 
 No autograd here (that is ray_ep.moe), no Ray (that is ray_backend.py). Imports errors and torch.
 """
@@ -6,14 +6,11 @@ No autograd here (that is ray_ep.moe), no Ray (that is ray_backend.py). Imports 
 from __future__ import annotations
 
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ray_ep.errors import GroupError
 
@@ -147,129 +144,6 @@ class SplittableGroup(Group):
             raise GroupError(f"rank {self.rank}: the group of epoch {self.epoch} is closed or aborted")
 
 
-class TorchGroup(SplittableGroup):
-    """A torch ProcessGroup behind the `Group` interface.
-
-    Args:
-        process_group: ProcessGroupGloo, or torch's default group.
-        timeout_s: a collective that takes longer raises GroupError.
-        on_close: called once by `close`.
-        form: makes the new group of a split from this one and every rank's color; None: it cannot be split.
-    """
-
-    def __init__(
-        self,
-        process_group: Any,
-        rank: int,
-        size: int,
-        epoch: int = 0,
-        timeout_s: float = 300.0,
-        on_close: Callable[[], None] = lambda: None,
-        form: Callable[[TorchGroup, list[int]], TorchGroup] | None = None,
-    ):
-        super().__init__(rank, size, epoch, timeout_s)
-        self._pg, self._on_close, self._make = process_group, on_close, form
-
-    def all_to_all(
-        self, output: torch.Tensor, input: torch.Tensor, output_sizes: Sequence[int], input_sizes: Sequence[int]
-    ) -> None:
-        start = time.perf_counter()
-        self._run(lambda: self._pg.alltoall_base(output, input, list(output_sizes), list(input_sizes)))
-        self.seconds += time.perf_counter() - start
-
-    def begin_all_to_all(
-        self, output: torch.Tensor, input: torch.Tensor, output_sizes: Sequence[int], input_sizes: Sequence[int]
-    ) -> Callable[[], None]:
-        started: list[Any] = []
-        start = lambda: self._pg.alltoall_base(output, input, list(output_sizes), list(input_sizes))  # noqa: E731
-        self._run(start, started.append)
-
-        def end() -> None:
-            began = time.perf_counter()
-            self._run(started.pop)
-            self.seconds += time.perf_counter() - began
-
-        return end
-
-    def all_gather(self, input: torch.Tensor) -> torch.Tensor:
-        start = time.perf_counter()
-        output = input.new_empty(self.size, *input.shape)
-        self._run(lambda: self._pg.allgather([list(output.unbind())], [input.contiguous()]))
-        self.seconds += time.perf_counter() - start
-        return output
-
-    def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> None:
-        options = dist.AllreduceOptions()
-        options.reduceOp = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op]
-        self._run(lambda: self._pg.allreduce([tensor], options))
-
-    def broadcast(self, tensor: torch.Tensor, source: int) -> None:
-        options = dist.BroadcastOptions()
-        options.rootRank = source
-        self._run(lambda: self._pg.broadcast([tensor], options))
-
-    def barrier(self) -> None:
-        self._run(lambda: self._pg.barrier(dist.BarrierOptions()))
-
-    def close(self) -> None:
-        super().close()
-        self._on_close()
-        self._pg, self._on_close = None, lambda: None
-
-    def send(self, tensor: torch.Tensor, to: int, limit_s: float | None = None) -> None:
-        """Point to point; returns when the tensor may be changed.
-
-        gloo closes the connection when a wait for a single message runs out, so this waits once, not in slices: for
-        `limit_s` (None: the group's time limit), after which the group is unusable. An abort is seen only then.
-        """
-        self._run(lambda: self._pg.send([tensor], to, 0), lambda work: self._finish_message(work, limit_s))
-
-    def receive(self, tensor: torch.Tensor, source: int, limit_s: float | None = None) -> None:
-        """Counterpart of `send`, in place."""
-        self._run(lambda: self._pg.recv([tensor], source, 0), lambda work: self._finish_message(work, limit_s))
-
-    def _form(self, colors: list[int]) -> TorchGroup:
-        if self._make is None:
-            raise GroupError(f"rank {self.rank}: this group cannot be split: split the one that it came from")
-        return self._make(self, colors)
-
-    def _run(self, start: Callable[[], Any], finish: Callable[[Any], None] | None = None) -> None:
-        """Start a call and finish it (None: as a collective); every failure becomes GroupError, at this one place."""
-        self._check()
-        try:
-            (finish or self._finish)(start())
-        except RuntimeError as e:
-            self._aborted.set()
-            raise GroupError(
-                f"rank {self.rank}: a peer of epoch {self.epoch} is gone: {str(e).splitlines()[0]}"
-            ) from None
-
-    def _finish_message(self, work: Any, limit_s: float | None) -> None:
-        """Wait for a started message, once."""
-        work.wait(timedelta(seconds=self.timeout_s if limit_s is None else limit_s))
-
-    def _finish(self, work: Any) -> None:
-        """Wait for a started collective in slices."""
-        limit = time.monotonic() + self.timeout_s
-        while True:
-            try:
-                work.wait(SLICE)
-                return
-            except RuntimeError as e:
-                if "imed out" not in str(e):
-                    raise
-                if work.is_completed():  # it ended between the slice's end and here: this wait says how
-                    work.wait()
-                    return
-            if self._aborted.is_set():
-                raise GroupError(f"rank {self.rank}: the group of epoch {self.epoch} was aborted")
-            if time.monotonic() > limit:
-                self._aborted.set()
-                raise GroupError(
-                    f"rank {self.rank}: no answer from the peers of epoch {self.epoch} in {self.timeout_s:g} s"
-                )
-
-
 class SoloGroup(Group):
     """The group of one rank: every exchange is a copy."""
 
@@ -301,72 +175,6 @@ class SoloGroup(Group):
 
     def close(self) -> None:
         pass
-
-
-def from_torch(timeout_s: float = 300.0) -> Group:
-    """The default torch process group (as torchrun makes it) as a `Group`.
-
-    Raises:
-        GroupError: torch.distributed is not initialised.
-    """
-    if not dist.is_initialized():
-        raise GroupError(
-            "no torch process group: call torch.distributed.init_process_group first (or run under torchrun)"
-        )
-    rank, size = dist.get_rank(), dist.get_world_size()
-    if "nccl" in dist.get_backend():
-        from ray_ep.collective.torch_nccl import TorchNcclGroup  # it builds on this module
-
-        return TorchNcclGroup(dist.group.WORLD, rank, size, timeout_s=timeout_s, form=_new_group)
-    return TorchGroup(dist.group.WORLD, rank, size, timeout_s=timeout_s, form=_new_group)
-
-
-def _new_group(parent: TorchGroup, colors: list[int]) -> TorchGroup:
-    """A subgroup of torch's default group: torch wants every rank to make every group, in the same order."""
-    limit = timedelta(seconds=parent.timeout_s)
-    made = {
-        color: dist.new_group([r for r, c in enumerate(colors) if c == color], timeout=limit)
-        for color in sorted(set(colors))
-    }
-    own, members = made[colors[parent.rank]], same_color(colors, parent.rank)
-    return type(parent)(
-        own, members.index(parent.rank), len(members), parent.epoch, parent.timeout_s,
-        on_close=lambda: dist.destroy_process_group(own),
-    )  # fmt: skip
-
-
-def gloo(
-    store: dist.Store, rank: int, size: int, epoch: int = 0, host: str | None = None, timeout_s: float = 300.0
-) -> TorchGroup:
-    """A gloo group of its own over a rendezvous store; all ranks call it, and it is warm when it returns.
-
-    Args:
-        host: address of this rank's network interface; None: what the host name resolves to.
-    """
-    group = _gloo(dist.PrefixStore(f"epoch-{epoch}", store), rank, size, epoch, host, timeout_s)
-    group._warm()
-    return group
-
-
-def _gloo(store: dist.Store, rank: int, size: int, epoch: int, host: str | None, timeout_s: float) -> TorchGroup:
-    options = dist.ProcessGroupGloo._Options()
-    options._timeout = timedelta(seconds=timeout_s)
-    options._threads = 2
-    device = (
-        dist.ProcessGroupGloo.create_device(hostname=host) if host else dist.ProcessGroupGloo.create_default_device()
-    )
-    options._devices = [device]
-    try:
-        process_group = dist.ProcessGroupGloo(store, rank, size, options)
-    except RuntimeError as e:
-        raise GroupError(f"rank {rank}: could not join the group of epoch {epoch}: {str(e).splitlines()[0]}") from None
-
-    def form(parent: TorchGroup, colors: list[int]) -> TorchGroup:
-        members = same_color(colors, parent.rank)
-        place = dist.PrefixStore(split_key(parent, colors), store)
-        return _gloo(place, members.index(parent.rank), len(members), parent.epoch, host, parent.timeout_s)
-
-    return TorchGroup(process_group, rank, size, epoch, timeout_s, form=form)
 
 
 def same_color(colors: list[int], rank: int) -> list[int]:

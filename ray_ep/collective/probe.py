@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ray_ep.collective.group import Group, SoloGroup, TorchGroup
+from ray_ep.collective.group import Group, SoloGroup
+from ray_ep.collective.torch_group import TorchGroup
 from ray_ep.errors import GroupError, PlacementError
 from ray_ep.placement.groups import find_groups
 from ray_ep.placement.probe import (

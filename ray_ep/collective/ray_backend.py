@@ -21,7 +21,8 @@ from ray.util.collective.collective_group.base_collective_group import BaseGroup
 from ray.util.collective.types import ReduceOp
 
 from ray_ep.collective import cupy_nccl, torch_nccl
-from ray_ep.collective.group import SplittableGroup, gloo
+from ray_ep.collective.gloo_group import gloo
+from ray_ep.collective.group import SplittableGroup
 from ray_ep.collective.nccl import nccl
 from ray_ep.errors import BadInput, GroupError
 

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 from ray_ep.collective.device import cuda_device, here, in_time, writable
-from ray_ep.collective.group import TorchGroup, same_color, split_key
+from ray_ep.collective.group import same_color, split_key
+from ray_ep.collective.torch_group import TorchGroup
 from ray_ep.errors import BadInput, GroupError
 
 ABORT_S = 10.0

@@ -6,6 +6,8 @@ can be packed once for oneDNN, which then reads them at memory speed in decode.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ray_ep.moe import kernels
@@ -34,13 +36,27 @@ def gradient(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
         torch.mm(a.t(), b, out=out)
 
 
+@functools.cache
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN packs weights of a dtype on this processor."""
+    try:
+        torch.ops.mkldnn._reorder_linear_weight(torch.ones(1, 1, dtype=dtype), _ROWS)
+    except RuntimeError:
+        return False
+    return True
+
+
 class Packed:
-    """An expert weight [S, N, K], one packed copy a row: doubles its memory, for weights that stay as they are."""
+    """An expert weight [S, N, K], one packed copy a row: doubles its memory, for weights that stay as they are.
+
+    Not copied where oneDNN cannot pack the dtype: bfloat16 wants AVX512 or AVX-NE-CONVERT.
+    """
 
     def __init__(self, weight: torch.Tensor):
         weight = weight.detach()
         self.rows = len(weight)
-        self._rows = [torch.ops.mkldnn._reorder_linear_weight(w, _ROWS) if _ONEDNN else w for w in weight]
+        packs = _ONEDNN and _packs(weight.dtype)
+        self._rows = [torch.ops.mkldnn._reorder_linear_weight(w, _ROWS) if packs else w for w in weight]
 
     def append(self, weight: torch.Tensor) -> None:
         """One more row [N, K]."""

@@ -117,7 +117,7 @@ def test_from_torch_without_a_process_group_says_what_to_do():
 
 
 def test_an_exchange_that_ends_just_after_a_slice_of_waiting_is_no_failure(ranks, monkeypatch):
-    monkeypatch.setattr("ray_ep.collective.group.SLICE", timedelta(milliseconds=1))
+    monkeypatch.setattr("ray_ep.collective.torch_group.SLICE", timedelta(milliseconds=1))
 
     def work(group):
         wait = random.Random(group.rank)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ray_ep.collective import SoloGroup
-from ray_ep.collective.group import TorchGroup
+from ray_ep.collective.torch_group import TorchGroup
 from ray_ep.errors import GroupError
 
 
