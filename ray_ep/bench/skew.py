@@ -26,22 +26,25 @@ from ray_ep.moe.balancer import Balancer
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """Medians of LLEP on the same routing."""
+    """LLEP on the same routing."""
 
     ms: float
-    ideal_ms: float  # its own: balanced routing, its balancer off
-    twin_ms: float  # of our layer, balanced, on LLEP's kind of experts
+    share: float  # of its own ideal: balanced routing, its balancer off
+    ratio: float  # its milliseconds over ours, balanced
+    twin_ratio: float  # the same over those of our layer on LLEP's kind of experts
 
 
 @dataclass(frozen=True, slots=True)
 class Skew:
-    """Medians of one routing; shares are the balanced ideal's milliseconds over these."""
+    """One routing: medians of milliseconds, and of their ratios within a round (machines have slow whiles)."""
 
     case: Case
     routing: str
     ideal_ms: float
     off_ms: float
+    off_share: float  # the balanced ideal's milliseconds over these
     auto_ms: float
+    auto_share: float
     before: float  # slowest rank's tokens over the mean, without balance
     after: float
     guests: float  # a step, all ranks
@@ -55,33 +58,28 @@ class Skew:
 
     def to_dict(self) -> dict[str, Any]:
         """For --json."""
-        found = {**asdict(self), "off_share": self.ideal_ms / self.off_ms, "auto_share": self.ideal_ms / self.auto_ms}
+        found = asdict(self)
         if self.llep is None:
             del found["llep"]
         else:
-            found["llep"] |= {
-                "tokens_per_second": self.tokens / self.llep.ms * 1e3,
-                "share": self.llep.ideal_ms / self.llep.ms,
-                "ratio": self.llep.ms / self.auto_ms,
-                "twin_ratio": self.llep.ms / self.llep.twin_ms,
-            }
+            found["llep"]["tokens_per_second"] = self.tokens / self.llep.ms * 1e3
         return found
 
     def line(self) -> str:
         """One row of the table."""
-        c, ideal, llep = self.case, self.ideal_ms, self.llep
+        c, llep = self.case, self.llep
         kind = "both" if c.backward else "forward"
         more = (
             ""
             if llep is None
             else (
                 f" {self.tokens / self.auto_ms * 1e3:9,.0f} {self.tokens / llep.ms * 1e3:9,.0f} "
-                f"{llep.ideal_ms / llep.ms:6.2f} {llep.ms / self.auto_ms:6.2f} {llep.ms / llep.twin_ms:6.2f}"
+                f"{llep.share:6.2f} {llep.ratio:6.2f} {llep.twin_ratio:6.2f}"
             )
         )
         return (
             f"{c.work:4} {c.dtype:8} {kind:7} {c.ranks:5} {c.malloc:7} {self.routing:9} {self.off_ms:9.1f} "
-            f"{ideal / self.off_ms:6.2f} {self.auto_ms:9.1f} {ideal / self.auto_ms:6.2f} {self.before:7.2f} "
+            f"{self.off_share:6.2f} {self.auto_ms:9.1f} {self.auto_share:6.2f} {self.before:7.2f} "
             f"{self.after:6.2f} {self.guests:7.1f}{more}"
         )
 
@@ -149,18 +147,18 @@ def _rank(rank: int, case: Case, routings: list[str], llep: str | None, store: s
 
 
 def _compare(name: str, case: Case, group: Group, layers: dict[str, Layer], balancer: Balancer) -> Skew:
-    """Medians of all contenders on one routing (of the ideals: on the balanced one), taking turns (collective)."""
+    """All contenders on one routing (the ideals: on the balanced one), taking turns there and back (collective)."""
     work, dtype, done = WORKS[case.work], getattr(torch, case.dtype), balancer.done
     hidden = torch.randn(work.tokens * 2, work.hidden, generator=torch.Generator().manual_seed(group.rank)).to(dtype)
     spent: dict[str, list[float]] = {n: [] for n in layers}
     start = (done.layers, done.before, done.after, done.guests)
     for number in range(WARM + case.rounds):
-        for contender, times in spent.items():
+        for contender in list(spent)[:: 1 if number % 2 else -1]:
             kind = "balanced" if contender.endswith("ideal") else name
             index = route(kind, work, group.rank, group.size, 0, number)
             took = step(layers[contender], hidden[: len(index)], index, group, case.backward)
             if number >= WARM:
-                times.append(took)
+                spent[contender].append(took)
     median = {contender: statistics.median(times) for contender, times in spent.items()}
     count = max(done.layers - start[0], 1)
     figures = (
@@ -168,5 +166,10 @@ def _compare(name: str, case: Case, group: Group, layers: dict[str, Layer], bala
         (done.after - start[2]) / count,
         (done.guests - start[3]) / count,
     )
-    beside = Beside(median["llep"], median["llep ideal"], median["twin"]) if "llep" in median else None
-    return Skew(case, name, median["ideal"], median["off"], median["auto"], *figures, beside)
+    over = lambda a, b: statistics.median(x / y for x, y in zip(spent[a], spent[b], strict=True))  # noqa: E731
+    beside = None
+    if "llep" in median:
+        ratios = (over(a, b) for a, b in (("llep ideal", "llep"), ("llep", "auto"), ("llep", "twin")))
+        beside = Beside(median["llep"], *ratios)
+    off, auto = (median["off"], over("ideal", "off")), (median["auto"], over("ideal", "auto"))
+    return Skew(case, name, median["ideal"], *off, *auto, *figures, beside)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,13 +87,11 @@ def test_ranks_that_cannot_share_the_experts_evenly_are_refused(folder):
 
 def test_figures_of_llep_are_of_all_tokens_and_of_its_own_ideal_and_only_there_if_it_was_asked_for():
     case = Case("A", "float32", True, 4, "tuned", 7)
-    alone = Skew(case, "ragged", 90.0, 150.0, 100.0, 1.5, 1.0, 2.0)
-    both = Skew(case, "ragged", 90.0, 150.0, 100.0, 1.5, 1.0, 2.0, Beside(ms=200.0, ideal_ms=180.0, twin_ms=160.0))
+    alone = Skew(case, "ragged", 90.0, 150.0, 0.6, 100.0, 0.9, 1.5, 1.0, 2.0)
+    both = replace(alone, llep=Beside(ms=200.0, share=0.9, ratio=2.0, twin_ratio=1.25))
     assert "llep" not in alone.to_dict()
     assert both.to_dict()["llep"] == {
         "ms": 200.0,
-        "ideal_ms": 180.0,
-        "twin_ms": 160.0,
         "tokens_per_second": pytest.approx(4 * 2048 / 0.2),
         "share": 0.9,
         "ratio": 2.0,
@@ -113,8 +112,8 @@ def test_a_row_has_llep_on_the_same_routing(folder):
     assert row["routing"] == "80:4"
     assert row["llep"]["tokens_per_second"] == pytest.approx(2 * 16 / row["llep"]["ms"] * 1e3)
     assert row["llep"]["ratio"] == pytest.approx(row["llep"]["ms"] / row["auto_ms"])
-    assert row["llep"]["ideal_ms"] > 0
-    assert row["llep"]["twin_ms"] > 0
+    assert row["llep"]["share"] > 0
+    assert row["llep"]["twin_ratio"] > 0
 
 
 def compute(rank, case, folder, store, queue):
