@@ -457,7 +457,7 @@ def test_a_rank_lost_during_a_move_ends_the_run_as_in_a_step_and_it_goes_on_with
         m.it.after_step(2, results(), 0.2)
     assert m.it.placement is NOWHERE
     assert m.run.newest_placement().slots.tolist() == NOWHERE.slots.tolist()
-    assert m.said[-1][1].startswith("the move was broken off: rank 1 died: killed; the placement stays (asked after step 1")
+    assert m.said[-1][1].startswith("the move was broken off: rank 1 died: killed; the placement stays (asked")
 
 
 def test_statistics_that_cannot_be_are_told_and_the_run_goes_on(tmp_path):
