@@ -291,7 +291,8 @@ def warm() -> None:
     sample = np.array([[[0, 1], [2, 3]], [[3, 2], [1, 0]]], np.int32)
     statistics = RoutingStatistics(load, sample=sample)
     said = [Topology.of_nodes(nodes) for nodes in ([0, 0, 1, 1], [0, 1, 2, 3])]
-    unequal = Topology(1e9 * np.arange(1, 17).reshape(4, 4), np.zeros((4, 4)), np.arange(4))
+    bandwidth = np.asarray(1e9 * np.arange(1, 17).reshape(4, 4), np.float64)
+    unequal = Topology(bandwidth, np.zeros((4, 4)), np.arange(4))
     for topology, slots in zip((*said, unequal), (2, 2, 1), strict=True):
         first = plan(statistics, topology, slots)
         plan(RoutingStatistics(load[::-1], sample=sample), topology, slots, current=first)

@@ -17,7 +17,7 @@ import pytest
 from ray_ep.placement import planner
 
 from .conftest import command, needs_root, netlab
-from .runs import FOUR, RAY_EP, RUN, lines
+from .runs import FOUR, RAY_EP, RUN, TWO, lines
 from .skewed import write
 
 pytestmark = [needs_root, pytest.mark.slow, pytest.mark.lab, pytest.mark.timeout(400)]
@@ -148,3 +148,19 @@ def test_a_link_that_recovers_is_noticed(runs):
     print(f"restored after step {live.restored}, noticed after {found}")
     assert any(live.restored < step <= live.restored + WITHIN for step in found)
     assert live.said("rebalance-alert") == []
+
+
+def test_two_hosts_of_two_ranks_are_sped_up_too_and_no_link_is_said_to_have_changed(make_lab, tmp_path):
+    planner.warm()
+    path, _ = make_lab(2, TWO, ranks=2)
+    netlab("up", path)
+    live = Live(tmp_path / "live")
+    options = [*write(tmp_path), *RUN.split(), "exchange.kind=two_level", "batch.sequences=24", "optim.steps=28"]
+    with train(path, [*options, f"run_dir={live.folder}", f"placement.every={EVERY}"]) as process:
+        ended(process)
+    netlab("down", path)
+    first = live.moves()[0]
+    before, after = live.seconds(1, first), live.seconds(first, live.metrics[-1]["step"])
+    print(f"step {before:.3f} s contiguous, {after:.3f} s after the move of step {first}")
+    assert before > 1.5 * after
+    assert live.said("topology", "times ") == []

@@ -14,12 +14,11 @@ import pytest
 from scipy.stats import spearmanr
 
 from .conftest import command, needs_root, netlab
-from .runs import FOUR, RAY_EP, RUN, lines
+from .runs import FOUR, RAY_EP, RUN, TWO, lines
 from .skewed import write
 
 pytestmark = [needs_root, pytest.mark.slow, pytest.mark.lab]
 
-TWO = {"default": "80mbit", "pairs": [{"from": "h1", "to": "h0", "bandwidth": "20mbit"}]}
 TURNS = Path(__file__).with_name("turns.py")
 BEFORE, AFTER = 3, 2
 """Steps of the run before and after a link slows."""
