@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from ray_ep.driver.probe import measured
 from ray_ep.driver.recent import Step
@@ -22,6 +23,9 @@ MOST = 32
 """At most so many times as long are the waits after measurements in vain."""
 CHANGED = 1.5
 """A link that is slower or faster by this factor when it is measured again has changed."""
+CHANGED_INSIDE = 4.0
+"""The same inside a node, where messages go through the host's memory and take as long as its processors let them: on a
+busy host twice as long in one measurement as in the next. Not so where the GPUs' driver names a link of their own."""
 GLANCE = 0.1
 """Share of the budget of a whole measurement that a look at slowed links may take."""
 LOOKED_AT = 8
@@ -106,8 +110,9 @@ class Links:
         pairs = sorted(self.slowed, key=lambda p: float(self.topology.bandwidth[p]) / self.slowed[p])[:LOOKED_AT]
         now: Topology = self.ranks.call("probe_links", self.topology, pairs, self.budget_s * GLANCE)[0]
         faster = {p: float(now.bandwidth[p] / self.topology.bandwidth[p]) for p in pairs}
-        a, b = max(faster, key=lambda p: faster[p])
-        if faster[a, b] <= CHANGED:
+        least = least_change(self.topology)
+        a, b = max(faster, key=lambda p: faster[p] / least[p])
+        if faster[a, b] <= least[a, b]:
             return False
         self._suspected = f"link from rank {a} to rank {b} seemed {faster[a, b]:.1f} times faster"
         return True
@@ -137,12 +142,20 @@ class Links:
         for (a, b), factor in found.items():
             if factor > 1 and (old.measured is None or old.measured[a, b]):
                 self.slowed.setdefault((a, b), float(old.bandwidth[a, b]))
-        now = self.topology.bandwidth
-        self.slowed = {p: was for p, was in self.slowed.items() if now[p] * CHANGED < was}
+        now = self.topology.bandwidth * least_change(self.topology)
+        self.slowed = {p: was for p, was in self.slowed.items() if now[p] < was}
 
 
 def _twice(times: int) -> int:
     return min(2**times, MOST)
+
+
+def least_change(topology: Topology) -> npt.NDArray[np.float64]:
+    """[R, R] factor by which a link must be slower or faster to have changed."""
+    inside = topology.node_of[:, None] == topology.node_of
+    if topology.joined is not None:
+        inside &= topology.joined == 0
+    return np.where(inside, CHANGED_INSIDE, CHANGED)
 
 
 def changed_links(old: Topology, new: Topology) -> dict[Pair, float]:
@@ -151,7 +164,8 @@ def changed_links(old: Topology, new: Topology) -> dict[Pair, float]:
     known = np.isfinite(old.bandwidth) & np.isfinite(new.bandwidth) & ~np.eye(n, dtype=bool)
     factor = np.divide(old.bandwidth, new.bandwidth, out=np.ones((n, n)), where=known)
     amount = np.abs(np.log(factor))
-    order = np.argsort(-amount, axis=None, kind="stable")[: int((amount > np.log(CHANGED)).sum())]
+    amount[amount <= np.log(least_change(new))] = 0.0
+    order = np.argsort(-amount, axis=None, kind="stable")[: int((amount > 0).sum())]
     return {(a, b): float(factor[a, b]) for a, b in (divmod(int(i), n) for i in order)}
 
 

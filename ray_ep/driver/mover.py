@@ -17,7 +17,7 @@ from ray_ep.driver.rebalance import Rebalancer, Said
 from ray_ep.driver.recent import Facts, Recent, Step
 from ray_ep.driver.rundir import RunDir
 from ray_ep.driver.verdict import Question, Verdict, room_of
-from ray_ep.errors import BadInput
+from ray_ep.errors import BadInput, RankError
 from ray_ep.moe import Balance
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.placement.survive import check_room
@@ -106,6 +106,9 @@ class Mover:
         except BadInput as e:  # every rank has refused: the old placement is whole
             self._say(self.rebalancer.failed(done, f"the move failed: {e}"))
             return time.perf_counter() - began
+        except RankError as e:  # as in a step, the run is over; it may go on from here with the old placement
+            self._say(self.rebalancer.failed(done, f"the move was broken off: {str(e).splitlines()[0]}"))
+            raise
         seconds = time.perf_counter() - began
         self.placement = placement
         self.run.placement(placement)

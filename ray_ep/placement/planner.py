@@ -15,7 +15,7 @@ from statistics import NormalDist
 import numpy as np
 
 from ray_ep.errors import PlacementError
-from ray_ep.placement import layer, packing, small, survive, swaps
+from ray_ep.placement import layer, packing, relief, small, survive, swaps
 from ray_ep.placement.cost import StepCosts, check_fit, token_sets
 from ray_ep.placement.dispatch import simulate
 from ray_ep.placement.layer import Traffic
@@ -163,10 +163,11 @@ def _fresh(problem: Problem, traffic: Traffic, seed: int) -> Ints:
     """
     slots = layer.fresh_layer(problem, traffic, seed)
     price = problem.price()
-    if problem.nodes == 1 or price.max() <= UNEVEN * price.min():
-        return slots
-    even = layer.fresh_layer(problem.with_even_links(), traffic, seed)
-    return min((slots, even), key=lambda x: layer_seconds(problem, traffic, x))
+    found = [slots]
+    if problem.nodes > 1 and price.max() > UNEVEN * price.min():
+        found.append(layer.fresh_layer(problem.with_even_links(), traffic, seed))
+    found += [relief.relieved(problem, traffic, x, 0.0, seed) for x in found if relief.fits(problem, x)]
+    return min(found, key=lambda x: layer_seconds(problem, traffic, x)) if len(found) > 1 else slots
 
 
 def _settled(problem: Problem, traffic: Traffic, slots: Ints, seed: int) -> Ints:
@@ -191,18 +192,29 @@ def _replan(problem: Problem, traffic: Traffic, current: Ints, seed: int) -> Int
     price = max(problem.stay, MOVING[problem.level] * (compute + problem.nodes / 4) / filled)
     prices = price, price + problem.owned - problem.stay
     few = layer.warm_layer(problem, traffic, current, *prices, seed)
-    moves = moved_slots(current, few)
-    if not moves:
-        return current
     now = layer_seconds(problem, traffic, current)
+    unequal = relief.fits(problem, current)
+    if unequal:
+        few = _relieved(problem, traffic, current, few, MOVING[problem.level] * now / filled, seed)
+    moves = moved_slots(current, few)
+    if not moves and not unequal:
+        return current
     gain = now - layer_seconds(problem, traffic, few)
-    if moves > AFRESH * filled:
+    if unequal or moves > AFRESH * filled:  # among unequal links a few swaps may not get away from a slow one
         fresh = _fresh(problem, traffic, seed)
         more = now - layer_seconds(problem, traffic, fresh)
         if KEEP * more > gain and more - gain > ANEW * now * (moved_slots(current, fresh) - moves) / filled:
             few, gain = fresh, more
     worth = gain > WORTH * now and gain > WORTH * now + _noise_seconds(problem, traffic, current)
     return few if worth else current
+
+
+def _relieved(problem: Problem, traffic: Traffic, current: Ints, few: Ints, least: float, seed: int) -> Ints:
+    """The better one of `few` and of swaps judged by the predicted time; each move must gain `least` seconds."""
+    step_unit = problem.visit_seconds * problem.costs.tokens_per_rank * problem.ranks
+    each = max(problem.owned * step_unit, least)
+    found = few, relief.relieved(problem, traffic, current, each, seed)
+    return min(found, key=lambda x: layer_seconds(problem, traffic, x) + each * moved_slots(current, x))
 
 
 def _noise_seconds(problem: Problem, traffic: Traffic, current: Ints) -> float:
@@ -278,11 +290,13 @@ def warm() -> None:
     load = np.array([[3, 2, 1, 1], [1, 1, 2, 3]])
     sample = np.array([[[0, 1], [2, 3]], [[3, 2], [1, 0]]], np.int32)
     statistics = RoutingStatistics(load, sample=sample)
-    for nodes in ([0, 0, 1, 1], [0, 1, 2, 3]):
-        topology = Topology.of_nodes(nodes)
-        first = plan(statistics, topology, 2)
-        plan(RoutingStatistics(load[::-1], sample=sample), topology, 2, current=first)
+    said = [Topology.of_nodes(nodes) for nodes in ([0, 0, 1, 1], [0, 1, 2, 3])]
+    bandwidth = np.asarray(1e9 * np.arange(1, 17).reshape(4, 4), np.float64)
+    unequal = Topology(bandwidth, np.zeros((4, 4)), np.arange(4))
+    for topology, slots in zip((*said, unequal), (2, 2, 1), strict=True):
+        first = plan(statistics, topology, slots)
+        plan(RoutingStatistics(load[::-1], sample=sample), topology, slots, current=first)
 
 
-KERNELS = (packing.pack, packing.add_replicas, swaps.improve_grouping, small.refine, simulate, busiest)
+KERNELS = (packing.pack, packing.add_replicas, swaps.improve_grouping, small.refine, relief.descend, simulate, busiest)
 """What `warm` compiles; a test checks that no plan compiles another."""

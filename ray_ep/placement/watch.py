@@ -133,7 +133,9 @@ class LinkWatch:
         usual = self._usual.setdefault(rank, now if now < self.factor * before else before)
         # An exchange whose links all run at once is faster than their sum: then the usual falls to that.
         self._usual[rank] = usual = min(usual, now)
-        return now / usual if min(ratios) >= self.factor * usual else 0.0
+        # Not all of them by the whole factor: exchanges differ, and one that was quick would begin the count anew.
+        slow = now >= self.factor * usual and min(ratios) >= self.factor**0.5 * usual
+        return now / usual if slow else 0.0
 
     def _blame(self, slow: dict[int, float]) -> list[Change]:
         changes: list[Change] = []

@@ -8,6 +8,7 @@ import pytest
 from ray_ep.driver.links import LOOKED_AT, QUIET, Links, changed_links
 from ray_ep.driver.recent import Step
 from ray_ep.placement import Topology
+from ray_ep.placement.gpu_links import KINDS
 
 RANKS = 3
 
@@ -172,3 +173,13 @@ def test_changed_links_come_the_most_changed_first():
     assert changed_links(old, new) == {(1, 0): pytest.approx(10), (0, 1): pytest.approx(0.5)}
     assert changed_links(old, old) == {}
     assert changed_links(Topology.of_nodes([0, 1]), Topology.of_nodes([0, 1])) == {}
+
+
+@pytest.mark.parametrize(("joined", "factor", "changes"), [(None, 2, False), (None, 6, True), ("NVLink", 2, True)])
+def test_inside_a_node_the_host_must_be_much_slower_but_a_link_between_gpus_need_not(joined, factor, changes):
+    def links(rate):
+        kinds = None if joined is None else np.full((2, 2), KINDS.index(joined))
+        return Topology(np.full((2, 2), rate), np.full((2, 2), 1e-5), np.zeros(2), joined=kinds)
+
+    assert bool(changed_links(links(1e10), links(1e10 / factor))) == changes
+    assert bool(changed_links(links(1e10 / factor), links(1e10))) == changes

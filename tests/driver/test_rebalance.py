@@ -16,7 +16,7 @@ from ray_ep.driver.rebalance import MOST_CAUTION, WINDOW, Rebalancer, beside
 from ray_ep.driver.recent import NOW, Facts, Recent, Step
 from ray_ep.driver.rundir import RunDir
 from ray_ep.driver.verdict import LEAST, Question, Verdict, decide, room_of
-from ray_ep.errors import PlacementError
+from ray_ep.errors import PlacementError, RankError
 from ray_ep.placement import Placement, RoutingStatistics, StepCosts, Topology, contiguous, moves
 from ray_ep.rank.rank import StepResult, Usage
 
@@ -390,7 +390,7 @@ def test_a_decision_that_hangs_in_its_thread_stalls_no_step_and_is_told():
 class FakeRanks:
     """Ranks that answer at once."""
 
-    def __init__(self, refuse=False, links=None):
+    def __init__(self, refuse=None, links=None):
         self.calls, self.refuse, self.links = [], refuse, links or topology()
 
     def topology(self):
@@ -399,7 +399,7 @@ class FakeRanks:
     def call(self, method, *args):
         self.calls.append(method)
         if method == "migrate" and self.refuse:
-            raise PlacementError("rank 1 has no memory for the experts that arrive")
+            raise self.refuse
         nothing = [None] * RANKS
         answers = {"sample": np.split(tokens(True), RANKS, axis=1), "migrate": nothing, "gpu_links": nothing}
         return answers[method] if method in answers else [self.links] * RANKS
@@ -436,7 +436,8 @@ def test_a_step_asks_the_next_ones_go_on_and_a_later_one_moves(tmp_path):
 
 
 def test_a_refused_move_keeps_the_placement_and_the_run_goes_on(tmp_path):
-    m = mover(tmp_path, "placement.every=1", ranks=FakeRanks(refuse=True))
+    no = PlacementError("rank 1 has no memory for the experts that arrive")
+    m = mover(tmp_path, "placement.every=1", ranks=FakeRanks(refuse=no))
     m.it.after_step(1, results(), 0.2)
     m.shelf.make()
     m.it.after_step(2, results(), 0.2)
@@ -445,6 +446,18 @@ def test_a_refused_move_keeps_the_placement_and_the_run_goes_on(tmp_path):
     assert "the move failed: rank 1 has no memory" in m.said[-1][1]
     assert "the placement stays" in m.said[-1][1]
     assert m.it.after_step(3, results(), 0.2)["migration_seconds"] == 0
+
+
+def test_a_rank_lost_during_a_move_ends_the_run_as_in_a_step_and_it_goes_on_with_the_old_placement(tmp_path):
+    m = mover(tmp_path, "placement.every=1", ranks=FakeRanks(refuse=RankError(1, "rank 1 died: killed\nits own words")))
+    m.run.placement(NOWHERE)
+    m.it.after_step(1, results(), 0.2)
+    m.shelf.make()
+    with pytest.raises(RankError, match="rank 1 died"):
+        m.it.after_step(2, results(), 0.2)
+    assert m.it.placement is NOWHERE
+    assert m.run.newest_placement().slots.tolist() == NOWHERE.slots.tolist()
+    assert m.said[-1][1].startswith("the move was broken off: rank 1 died: killed; the placement stays (asked")
 
 
 def test_statistics_that_cannot_be_are_told_and_the_run_goes_on(tmp_path):

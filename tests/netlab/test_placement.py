@@ -14,26 +14,14 @@ import pytest
 from scipy.stats import spearmanr
 
 from .conftest import command, needs_root, netlab
+from .runs import FOUR, RAY_EP, RUN, TWO, lines
 from .skewed import write
 
 pytestmark = [needs_root, pytest.mark.slow, pytest.mark.lab]
 
-FOUR = {
-    "default": "80mbit",
-    "pairs": [
-        {"between": ["h0", "h1"], "bandwidth": "400mbit"},
-        {"between": ["h2", "h3"], "bandwidth": "400mbit"},
-        {"from": "h3", "to": "h0", "bandwidth": "20mbit"},
-        {"from": "h3", "to": "h1", "bandwidth": "20mbit"},
-    ],
-}
-TWO = {"default": "80mbit", "pairs": [{"from": "h1", "to": "h0", "bandwidth": "20mbit"}]}
-RUN = """cluster.ranks=4 batch.sequences=48 batch.length=64 optim.learning_rate=0.001 optim.warmup_steps=1
-optim.schedule=constant_with_warmup router.aux_loss=off exchange.kind=flat balance.in_step=off eval.every=0"""
 TURNS = Path(__file__).with_name("turns.py")
 BEFORE, AFTER = 3, 2
 """Steps of the run before and after a link slows."""
-RAY_EP = [sys.executable, "-c", "import sys; from ray_ep.cli import main; sys.exit(main())"]
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +59,6 @@ def compared(request, run, make_lab):
     options = [run, out, "1,3", f"exchange.kind={request.param}", *fewer]
     print(netlab(verb, path, "--", sys.executable, TURNS, *options)[0])
     return lab, json.loads(out.read_text())
-
-
-def lines(path):
-    """Whole lines of a .jsonl file."""
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def test_a_link_that_slows_under_a_run_slows_its_steps_from_then_on(run):

@@ -83,6 +83,19 @@ def test_a_slow_link_is_named_from_whole_exchanges_within_twenty(link, serial):
     assert right >= 9
 
 
+def test_of_a_link_that_slowed_one_exchange_that_was_quick_does_not_begin_the_count_anew():
+    rng, watch, true = np.random.default_rng(1), LinkWatch(topology()), topology()
+    for _ in range(10):
+        watch.observe_exchange(*exchange(true, rng))
+    slower = (3.0, 2.2, 1.6, 2.6, 2.4)
+    found = []
+    for factor in slower:
+        size, seconds = exchange(true, rng)
+        found.append(watch.observe_exchange(size, factor * seconds))
+    assert found[-1]
+    assert not any(found[:-1])
+
+
 def test_exchanges_that_are_all_well_say_nothing_for_long():
     rng, watch = np.random.default_rng(1), LinkWatch(topology())
     assert not any(watch.observe_exchange(*exchange(topology(), rng)) for _ in range(500))
