@@ -1,7 +1,8 @@
 """Matrix products of the CPU layer by the fastest library that torch carries, into buffers that exist.
 
-torch.mm goes to MKL in float32, which on AMD leaves a tenth to oneDNN (docs/benchmarks.md); weights that do not change
-can be packed once for oneDNN, which then reads them at memory speed in decode.
+torch.mm goes to MKL in float32, which on AMD with AVX512 leaves a tenth to oneDNN (docs/benchmarks.md); weights that do
+not change can be packed once for oneDNN, which then reads them at memory speed in decode. oneDNN compiles a kernel for
+every new number of rows, which takes a millisecond: more than small matrices can gain.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ import torch
 from ray_ep.moe import kernels
 
 _ONEDNN = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+_FASTER = _ONEDNN and torch.backends.cpu.get_cpu_capability() == "AVX512"
+"""Whether oneDNN beats MKL in float32: with AVX2 alone it does not (measured)."""
+_LARGE = 1 << 18
+"""Elements of a weight from which on oneDNN's kernels are worth their compilation."""
 _ROWS = 32
 """Rows that weights are packed for: a layout that is good for few rows and for many (measured)."""
 
@@ -22,7 +27,7 @@ _FEW = 8
 
 def mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
     """out [M, N] = a [M, K] @ b [K, N]; any layouts."""
-    if _ONEDNN and a.dtype == torch.float32 and a.stride(1) == 1:
+    if _FASTER and a.dtype == torch.float32 and a.stride(1) == 1 and b.numel() >= _LARGE:
         out.copy_(torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], ""))
     else:
         torch.mm(a, b, out=out)
@@ -49,13 +54,13 @@ def _packs(dtype: torch.dtype) -> bool:
 class Packed:
     """An expert weight [S, N, K], one packed copy a row: doubles its memory, for weights that stay as they are.
 
-    Not copied where oneDNN cannot pack the dtype: bfloat16 wants AVX512 or AVX-NE-CONVERT.
+    Not copied if small, nor where oneDNN cannot pack the dtype: bfloat16 wants AVX512 or AVX-NE-CONVERT.
     """
 
     def __init__(self, weight: torch.Tensor):
         weight = weight.detach()
         self.rows = len(weight)
-        packs = _ONEDNN and _packs(weight.dtype)
+        packs = _ONEDNN and weight[:1].numel() >= _LARGE and _packs(weight.dtype)
         self._rows = [torch.ops.mkldnn._reorder_linear_weight(w, _ROWS) if packs else w for w in weight]
 
     def append(self, weight: torch.Tensor) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ray_ep
-from ray_ep.moe import kernels
+from ray_ep.moe import gemm, kernels
 from ray_ep.moe.gemm import gradient
 from ray_ep.moe.pool import Pool
 from tests.models import VOCAB, build, even_shards, parallel_pass, placement_of
@@ -180,3 +180,27 @@ def model_copy(model):
     import copy
 
     return copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("faster", [False, True], ids=["MKL", "oneDNN"])
+@pytest.mark.parametrize("rows", [0, 1, 7, 64])
+def test_products_are_the_same_by_whichever_library(monkeypatch, faster, rows):
+    monkeypatch.setattr(gemm, "_FASTER", faster and torch.backends.mkldnn.is_available())
+    g = torch.Generator().manual_seed(rows)
+    x, weight, out = torch.randn(rows, 24, generator=g), torch.randn(40, 24, generator=g), torch.empty(rows, 40)
+    for b in (weight.t(), weight.t().contiguous()):
+        gemm.mm(x, b, out=out)
+        assert torch.allclose(out, x @ weight.t(), atol=1e-5)
+
+
+@pytest.mark.parametrize("least", [1, 1 << 18], ids=["packed", "too small to pack"])
+def test_packed_rows_multiply_like_plain_ones_and_can_be_added_and_given_up(monkeypatch, least):
+    monkeypatch.setattr(gemm, "_LARGE", least)
+    weight, x, out = torch.randn(3, 40, 24), torch.randn(5, 24), torch.empty(5, 40)
+    packed = gemm.Packed(weight[:2])
+    packed.append(weight[2])
+    for row in range(3):
+        packed.mm(x, row, out)
+        assert torch.allclose(out, x @ weight[row].t(), atol=1e-5)
+    packed.cut(2)
+    assert packed.rows == 2
