@@ -10,36 +10,26 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from statistics import NormalDist
 
 import numpy as np
 
 from ray_ep.errors import PlacementError
-from ray_ep.placement import layer, packing, small, survive, swaps
-from ray_ep.placement.cost import StepCosts, check_fit, token_sets
+from ray_ep.placement import packing, relief, small, survive, swaps
+from ray_ep.placement.baselines import contiguous
+from ray_ep.placement.cost import StepCosts, check_fit, predict, token_sets
 from ray_ep.placement.dispatch import simulate
 from ray_ep.placement.layer import Traffic
 from ray_ep.placement.link_time import busiest
 from ray_ep.placement.placement import Ints, Placement
-from ray_ep.placement.problem import STIFF, Problem
+from ray_ep.placement.problem import Problem
+from ray_ep.placement.replan import Change, best_change, fresh_slots, layer_seconds, pays, settled
 from ray_ep.placement.statistics import RoutingStatistics
 from ray_ep.placement.topology import Topology
 
-WORTH = 0.015
-"""A layer stays as it is unless its predicted time falls by this share and the noise of its loads: a search finds about
-as much in any new sample of the same tokens' kind, and loses it on the next."""
-MOVING = {"node": 0.1, "rank": 0.3}
-"""What moving every slot of a layer must gain at least, as a share of its time: moves that gain less are left out."""
-ANEW = 0.15
-"""The same of planning a layer anew instead, against improving it: most of the gain lies in few moves."""
-KEEP = 0.9
-"""A fresh plan is taken only where improving the current one keeps less than this of its gain."""
-UNEVEN = 1.05
-"""Mean prices of nodes further apart than this are taken for different links, not for noise of the probe."""
-SETTLE = 4
-"""Most rounds in which a fresh plan is improved as if it were the current one."""
-AFRESH = 0.3
-"""A layer is also planned anew when improving it moves more than this share of its slots."""
+CLEAR = 0.9
+"""A plan that takes this share of contiguous's time, by a rough look, is not compared with it exactly."""
+SURE = 2048
+"""Sampled tokens from which on a rough look is good to a few percent."""
 
 
 def plan(
@@ -60,7 +50,8 @@ def plan(
 
     Args:
         slots_per_rank: slots of a rank and layer, one number or one per rank; None: just enough for every expert.
-        current: the placement to start from. A layer where nothing is gained comes back unchanged.
+        current: the placement to start from. A layer where nothing is gained comes back unchanged. None: the plan is
+            never predicted slower than `contiguous` (unless it must survive, or no link is known).
         horizon_steps: steps over which moving pays back.
         level: node: ranks of a node are balanced inside each step, so nodes must be even; rank: ranks must be.
         seed: of the order in which the search looks at experts.
@@ -85,18 +76,27 @@ def plan(
     problem = Problem.of(topology, experts, sets.shape[2], slots_per_rank, level, horizon_steps, costs)
     survive.check_room(problem.room, experts, topology.node_of, survive_nodes)
     start = None if current is None else _needed(current) if survive_nodes else current.slots
+    width = int(problem.room.max(initial=0))
+    plain = contiguous(layers, experts, problem.ranks, problem.room.tolist()) if current is None else None
 
-    def one(i: int) -> Ints:
+    def one(i: int) -> tuple[Change, bool]:
         traffic = Traffic.of(np.asarray(statistics.load[i], np.float64), sets[i])
         now = None if start is None else _fitted(start[i], problem)
-        if now is None:
-            return _settled(problem, traffic, _fresh(problem, traffic, seed), seed)
-        return _replan(problem, traffic, now, seed)
+        if now is not None:
+            return best_change(problem, traffic, now, seed), False
+        slots = settled(problem, traffic, fresh_slots(problem, traffic, seed), seed)
+        doubtful = plain is not None and _doubtful(problem, traffic, slots, plain.slots[i])
+        return Change(slots, slots, 0.0, 0.0, 0.0), doubtful
 
     with ThreadPoolExecutor(max(1, min(layers, os.cpu_count() or 1))) as pool:
         found = list(pool.map(one, range(layers)))
-    width = int(problem.room.max(initial=0))
-    slots = np.stack(found) if found else np.zeros((0, problem.ranks, width), np.int64)
+    together = pays([change for change, _ in found])
+    chosen = [c.slots if together or pays([c]) else c.before for c, _ in found]
+    slots = np.stack(chosen) if found else np.zeros((0, problem.ranks, width), np.int64)
+    doubt = [i for i, (_, doubtful) in enumerate(found) if doubtful]
+    if plain is not None and doubt:
+        known = RoutingStatistics(statistics.load[doubt], sample=sets[doubt].astype(np.int32))
+        slots[doubt] = _no_worse(slots[doubt], Placement(plain.slots[doubt], experts), problem, known, topology)
     if survive_nodes:
         return _secured(slots, statistics, topology, problem, current, survive_nodes)
     if current is None:
@@ -155,100 +155,32 @@ def _fitted(current: Ints, problem: Problem) -> Ints | None:
     return out
 
 
-def _fresh(problem: Problem, traffic: Traffic, seed: int) -> Ints:
-    """Slots [R, S] of one layer planned from nothing.
+def _no_worse(
+    slots: Ints, plain: Placement, problem: Problem, statistics: RoutingStatistics, topology: Topology
+) -> Ints:
+    """Slots [L, R, S] of a plan, with those of `plain` in the layers that `predict` finds faster so.
 
-    The search adds links' times up while a step waits for the busiest: where links differ, shunning a slow one may only
-    load its other direction, so a plan that takes all for equal competes on the predicted time.
+    The search leads by sums; a step waits for maxima, and on odd clusters the two may disagree.
     """
-    slots = layer.fresh_layer(problem, traffic, seed)
-    price = problem.price()
-    if problem.nodes == 1 or price.max() <= UNEVEN * price.min():
+    if not len(slots):
         return slots
-    even = layer.fresh_layer(problem.with_even_links(), traffic, seed)
-    return min((slots, even), key=lambda x: layer_seconds(problem, traffic, x))
-
-
-def _settled(problem: Problem, traffic: Traffic, slots: Ints, seed: int) -> Ints:
-    """Slots [R, S] replanned until they stay, so that a later plan from the same figures finds nothing to move.
-
-    Nearly always the first look changes nothing; replicas that filled spare slots may find better places in it.
-    """
-    for _ in range(SETTLE):
-        better = _replan(problem, traffic, slots, seed)
-        if better is slots:
-            break
-        slots = better
-    return slots
-
-
-def _replan(problem: Problem, traffic: Traffic, current: Ints, seed: int) -> Ints:
-    """Slots [R, S] of one layer: stay, a few moves, or a fresh plan: what gains most after the price of its moves."""
-    filled = int((current >= 0).sum())
-    # A layer's cost in the units of the search, spread over its slots, gives the price of a move there. Where compute
-    # is far dearer than traffic the search weighs it no more than `stiff` says: nor may a move cost more than that.
-    compute = min(problem.compute, problem.stiff / STIFF[problem.level])
-    price = max(problem.stay, MOVING[problem.level] * (compute + problem.nodes / 4) / filled)
-    prices = price, price + problem.owned - problem.stay
-    few = layer.warm_layer(problem, traffic, current, *prices, seed)
-    moves = moved_slots(current, few)
-    if not moves:
-        return current
-    now = layer_seconds(problem, traffic, current)
-    gain = now - layer_seconds(problem, traffic, few)
-    if moves > AFRESH * filled:
-        fresh = _fresh(problem, traffic, seed)
-        more = now - layer_seconds(problem, traffic, fresh)
-        if KEEP * more > gain and more - gain > ANEW * now * (moved_slots(current, fresh) - moves) / filled:
-            few, gain = fresh, more
-    worth = gain > WORTH * now and gain > WORTH * now + _noise_seconds(problem, traffic, current)
-    return few if worth else current
-
-
-def _noise_seconds(problem: Problem, traffic: Traffic, current: Ints) -> float:
-    """By how much a layer's slowest unit is expected to look slower than the mean one by chance alone.
-
-    A plan from one window of tokens looks uneven on the next, and evening that out again gains nothing: of U units
-    the busiest is as far above the mean as the largest of U normal draws (Blom's approximation).
-    """
-    unit = np.arange(problem.ranks) if problem.level == "rank" else problem.node_of
-    units = int(unit.max()) + 1
-    if units < 2 or not traffic.tokens:
-        return 0.0
-    speed = np.bincount(unit, problem.speed)
-    share = 1.0 / np.bincount(current[current >= 0], minlength=problem.experts)
-    variance = np.zeros(units)
-    for u in range(units):
-        here = current[unit == u]
-        here = here[here >= 0]
-        variance[u] = share[here] @ traffic.risk[here[:, None], here] @ share[here] / (layer.RISK * traffic.tokens)
-    variance = np.maximum(variance, 0.0)
-    relative = float(np.sqrt(variance / speed**2).mean()) * speed.sum() / traffic.load.sum()
-    even = traffic.load.sum() * problem.costs.tokens_per_rank * problem.costs.expert_seconds
-    return float(NormalDist().inv_cdf((units - 0.375) / (units + 0.25)) * relative * even)
-
-
-def moved_slots(before: Ints, after: Ints) -> int:
-    """Slots of `after` [R, S] whose expert was not on that rank in `before` [R, S]."""
-    there = (after[:, :, None] == before[:, None, :]).any(2)
-    return int(((after >= 0) & ~there).sum())
-
-
-def layer_seconds(problem: Problem, traffic: Traffic, slots: Ints) -> float:
-    """Predicted seconds of one layer (see cost.predict), with traffic in units of visits where no link is measured."""
-    ranks = problem.ranks
-    held = np.zeros((problem.experts + 1, ranks), bool)
-    held[slots, np.arange(ranks)[:, None]] = True
-    part, to_rank, to_node = simulate(
-        traffic.sets, held[:-1], held[:-1].astype(np.float64), problem.node_of, problem.nodes, 1
+    a, b = (
+        predict(Placement(x, problem.experts), statistics, topology, problem.costs, problem.level)
+        for x in (plain.slots, slots.copy())  # a placement makes its slots read-only
     )
-    load = traffic.load @ part * ranks * problem.costs.tokens_per_rank
-    unit = np.arange(ranks) if problem.level == "rank" else problem.node_of
-    compute = (np.bincount(unit, load) / np.bincount(unit, problem.speed)).max() * problem.costs.expert_seconds
-    if problem.visit_seconds == 0:
-        visits = float(to_node.sum()) * problem.costs.tokens_per_rank
-        return float(compute) * (1 + visits / (ranks * problem.costs.tokens_per_rank * problem.compute))
-    return float(compute) + problem.links.seconds((to_rank, to_node), problem.costs)
+    better = a.compute + a.traffic < b.compute + b.traffic
+    return np.where(better[:, None, None], plain.slots, slots)
+
+
+def _doubtful(problem: Problem, traffic: Traffic, slots: Ints, plain: Ints) -> bool:
+    """Whether slots [R, S] are not clearly faster than `plain`.
+
+    Not asked where no link is known: `predict` sees no traffic there, and would take what balances by luck.
+    """
+    if not problem.links.rank.any():
+        return False
+    few = len(traffic.sets) < SURE
+    return few or layer_seconds(problem, traffic, slots) > CLEAR * layer_seconds(problem, traffic, plain)
 
 
 def _primaries(slots: Ints, experts: int, before: Ints | None) -> Ints:
@@ -284,5 +216,5 @@ def warm() -> None:
         plan(RoutingStatistics(load[::-1], sample=sample), topology, 2, current=first)
 
 
-KERNELS = (packing.pack, packing.add_replicas, swaps.improve_grouping, small.refine, simulate, busiest)
+KERNELS = (packing.pack, packing.add_replicas, swaps.improve_grouping, relief.relieve, small.refine, simulate, busiest)
 """What `warm` compiles; a test checks that no plan compiles another."""
