@@ -8,8 +8,9 @@ L layers, E experts, R ranks, S slots.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from ray_ep.placement.layer import Traffic
 from ray_ep.placement.link_time import busiest
 from ray_ep.placement.placement import Ints, Placement
 from ray_ep.placement.problem import Problem
-from ray_ep.placement.replan import Change, best_change, fresh_slots, layer_seconds, pays, settled
+from ray_ep.placement.replan import SETTLE, WORTH, Change, best_change, fresh_slots, layer_seconds, pays, settled
 from ray_ep.placement.statistics import RoutingStatistics
 from ray_ep.placement.topology import Topology
 
@@ -95,10 +96,15 @@ def plan(
     slots = np.stack(chosen) if found else np.zeros((0, problem.ranks, width), np.int64)
     doubt = [i for i, (_, doubtful) in enumerate(found) if doubtful]
     if plain is not None and doubt:
-        known = RoutingStatistics(statistics.load[doubt], sample=sets[doubt].astype(np.int32))
-        slots[doubt] = _no_worse(slots[doubt], Placement(plain.slots[doubt], experts), problem, known, topology)
+        slots[doubt] = _no_worse(
+            slots, plain, problem, RoutingStatistics(statistics.load, sample=sets.astype(np.int32)), topology, doubt
+        )
     if survive_nodes:
-        return _secured(slots, statistics, topology, problem, current, survive_nodes)
+        safe = _secured(slots, statistics, sets, topology, problem, current, survive_nodes)
+        if current is not None:
+            return safe
+        rest = horizon_steps, level, seed, costs, survive_nodes
+        return _settled_safe(safe, lambda now: plan(statistics, topology, slots_per_rank, now, *rest))
     if current is None:
         return Placement(slots, experts, primary=_primaries(slots, experts, None))
     padded = np.full((layers, problem.ranks, max(width, current.slots.shape[2])), -1, np.int64)
@@ -117,6 +123,7 @@ def _needed(current: Placement) -> Ints:
 def _secured(
     slots: Ints,
     statistics: RoutingStatistics,
+    sets: Ints,
     topology: Topology,
     problem: Problem,
     current: Placement | None,
@@ -136,6 +143,13 @@ def _secured(
                 continue
         load = np.asarray(statistics.load[i], np.float64)
         slots[i], shares[i] = survive.secured(slots[i], load, problem.room, topology.node_of, nodes)
+        if current is None or kept is None or not kept[i] or current.slots.shape[2] != slots.shape[2]:
+            continue
+        traffic = Traffic.of(load, sets[i])
+        was = layer_seconds(problem, traffic, current.slots[i], None if current.shares is None else current.shares[i])
+        if was - layer_seconds(problem, traffic, slots[i], shares[i]) < WORTH * was:  # safety takes the gain back
+            slots[i] = current.slots[i]
+            shares[i] = 1.0 if current.shares is None else current.shares[i]
     if current is not None and current.slots.shape == slots.shape and (slots == current.slots).all():
         return current
     version = 0 if current is None else current.version + 1
@@ -155,21 +169,30 @@ def _fitted(current: Ints, problem: Problem) -> Ints | None:
     return out
 
 
+def _settled_safe(safe: Placement, again: Callable[[Placement], Placement]) -> Placement:
+    """A safe plan, planned again until it stays: safety displaces what was planned."""
+    for _ in range(SETTLE):
+        before, safe = safe, again(safe)
+        if safe is before:
+            break
+    return replace(safe, version=0)
+
+
 def _no_worse(
-    slots: Ints, plain: Placement, problem: Problem, statistics: RoutingStatistics, topology: Topology
+    slots: Ints, plain: Placement, problem: Problem, statistics: RoutingStatistics, topology: Topology, doubt: list[int]
 ) -> Ints:
-    """Slots [L, R, S] of a plan, with those of `plain` in the layers that `predict` finds faster so.
+    """Slots [D, R, S] of a plan's layers `doubt` [D], with those of `plain` in the ones that `predict` finds faster so.
 
     The search leads by sums; a step waits for maxima, and on odd clusters the two may disagree.
     """
-    if not len(slots):
-        return slots
+    assert statistics.sample is not None
+    known = RoutingStatistics(statistics.load[doubt], sample=statistics.sample[doubt])
+    both = plain.slots[doubt], slots[doubt]
     a, b = (
-        predict(Placement(x, problem.experts), statistics, topology, problem.costs, problem.level)
-        for x in (plain.slots, slots.copy())  # a placement makes its slots read-only
-    )
+        predict(Placement(x.copy(), problem.experts), known, topology, problem.costs, problem.level) for x in both
+    )  # fmt: skip
     better = a.compute + a.traffic < b.compute + b.traffic
-    return np.where(better[:, None, None], plain.slots, slots)
+    return np.where(better[:, None, None], *both)
 
 
 def _doubtful(problem: Problem, traffic: Traffic, slots: Ints, plain: Ints) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from ray_ep.placement import layer
 from ray_ep.placement.dispatch import simulate
 from ray_ep.placement.layer import Traffic
-from ray_ep.placement.placement import Ints
+from ray_ep.placement.placement import Floats, Ints
 from ray_ep.placement.problem import STIFF, Problem
 
 MOST = 0.2
@@ -27,7 +27,9 @@ RELIEF = 0.05
 """The same of exchanges that relieve the busiest rank."""
 POOR = 0.4
 """A placement is poor when improving it would move more than this share of the slots: it is also planned anew."""
-ANEW = 0.15
+POOR_GAIN = 0.12
+"""Nor does a placement that was planned gain this share of a layer's time by the few moves that are allowed."""
+ANEW = 0.05
 """What planning anew must gain for every slot that it moves beyond, as a share of a layer's time for all of them."""
 KEEP = 0.9
 """A fresh plan is taken only where improving the current one keeps less than this of its gain."""
@@ -77,27 +79,32 @@ def best_change(problem: Problem, traffic: Traffic, current: Ints, seed: int) ->
     few = fastest(problem, traffic, [_relieved(view, traffic, current, current, most) for view in problem.views()])
     moves = moved_slots(current, few)
     gain = now - layer_seconds(problem, traffic, few) if moves else 0.0
-    if moves < SPENT[problem.level] * most:
-        return Change(current, few, gain, now, noise) if gain > 0 else Change(current, current, 0.0, now, noise)
+    if moves >= SPENT[problem.level] * most or gain > POOR_GAIN * now:
+        few, gain = _more(problem, traffic, Change(current, few, gain, now, noise), most, seed)
+    return Change(current, few, gain, now, noise) if gain > 0 else Change(current, current, 0.0, now, noise)
+
+
+def _more(problem: Problem, traffic: Traffic, relief: Change, most: int, seed: int) -> tuple[Ints, float]:
+    """Slots [R, S] that gain more than relief alone does, or those of `relief`; and what they gain."""
+    current, now = relief.before, relief.now
+    few, gain = relief.slots, relief.gain
+    filled = int((current >= 0).sum())
     dear = 1.0
     for _ in range(ROUNDS):
         found = [_improved(view, traffic, current, dear, most, seed) for view in problem.views()]
         some = fastest(problem, traffic, found)
         moves = moved_slots(current, some)
         more = now - layer_seconds(problem, traffic, some) if moves else 0.0
-        if dear == 1 and moves > POOR * filled:
+        if dear == 1 and (moves > POOR * filled or max(gain, more) > POOR_GAIN * now):
             fresh = fresh_slots(problem, traffic, seed)
             anew = now - layer_seconds(problem, traffic, fresh)
-            if (
-                KEEP * anew > max(more, gain)
-                and anew - more > ANEW * now * (moved_slots(current, fresh) - moves) / filled
-            ):
-                return Change(current, fresh, anew, now, noise)
+            extra = moved_slots(current, fresh) - moved_slots(current, few)
+            if KEEP * anew > gain and anew - gain > ANEW * now * extra / filled:
+                return fresh, anew
         if moves <= most:
-            few, gain = (some, more) if more > gain else (few, gain)
-            break
+            return (some, more) if more > gain else (few, gain)
         dear *= 2
-    return Change(current, few, gain, now, noise) if gain > 0 else Change(current, current, 0.0, now, noise)
+    return few, gain
 
 
 def _relieved(problem: Problem, traffic: Traffic, slots: Ints, current: Ints, most: int) -> Ints:
@@ -188,15 +195,16 @@ def moved_slots(before: Ints, after: Ints) -> int:
     return int(((after >= 0) & ~there).sum())
 
 
-def layer_seconds(problem: Problem, traffic: Traffic, slots: Ints) -> float:
+def layer_seconds(problem: Problem, traffic: Traffic, slots: Ints, shares: Floats | None = None) -> float:
     """Predicted seconds of one layer (see cost.predict), with traffic in units of visits where no link is measured."""
     ranks = problem.ranks
     held = np.zeros((problem.experts + 1, ranks), bool)
     held[slots, np.arange(ranks)[:, None]] = True
+    weight = held.astype(np.float64)
+    if shares is not None:
+        weight[slots, np.arange(ranks)[:, None]] = shares
     groups = problem.links.node_of
-    part, to_rank, to_node = simulate(
-        traffic.sets, held[:-1], held[:-1].astype(np.float64), groups, int(groups.max()) + 1, 1
-    )
+    part, to_rank, to_node = simulate(traffic.sets, held[:-1], weight[:-1], groups, int(groups.max()) + 1, 1)
     load = traffic.load @ part * ranks * problem.costs.tokens_per_rank
     unit = problem.unit_of
     compute = (np.bincount(unit, load) / np.bincount(unit, problem.speed)).max() * problem.costs.expert_seconds
