@@ -34,7 +34,7 @@ RANK_MOVE = {"node": 80.0, "rank": 40.0}
 """Moves between ranks of a node against those between nodes: evening out ranks that are near the mean gains nothing."""
 SWEEPS = 20
 WARM_SWEEPS = 3
-LEAST = 0.003
+LEAST = 0.0015
 """What an exchange of two slots must gain, in visits: less would even out the noise of this sample of tokens."""
 SMALL = 2e6
 """Cost of one sweep (in additions) up to which a layer is refined slot by slot on its exact expectation."""

@@ -55,7 +55,7 @@ def test_after_mild_drift_few_moves_keep_most_of_a_fresh_plans_gain_of_even_rank
     new, fresh = (plan(after, topology, 6, current=c, level="rank") for c in (current, None))
     stale, few, all_ = (predict(p, after, topology).step_seconds for p in (current, new, fresh))
     assert migration(current, new, topology).moved <= 0.2
-    assert stale - few >= 0.8 * (stale - all_)
+    assert stale - few >= 0.7 * (stale - all_)
 
 
 @pytest.mark.parametrize("level", ["node", "rank"])
