@@ -17,8 +17,7 @@ from ray_ep.errors import BadInput, PlacementError
 from ray_ep.placement.cluster_description import bytes_per_second, seconds
 from ray_ep.placement.engines import Recorded
 from ray_ep.placement.gpus import Gpu, gpu
-from ray_ep.placement.groups import in_words
-from ray_ep.placement.problem import FASTER
+from ray_ep.placement.groups import FASTER, in_words
 from ray_ep.placement.whatif import Cluster, Given, grid, synthetic
 
 SYNTHETIC: dict[str, Callable[[str], float]] = {
@@ -138,7 +137,7 @@ def _links_in_words(base: Cluster, given: Given | None, kinds: list[Gpu | None],
 
 
 def _slow_inside(found: list[tuple[Gpu | None, Cluster | Given]]) -> list[str]:
-    """Which kinds the planner sees no nodes of, as one sentence; see `problem.group_ranks`."""
+    """Which kinds' nodes do not count as nodes, as one sentence; see `groups.groups_of`."""
     slow = dict.fromkeys(
         "the ranks" if kind is None else kind.name
         for kind, c in found
@@ -147,8 +146,8 @@ def _slow_inside(found: list[tuple[Gpu | None, Cluster | Given]]) -> list[str]:
     if not slow:
         return []
     return [
-        f"links inside nodes of {', '.join(slow)} are less than {FASTER:g} times as fast as those across: the plan "
-        "takes each rank for a node of its own (--placement contiguous,load-only,plan compares)"
+        f"links inside nodes of {', '.join(slow)} are less than {FASTER:g} times as fast as those across: each "
+        "rank counts as a node of its own"
     ]
 
 

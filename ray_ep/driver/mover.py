@@ -20,6 +20,7 @@ from ray_ep.driver.verdict import Question, Verdict, room_of
 from ray_ep.errors import BadInput, RankError
 from ray_ep.moe import Balance
 from ray_ep.placement import Placement, RoutingStatistics, Topology
+from ray_ep.placement.groups import groups_of
 from ray_ep.placement.survive import check_room
 from ray_ep.rank.rank import StepResult
 
@@ -83,7 +84,7 @@ class Mover:
         """Busiest over mean, where somebody wants to know."""
         if not self.cfg.placement.imbalance:
             return 1.0
-        unit = self.topology.node_of if self.level == "node" else np.arange(self.topology.num_ranks)
+        unit = groups_of(self.topology) if self.level == "node" else np.arange(self.topology.num_ranks)
         return self.recent.imbalance(unit.tolist())
 
     def _answer(self, done: int) -> float:

@@ -14,6 +14,7 @@ from ray_ep.errors import PlacementError
 from ray_ep.placement.baselines import contiguous, random
 from ray_ep.placement.cost import Migration, Prediction, StepCosts, dispatch_layer, migration, predict, token_sets
 from ray_ep.placement.eplb import load_only
+from ray_ep.placement.groups import groups_of
 from ray_ep.placement.placement import Floats, Placement
 from ray_ep.placement.planner import plan
 from ray_ep.placement.statistics import RoutingStatistics
@@ -120,7 +121,7 @@ def link_bytes(case: Case, placement: Placement) -> Floats:
 
     the results take the same way back.
     """
-    node_of = np.unique(case.topology.node_of, return_inverse=True)[1].astype(np.int64)
+    node_of = groups_of(case.topology)
     sets = token_sets(case.statistics)
     total = np.zeros((placement.num_ranks, placement.num_ranks))
     for layer in range(placement.num_layers):

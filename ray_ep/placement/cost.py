@@ -13,6 +13,7 @@ import numpy as np
 
 from ray_ep.errors import PlacementError
 from ray_ep.placement.dispatch import simulate
+from ray_ep.placement.groups import groups_of
 from ray_ep.placement.link_time import busiest
 from ray_ep.placement.migration import held, moves
 from ray_ep.placement.placement import Floats, Ints, Placement
@@ -112,7 +113,7 @@ def predict(
         raise PlacementError(f"level={level!r}: allowed are rank and node")
     ranks, layers = placement.num_ranks, placement.num_layers
     speed = costs.speeds(ranks)
-    node_of = np.unique(topology.node_of, return_inverse=True)[1].astype(np.int64)
+    node_of = groups_of(topology)
     links = Links.of(topology, node_of)
     sample = token_sets(statistics)
     compute, traffic, nodes, others = np.zeros(layers), np.zeros(layers), np.zeros(layers), np.zeros(layers)

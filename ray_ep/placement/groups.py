@@ -16,6 +16,30 @@ Pair = tuple[int, int]
 
 MESSAGE = 1 << 20
 """Bytes by whose time two ranks are near or far: latency and bandwidth in one figure, at a size that exchanges have."""
+FASTER = 1.5
+"""Links inside a node must be this much faster than those across for its ranks to count as one group."""
+
+
+def groups_of(topology: Topology) -> npt.NDArray[np.int64]:
+    """[R] number of each rank's group of fast links, 0 to N - 1: what plans and predictions take for its node.
+
+    The measured groups, or else the nodes by name. Where nothing joins some ranks of several nodes better than the
+    others, each rank is a group of its own: one measured group over several nodes, or links inside the nodes that are
+    less than `FASTER` times as fast as those across.
+    """
+    alone = np.arange(topology.num_ranks, dtype=np.int64)
+    node_of = _numbered(topology.node_of)
+    far = node_of[:, None] != node_of
+    if not far.any():
+        return node_of if topology.groups is None else _numbered(topology.groups)
+    if topology.groups is not None:
+        return _numbered(topology.groups) if len(set(topology.groups.tolist())) > 1 else alone
+    near = ~far & ~np.eye(topology.num_ranks, dtype=bool)
+    if near.any():
+        inside, across = np.median(topology.bandwidth[near]), np.median(topology.bandwidth[far])
+        if np.isfinite(inside) and inside < FASTER * across:
+            return alone
+    return node_of
 
 
 def find_groups(topology: Topology, gap: float = 2.0) -> Topology:

@@ -10,11 +10,12 @@ E experts, R ranks, S slots, N nodes, I items (replicas that are placed on their
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ray_ep.placement import packing, search, small, swaps
+from ray_ep.placement import packing, relief, search, small, swaps
 from ray_ep.placement.forecast import expected_load
 from ray_ep.placement.placement import Floats, Ints
 from ray_ep.placement.problem import STIFF, Problem
@@ -31,9 +32,10 @@ WARM_FLOW, WARM_STIFF = 2.0, 2.0
 """`FLOW` and the factor on `stiff` when a plan is improved: few moves first relieve the busiest nodes."""
 RANK_MOVE = {"node": 80.0, "rank": 40.0}
 """Moves between ranks of a node against those between nodes: evening out ranks that are near the mean gains nothing."""
-DEAR = {"node": (8.0, 4.0, 2.0, 1.0), "rank": (1.0,)}
-"""Moves are sought at these multiples of their price, so that the best come first (ranks gain nothing by it)."""
 SWEEPS = 20
+WARM_SWEEPS = 3
+LEAST = 0.0015
+"""What an exchange of two slots must gain, in visits: less would even out the noise of this sample of tokens."""
 SMALL = 2e6
 """Cost of one sweep (in additions) up to which a layer is refined slot by slot on its exact expectation."""
 
@@ -79,7 +81,12 @@ def fresh_layer(problem: Problem, traffic: Traffic, seed: int, starts: int = 2) 
     """Slots [R, S] planned from nothing."""
     items = choose_items(problem, traffic.load)
     place = _group(problem, traffic, items, seed, starts)
-    slots = _pack_nodes(problem, traffic, items, place, None, problem.stay)
+    slots = _pack_nodes(problem, traffic, items, place, None, problem.prices.stay)
+    if problem.nodes > 1:
+        slots = relieved(problem, traffic, slots)
+        if problem.level == "node":  # that was of nodes alone: their ranks are to be even, too
+            items = items_of(problem, slots)
+            slots = _pack_nodes(problem, traffic, items, items.home, None, problem.prices.stay)
     return _refine_small(problem, traffic, slots, seed)
 
 
@@ -92,12 +99,48 @@ def warm_layer(problem: Problem, traffic: Traffic, current: Ints, stay: float, o
     place = items.home.copy()
     empty = place < 0
     place[empty] = _free_places(problem, items)
-    order = _orders(len(place), seed, SWEEPS)
+    order = _orders(len(place), seed, WARM_SWEEPS)
     risk = _item_risk(problem, traffic, items)
     world = _world(problem, traffic, bits, place, warm=True)
-    for dear in DEAR[problem.level]:
-        swaps.improve_grouping(bits, load, risk, place, world, items.home, dear * price, order)
+    swaps.improve_grouping(bits, load, risk, place, world, items.home, price, order)
     return _pack_nodes(problem, traffic, items, place, current, RANK_MOVE[problem.level] * stay)
+
+
+def relieved(
+    problem: Problem, traffic: Traffic, slots: Ints, before: Ints | None = None, stay: float = 0.0, most: int = 1 << 30
+) -> Ints:
+    """Slots [R, S] with the busiest relieved by exchanges, so that at most `most` slots are new beside `before` [R, S].
+
+    Each exchange gains `stay` for every slot that it fills anew, and at least LEAST; None: nothing counts as new.
+    """
+    ranks, width = slots.shape
+    flat = slots.ravel()
+    real = flat >= 0
+    node_of = problem.node_of
+    count = np.zeros((problem.experts, problem.nodes))
+    at = np.repeat(node_of, width)
+    np.add.at(count, (flat[real], at[real]), 1)
+    everywhere = np.asarray((count > 0).all(1) & (problem.nodes > 1))
+    expert, node = flat[real], at[real]
+    single = ~everywhere[expert]
+    load, bits = np.zeros(len(flat)), np.zeros((len(flat), traffic.bits.shape[1]), np.uint64)
+    share = np.where(single, 1.0, problem.source[node])
+    load[real] = traffic.load[expert] * share / np.where(single, count.sum(1)[expert], count[expert, node])
+    bits[np.flatnonzero(real)[single]] = search.split_bits(traffic.bits, expert[single])
+    fixed = np.zeros(len(flat), bool)
+    fixed[real] = count.sum(1)[expert] > 1
+    had = np.full((problem.experts + 1, ranks), before is None)
+    if before is not None:
+        had[before, np.arange(ranks)[:, None]] = True
+    moved = int((~had[expert, np.flatnonzero(real) // width]).sum())
+    speed = np.bincount(problem.unit_of, problem.speed)
+    where = node_of, problem.unit_of, traffic.load.sum() * speed / speed.sum()
+    price = problem.price() / len(traffic.sets)
+    visits = float(price @ search.visits_of(bits[real], node, problem.nodes))
+    who = np.where(np.arange(width)[None] < problem.room[:, None], slots, -2)
+    weights = problem.prices.compute, visits, price
+    relief.relieve(who, load, bits, fixed, where, weights, had, (stay, most - moved, LEAST))
+    return np.where(who < 0, -1, who)
 
 
 def choose_items(problem: Problem, load: Floats) -> Items:
@@ -174,7 +217,7 @@ def _world(
     price = problem.price() / len(traffic.sets)
     usual = float((price * search.visits_of(bits, place, problem.nodes)).mean())
     steep = (WARM_FLOW if warm else FLOW) / (2 * usual) if usual > 0 else 0.0
-    stiff = problem.stiff * (WARM_STIFF if warm and problem.level == "node" else 1.0)
+    stiff = problem.prices.stiff * (WARM_STIFF if warm and problem.level == "node" else 1.0)
     return problem.source, target, price, stiff, _bulk(problem, traffic.load), steep
 
 
@@ -257,7 +300,7 @@ def _pack_node(
     each = weight[which] / np.repeat(count, count)
     share = each / np.maximum(traffic.load[which], 1e-30)
     joint = np.outer(each, each) + traffic.risk[which[:, None], which] * np.outer(share, share)
-    joint *= problem.stiff / (traffic.load.sum() / problem.ranks) ** 2
+    joint *= problem.prices.stiff / (traffic.load.sum() / problem.ranks) ** 2
     home = np.full(len(which), -1, np.int64) if now is None else _homes(now, which)
     room, speed = problem.room[members], problem.speed[members]
     where = packing.pack(which, joint, each, room, speed, home, stay, SWEEPS)
@@ -308,17 +351,16 @@ def _refine_small(problem: Problem, traffic: Traffic, slots: Ints, seed: int, ro
     each = len(sets) * problem.nodes**2 * sets.shape[1] + problem.experts * ranks + problem.experts**2 * ranks
     if sweep * each > SMALL:
         return slots
-    unit_of = np.arange(ranks) if problem.level == "rank" else problem.node_of
+    unit_of = problem.unit_of
     speed = np.bincount(unit_of, problem.speed)
-    world = (problem.node_of, unit_of, (problem.source / np.bincount(problem.node_of))[problem.node_of])
+    world: tuple[Any, ...] = problem.node_of, unit_of, (problem.source / np.bincount(problem.node_of))[problem.node_of]
     target = traffic.load.sum() * speed / speed.sum()
     start = np.where(np.arange(room)[None] < problem.room[:, None], slots, -2)
     rng = np.random.default_rng(seed)
     ends = (ranks, room, ranks, room)
     kicks = np.stack([rng.integers(0, end, (rounds, 2)) for end in ends], axis=-1)
     weight = times / times.sum()
-    stiff = problem.stiff / STIFF[problem.level]
-    best, _ = small.refine(
-        sets, weight, traffic.load, traffic.risk, start, (*world, target, problem.compute, problem.pair, stiff), kicks
-    )
+    stiff = problem.prices.stiff / STIFF[problem.level]
+    world += target, problem.prices.compute, problem.prices.pair, stiff
+    best, _ = small.refine(sets, weight, traffic.load, traffic.risk, start, world, kicks)
     return np.where(best < 0, -1, best)

@@ -8,38 +8,29 @@ L layers, E experts, R ranks, S slots.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from statistics import NormalDist
+from dataclasses import replace
 
 import numpy as np
 
 from ray_ep.errors import PlacementError
-from ray_ep.placement import layer, packing, relief, small, survive, swaps
-from ray_ep.placement.cost import StepCosts, check_fit, token_sets
+from ray_ep.placement import by_time, packing, relief, small, survive, swaps
+from ray_ep.placement.baselines import contiguous
+from ray_ep.placement.cost import StepCosts, check_fit, predict, token_sets
 from ray_ep.placement.dispatch import simulate
 from ray_ep.placement.layer import Traffic
 from ray_ep.placement.link_time import busiest
 from ray_ep.placement.placement import Ints, Placement
-from ray_ep.placement.problem import STIFF, Problem
+from ray_ep.placement.problem import Problem
+from ray_ep.placement.replan import SETTLE, WORTH, Change, best_change, fresh_slots, layer_seconds, pays, settled
 from ray_ep.placement.statistics import RoutingStatistics
 from ray_ep.placement.topology import Topology
 
-WORTH = 0.015
-"""A layer stays as it is unless its predicted time falls by this share and the noise of its loads: a search finds about
-as much in any new sample of the same tokens' kind, and loses it on the next."""
-MOVING = {"node": 0.1, "rank": 0.3}
-"""What moving every slot of a layer must gain at least, as a share of its time: moves that gain less are left out."""
-ANEW = 0.15
-"""The same of planning a layer anew instead, against improving it: most of the gain lies in few moves."""
-KEEP = 0.9
-"""A fresh plan is taken only where improving the current one keeps less than this of its gain."""
-UNEVEN = 1.05
-"""Mean prices of nodes further apart than this are taken for different links, not for noise of the probe."""
-SETTLE = 4
-"""Most rounds in which a fresh plan is improved as if it were the current one."""
-AFRESH = 0.3
-"""A layer is also planned anew when improving it moves more than this share of its slots."""
+CLEAR = 0.9
+"""A plan that takes this share of contiguous's time, by a rough look, is not compared with it exactly."""
+SURE = 2048
+"""Sampled tokens from which on a rough look is good to a few percent."""
 
 
 def plan(
@@ -60,7 +51,8 @@ def plan(
 
     Args:
         slots_per_rank: slots of a rank and layer, one number or one per rank; None: just enough for every expert.
-        current: the placement to start from. A layer where nothing is gained comes back unchanged.
+        current: the placement to start from. A layer where nothing is gained comes back unchanged. None: the plan is
+            never predicted slower than `contiguous` (unless it must survive, or no link is known).
         horizon_steps: steps over which moving pays back.
         level: node: ranks of a node are balanced inside each step, so nodes must be even; rank: ranks must be.
         seed: of the order in which the search looks at experts.
@@ -85,20 +77,34 @@ def plan(
     problem = Problem.of(topology, experts, sets.shape[2], slots_per_rank, level, horizon_steps, costs)
     survive.check_room(problem.room, experts, topology.node_of, survive_nodes)
     start = None if current is None else _needed(current) if survive_nodes else current.slots
+    width = int(problem.room.max(initial=0))
+    plain = contiguous(layers, experts, problem.ranks, problem.room.tolist()) if current is None else None
 
-    def one(i: int) -> Ints:
+    def one(i: int) -> tuple[Change, bool]:
         traffic = Traffic.of(np.asarray(statistics.load[i], np.float64), sets[i])
         now = None if start is None else _fitted(start[i], problem)
-        if now is None:
-            return _settled(problem, traffic, _fresh(problem, traffic, seed), seed)
-        return _replan(problem, traffic, now, seed)
+        if now is not None:
+            return best_change(problem, traffic, now, seed), False
+        slots = settled(problem, traffic, fresh_slots(problem, traffic, seed), seed)
+        doubtful = plain is not None and _doubtful(problem, traffic, slots, plain.slots[i])
+        return Change(slots, slots, 0.0, 0.0, 0.0), doubtful
 
     with ThreadPoolExecutor(max(1, min(layers, os.cpu_count() or 1))) as pool:
         found = list(pool.map(one, range(layers)))
-    width = int(problem.room.max(initial=0))
-    slots = np.stack(found) if found else np.zeros((0, problem.ranks, width), np.int64)
+    together = pays([change for change, _ in found])
+    chosen = [c.slots if together or pays([c]) else c.before for c, _ in found]
+    slots = np.stack(chosen) if found else np.zeros((0, problem.ranks, width), np.int64)
+    doubt = [i for i, (_, doubtful) in enumerate(found) if doubtful]
+    if plain is not None and doubt:
+        slots[doubt] = _no_worse(
+            slots, plain, problem, RoutingStatistics(statistics.load, sample=sets.astype(np.int32)), topology, doubt
+        )
     if survive_nodes:
-        return _secured(slots, statistics, topology, problem, current, survive_nodes)
+        safe = _secured(slots, statistics, sets, topology, problem, current, survive_nodes)
+        if current is not None:
+            return safe
+        rest = horizon_steps, level, seed, costs, survive_nodes
+        return _settled_safe(safe, lambda now: plan(statistics, topology, slots_per_rank, now, *rest))
     if current is None:
         return Placement(slots, experts, primary=_primaries(slots, experts, None))
     padded = np.full((layers, problem.ranks, max(width, current.slots.shape[2])), -1, np.int64)
@@ -117,6 +123,7 @@ def _needed(current: Placement) -> Ints:
 def _secured(
     slots: Ints,
     statistics: RoutingStatistics,
+    sets: Ints,
     topology: Topology,
     problem: Problem,
     current: Placement | None,
@@ -136,6 +143,13 @@ def _secured(
                 continue
         load = np.asarray(statistics.load[i], np.float64)
         slots[i], shares[i] = survive.secured(slots[i], load, problem.room, topology.node_of, nodes)
+        if current is None or kept is None or not kept[i] or current.slots.shape[2] != slots.shape[2]:
+            continue
+        traffic = Traffic.of(load, sets[i])
+        was = layer_seconds(problem, traffic, current.slots[i], None if current.shares is None else current.shares[i])
+        if was - layer_seconds(problem, traffic, slots[i], shares[i]) < WORTH * was:  # safety takes the gain back
+            slots[i] = current.slots[i]
+            shares[i] = 1.0 if current.shares is None else current.shares[i]
     if current is not None and current.slots.shape == slots.shape and (slots == current.slots).all():
         return current
     version = 0 if current is None else current.version + 1
@@ -155,112 +169,41 @@ def _fitted(current: Ints, problem: Problem) -> Ints | None:
     return out
 
 
-def _fresh(problem: Problem, traffic: Traffic, seed: int) -> Ints:
-    """Slots [R, S] of one layer planned from nothing.
-
-    The search adds links' times up while a step waits for the busiest: where links differ, shunning a slow one may only
-    load its other direction, so a plan that takes all for equal competes on the predicted time.
-    """
-    slots = layer.fresh_layer(problem, traffic, seed)
-    price = problem.price()
-    found = [slots]
-    if problem.nodes > 1 and price.max() > UNEVEN * price.min():
-        found.append(layer.fresh_layer(problem.with_even_links(), traffic, seed))
-    found += [relief.relieved(problem, traffic, x, 0.0, seed) for x in found if relief.fits(problem, x)]
-    return min(found, key=lambda x: layer_seconds(problem, traffic, x)) if len(found) > 1 else slots
-
-
-def _settled(problem: Problem, traffic: Traffic, slots: Ints, seed: int) -> Ints:
-    """Slots [R, S] replanned until they stay, so that a later plan from the same figures finds nothing to move.
-
-    Nearly always the first look changes nothing; replicas that filled spare slots may find better places in it.
-    """
+def _settled_safe(safe: Placement, again: Callable[[Placement], Placement]) -> Placement:
+    """A safe plan, planned again until it stays: safety displaces what was planned."""
     for _ in range(SETTLE):
-        better = _replan(problem, traffic, slots, seed)
-        if better is slots:
+        before, safe = safe, again(safe)
+        if safe is before:
             break
-        slots = better
-    return slots
+    return replace(safe, version=0)
 
 
-def _replan(problem: Problem, traffic: Traffic, current: Ints, seed: int) -> Ints:
-    """Slots [R, S] of one layer: stay, a few moves, or a fresh plan: what gains most after the price of its moves."""
-    filled = int((current >= 0).sum())
-    # A layer's cost in the units of the search, spread over its slots, gives the price of a move there. Where compute
-    # is far dearer than traffic the search weighs it no more than `stiff` says: nor may a move cost more than that.
-    compute = min(problem.compute, problem.stiff / STIFF[problem.level])
-    price = max(problem.stay, MOVING[problem.level] * (compute + problem.nodes / 4) / filled)
-    prices = price, price + problem.owned - problem.stay
-    few = layer.warm_layer(problem, traffic, current, *prices, seed)
-    now = layer_seconds(problem, traffic, current)
-    unequal = relief.fits(problem, current)
-    if unequal:
-        few = _relieved(problem, traffic, current, few, MOVING[problem.level] * now / filled, seed)
-    moves = moved_slots(current, few)
-    if not moves and not unequal:
-        return current
-    gain = now - layer_seconds(problem, traffic, few)
-    if unequal or moves > AFRESH * filled:  # among unequal links a few swaps may not get away from a slow one
-        fresh = _fresh(problem, traffic, seed)
-        more = now - layer_seconds(problem, traffic, fresh)
-        if KEEP * more > gain and more - gain > ANEW * now * (moved_slots(current, fresh) - moves) / filled:
-            few, gain = fresh, more
-    worth = gain > WORTH * now and gain > WORTH * now + _noise_seconds(problem, traffic, current)
-    return few if worth else current
+def _no_worse(
+    slots: Ints, plain: Placement, problem: Problem, statistics: RoutingStatistics, topology: Topology, doubt: list[int]
+) -> Ints:
+    """Slots [D, R, S] of a plan's layers `doubt` [D], with those of `plain` in the ones that `predict` finds faster so.
 
-
-def _relieved(problem: Problem, traffic: Traffic, current: Ints, few: Ints, least: float, seed: int) -> Ints:
-    """The better one of `few` and of swaps judged by the predicted time; each move must gain `least` seconds."""
-    step_unit = problem.visit_seconds * problem.costs.tokens_per_rank * problem.ranks
-    each = max(problem.owned * step_unit, least)
-    found = few, relief.relieved(problem, traffic, current, each, seed)
-    return min(found, key=lambda x: layer_seconds(problem, traffic, x) + each * moved_slots(current, x))
-
-
-def _noise_seconds(problem: Problem, traffic: Traffic, current: Ints) -> float:
-    """By how much a layer's slowest unit is expected to look slower than the mean one by chance alone.
-
-    A plan from one window of tokens looks uneven on the next, and evening that out again gains nothing: of U units
-    the busiest is as far above the mean as the largest of U normal draws (Blom's approximation).
+    The search leads by sums; a step waits for maxima, and on odd clusters the two may disagree.
     """
-    unit = np.arange(problem.ranks) if problem.level == "rank" else problem.node_of
-    units = int(unit.max()) + 1
-    if units < 2 or not traffic.tokens:
-        return 0.0
-    speed = np.bincount(unit, problem.speed)
-    share = 1.0 / np.bincount(current[current >= 0], minlength=problem.experts)
-    variance = np.zeros(units)
-    for u in range(units):
-        here = current[unit == u]
-        here = here[here >= 0]
-        variance[u] = share[here] @ traffic.risk[here[:, None], here] @ share[here] / (layer.RISK * traffic.tokens)
-    variance = np.maximum(variance, 0.0)
-    relative = float(np.sqrt(variance / speed**2).mean()) * speed.sum() / traffic.load.sum()
-    even = traffic.load.sum() * problem.costs.tokens_per_rank * problem.costs.expert_seconds
-    return float(NormalDist().inv_cdf((units - 0.375) / (units + 0.25)) * relative * even)
+    assert statistics.sample is not None
+    known = RoutingStatistics(statistics.load[doubt], sample=statistics.sample[doubt])
+    both = plain.slots[doubt], slots[doubt]
+    a, b = (
+        predict(Placement(x.copy(), problem.experts), known, topology, problem.costs, problem.level) for x in both
+    )  # fmt: skip
+    better = a.compute + a.traffic < b.compute + b.traffic
+    return np.where(better[:, None, None], *both)
 
 
-def moved_slots(before: Ints, after: Ints) -> int:
-    """Slots of `after` [R, S] whose expert was not on that rank in `before` [R, S]."""
-    there = (after[:, :, None] == before[:, None, :]).any(2)
-    return int(((after >= 0) & ~there).sum())
+def _doubtful(problem: Problem, traffic: Traffic, slots: Ints, plain: Ints) -> bool:
+    """Whether slots [R, S] are not clearly faster than `plain`.
 
-
-def layer_seconds(problem: Problem, traffic: Traffic, slots: Ints) -> float:
-    """Predicted seconds of one layer (see cost.predict), with traffic in units of visits where no link is measured."""
-    ranks = problem.ranks
-    held = np.zeros((problem.experts + 1, ranks), bool)
-    held[slots, np.arange(ranks)[:, None]] = True
-    part, to_rank, to_node = simulate(
-        traffic.sets, held[:-1], held[:-1].astype(np.float64), problem.node_of, problem.nodes, 1
-    )
-    load = traffic.load @ part * ranks * problem.costs.tokens_per_rank
-    unit = np.arange(ranks) if problem.level == "rank" else problem.node_of
-    compute = (np.bincount(unit, load) / np.bincount(unit, problem.speed)).max() * problem.costs.expert_seconds
-    if problem.visit_seconds == 0:
-        visits = float(to_node.sum()) * problem.costs.tokens_per_rank
-        return float(compute) * (1 + visits / (ranks * problem.costs.tokens_per_rank * problem.compute))
-    return float(compute) + problem.links.seconds((to_rank, to_node), problem.costs)
+    Not asked where no link is known: `predict` sees no traffic there, and would take what balances by luck.
+    """
+    if not problem.links.rank.any():
+        return False
+    few = len(traffic.sets) < SURE
+    return few or layer_seconds(problem, traffic, slots) > CLEAR * layer_seconds(problem, traffic, plain)
 
 
 def _primaries(slots: Ints, experts: int, before: Ints | None) -> Ints:
@@ -298,5 +241,8 @@ def warm() -> None:
         plan(RoutingStatistics(load[::-1], sample=sample), topology, slots, current=first)
 
 
-KERNELS = (packing.pack, packing.add_replicas, swaps.improve_grouping, small.refine, relief.descend, simulate, busiest)
+KERNELS = (
+    packing.pack, packing.add_replicas, swaps.improve_grouping, relief.relieve, small.refine, by_time.descend, simulate,
+    busiest,
+)  # fmt: skip
 """What `warm` compiles; a test checks that no plan compiles another."""

@@ -1,7 +1,7 @@
 """What the planner minimises, in the units of its searches: one token's visit to another node, at the mean price, is 1.
 
-Pure NumPy. "Node" here is a group of ranks joined by links that are faster than those between groups: the ranks of a
-node by name, unless their measured links are no faster (then every rank is a node of its own).
+Pure NumPy. "Node" here is a group of ranks as `groups.groups_of` finds them, or, for searches that minimise what ranks
+exchange, a rank by itself.
 L layers, E experts, R ranks, N nodes.
 """
 
@@ -15,12 +15,9 @@ import numpy as np
 from ray_ep.errors import PlacementError
 from ray_ep.placement.baselines import room_of_ranks
 from ray_ep.placement.cost import Links, StepCosts
+from ray_ep.placement.groups import groups_of
 from ray_ep.placement.placement import Floats, Ints
 from ray_ep.placement.topology import Topology
-
-FASTER = 1.5
-"""Links inside a node must be this much faster than those across for its ranks to be planned as one node."""
-
 
 STIFF = {"node": 1.9, "rank": 5.7}
 """Cost of squared relative deviation, in computes of an even rank; loads that drift make evenness worth more."""
@@ -32,29 +29,21 @@ class Problem:
 
     Args:
         experts: E. level: rank or node: what must be even.
-        node_of: [R] numbers 0 to N - 1. room: [R] slots. speed: [R], their mean 1. source: [N] share of tokens that
-            start on each node.
-        pair: [N, N] price of a token from a node (row) that visits another, mean 1. visit_seconds: what 1 is.
-        compute: a token's experts on an evenly loaded rank, in visits.
-        stiff: cost of squared relative deviation from even load, of nodes at level node, of ranks at level rank.
-        stay: cost of each slot filled anew; owned: of an expert whose only replica moves.
-        costs, links: for predictions.
+        node_of: [R] numbers 0 to N - 1. room: [R] slots. speed: [R], their mean 1.
+        costs, links: for predictions; `links.node_of` are the groups, whatever the search takes for a node.
+        prices: in the search's units.
     """
 
     experts: int
+    top_k: int
     level: str
+    horizon_steps: float
     node_of: Ints
     room: Ints
     speed: Floats
-    source: Floats
-    pair: Floats
-    visit_seconds: float
-    compute: float
-    stiff: float
-    stay: float
-    owned: float
     costs: StepCosts
     links: Links
+    prices: Prices
 
     @property
     def ranks(self) -> int:
@@ -64,15 +53,43 @@ class Problem:
     @property
     def nodes(self) -> int:
         """N."""
-        return len(self.source)
+        return len(self.prices.pair)
+
+    @property
+    def source(self) -> Floats:
+        """[N] share of tokens that start on each node."""
+        return np.bincount(self.node_of, minlength=self.nodes) / self.ranks
+
+    @property
+    def unit_of(self) -> Ints:
+        """[R] what must be even: the rank, or its group, as predictions see it."""
+        return np.arange(self.ranks, dtype=np.int64) if self.level == "rank" else self.links.node_of
 
     def price(self) -> Floats:
         """[N] mean price of a token's visit to each node, over where tokens start."""
-        return self.source @ self.pair
+        return self.source @ self.prices.pair
+
+    def views(self) -> list[Problem]:
+        """What to search: grouped, or by rank where tokens cross once a rank; both where neither is sure to be better.
+
+        The flat exchange sends a token once to each rank, so experts chosen together belong on one rank; but replicas
+        that a whole group shares keep tokens near with fewer slots, and only the grouped search places those.
+        """
+        if self.nodes == 1:
+            return [self.by_rank()]
+        if self.costs.two_level is False and self.nodes < self.ranks:
+            return [self, self.by_rank()]
+        return [self]
+
+    def by_rank(self) -> Problem:
+        """The same with every rank a node of its own."""
+        node_of = np.arange(self.ranks, dtype=np.int64)
+        prices = Prices.of(self.links.rank, node_of, self.top_k, self.level, self.horizon_steps, self.costs)
+        return replace(self, node_of=node_of, prices=prices)
 
     def with_even_links(self) -> Problem:
         """The same with every visit at the mean price."""
-        return replace(self, pair=1.0 - np.eye(self.nodes))
+        return replace(self, prices=replace(self.prices, pair=1.0 - np.eye(self.nodes)))
 
     def node_speed(self) -> Floats:
         """[N] sum of the ranks' speeds."""
@@ -99,12 +116,36 @@ class Problem:
             raise PlacementError(f"horizon_steps={horizon_steps}: expected a positive number")
         ranks = topology.num_ranks
         room = np.minimum(room_of_ranks(experts, ranks, slots_per_rank), experts).astype(np.int64)
-        node_of = group_ranks(topology)
+        speed = costs.speeds(ranks)
+        node_of = groups_of(topology)
+        links = Links.of(topology, node_of)
+        prices = Prices.of(links.rank, node_of, top_k, level, horizon_steps, costs)
+        return Problem(experts, top_k, level, horizon_steps, node_of, room, speed / speed.mean(), costs, links, prices)
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What things cost in visits, for one choice of what a node is.
+
+    Args:
+        pair: [N, N] price of a token from a node (row) that visits another, mean 1. visit_seconds: what 1 is.
+        compute: a token's experts on an evenly loaded rank.
+        stiff: cost of squared relative deviation from even load, of nodes at level node, of ranks at level rank.
+        stay: cost of each slot filled anew; owned: of an expert whose only replica moves.
+    """
+
+    pair: Floats
+    visit_seconds: float
+    compute: float
+    stiff: float
+    stay: float
+    owned: float
+
+    @staticmethod
+    def of(slow: Floats, node_of: Ints, top_k: int, level: str, horizon_steps: float, costs: StepCosts) -> Prices:
+        """From seconds a byte of the links [R, R], 0 where not measured, and the node of each rank [R]."""
         nodes = int(node_of.max()) + 1
-        size = np.bincount(node_of)
-        slow = 1.0 / topology.bandwidth
-        np.fill_diagonal(slow, 0.0)
-        member = (node_of[:, None] == np.arange(nodes)) / size  # [R, N]
+        member = (node_of[:, None] == np.arange(nodes)) / np.bincount(node_of)  # [R, N]
         there = member.T @ slow @ member
         pair = costs.token_bytes * (there + there.T)
         np.fill_diagonal(pair, 0.0)
@@ -117,42 +158,8 @@ class Problem:
         # The slowest unit's compute, in visits: how much a deviation of load may cost against traffic.
         compute = top_k * costs.expert_seconds / visit if visit > 0 else 3.0
         stiff = float(np.clip(compute, 1.0, 3.0)) * STIFF[level]
-        step_unit = visit * costs.tokens_per_rank * ranks  # seconds a step of one visit by every token, on all links
+        step_unit = visit * costs.tokens_per_rank * len(node_of)  # seconds a step of one visit by every token
         slot_seconds = float(slow[slow > 0].mean()) if visit > 0 else 0.0
         per_byte = slot_seconds / (horizon_steps * step_unit) if step_unit > 0 else 0.0
         stay = max(costs.expert_bytes * per_byte, 1e-6)
-        owned = stay + costs.optimizer_bytes * per_byte
-        speed = costs.speeds(ranks)
-        links = Links.of(topology, node_of)
-        source = size / ranks
-        return Problem(
-            experts,
-            level,
-            node_of,
-            room,
-            speed / speed.mean(),
-            source,
-            pair,
-            visit,
-            compute,
-            stiff,
-            stay,
-            owned,
-            costs,
-            links,
-        )
-
-
-def group_ranks(topology: Topology) -> Ints:
-    """[R] number of each rank's group: its node, or itself where links inside nodes are no faster than those across."""
-    ranks = topology.num_ranks
-    node_of: Ints = np.unique(topology.node_of, return_inverse=True)[1].astype(np.int64)
-    near = (node_of[:, None] == node_of[None]) & ~np.eye(ranks, dtype=bool)
-    far = node_of[:, None] != node_of[None]
-    if not far.any():
-        return np.arange(ranks, dtype=np.int64)
-    if near.any():
-        inside, across = np.median(topology.bandwidth[near]), np.median(topology.bandwidth[far])
-        if np.isfinite(inside) and inside < FASTER * across:
-            return np.arange(ranks, dtype=np.int64)
-    return node_of
+        return Prices(pair, visit, compute, stiff, stay, stay + costs.optimizer_bytes * per_byte)

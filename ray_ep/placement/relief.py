@@ -1,10 +1,9 @@
-"""Search on the predicted time itself, for few ranks on unequal links: swaps that relieve the link a step waits for.
+"""Compiled search for a few moves: exchanges of two slots, from the current placement, that relieve the busiest.
 
-The search of search.py adds up what visits to nodes cost; a step waits for its busiest link or port. Where links differ
-the two part: shunning a node because of one slow link may only load another. With few ranks every swap can be judged by
-the cost model's own time. For layers of which every expert has one slot: then the tokens that visit a rank are a set,
-and the same ones whatever rank they start on.
-E experts, R ranks, S slots, N nodes, U units whose load is compared (ranks, or nodes), B words of 64 tokens.
+A step waits for its busiest unit and its busiest node. Sums of squares, which lead the search for a whole plan, spend
+moves on units near the mean; here both maxima are 16-norms, so that what counts is the top, and the exchange that gains
+most a moved slot comes first. The number of moved slots is bounded.
+R ranks, S slots, P = R * S positions, U units that must be even, N nodes, B words of 64 tokens.
 """
 
 from __future__ import annotations
@@ -14,212 +13,187 @@ from typing import Any
 import numpy as np
 
 from ray_ep.placement.compiled import kernel
-from ray_ep.placement.layer import Traffic
-from ray_ep.placement.link_time import busiest
-from ray_ep.placement.placement import Floats, Ints
-from ray_ep.placement.problem import Problem
-from ray_ep.placement.search import common
+from ray_ep.placement.search import common, common3
 
-APART = 1.2
-"""Links that differ by this factor are unequal; less is noise of the probe."""
-LARGEST = 1e6
-"""Experts^2 x ranks^2 up to which a layer is searched like this: from one start it then takes about 0.3 s."""
-SWEEPS = 20
-KICKS, WORK = 24, 4e5
-"""Most times that some experts of the best are exchanged at random to search on from there; fewer where their number
-times experts^2 x ranks^2 would pass WORK."""
-KICKED = 0.2
-"""Share of the experts that a kick exchanges."""
-MANY = 0.3
-"""Weight of the links' norm (fourth powers) beside the busiest: relieving one of two equally busy links is a step."""
-LEAST = 1e-3
-"""Share of the cost that a swap must gain."""
+HOTTEST = 2
+"""Busiest units whose slots are tried in each round, beside those of the busiest node."""
 
 
-def fits(problem: Problem, slots: Ints) -> bool:
-    """Whether a layer [R, S] can be searched: unequal measured links, few ranks, one slot for every expert."""
-    if problem.nodes < 2 or problem.visit_seconds <= 0 or problem.experts**2 * problem.ranks**2 > LARGEST:
-        return False
-    if int((slots >= 0).sum()) != problem.experts:
-        return False
-    pair = problem.pair[~np.eye(problem.nodes, dtype=bool)]
-    return bool(pair.max() > APART * pair.min())
+@kernel
+def _power(x: Any) -> Any:
+    """x^16: of 64 numbers, 63 even and one a tenth larger, the 16-norm is within 30% of the largest and follows it."""
+    y = x * x
+    y = y * y
+    y = y * y
+    return y * y
 
 
-def relieved(problem: Problem, traffic: Traffic, slots: Ints, stay: float, seed: int) -> Ints:
-    """Slots [R, S] better by swaps of experts between ranks, until none gains anything any more.
+@kernel
+def _refresh(n: Any, node_at: Any, bits: Any, tokens: Any, gains: Any) -> Any:
+    """Recompute who visits node n, and what each position would take from it or bring to it; -> visits."""
+    absent, alone = tokens
+    leave, enter = gains
+    words = bits.shape[1]
+    for w in range(words):
+        once, twice = np.uint64(0), np.uint64(0)
+        for p in range(bits.shape[0]):
+            if node_at[p] == n:
+                twice |= once & bits[p, w]
+                once |= bits[p, w]
+        absent[n, w], alone[n, w] = ~once, once & ~twice
+    for p in range(bits.shape[0]):
+        if node_at[p] == n:
+            leave[p] = common(bits[p], alone[n])
+        else:
+            enter[n, p] = common(bits[p], absent[n])
+    return 64.0 * words - common(absent[n], absent[n])
 
-    Args:
-        slots: of a layer that `fits`. stay: seconds a step that each expert must gain to move.
+
+@kernel
+def _anew(expert: Any, rank: Any, had: Any) -> Any:
+    """1 where a slot of the rank is filled anew by this expert."""
+    return 1 if expert >= 0 and not had[expert, rank] else 0
+
+
+@kernel
+def _clashes(who: Any, rank: Any, leaving: Any, expert: Any) -> Any:
+    """Whether the rank has the expert already, in another slot than the one that is left."""
+    clash = False
+    for s in range(who.shape[1]):
+        clash |= expert >= 0 and s != leaving and who[rank, s] == expert
+    return clash
+
+
+@kernel
+def _gains(p: Any, load: Any, at: Any, loads: Any, flows: Any, factors: Any, out: Any) -> None:
+    """Gain of each exchange of position p -> out [P], in a loop that is vectorised. Upper bounds, see _best."""
+    node_at, unit_at = at
+    x, inv, x16 = loads
+    v, price, v16, leave, enter = flows
+    wx, wv = factors
+    i, k = node_at[p], unit_at[p]
+    enter_i, joins = enter[i], enter[:, p]
+    for q in range(load.shape[0]):
+        out[q] = joins[node_at[q]]
+    for q in range(load.shape[0]):
+        d, fi, fj = load[p] - load[q], leave[p] - enter_i[q], out[q] - leave[q]
+        balance = x16[p] + x16[q] - _power(x[p] - d * inv[p]) - _power(x[q] + d * inv[q])
+        flow = v16[p] + v16[q] - _power(v[p] - fi * price[p]) - _power(v[q] + fj * price[q])
+        out[q] = (wx if unit_at[q] != k else 0.0) * balance + (wv if node_at[q] != i else 0.0) * flow
+
+
+@kernel
+def _best(who: Any, items: Any, at: Any, loads: Any, flows: Any, factors: Any, limits: Any) -> Any:
+    """The exchange of positions that gains most a moved slot -> p, q, slots moved; p is -1 where none pays.
+
+    loads and flows: figures of units and nodes by position [P].
     """
-    rng = np.random.default_rng(seed)
-    kicks = min(KICKS, int(WORK / (problem.experts**2 * problem.ranks**2)))
-    start = np.zeros(problem.experts, np.int64)
-    start[slots[slots >= 0]] = np.nonzero(slots >= 0)[0]
-    orders = np.argsort(rng.random((kicks + 1, SWEEPS, problem.experts)), axis=2)
-    swapped = rng.integers(0, problem.experts, (kicks, max(1, round(KICKED * problem.experts / 2)), 2))
-    units = np.arange(problem.ranks) if problem.level == "rank" else problem.node_of
-    what = traffic.bits, np.asarray(traffic.load, np.float64)
-    best = descend(*what, start, units, float(stay), orders, swapped, _world(problem, traffic, units))
-    out = slots.copy()
-    for r in range(problem.ranks):
-        mine = np.flatnonzero(best == r)
-        kept = np.isin(slots[r], mine)
-        out[r, ~kept & (slots[r] >= 0)] = np.setdiff1d(mine, slots[r])
-    return out
-
-
-def _world(problem: Problem, traffic: Traffic, units: Ints) -> tuple[Any, ...]:
-    """What the kernels are told of the cluster."""
-    costs, links = problem.costs, problem.links
-    each = problem.ranks * costs.tokens_per_rank * costs.expert_seconds
-    unit_seconds: Floats = each / np.bincount(units, problem.speed)
-    size = costs.token_bytes * costs.tokens_per_rank / len(traffic.sets)
-    meet = int(np.bincount(problem.node_of).max()) > 1
-    extra = 2 * float(links.wait.max()) / size if meet and size > 0 else 0.0
-    ways = {False: 0, True: 1, None: 2}[costs.two_level]
-    return problem.node_of, links.rank, links.ports, links.node, unit_seconds, size, extra, ways
-
-
-@kernel
-def _recount(bits: Any, place: Any, n: Any, once: Any, more: Any) -> Any:
-    """Recompute the tokens that visit place n, and those with several experts there; -> how many visit."""
-    for w in range(bits.shape[1]):
-        one, two = np.uint64(0), np.uint64(0)
-        for e in range(len(place)):
-            if place[e] == n:
-                two |= one & bits[e, w]
-                one |= bits[e, w]
-        once[n, w], more[n, w] = one, two
-    return float(common(once[n], once[n]))
-
-
-@kernel
-def _exchanged(bits: Any, n: Any, goes: Any, comes: Any, once: Any, more: Any, left: Any) -> Any:
-    """How many tokens would visit place n if expert `goes` had left it and `comes` had come; left [B] is scratch."""
-    for w in range(bits.shape[1]):
-        left[w] = (once[n, w] & (~bits[goes, w] | more[n, w])) | bits[comes, w]
-    return float(common(left, left))
-
-
-@kernel
-def _cost(to: Any, across: Any, busy: Any, world: Any, scratch: Any) -> Any:
-    """Seconds of the slowest unit and the busiest link or port, and MANY of the links' norm.
-
-    Args:
-        to: [R] sampled tokens that visit each rank; across: [N] each node. busy: [U] load of each unit.
-    """
-    node_of, links, ports, node_ways, unit_seconds, size, extra, ways = world
-    to_rank, to_node = scratch
-    ranks, total, slowest = len(to), 0.0, 0.0
-    for s in range(ranks):
-        for r in range(ranks):
-            if r != s:
-                to_rank[s, r] = to[r]
-                both = to[r] * (links[s, r] + links[r, s])
-                total += both * both * both * both
-        for n in range(len(across)):
-            if node_of[s] != n:
-                to_node[s, n] = across[n]
-    for u in range(len(busy)):
-        slowest = max(slowest, busy[u] * unit_seconds[u])
-    flat, out, inside = busiest((to_rank, to_node), links, ports, node_ways, node_of)
-    two = out + inside + extra
-    longest = flat if ways == 0 else two if ways == 1 else min(flat, two)
-    return slowest + size * (longest + MANY * total**0.25)
-
-
-@kernel
-def _look(bits: Any, load: Any, a: Any, now: Any, who: Any, state: Any, world: Any, scratch: Any) -> Any:
-    """The expert whose swap with expert a gains most, and the cost then; -1 if none gains more than LEAST of `now`."""
-    rank_of, on, home, unit_of, stay = who
-    (once, more, to), (node_once, node_more, across), busy, left = state
-    i, best, best_gain = rank_of[a], -1, LEAST * now
-    for b in range(len(rank_of)):
-        j = rank_of[b]
-        if i == j:
+    load, bits, fixed, had = items
+    node_at, unit_at, hot, alone = at
+    v, price, _, leave, enter = flows
+    stay, room, least = limits
+    slots, best = who.shape[1], (-1, -1, 0)
+    rate, gains = 0.0, np.empty(load.shape[0])
+    for p in range(load.shape[0]):
+        r, a = p // slots, who[p // slots, p % slots]
+        if a == -2 or not hot[p]:
             continue
-        m, n, d = on[a], on[b], load[b] - load[a]
-        old = to[i], to[j], across[m], across[n]
-        to[i] = _exchanged(bits, i, a, b, once, more, left)
-        to[j] = _exchanged(bits, j, b, a, once, more, left)
-        if m != n:
-            across[m] = _exchanged(bits, m, a, b, node_once, node_more, left)
-            across[n] = _exchanged(bits, n, b, a, node_once, node_more, left)
-        busy[unit_of[i]] += d
-        busy[unit_of[j]] -= d
-        moved = int(j != home[a]) + int(i != home[b]) - int(i != home[a]) - int(j != home[b])
-        gain = now - _cost(to, across, busy, world, scratch) - stay * moved
-        busy[unit_of[i]] -= d
-        busy[unit_of[j]] += d
-        to[i], to[j], across[m], across[n] = old
-        if gain > best_gain:
-            best, best_gain = b, gain
+        i = node_at[p]
+        _gains(p, load, (node_at, unit_at), loads, flows, factors, gains)
+        for q in range(load.shape[0]):
+            if gains[q] <= max(rate, least):
+                continue
+            j, t, b = node_at[q], q // slots, who[q // slots, q % slots]
+            if b == -2 or a == b or (i != j and (fixed[p] or fixed[q])):
+                continue
+            if _clashes(who, t, q % slots, a) or _clashes(who, r, p % slots, b):
+                continue
+            new = _anew(a, t, had) + _anew(b, r, had) - _anew(a, r, had) - _anew(b, t, had)
+            gain = gains[q]
+            if i != j:  # tokens that chose both, alone on their node, keep visiting it
+                fi, fj = leave[p] - enter[i, q], enter[j, p] - leave[q]
+                gi, gj = fi - common3(bits[p], bits[q], alone[i]), fj + common3(bits[p], bits[q], alone[j])
+                less = _power(v[p] - gi * price[p]) - _power(v[p] - fi * price[p])
+                less += _power(v[q] + gj * price[q]) - _power(v[q] + fj * price[q])
+                gain -= factors[1] * less
+            if new <= room and gain > max(stay * new, least, rate * max(new, 1)):
+                rate, best = gain / max(new, 1), (p, q, new)
     return best
 
 
 @kernel
-def _swaps(bits: Any, load: Any, rank_of: Any, home: Any, unit_of: Any, stay: Any, order: Any, world: Any) -> Any:
-    """Swap while that gains; rank_of [E] in place. -> the cost, moves from `home` [E] priced in."""
-    node_of, words = world[0], bits.shape[1]
-    ranks, nodes = len(node_of), node_of.max() + 1
-    on = node_of[rank_of]
-    by_rank = np.zeros((ranks, words), np.uint64), np.zeros((ranks, words), np.uint64), np.zeros(ranks)
-    by_node = np.zeros((nodes, words), np.uint64), np.zeros((nodes, words), np.uint64), np.zeros(nodes)
-    busy = np.zeros(len(world[4]))
-    for r in range(ranks):
-        by_rank[2][r] = _recount(bits, rank_of, r, by_rank[0], by_rank[1])
-    for n in range(nodes):
-        by_node[2][n] = _recount(bits, on, n, by_node[0], by_node[1])
-    for e in range(len(load)):
-        busy[unit_of[rank_of[e]]] += load[e]
-    scratch = np.zeros((ranks, ranks)), np.zeros((ranks, nodes))
-    state = by_rank, by_node, busy, np.zeros(words, np.uint64)
-    now = _cost(by_rank[2], by_node[2], busy, world, scratch)
-    for sweep in range(order.shape[0]):
-        done = True
-        for a in order[sweep]:
-            b = _look(bits, load, a, now, (rank_of, on, home, unit_of, stay), state, world, scratch)
-            if b < 0:
-                continue
-            done = False
-            i, j, d = rank_of[a], rank_of[b], load[b] - load[a]
-            busy[unit_of[i]] += d
-            busy[unit_of[j]] -= d
-            rank_of[a], rank_of[b], on[a], on[b] = j, i, on[b], on[a]
-            for r in (i, j):
-                by_rank[2][r] = _recount(bits, rank_of, r, by_rank[0], by_rank[1])
-                by_node[2][node_of[r]] = _recount(bits, on, node_of[r], by_node[0], by_node[1])
-            now = _cost(by_rank[2], by_node[2], busy, world, scratch)
-        if done:
-            break
-    return now + stay * (rank_of != home).sum()
+def _exchange(p: Any, q: Any, who: Any, items: Any, node_at: Any, gains: Any) -> None:
+    """Let two positions change experts; gains of nodes that neither is on move with them."""
+    load, bits, fixed, _ = items
+    leave, enter = gains
+    slots = who.shape[1]
+    r, s, t, u = p // slots, p % slots, q // slots, q % slots
+    who[r, s], who[t, u] = who[t, u], who[r, s]
+    load[p], load[q] = load[q], load[p]
+    fixed[p], fixed[q] = fixed[q], fixed[p]
+    for w in range(bits.shape[1]):
+        bits[p, w], bits[q, w] = bits[q, w], bits[p, w]
+    for n in range(enter.shape[0]):
+        enter[n, p], enter[n, q] = enter[n, q], enter[n, p]
+    if node_at[p] == node_at[q]:
+        leave[p], leave[q] = leave[q], leave[p]
 
 
 @kernel
-def descend(
-    bits: Any, load: Any, start: Any, unit_of: Any, stay: Any, orders: Any, swapped: Any, world: Any
+def relieve(
+    who: Any, load: Any, bits: Any, fixed: Any, where: Any, weights: Any, had: Any, limits: Any
 ) -> Any:  # fmt: skip
-    """Swaps of experts between ranks from `start`, then from kicked copies of the best, keeping what is better.
+    """Exchange slots while that pays. `who`, `load`, `bits`, `fixed` in place.
 
     Args:
-        bits: [E, B] sampled tokens that chose each expert; load: [E] tokens of each, per token.
-        start: [E] the rank of each expert now. unit_of: [R]. stay: seconds that an expert must gain to move.
-        orders: [kicks + 1, sweeps, E] in which each sweep seeks partners. swapped: [kicks, pairs, 2] experts.
-        world: node_of [R] numbers 0 to N - 1; links [R, R], ports [2, 2, R] and node ways [2, 3, R, N] as in
-            `cost.Links`; unit_seconds [U] of a unit for a load of 1; size: bytes that a sampled token's visit stands
-            for; extra: of the second level, in seconds over size; ways: 0 flat, 1 two levels, 2 the faster.
+        who: [R, S] expert of each slot, -1 empty, -2 no slot. load: [P] tokens that each position computes, per token.
+        bits: [P, B] sampled tokens that visit the position's node for it. fixed: [P] replicas that stay on their node.
+        where: node_of [R], unit_of [R], target [U] load that each unit should have.
+        weights: compute, traffic: what the two maxima cost when all is even; price [N] of a sampled token's visit.
+        had: [E, R] bool, what was there before; an expert on a rank that had it is no move.
+        limits: price of a move, moves that are left, least gain of an exchange (positive).
 
     Returns:
-        [E] the rank of each expert.
+        moves made.
     """
-    best = start.copy()
-    cost = _swaps(bits, load, best, start, unit_of, stay, orders[0], world)
-    for k in range(swapped.shape[0]):
-        trial = best.copy()
-        for pair in swapped[k]:
-            trial[pair[0]], trial[pair[1]] = trial[pair[1]], trial[pair[0]]
-        now = _swaps(bits, load, trial, start, unit_of, stay, orders[k + 1], world)
-        if now < cost:
-            best, cost = trial, now
-    return best
+    node_of, unit_of, target = where
+    compute, traffic, price = weights
+    stay, left, least = limits
+    units, nodes, count, slots = target.shape[0], price.shape[0], load.shape[0], who.shape[1]
+    node_at, unit_at = np.empty(count, np.int64), np.empty(count, np.int64)
+    inv, x, v, hot = 1.0 / target, np.zeros(units), np.zeros(nodes), np.zeros(count, np.bool_)
+    tokens = np.zeros((nodes, bits.shape[1]), np.uint64), np.zeros((nodes, bits.shape[1]), np.uint64)
+    gains = np.zeros(count), np.zeros((nodes, count))
+    for p in range(count):
+        node_at[p], unit_at[p] = node_of[p // slots], unit_of[p // slots]
+        x[unit_at[p]] += load[p] * inv[unit_at[p]]
+    for n in range(nodes):
+        v[n] = _refresh(n, node_at, bits, tokens, gains) * price[n]
+    scale = v.sum() / nodes if v.sum() > 0 else 1.0
+    v /= scale
+    price = price / scale
+    items = load, bits, fixed, had
+    moved = 0
+    while True:
+        x16, v16 = _power(x), _power(v)
+        over, flow = max(x16.sum(), 1e-300), max(v16.sum(), 1e-300)
+        # Slopes of the norms, each 1 when all is even.
+        wx = compute * (over / units) ** (1.0 / 16.0) / (16.0 * over)
+        wv = traffic * (flow / nodes) ** (1.0 / 16.0) / (16.0 * flow)
+        order = np.argsort(-x)
+        hot[:] = node_at == np.argmax(v)
+        for h in range(min(HOTTEST, units)):
+            hot |= unit_at == order[h]
+        at = node_at, unit_at, hot, tokens[1]
+        loads = x[unit_at], inv[unit_at], x16[unit_at]
+        flows = v[node_at], price[node_at], v16[node_at], gains[0], gains[1]
+        p, q, new = _best(who, items, at, loads, flows, (wx, wv), (stay, left - moved, least))
+        if p < 0:
+            return moved
+        d, moved = load[p] - load[q], moved + new
+        x[unit_at[p]] -= d * inv[unit_at[p]]
+        x[unit_at[q]] += d * inv[unit_at[q]]
+        _exchange(p, q, who, items, node_at, gains)
+        if node_at[p] != node_at[q]:
+            for n in (node_at[p], node_at[q]):
+                v[n] = _refresh(n, node_at, bits, tokens, gains) * price[n]

@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ray_ep.placement import RoutingStatistics, StepCosts, Topology, contiguous, plan, predict, relief
+from ray_ep.placement import RoutingStatistics, StepCosts, Topology, by_time, contiguous, plan, predict
 from ray_ep.placement.layer import Traffic
-from ray_ep.placement.planner import layer_seconds, moved_slots
 from ray_ep.placement.problem import Problem
+from ray_ep.placement.replan import layer_seconds, moved_slots
 
 COSTS = StepCosts(tokens_per_rank=768, token_bytes=1024.0, expert_seconds=8e-6, expert_bytes=49152.0, two_level=False)
 
@@ -50,8 +50,8 @@ def test_it_shortens_the_predicted_time_and_leaves_slots_in_their_places(node_of
     stats, topology = statistics(18), cluster(node_of, slow=[(0, 2), (0, 3), (1, 2), (1, 3)])
     problem, traffic = layer_of(stats, topology, costs)
     start = contiguous(1, 18, 6).slots[0]
-    assert relief.fits(problem, start)
-    slots = relief.relieved(problem, traffic, start, 0.0, 0)
+    assert by_time.fits(problem, start)
+    slots = by_time.relieved(problem, traffic, start, 0.0, 0)
     assert sorted(slots.ravel()) == list(range(18))
     stay = (slots[:, :, None] == start[:, None, :]).any(2)
     assert (slots[stay] == start[stay]).all()
@@ -61,7 +61,7 @@ def test_it_shortens_the_predicted_time_and_leaves_slots_in_their_places(node_of
 def test_with_few_experts_it_finds_the_best_of_all_placements():
     stats, topology = statistics(8, tokens=400), cluster(slow=[(1, 3)])
     problem, traffic = layer_of(stats, topology)
-    found = relief.relieved(problem, traffic, contiguous(1, 8, 4).slots[0], 0.0, 0)
+    found = by_time.relieved(problem, traffic, contiguous(1, 8, 4).slots[0], 0.0, 0)
     best = min(layer_seconds(problem, traffic, s) for s in every_placement(8, 4))
     assert layer_seconds(problem, traffic, found) <= 1.03 * best
 
@@ -84,17 +84,17 @@ def every_placement(experts, ranks):
 def test_a_price_that_no_move_pays_moves_nothing():
     problem, traffic = layer_of(statistics(16), cluster(slow=[(0, 2)]))
     start = contiguous(1, 16, 4).slots[0]
-    assert (relief.relieved(problem, traffic, start, 1e3, 0) == start).all()
-    free, dear = (relief.relieved(problem, traffic, start, stay, 0) for stay in (0.0, 0.02))
+    assert (by_time.relieved(problem, traffic, start, 1e3, 0) == start).all()
+    free, dear = (by_time.relieved(problem, traffic, start, stay, 0) for stay in (0.0, 0.02))
     assert moved_slots(start, dear) < moved_slots(start, free)
 
 
 def test_layers_that_it_is_not_for_are_left_alone():
     start = contiguous(1, 16, 4).slots[0]
     equal = Topology(np.full((4, 4), 1e7), np.zeros((4, 4)), np.arange(4))
-    assert not relief.fits(layer_of(statistics(16), equal)[0], start)
-    assert not relief.fits(layer_of(statistics(16), Topology.of_nodes([0, 1, 2, 3]))[0], start)
-    assert not relief.fits(layer_of(statistics(16), cluster())[0], np.pad(start, ((0, 0), (0, 1)), mode="edge"))
+    assert not by_time.fits(layer_of(statistics(16), equal)[0], start)
+    assert not by_time.fits(layer_of(statistics(16), Topology.of_nodes([0, 1, 2, 3]))[0], start)
+    assert not by_time.fits(layer_of(statistics(16), cluster())[0], np.pad(start, ((0, 0), (0, 1)), mode="edge"))
 
 
 @pytest.mark.parametrize("link", [(0, 1), (0, 2), (1, 3), (2, 3)])
