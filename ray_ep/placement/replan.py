@@ -19,9 +19,9 @@ from ray_ep.placement.problem import STIFF, Problem
 MOST = 0.2
 """Share of a layer's slots that improving it may fill anew, at most; `FEW` slots it may in any case."""
 FEW = 4
-SPENT = {"node": 0.3, "rank": 0.8}
+SPENT = {"node": 0.0, "rank": 0.8}
 """Relief that moves this share of the slots that it may is not taken for enough."""
-MOVING = 0.6
+MOVING = {"node": 0.25, "rank": 0.6}
 """What moving every slot of a layer must gain at least, as a share of its time: moves that gain less are left out."""
 UNEQUAL = {"node": 0.1, "rank": 0.3}
 """The same among unequal links, where swaps are judged by the predicted time."""
@@ -142,7 +142,7 @@ def _each(problem: Problem, current: Ints) -> float:
 def _improved(problem: Problem, traffic: Traffic, current: Ints, dear: float, most: int, seed: int) -> Ints:
     """Slots [R, S] of one layer after moves that are each worth `dear` times their price, then the busiest relieved."""
     stay = problem.prices.stay
-    price = dear * max(stay, MOVING * _each(problem, current))
+    price = dear * max(stay, MOVING[problem.level] * _each(problem, current))
     slots = layer.warm_layer(problem, traffic, current, price, price + problem.prices.owned - stay, seed)
     return _relieved(problem, traffic, slots, current, most)
 
