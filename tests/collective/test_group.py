@@ -96,7 +96,7 @@ def test_abort_releases_a_waiting_rank_at_once(ranks):
             g.barrier()
         return time.monotonic() - start
 
-    assert ranks(2, work, groups=groups)[0] < 1.2
+    assert ranks(2, work, timeout_s=10.0, groups=groups)[0] < 1.2
     with pytest.raises(GroupError, match="closed or aborted"):
         groups[0].barrier()
 
@@ -108,7 +108,7 @@ def test_a_peer_that_never_comes_ends_in_an_error_after_the_time_limit(ranks):
             with pytest.raises(GroupError, match="no answer"):
                 g.all_reduce(torch.ones(1))
 
-    ranks(2, work, groups={})
+    ranks(2, work, timeout_s=10.0, groups={})
 
 
 def test_from_torch_without_a_process_group_says_what_to_do():
@@ -159,4 +159,4 @@ def test_a_message_that_never_comes_ends_in_an_error_after_its_limit(ranks):
             with pytest.raises(GroupError, match="closed or aborted"):
                 group.barrier()
 
-    ranks(2, work, groups={})
+    ranks(2, work, timeout_s=10.0, groups={})
