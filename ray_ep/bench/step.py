@@ -37,7 +37,7 @@ class Steps:
 
     mode: str
     ms: float
-    share: float  # of the balanced ideal
+    share: float  # of the balanced ideal: the median of its time over this one's in a round
     rank_load: float  # fullest rank's load over the mean if primaries did it all
     expert_load: float  # the same of experts
 
@@ -72,9 +72,9 @@ def run_step(cfg: Config, warm: int, rounds: int) -> list[Steps]:
     return found
 
 
-def _rank(number: int, case: Case, tree: dict[str, Any], work: Any, warm: int, store: str, queue: Any) -> None:
+def _rank(me: int, case: Case, tree: dict[str, Any], work: Any, warm: int, store: str, queue: Any) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=store, rank=number, world_size=case.ranks)
+    dist.init_process_group("gloo", init_method=store, rank=me, world_size=case.ranks)
     tree["balance"]["in_step"] = "always"  # turned off and on here
     cfg, (config, corpus, placement), group = from_dict(tree), work, from_torch()
     rank = Rank(cfg, config, corpus, group, placement)
@@ -83,8 +83,8 @@ def _rank(number: int, case: Case, tree: dict[str, Any], work: Any, warm: int, s
     step = warm
     times: dict[str, list[float]] = {mode: [] for mode in MODES}
     loads: dict[str, list[tuple[float, float]]] = {mode: [] for mode in MODES}
-    for _ in range(case.rounds):
-        for mode in MODES:
+    for number in range(case.rounds):
+        for mode in MODES[:: 1 if number % 2 else -1]:
             rank.ep.balancer.active = mode == "on"
             rank.ep.routing.force = "balanced" if mode == "balanced" else cfg.router.force
             for turn in range(TURN):
@@ -95,8 +95,10 @@ def _rank(number: int, case: Case, tree: dict[str, Any], work: Any, warm: int, s
                 if turn:
                     times[mode].append(took * 1e3)
                     loads[mode].append((uneven_ranks(result.load, placement.owner, case.ranks), uneven(result.load)))
-    if number == 0:
+    if me == 0:
+        by_round = {mode: np.reshape(t, (case.rounds, TURN - 1)).mean(1) for mode, t in times.items()}
+        share = {mode: float(np.median(by_round["balanced"] / t)) for mode, t in by_round.items()}  # slow whiles cancel
         ms = {mode: statistics.median(t) for mode, t in times.items()}
-        queue.put([Steps(m, ms[m], ms["balanced"] / ms[m], *np.mean(loads[m], 0).tolist()) for m in MODES])
+        queue.put([Steps(m, ms[m], share[m], *np.mean(loads[m], 0).tolist()) for m in MODES])
     dist.barrier()
     dist.destroy_process_group()
