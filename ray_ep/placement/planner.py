@@ -202,8 +202,8 @@ def _doubtful(problem: Problem, traffic: Traffic, slots: Ints, plain: Ints) -> b
     """
     if not problem.links.rank.any():
         return False
-    few = len(traffic.sets) < SURE
-    return few or layer_seconds(problem, traffic, slots) > CLEAR * layer_seconds(problem, traffic, plain)
+    rough = len(traffic.sets) < SURE or problem.prices.visit_seconds == 0  # tokens of no bytes: visits cost nothing
+    return rough or layer_seconds(problem, traffic, slots) > CLEAR * layer_seconds(problem, traffic, plain)
 
 
 def _primaries(slots: Ints, experts: int, before: Ints | None) -> Ints:
