@@ -102,6 +102,11 @@ class Links:
         # A rank that had less to compute has waited in its exchanges for the one that had most.
         net = np.maximum(step.exchange - (step.experts.max() - step.experts), 0.0)
         found = self._watch.observe_exchange(step.sent, net)
+        # An exchange through a host's memory takes as long as its processors let it: that says nothing of a link.
+        wired = least_change(self.topology) < CHANGED_INSIDE
+        found = [
+            c for c in found if wired[[c.source, c.destination]].any() or wired[:, [c.source, c.destination]].any()
+        ]
         if found:  # kept through quiet times: the watch takes a link for what it seemed to be and is silent then
             self._suspected = found[0].words
 

@@ -13,12 +13,17 @@ from ray_ep.placement.gpu_links import KINDS
 RANKS = 3
 
 
-def topology(*slow, ranks=RANKS):
-    """All links of 100 MB/s but for (source, destination, bytes/s)."""
+def topology(*slow, ranks=RANKS, node_of=None):
+    """All links of 100 MB/s but for (source, destination, bytes/s); each rank on a node of its own, unless said."""
     bandwidth = np.full((ranks, ranks), 1e8)
     for a, b, rate in slow:
         bandwidth[a, b] = rate
-    return Topology(bandwidth, np.full((ranks, ranks), 1e-5), np.arange(ranks), measured=~np.eye(ranks, dtype=bool))
+    return Topology(
+        bandwidth,
+        np.full((ranks, ranks), 1e-5),
+        np.arange(ranks) if node_of is None else np.array(node_of),
+        measured=~np.eye(ranks, dtype=bool),
+    )
 
 
 class FakeRanks:
@@ -45,10 +50,11 @@ class FakeRanks:
 class Run:
     """Steps of a run over links that the test changes."""
 
-    def __init__(self, every=10):
-        self.ranks, self.kept, self.said, self.done = FakeRanks(topology()), [], [], 0
+    def __init__(self, every=10, node_of=None):
+        links = topology(node_of=node_of)
+        self.ranks, self.kept, self.said, self.done = FakeRanks(links), [], [], 0
         tell = lambda kind, message: self.said.append((self.done, message))  # noqa: E731
-        self.links = Links(self.ranks, topology(), 5.0, every, self.kept.append, tell)
+        self.links = Links(self.ranks, links, 5.0, every, self.kept.append, tell)
 
     def steps(self, count, seconds=None, sent=1e6):
         """Steps after which a link had changed."""
@@ -90,6 +96,14 @@ def test_a_link_that_slows_is_named_and_one_that_recovers_is_too_though_nothing_
     count = len(run.ranks.asked)
     assert run.steps(40, seconds=0.02, sent=1e3) == []
     assert len(run.ranks.asked) == count
+
+
+@pytest.mark.parametrize(("node_of", "asks"), [((0, 0, 0), False), ((0, 0, 1), True)])
+def test_slow_exchanges_through_a_hosts_own_memory_are_not_taken_for_a_slowed_link(node_of, asks):
+    run = Run(node_of=node_of)
+    run.steps(12)
+    run.steps(50, seconds=0.5)
+    assert ("probe" in run.looks()) == asks
 
 
 def test_looks_in_vain_become_rarer_and_stop_where_nothing_was_slowed():

@@ -415,7 +415,8 @@ def mover(tmp_path, *overrides, ranks=None, measure=False):
     cfg = load_config(None, ["optim.steps=1000", f"topology.measure={measure}", "balance.in_step=off", *overrides])
     run, said, ranks = RunDir(tmp_path), [], ranks or FakeRanks()
     run.create(cfg)
-    it = Mover(cfg, run, ranks, topology(), NOWHERE, FACTS, lambda kind, message: said.append((kind, message)))
+    said_links = topology(node_of=ranks.links.node_of)
+    it = Mover(cfg, run, ranks, said_links, NOWHERE, FACTS, lambda kind, message: said.append((kind, message)))
     shelf = it.rebalancer.background = Shelf()
     return SimpleNamespace(it=it, run=run, said=said, ranks=ranks, shelf=shelf, path=tmp_path)
 
@@ -491,7 +492,7 @@ def test_after_the_last_step_nothing_is_asked(tmp_path):
 
 @pytest.mark.parametrize("degraded", [True, False])
 def test_slow_exchanges_have_the_links_measured_again_and_what_is_found_is_planned_for(tmp_path, degraded):
-    links = topology(1e9)
+    links = topology(1e9, node_of=(0, 1))
     if degraded:
         links.bandwidth[0, 1] = 1e8
     m = mover(tmp_path, "placement.every=1000", ranks=FakeRanks(links=links), measure=True)
