@@ -22,6 +22,7 @@ from ray_ep.config import from_dict
 from ray_ep.moe import Choice, Moved
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.placement.gpu_links import GpuLinks
+from ray_ep.placement.groups import groups_of
 from ray_ep.rank.data import Corpus
 from ray_ep.rank.rank import Rank, StepResult
 
@@ -88,7 +89,7 @@ class RankActor:
     ) -> dict[str, int]:
         """Build the model on the joined group (collective); returns sizes for people."""
         group = next(iter(self.groups.values()))
-        where = (topology.node_of, self.device, topology)
+        where = (groups_of(topology), self.device, topology)  # the groups that plans and predictions take for nodes
         self.work = Rank(from_dict(cfg), config, corpus, group, placement, *where)
         return {"parameters": sum(p.numel() for p in self.work.model.parameters())}
 

@@ -83,7 +83,7 @@ class Rank:
     Args:
         config: the transformers config of the model.
         corpus: the same on every rank; the batch is cut from it by (seed, step).
-        node_of: [R] node of each rank.
+        node_of: [R] node of each rank, or group of fast links.
         device: where this rank computes; the group must take its tensors. Only cpu has been run yet.
         topology: links, for the balance inside the step; None, or not measured: it measures a few itself.
     """

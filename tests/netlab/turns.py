@@ -31,7 +31,7 @@ def placements(recorded, topology, costs):
     ranks = topology.num_ranks
     found = {"contiguous": contiguous(layers, experts, ranks)}
     found |= {f"random {seed}": random(layers, experts, ranks, seed=seed) for seed in range(2)}
-    found["load-only"] = load_only(recorded.load, ranks, None, topology)
+    found["load-only"] = load_only(recorded.load, ranks, None, topology.node_of)
     for level in ("node", "rank"):
         found[f"plan, {level}"] = plan(recorded, topology, level=level, costs=costs)
     planned, static = found["plan, rank"], found["contiguous"]
