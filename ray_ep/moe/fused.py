@@ -23,6 +23,10 @@ from ray_ep.moe.fused_plan import Agreed
 from ray_ep.moe.gemm import Packed, gradient, mm
 from ray_ep.moe.guests import Luggage
 
+_ROWS = 2048
+"""Rows of an expert that are computed at once, up to half as many again: what lies between two products then stays in
+the cache. A hot expert's 16 thousand took 1.2 times as long in one (packed, hidden 1024, ffn 512)."""
+
 
 class FusedExperts(torch.autograd.Function):
     """hidden [T, H], weights [T, K], gate_up [S, 2F, H], down [S, H, F], plan -> [T, H] (collective both ways).
@@ -47,13 +51,14 @@ class FusedExperts(torch.autograd.Function):
         ups, downs = _rows(_rows((gate_up, down), stayed), guests.rows)
         x = _collect(hidden, plan, forward=True)
         plan.meter.enter("experts")
-        total, longest = int(plan.offsets[-1]), _longest(plan)
+        parts, total = _blocks(plan, _ROWS), int(plan.offsets[-1])
+        longest = _longest(parts)
         g = pool.take(total, gate_up.shape[1], like=hidden)
         y = pool.take(total, hidden.shape[1], like=hidden)
         rows = pool.take(longest, hidden.shape[1], like=hidden)
         h = pool.take(longest, down.shape[2], like=hidden)
         here = len(ups) - len(guests.message)  # experts that are: guests come last
-        for e, a, b in _experts(plan):
+        for e, a, b in parts:
             if e >= here:
                 guests.wait()
             part = torch.index_select(x, 0, plan.sorted_row[a:b], out=rows[: b - a])
@@ -82,7 +87,10 @@ class FusedExperts(torch.autograd.Function):
         ups, downs = _rows((gate_up, down), kept or guests.rows)
         dy = _collect(d_out.contiguous(), plan, forward=False)
         plan.meter.enter("experts")
-        total, longest, held = int(plan.offsets[-1]), _longest(plan), len(gate_up)
+        # In bfloat16 a weight's gradient is one product, whose sums are float32.
+        total, held = int(plan.offsets[-1]), len(gate_up)
+        parts = _blocks(plan, _ROWS if x.dtype == torch.float32 else total + 1)
+        longest = _longest(parts)
         dx = pool.take(total, x.shape[1], like=x)
         d_weight = np.empty(total, np.float32)
         own = tuple(pool.take(*w.shape, like=x) for w in (gate_up, down))
@@ -97,19 +105,19 @@ class FusedExperts(torch.autograd.Function):
 
         def compute(experts: list[tuple[int, int, int]]) -> None:
             for e, a, b in experts:
-                n = b - a
+                n, more = b - a, a > plan.offsets[e]
                 part = torch.index_select(dy, 0, plan.sorted_row[a:b], out=rows[:n])
                 mm(part, downs[e], out=dh[:n])
                 kernels.swiglu_backward(
                     _np(g[a:b]), plan.sorted_weight[a:b], _np(dh[:n]), _np(dg[:n]), _np(h[:n]), d_weight[a:b]
                 )
-                gradient(part, h[:n], out=d_downs[e])
+                gradient(part, h[:n], d_downs[e], more)
                 mm(dg[:n], ups[e], out=dx[a:b])
                 part = torch.index_select(x, 0, plan.sorted_row[a:b], out=rows[:n])
-                gradient(dg[:n], part, out=d_ups[e])
+                gradient(dg[:n], part, d_ups[e], more)
 
-        mine = [part for part in _experts(plan) if part[0] < held]
-        theirs = [part for part in _experts(plan) if part[0] >= held]
+        mine = [part for part in parts if part[0] < held]
+        theirs = [part for part in parts if part[0] >= held]
         if not kept:  # they may still be on their way: first the rank's own
             compute(mine)
             guests.wait()
@@ -227,14 +235,20 @@ def _pairs(count: int) -> torch.Tensor:
     return torch.empty(count, dtype=torch.float32)
 
 
-def _experts(plan: Agreed) -> list[tuple[int, int, int]]:
-    """(expert row, first, end) of the experts that have pairs."""
-    ends = plan.offsets.tolist()
-    return [(e, a, b) for e, (a, b) in enumerate(pairwise(ends)) if b > a]
+def _blocks(plan: Agreed, rows: int) -> list[tuple[int, int, int]]:
+    """(expert row, first, end) of the experts that have pairs, about `rows` of them at a time."""
+    found = []
+    for e, (a, b) in enumerate(pairwise(plan.offsets.tolist())):
+        while b - a >= rows + rows // 2:
+            found.append((e, a, a + rows))
+            a += rows
+        if b > a:
+            found.append((e, a, b))
+    return found
 
 
-def _longest(plan: Agreed) -> int:
-    return int(np.diff(plan.offsets).max(initial=0))
+def _longest(blocks: list[tuple[int, int, int]]) -> int:
+    return max((b - a for _, a, b in blocks), default=0)
 
 
 def _np(t: torch.Tensor) -> np.ndarray:

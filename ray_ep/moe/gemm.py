@@ -33,9 +33,11 @@ def mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
         torch.mm(a, b, out=out)
 
 
-def gradient(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-    """out [M, N] = a [n, M]^T @ b [n, N]: of a weight, from its rows' inputs and their outputs' gradients."""
-    if a.dtype == torch.float32 and len(a) <= _FEW:
+def gradient(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool) -> None:
+    """out [M, N] = (or to add +=) a [n, M]^T @ b [n, N]: of a weight, from rows' inputs and outputs' gradients."""
+    if add:
+        torch.addmm(out, a.t(), b, out=out)
+    elif a.dtype == torch.float32 and len(a) <= _FEW:
         kernels.outer(a.numpy(), b.numpy(), out.numpy())
     else:
         torch.mm(a.t(), b, out=out)

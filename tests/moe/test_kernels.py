@@ -45,8 +45,10 @@ def test_weight_gradients_of_few_and_of_many_rows_are_the_product(rows, dtype):
     generator = torch.Generator().manual_seed(rows)
     a, b = (torch.randn(rows, n, generator=generator).to(dtype) for n in (6, 9))
     out = torch.empty(6, 9, dtype=dtype)
-    gradient(a, b, out)
+    gradient(a, b, out, add=False)
     torch.testing.assert_close(out, a.t() @ b)
+    gradient(a, b, out, add=True)
+    torch.testing.assert_close(out, 2 * (a.t() @ b))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
