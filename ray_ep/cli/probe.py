@@ -29,7 +29,7 @@ def probe(config: str | None, budget: float, out: str | None, as_json: bool, ove
     from ray_ep.cli.table import table
     from ray_ep.errors import BadInput, ConfigError
     from ray_ep.placement.groups import contradictions
-    from ray_ep.placement.links import HEAD, link_rows
+    from ray_ep.placement.links import HEAD, link_rows, shared_cards
 
     if not 0.01 <= budget < float("inf"):
         raise ConfigError(f"--budget {budget:g}: expected seconds, at least 0.01")
@@ -49,7 +49,7 @@ def probe(config: str | None, budget: float, out: str | None, as_json: bool, ove
         return
     click.echo(f"{topology.num_ranks} ranks on {len(set(topology.node_of.tolist()))} node(s)")
     click.echo(table(HEAD, [row.cells() for row in link_rows(topology)]))
-    for sentence in found:
-        click.echo(f"contradiction: {sentence}")
+    for sentence in (*shared_cards(topology), *(f"contradiction: {sentence}" for sentence in found)):
+        click.echo(sentence)
     if out is not None:
         click.echo(f"written: {out}")

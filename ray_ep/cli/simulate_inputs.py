@@ -25,8 +25,11 @@ SYNTHETIC: dict[str, Callable[[str], float]] = {
     "seed": int,
 }  # fmt: skip
 PLACEMENTS = ("contiguous", "load-only", "plan")
-LINKS = ("inside", "across", "latency_inside", "latency_across")
-"""Flags that describe links, by the field of `Cluster`."""
+LINKS: dict[str, Callable[[Any, str], float]] = {
+    "inside": bytes_per_second, "across": bytes_per_second, "lanes": lambda value, _: float(value),
+    "latency_inside": seconds, "latency_across": seconds,
+}  # fmt: skip
+"""Flags that describe links, by the field of `Cluster`, and what reads them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +77,7 @@ def clusters(options: Mapping[str, Any], run: Path | None, experts: int) -> Clus
     Raises:
         BadInput: a flag that is not what it should be, no cluster, no combination with room.
     """
-    links = {
-        name: (bytes_per_second if name in ("inside", "across") else seconds)(options[name], _flag(name))
-        for name in LINKS
-        if options[name] is not None
-    }
+    links = {name: read(options[name], _flag(name)) for name, read in LINKS.items() if options[name] is not None}
     kinds: list[Gpu | None] = [gpu(text) for text in options["gpus"]] or [None]
     slots: list[int | None] = [*_counts(options["slots"], "--slots")] or [None]
     nodes, per_node = _counts(options["nodes"], "--nodes"), _counts(options["ranks_per_node"], "--ranks-per-node")
@@ -132,7 +131,9 @@ def _links_in_words(base: Cluster, given: Given | None, kinds: list[Gpu | None],
     source = "" if given is None else ", where not given the medians of the known cluster's"
     return (
         f"links of a rank: {inside} inside a node after {1e6 * base.latency_inside:.3g} us, {in_words(base.across)} "
-        f"across nodes after {1e6 * base.latency_across:.3g} us{source}"
+        f"across nodes after {1e6 * base.latency_across:.3g} us"
+        + ("" if base.lanes is None else f", for {base.lanes:g} ranks of a node at once")
+        + source
     )
 
 

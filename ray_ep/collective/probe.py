@@ -22,12 +22,15 @@ from ray_ep.placement.probe import (
     LinkFit,
     Pair,
     assemble,
+    company_rounds,
     disjoint_rounds,
     fit,
+    in_company,
     round_budget,
     rounds,
     time_link,
     with_fits,
+    with_lanes,
 )
 from ray_ep.placement.topology import Topology
 
@@ -83,7 +86,8 @@ def measure(
     """Latency and bandwidth of the links between all ranks (collective; no other call of the group may be under way).
 
     A link is timed by its sender, as trips there with n bytes and back with one: no clocks are compared. Both
-    directions of a pair are timed one after the other, the disjoint pairs of a round at once.
+    directions of a pair are timed one after the other, the disjoint pairs of a round at once. Last the ranks of a node
+    send all at once, to see what their node carries.
 
     Args:
         node_of: [R] node of each rank, the same on every rank.
@@ -93,7 +97,7 @@ def measure(
         clock: seconds.
 
     Returns:
-        the same topology on every rank, with spread, measured, groups and measured_at.
+        the same topology on every rank, with spread, measured, groups, lanes and measured_at.
 
     Raises:
         PlacementError: `node_of` does not fit the group, a budget that is not positive, a rank that reports nonsense.
@@ -103,8 +107,14 @@ def measure(
         raise PlacementError(f"probe: node_of names {len(node_of)} ranks, the group has {group.size}")
     if isinstance(group, SoloGroup):
         return Topology.of_nodes(list(node_of))
-    fits, now = _time(group, rounds(node_of), budget_s, device, messages, clock)
-    return find_groups(assemble(node_of, fits, measured_at=now))
+    alone, company = rounds(node_of), company_rounds(node_of)
+    part = budget_s / (len(alone) + len(company))
+    fits, now = _time(group, alone, part * len(alone), device, messages, clock)
+    topology = assemble(node_of, fits, measured_at=now)
+    if company:
+        fits, _ = _time(group, company, part * len(company), device, messages, clock, topology)
+        topology = with_lanes(topology, fits)
+    return find_groups(topology)
 
 
 def measure_links(
@@ -136,8 +146,12 @@ def _time(
     device: torch.device | str,
     messages: Messages | None,
     clock: Callable[[], float],
+    alone: Topology | None = None,
 ) -> tuple[dict[Pair, LinkFit], float]:
-    """(Fits of both directions of every pair of the plan, rank 0's seconds since 1970), the same on every rank."""
+    """(Fits of both directions of every pair of the plan, rank 0's seconds since 1970), the same on every rank.
+
+    alone: how fast each link is where all pairs of a round send at once, one node's ranks first, then the other's.
+    """
     if not (math.isfinite(budget_s) and budget_s > 0):
         raise PlacementError(f"probe: budget_s is {budget_s}, expected a positive number of seconds")
     if messages is None:
@@ -157,9 +171,9 @@ def _time(
             now += f", link with rank {partner}"
             budget = round_budget(budget_s, clock() - start, len(plan) - number) / 2
             end = _End(messages, partner, torch.device(device), clock)
-            for sender in sorted((group.rank, partner)):
+            for sender in sorted((group.rank, partner), key=lambda r: (alone.node_of[r] if alone else 0, r)):
                 if sender == group.rank:
-                    found = end.lead(budget)
+                    found = end.lead(budget) if alone is None else end.together(alone, group.rank, budget)
                     mine[partner, :3] = torch.tensor([found.latency, found.bandwidth, found.spread])
                 else:
                     end.follow()
@@ -188,6 +202,14 @@ class _End:
             found = LinkFit(math.nan, math.nan, math.nan)
         self._messages.send(torch.tensor([0, 0], device=self._device), self._partner)
         return found
+
+    def together(self, alone: Topology, rank: int, budget_s: float) -> LinkFit:
+        """The link to the partner while others send, too: many messages of one size, all of them counted."""
+        known = LinkFit(float(alone.latency[rank, self._partner]), float(alone.bandwidth[rank, self._partner]), 0.0)
+        size, repeats, expected = in_company(known, budget_s)
+        kept = expected * repeats / sum(self._ping(size, repeats))
+        self._messages.send(torch.tensor([0, 0], device=self._device), self._partner)
+        return LinkFit(known.latency, known.bandwidth * min(kept, 1.0), 0.0)
 
     def _ping(self, size: int, repeats: int) -> list[float]:
         payload = torch.zeros(size, dtype=torch.uint8, device=self._device)

@@ -78,7 +78,7 @@ def _world(problem: Problem, traffic: Traffic, units: Ints) -> tuple[Any, ...]:
     meet = int(np.bincount(links.node_of).max()) > 1
     extra = 2 * float(links.wait.max()) / size if meet and size > 0 else 0.0
     ways = {False: 0, True: 1, None: 2}[costs.two_level]
-    return links.node_of, links.rank, links.ports, links.node, unit_seconds, size, extra, ways
+    return links.node_of, links.rank, links.ports, links.node, unit_seconds, size, extra, ways, links.cards
 
 
 @kernel
@@ -109,7 +109,7 @@ def _cost(to: Any, across: Any, busy: Any, world: Any, scratch: Any) -> Any:
     Args:
         to: [R] sampled tokens that visit each rank; across: [N] each node. busy: [U] load of each unit.
     """
-    node_of, links, ports, node_ways, unit_seconds, size, extra, ways = world
+    node_of, links, ports, node_ways, unit_seconds, size, extra, ways, cards = world
     to_rank, to_node = scratch
     ranks, total, slowest = len(to), 0.0, 0.0
     for s in range(ranks):
@@ -123,7 +123,7 @@ def _cost(to: Any, across: Any, busy: Any, world: Any, scratch: Any) -> Any:
                 to_node[s, n] = across[n]
     for u in range(len(busy)):
         slowest = max(slowest, busy[u] * unit_seconds[u])
-    flat, out, inside = busiest((to_rank, to_node), links, ports, node_ways, node_of)
+    flat, out, inside = busiest((to_rank, to_node), links, ports, cards, node_ways, node_of)
     two = out + inside + extra
     longest = flat if ways == 0 else two if ways == 1 else min(flat, two)
     return slowest + size * (longest + MANY * total**0.25)
@@ -208,7 +208,8 @@ def descend(
         orders: [kicks + 1, sweeps, E] in which each sweep seeks partners. swapped: [kicks, pairs, 2] experts.
         world: node_of [R] numbers 0 to N - 1; links [R, R], ports [2, 2, R] and node ways [2, 3, R, N] as in
             `cost.Links`; unit_seconds [U] of a unit for a load of 1; size: bytes that a sampled token's visit stands
-            for; extra: of the second level, in seconds over size; ways: 0 flat, 1 two levels, 2 the faster.
+            for; extra: of the second level, in seconds over size; ways: 0 flat, 1 two levels, 2 the faster;
+            cards [2, N].
 
     Returns:
         [E] the rank of each expert.

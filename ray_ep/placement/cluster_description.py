@@ -2,6 +2,7 @@
 
     nodes: 4                      # or a list: [{name: a, ranks: 8, count: 2}, {ranks: 4, speed: 0.5, inside: pcie}]
     ranks_per_node: 8
+    lanes: 4                      # ranks of a node that can send to others at once at full speed; all, if not given
     links:
       inside: {bandwidth: 300 GB/s, latency: 5 us}     # between ranks of a node
       across: {bandwidth: 400 Gbit/s, latency: 20 us}  # between nodes
@@ -18,7 +19,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,8 @@ from ray_ep.placement.topology import Topology
 MAX_RANKS = 4096
 """More would be a slip of the keyboard: [R, R] arrays of 10,000 ranks take a gigabyte each."""
 
-_KEYS = ("nodes", "ranks_per_node", "links", "between", "speeds")
-_NODE_KEYS = ("name", "ranks", "count", "speed", "inside")
+_KEYS = ("nodes", "ranks_per_node", "lanes", "links", "between", "speeds")
+_NODE_KEYS = ("name", "ranks", "count", "speed", "inside", "lanes")
 _PREFIX = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30}
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
 _NUMBER = r"\s*([0-9][0-9_]*\.?[0-9]*(?:[eE][-+]?[0-9]+)?)\s*"
@@ -57,6 +58,7 @@ class _Node:
     ranks: int
     speed: float
     inside: str
+    lanes: float | None
 
 
 def describe(tree: Any, where: str = "cluster") -> ClusterDescription:
@@ -85,9 +87,9 @@ def describe(tree: Any, where: str = "cluster") -> ClusterDescription:
     np.fill_diagonal(bandwidth, np.inf)
     np.fill_diagonal(latency, 0.0)
     speed = tuple(float(n.speed) for n in nodes for _ in range(n.ranks))
-    return ClusterDescription(
-        Topology(bandwidth, latency, node_of), speed if len(set(speed)) > 1 else None, tuple(n.name for n in nodes)
-    )
+    lanes = np.array([n.lanes or n.ranks for n in nodes], np.float64)[node_of]
+    topology = Topology(bandwidth, latency, node_of, lanes=lanes if any(n.lanes for n in nodes) else None)
+    return ClusterDescription(topology, speed if len(set(speed)) > 1 else None, tuple(n.name for n in nodes))
 
 
 def _nodes(tree: Mapping[str, Any], where: str) -> list[_Node]:
@@ -110,7 +112,9 @@ def _nodes(tree: Mapping[str, Any], where: str) -> list[_Node]:
         for copy in range(_count(item.get("count", 1), f"{here}: count")):
             name = str(item.get("name", len(nodes))) + (f"-{copy}" if "name" in item and "count" in item else "")
             speed = _positive(item.get("speed", 1.0), f"{here}: speed")
-            nodes.append(_Node(name, ranks, speed, str(item.get("inside", "inside"))))
+            lanes = item.get("lanes", tree.get("lanes"))
+            lanes = None if lanes is None else _lanes(lanes, ranks, f"{here}: lanes")
+            nodes.append(_Node(name, ranks, speed, str(item.get("inside", "inside")), lanes))
             if sum(n.ranks for n in nodes) > MAX_RANKS:
                 raise PlacementError(f"{here}: more than {MAX_RANKS} ranks in all")
     if len({n.name for n in nodes}) < len(nodes):
@@ -124,7 +128,7 @@ def _with_speeds(nodes: list[_Node], speeds: Any, where: str) -> list[_Node]:
     if not isinstance(speeds, Sequence) or isinstance(speeds, str) or len(speeds) != len(nodes):
         raise PlacementError(f"{where}: speeds={speeds!r}: expected a list of {len(nodes)} numbers, one a node")
     values = [_positive(s, f"{where}: speeds[{i}]") for i, s in enumerate(speeds)]
-    return [_Node(n.name, n.ranks, s, n.inside) for n, s in zip(nodes, values, strict=True)]
+    return [replace(n, speed=s) for n, s in zip(nodes, values, strict=True)]
 
 
 def _links(given: Any, where: str) -> dict[str, tuple[float, float]]:
@@ -190,6 +194,13 @@ def _positive(value: Any, where: str, such: str = "such as 1.0") -> float:
     if number is None or not (math.isfinite(number) and number > 0):
         raise PlacementError(f"{where}={value!r}: expected a positive number, {such}")
     return number
+
+
+def _lanes(value: Any, ranks: int, where: str) -> float:
+    lanes = _number(value)
+    if lanes is None or not 1 <= lanes <= ranks:
+        raise PlacementError(f"{where}={value!r}: expected a number from 1 to the node's {ranks} ranks")
+    return lanes
 
 
 def _number(value: Any) -> float | None:

@@ -249,15 +249,18 @@ class Links:
 
     Messages to different peers run side by side; what they share is the port. Its speed is not measured, but it is at
     least that of its fastest link of the kind (inside the node, across), so slower links are slow by themselves.
+    Ranks of a node may share network cards: `Topology.lanes`.
 
     Args:
         rank: [R, R] of links. ports: [2, 2, R] out, into; inside the node, across.
+        cards: [2, N] of a node's ranks together, out to other nodes, into; 0 where their ports alone limit them.
         node: [2, 3, R, N] there, back: link, port out, port in, means over a node's ranks.
         wait: [R] longest latency.
     """
 
     rank: Floats
     ports: Floats
+    cards: Floats
     node: Floats
     wait: Floats
     node_of: Ints
@@ -281,13 +284,26 @@ class Links:
         out, into = ports[0, 1], ports[1, 1]
         there = slow @ member, out[:, None] * (known @ member), known @ (into[:, None] * member)
         back = slow.T @ member, into[:, None] * (known.T @ member), known.T @ (out[:, None] * member)
-        return Links(slow, ports, np.stack([np.stack(there), np.stack(back)]), latency.max(1), node_of)
+        cards = np.zeros((2, member.shape[1]))
+        if topology.lanes is not None:
+            lanes = topology.lanes @ member
+            cards = np.where(lanes < np.bincount(node_of), ports[:, 1] @ member / lanes, 0.0)
+        return Links(slow, ports, cards, np.stack([np.stack(there), np.stack(back)]), latency.max(1), node_of)
+
+    def crowded(self) -> Floats:
+        """[R, R] seconds a byte while all ranks send: on a shared network card each has but its part."""
+        size = np.bincount(self.node_of)
+        out, into = (self.cards * size)[:, self.node_of]
+        far = (self.node_of[:, None] != self.node_of) & (self.rank > 0)
+        return np.where(far, np.maximum(self.rank, np.maximum(out[:, None], into)), self.rank)
 
     def seconds(self, copies: tuple[Floats, Floats], costs: StepCosts) -> float:
         """Dispatch and combine of one layer: the slowest link or busiest rank's port, both ways, and two latencies."""
         size = costs.token_bytes * costs.tokens_per_rank
         wait = 2 * float(self.wait.max())
-        flat, across, inside = (x * size for x in busiest(copies, self.rank, self.ports, self.node, self.node_of))
+        flat, across, inside = (
+            x * size for x in busiest(copies, self.rank, self.ports, self.cards, self.node, self.node_of)
+        )
         # A node's arrivals are shared out over its ranks; inside, each destination rank gets its copy from there.
         ranks_meet = int(np.bincount(self.node_of).max()) > 1
         two = across + inside + (wait if ranks_meet else 0.0)

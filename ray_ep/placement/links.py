@@ -96,3 +96,17 @@ def _row(name: str, topology: Topology, members: npt.NDArray[np.bool_]) -> LinkR
         float(np.median(topology.latency[members])),
         spread,
     )
+
+
+def shared_cards(topology: Topology) -> list[str]:
+    """A sentence for each node whose ranks slow each other down when they send to other nodes."""
+    if topology.lanes is None:
+        return []
+    found = []
+    for node in np.unique(topology.node_of):
+        ranks, lanes = int((topology.node_of == node).sum()), float(topology.lanes[topology.node_of == node][0])
+        if lanes < ranks:
+            found.append(
+                f"node {node}: {ranks} ranks share the network: together they send as fast as {lanes:.2g} alone"
+            )
+    return found

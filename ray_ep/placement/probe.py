@@ -24,6 +24,10 @@ SIZES = (1, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
 """Bytes of the messages tried, smallest first; a link that is too slow for its time stops earlier, after two sizes."""
 REPEATS = (5, 9)
 """Fewest and most messages of a size: the lower quartile of five is the second fastest, so three may be disturbed."""
+COMPANY = 3
+"""Rounds in which whole nodes meet: so each meets two others, if there are, of which one may have the fewer cards."""
+OWN_CARDS = 0.75
+"""Ranks that keep this share of their speed while their node's others send, too, are taken to share nothing."""
 ROUND_S = 1.0
 """Longest planned time of a round: a 3 GB/s link is done in 30 ms, one of 10 MB/s gets to messages of 256 KiB."""
 
@@ -109,6 +113,18 @@ def disjoint_rounds(node_of: Sequence[int] | npt.NDArray[np.int64], pairs: Seque
     return [pairs for pairs, _ in found]
 
 
+def company_rounds(node_of: Sequence[int] | npt.NDArray[np.int64]) -> list[list[Pair]]:
+    """Rounds in which all ranks of a node send to those of another at once: what its network cards carry in all.
+
+    Only nodes of several ranks take part, each in `COMPANY` rounds at most.
+    """
+    nodes = [node for node in _members(node_of) if len(node) > 1]
+    return [
+        [(min(p), max(p)) for a, b in meetings for p in zip(nodes[a], nodes[b], strict=False)]
+        for meetings in tournament(len(nodes))[:COMPANY]
+    ]
+
+
 def _representatives(one: list[int], other: list[int], sample: int, first: Pair) -> Pair | None:
     """The sample-th pair of ranks of two nodes, diagonal by diagonal, so that ranks repeat late; None: all had."""
     if sample >= len(one) * len(other):
@@ -170,6 +186,16 @@ def time_link(ping: Callable[[int, int], list[float]], budget_s: float) -> dict[
             found[size] = found[size] + ping(size, most)
             spent += sum(found[size][-most:])
     return found
+
+
+def in_company(alone: LinkFit, budget_s: float) -> tuple[int, int, float]:
+    """(Bytes, messages, seconds of each if it were alone) to see what is left of a link while others send, too.
+
+    Large enough that bandwidth is what counts, and many: what a link keeps is told by all of them together.
+    """
+    size = int(np.clip(10 * alone.latency * alone.bandwidth, 1 << 16, SIZES[-1]))
+    expected = 2 * alone.latency + size / alone.bandwidth
+    return size, int(np.clip(budget_s / 4 / expected, REPEATS[0], 10 * REPEATS[1])), expected
 
 
 def _expected(found: Mapping[int, list[float]], size: int) -> float:
@@ -294,6 +320,30 @@ def with_fits(known: Topology, fits: Mapping[Pair, LinkFit], measured_at: float)
     return replace(
         known, bandwidth=bandwidth, latency=latency, spread=spread, measured=measured, measured_at=measured_at
     )
+
+
+def with_lanes(alone: Topology, company: Mapping[Pair, LinkFit]) -> Topology:
+    """`alone` with the lanes of its nodes, from links by (source, destination) as they were in company.
+
+    A node that met several others has as many lanes as in the best meeting: the others' cards may be the fewer ones.
+
+    Raises:
+        PlacementError: as `assemble`.
+    """
+    meetings: dict[Pair, list[float]] = {}  # of two nodes: the share of its speed that each link kept
+    for (a, b), f in company.items():
+        bandwidth = _checked(a, b, f, alone.num_ranks)[1]
+        nodes = int(alone.node_of[a]), int(alone.node_of[b])
+        meetings.setdefault(nodes, []).append(bandwidth / float(alone.bandwidth[a, b]))
+    ranks = np.bincount(alone.node_of)
+    lanes = np.where(np.isin(np.arange(len(ranks)), list(meetings)), 1.0, ranks)
+    for nodes, kept in meetings.items():
+        share = float(np.mean(kept))
+        for node in nodes:
+            seen = float(ranks[node]) if share >= OWN_CARDS else share * len(kept)
+            lanes[node] = min(max(lanes[node], seen), ranks[node])
+    shared = bool((lanes < ranks).any())
+    return replace(alone, lanes=lanes[alone.node_of] if shared else None)
 
 
 def _checked(a: int, b: int, f: LinkFit, count: int) -> tuple[float, float, float]:

@@ -84,7 +84,7 @@ class Problem:
     def by_rank(self) -> Problem:
         """The same with every rank a node of its own."""
         node_of = np.arange(self.ranks, dtype=np.int64)
-        prices = Prices.of(self.links.rank, node_of, self.top_k, self.level, self.horizon_steps, self.costs)
+        prices = Prices.of(self.links.crowded(), node_of, self.top_k, self.level, self.horizon_steps, self.costs)
         return replace(self, node_of=node_of, prices=prices)
 
     def with_even_links(self) -> Problem:
@@ -119,7 +119,7 @@ class Problem:
         speed = costs.speeds(ranks)
         node_of = groups_of(topology)
         links = Links.of(topology, node_of)
-        prices = Prices.of(links.rank, node_of, top_k, level, horizon_steps, costs)
+        prices = Prices.of(links.crowded(), node_of, top_k, level, horizon_steps, costs)
         return Problem(experts, top_k, level, horizon_steps, node_of, room, speed / speed.mean(), costs, links, prices)
 
 

@@ -26,10 +26,12 @@ class Topology:
         measured_at: seconds since 1970.
         joined: [R, R] kind of link between two ranks' GPUs as their driver says, a number of gpu_links.KINDS (0: not
             known); None: there is none that says.
+        lanes: [R] how many of its ranks the node of each rank can have send to other nodes at once, each as fast as it
+            is alone; fewer than they are where they share a network card. None: all of them.
 
     Raises:
         PlacementError: shapes that do not agree, NaN, zero or negative bandwidth, negative or infinite latency,
-            negative spread.
+            negative spread, fewer than one lane.
     """
 
     bandwidth: npt.NDArray[np.float64]
@@ -40,6 +42,7 @@ class Topology:
     groups: npt.NDArray[np.int64] | None = None
     measured_at: float | None = None
     joined: npt.NDArray[np.int64] | None = None
+    lanes: npt.NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
         for name, kind in (("bandwidth", np.float64), ("latency", np.float64), ("node_of", np.int64)):
@@ -64,6 +67,7 @@ class Topology:
             ("measured", np.bool_, square),
             ("groups", np.int64, (n,)),
             ("joined", np.int64, square),
+            ("lanes", np.float64, (n,)),
         )
         for name, kind, shape in kinds:
             if (value := getattr(self, name)) is None:
@@ -74,6 +78,8 @@ class Topology:
                 raise PlacementError(f"topology: {name} {value.shape} does not fit {n} ranks, expected {shape}")
         if self.spread is not None and not (self.spread >= 0).all():
             raise PlacementError("topology: spread must not be negative, in every entry")
+        if self.lanes is not None and not (self.lanes >= 1).all():
+            raise PlacementError("topology: lanes must be at least 1, in every entry")
         if self.measured_at is not None and not np.isfinite(self.measured_at):
             raise PlacementError(f"topology: measured_at is {self.measured_at}, expected seconds since 1970")
 
@@ -99,7 +105,7 @@ class Topology:
             "bandwidth": [[float(b) if np.isfinite(b) else None for b in row] for row in self.bandwidth],
             "latency": self.latency.tolist(),
         }
-        for name in ("spread", "measured", "groups", "joined"):
+        for name in ("spread", "measured", "groups", "joined", "lanes"):
             if (value := getattr(self, name)) is not None:
                 tree[name] = value.tolist()
         if self.measured_at is not None:
@@ -112,7 +118,7 @@ class Topology:
         try:
             tree = json.loads(text)
             rows = [[np.inf if b is None else float(b) for b in row] for row in tree["bandwidth"]]
-            known = {k: np.asarray(tree[k]) for k in ("spread", "measured", "groups", "joined") if k in tree}
+            known = {k: np.asarray(tree[k]) for k in ("spread", "measured", "groups", "joined", "lanes") if k in tree}
             at = float(tree["measured_at"]) if "measured_at" in tree else None
             return Topology(
                 np.asarray(rows), np.asarray(tree["latency"]), np.asarray(tree["node_of"]), measured_at=at, **known

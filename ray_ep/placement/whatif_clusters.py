@@ -27,9 +27,10 @@ class Cluster:
         inside, across: bytes/s between two ranks of a node, and of different nodes.
         latency_inside, latency_across: seconds.
         speeds: relative speed of each kind of rank, in turn over the ranks; (1.0,) is an even cluster.
+        lanes: as of `Topology`, of every node; None: all ranks.
 
     Raises:
-        PlacementError: numbers that are not positive, more than 4,096 ranks.
+        PlacementError: numbers that are not positive, fewer than one lane, more than 4,096 ranks.
     """
 
     nodes: int
@@ -40,6 +41,7 @@ class Cluster:
     latency_inside: float = 3e-6
     latency_across: float = 1e-5
     speeds: tuple[float, ...] = (1.0,)
+    lanes: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("nodes", "ranks_per_node", "inside", "across"):
@@ -66,7 +68,8 @@ class Cluster:
         near = node_of[:, None] == node_of
         latency = np.where(near, self.latency_inside, self.latency_across)
         np.fill_diagonal(latency, 0.0)
-        return Topology(np.where(near, self.inside, self.across), latency, node_of)
+        lanes = None if self.lanes is None else np.full(self.ranks, self.lanes)
+        return Topology(np.where(near, self.inside, self.across), latency, node_of, lanes=lanes)
 
     def speed(self) -> tuple[float, ...]:
         """[R] relative speed of each rank."""
@@ -128,7 +131,10 @@ class Given:
             if known.any():
                 found[kind] = float(np.median(self.links.bandwidth[known]))
                 found[f"latency_{kind}"] = float(np.median(self.links.latency[known]))
-        return Cluster(self.nodes, per_node, self.slots_per_rank, **found, speeds=_shortest(self.speed()))
+        lanes = None if self.links.lanes is None else float(np.median(self.links.lanes))
+        return Cluster(
+            self.nodes, per_node, self.slots_per_rank, **found, speeds=_shortest(self.speed()), lanes=lanes
+        )  # fmt: skip
 
 
 def _shortest(speeds: tuple[float, ...]) -> tuple[float, ...]:

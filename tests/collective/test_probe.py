@@ -1,5 +1,6 @@
 """Probing over real gloo, with links that are made slow by sleeping before a message goes."""
 
+import fcntl
 import itertools
 import time
 
@@ -22,6 +23,24 @@ class Slowed(PointToPoint):
 
     def send(self, tensor, to):
         time.sleep(self.latency[self.rank, to] + tensor.nbytes / self.bandwidth[self.rank, to])
+        super().send(tensor, to)
+
+
+class SharedCards(PointToPoint):
+    """One network card a node, of 10 MB/s: of its ranks one sends 16 KiB to another node at a time."""
+
+    def __init__(self, group, node_of, folder):
+        super().__init__(group)
+        self.mine, self.node_of, self.folder = node_of[group.rank], node_of, folder
+
+    def send(self, tensor, to):
+        if self.mine != self.node_of[to]:
+            with open(self.folder / str(self.mine), "w") as card:
+                for _ in range(tensor.nbytes // (1 << 14)):
+                    fcntl.flock(card, fcntl.LOCK_EX)
+                    time.sleep((1 << 14) / 1e7)
+                    fcntl.flock(card, fcntl.LOCK_UN)
+                    time.sleep(1e-4)  # or the next 16 KiB would be this rank's, too
         super().send(tensor, to)
 
 
@@ -57,8 +76,16 @@ def test_the_topology_is_what_the_links_are_and_the_same_on_every_rank(ranks):
     assert found[0].measured[off].all()
     assert found[0].groups.tolist() == node_of
     assert contradictions(found[0]) == []
+    assert found[0].lanes is None
     assert (found[0].spread[off] > 0).all()
     assert time.time() - 600 < found[0].measured_at <= time.time()
+
+
+def test_ranks_that_share_a_network_card_are_found_by_sending_at_once(ranks, tmp_path):
+    node_of = [0, 0, 1, 1]
+    found = ranks(4, lambda g: measure(g, node_of, messages=SharedCards(g, node_of, tmp_path)))
+    assert len({t.to_json() for t in found}) == 1
+    assert found[0].lanes == pytest.approx(np.full(4, 1.1), abs=0.25)
 
 
 def test_each_direction_of_a_link_has_its_own_bandwidth_and_slow_pairs_do_not_slow_the_others_of_their_round(ranks):

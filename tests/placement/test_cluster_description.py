@@ -46,6 +46,13 @@ def test_unlike_nodes_with_links_of_their_own():
     assert describe({"nodes": 1, "ranks_per_node": 4, "links": LINKS}).speed is None
 
 
+def test_network_cards_that_ranks_share():
+    assert describe({"nodes": 2, "ranks_per_node": 2, "links": LINKS}).topology.lanes is None
+    assert describe({"nodes": 2, "ranks_per_node": 2, "links": LINKS, "lanes": 1}).topology.lanes.tolist() == [1.0] * 4
+    nodes = [{"ranks": 4, "lanes": 2}, {"ranks": 2}]
+    assert describe({"nodes": nodes, "links": LINKS}).topology.lanes.tolist() == [2.0] * 4 + [2.0] * 2
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [("25 GB/s", 25e9), ("25GB/s", 25e9), ("100 Mbit/s", 12.5e6), ("10Gbps", 1.25e9), ("2 GiB/s", 2 * 2**30), (7, 7.0)],
@@ -85,6 +92,8 @@ def plain(**changes):
         (plain(links={**LINKS, "across": {"bandwidth": "25 parsecs"}}), "25 parsecs"),
         (plain(links={**LINKS, "across": {"bandwidth": 1, "latency": -1}}), "latency=-1: expected a time"),
         (plain(links={**LINKS, "across": {"bandwidth": 1, "delay": 1}}), "unknown key 'delay'"),
+        (plain(lanes=0.5), r"nodes\[0\]: lanes=0.5: expected a number from 1 to the node's 2 ranks"),
+        (plain(lanes="few"), "lanes='few'"),
         (plain(speeds=[1]), "expected a list of 2 numbers"),
         (plain(speeds=[1, 0]), r"speeds\[1\]=0: expected a positive"),
         (plain(between=3), "expected a list of"),

@@ -6,7 +6,7 @@ import numpy as np
 
 from ray_ep.placement import Topology
 from ray_ep.placement.groups import best_of, contradictions
-from ray_ep.placement.links import HEAD, link_rows
+from ray_ep.placement.links import HEAD, link_rows, shared_cards
 
 
 def two_kinds(node_of, inside, across):
@@ -61,3 +61,11 @@ def test_of_two_measurements_the_faster_of_each_link_counts_and_a_disturbance_is
     assert words.startswith("ranks 1 and 2 are said to share node 0 but their link has 100 MB/s")
     assert best.groups.tolist() == [0, 0, 0, 0, 1]
     assert best_of(best, first).bandwidth.tolist() == best.bandwidth.tolist()
+
+
+def test_nodes_whose_ranks_share_the_network_have_a_sentence():
+    topology = two_kinds([0, 0, 1, 1], 2e9, 1e8)
+    assert shared_cards(topology) == []
+    assert shared_cards(replace(topology, lanes=np.array([1.04, 1.04, 2, 2]))) == [
+        "node 0: 2 ranks share the network: together they send as fast as 1 alone"
+    ]

@@ -1,5 +1,7 @@
 """Seconds of copies over measured links, by hand: a slow link is slow by itself, all messages share a port."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,6 +10,7 @@ from hypothesis.extra.numpy import arrays
 
 from ray_ep.placement import StepCosts, Topology
 from ray_ep.placement.cost import Links
+from ray_ep.placement.problem import Problem
 
 ONE = StepCosts(tokens_per_rank=1, token_bytes=1, two_level=False)
 
@@ -52,6 +55,29 @@ def test_links_that_nobody_measured_cost_nothing():
     assert seconds(bandwidth, [0, 1, 2], np.ones((3, 3))) == 0.0
     bandwidth[0, 1] = bandwidth[1, 0] = 5.0
     assert seconds(bandwidth, [0, 1, 2], np.ones((3, 3))) == pytest.approx(2 / 5)
+
+
+@pytest.mark.parametrize("two_level", [False, True])
+def test_ranks_that_share_a_network_card_wait_for_each_other_but_not_for_those_of_their_node(two_level):
+    near = np.equal.outer([0, 0, 1, 1], [0, 0, 1, 1])
+    topology = Topology(np.where(near, 100.0, 10.0), np.zeros((4, 4)), [0, 0, 1, 1])
+    copies = np.array([[0, 0, 4, 0], [0, 0, 0, 4], [0, 0, 0, 0], [0, 0, 0, 0]]), np.array([[0, 4]] * 2 + [[0, 0]] * 2)
+    costs, took = replace(ONE, two_level=two_level), []
+    for lanes in (None, np.full(4, 2.0), np.full(4, 1.0), np.array([1.5, 1.5, 2, 2])):
+        t = replace(topology, lanes=lanes)
+        took.append(Links.of(t, t.node_of).seconds(tuple(c.astype(float) for c in copies), costs))
+    inside = took[0] - 2 * 4 / 10
+    assert took == pytest.approx([inside + 2 * x for x in (4 / 10, 4 / 10, 8 / 10, 8 / 15)])
+    assert inside == pytest.approx(2 * 2 / 100 if two_level else 0.0)  # half of what arrives is for the other rank
+
+
+def test_a_plan_knows_that_a_shared_card_makes_traffic_dearer():
+    node_of = np.repeat([0, 1], 4)
+    near = np.equal.outer(node_of, node_of)
+    topology = Topology(np.where(near, 4e11, 5e10), np.zeros((8, 8)), node_of)
+    problem = lambda t: Problem.of(t, 32, 2, 5, "node", 1000, StepCosts())  # noqa: E731
+    alone, shared = problem(topology), problem(replace(topology, lanes=np.ones(8)))
+    assert shared.prices.visit_seconds == pytest.approx(4 * alone.prices.visit_seconds)
 
 
 @given(

@@ -77,6 +77,9 @@ def test_a_measured_cluster_is_simulated_as_it_is_and_grown_with_its_medians():
     (a,), (b,) = simulate(even, stats, ["plan"]), simulate(given, stats, ["plan"])
     assert replace(b, cluster=even) == a
     assert given.even() == even
+    one = replace(even, lanes=1.0)
+    assert Given(one.topology(), one.speed(), 6).even() == one
+    assert simulate(one, stats, ["plan"])[0].traffic_seconds > 1.5 * a.traffic_seconds
     unknown = Given(Topology.of_nodes([0, 0, 0, 1]))
     assert unknown.even() == Cluster(2, 3)
 
