@@ -4,13 +4,14 @@ Nothing here places an expert: `ray-ep train` does, with `placement.every`. The 
 what it did is read from its own metrics.jsonl and events.jsonl.
 """
 
+import json
 import re
 import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from subprocess import PIPE, STDOUT, Popen
+from subprocess import PIPE, STDOUT, Popen, check_output
 
 import pytest
 
@@ -99,6 +100,18 @@ def runs(make_lab, tmp_path_factory):
     return live, still
 
 
+def compare(live, first, last):
+    """Measured over predicted exchange: before the move of step `first`, and after it until step `last`."""
+    command_line = [*RAY_EP, "simulate", live.folder, "--placement", "contiguous,plan", "--level", "rank", "--json"]
+    found = [json.loads(line) for line in check_output([str(x) for x in command_line], text=True).splitlines()[:2]]
+    ratios = []
+    for row, (after, until) in zip(found, ((1, first), (first, last)), strict=True):
+        exchange = median(m["exchange_seconds"] for m in live.metrics if after < m["step"] <= until)
+        print(f"exchange {row['placement']}: predicted {row['traffic_seconds']:.3f} s, measured {exchange:.3f} s")
+        ratios.append(exchange / row["traffic_seconds"])
+    return ratios
+
+
 def replanned(live):
     """The step after which experts first moved on a plan that was asked for since links had changed; else STEPS."""
     for _, words in live.said("rebalance", "links have changed)"):
@@ -115,6 +128,13 @@ def test_experts_that_move_by_themselves_make_steps_one_and_a_half_times_as_fast
     print(f"step {before:.3f} s contiguous, {after:.3f} s after the move of step {first}")
     assert len([m for m in live.metrics if m["placement_version"] == 0]) == first >= EVERY
     assert before > 1.5 * after
+
+
+def test_simulating_the_lab_predicts_what_the_exchange_took(runs):
+    live, _ = runs
+    before, after = compare(live, live.moves()[0], live.slowed)
+    assert 0.75 < before < 1.5
+    assert 0.75 < after < 2.0  # a later plan than the one that the run had made by then
 
 
 def test_losses_are_those_of_a_run_that_never_moves(runs):
@@ -164,3 +184,8 @@ def test_two_hosts_of_two_ranks_are_sped_up_too_and_no_link_is_said_to_have_chan
     print(f"step {before:.3f} s contiguous, {after:.3f} s after the move of step {first}")
     assert before > 1.3 * after
     assert live.said("topology", "times ") == []
+    lanes = json.loads((live.folder / "topology.json").read_text())["lanes"]
+    assert lanes == pytest.approx([1.0] * 4, abs=0.25)
+    contiguous, planned = compare(live, first, live.metrics[-1]["step"])
+    assert 0.75 < contiguous < 1.5
+    assert 0.75 < planned < 2.0
