@@ -2,7 +2,7 @@
 
 Routing is drawn, a function of the seed: tokens of a topic like the same experts, and the mix of topics drifts. Plans
 see the first window of tokens; figures are those of `predict` on the next one, which no plan saw. Links are fast inside
-nodes (450 GB/s) and slow across (50 GB/s), as H800 nodes.
+nodes (450 GB/s) and slow across (50 GB/s), as H800 nodes. Also how long planning the balance inside a step takes.
 L layers, E experts, K top_k, R ranks, T tokens.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,22 +20,29 @@ from ray_ep.placement import (
     Placement,
     RoutingStatistics,
     StepCosts,
+    StepRules,
     Topology,
+    balance_step,
     contiguous,
     load_only,
     migration,
     plan,
     predict,
     random,
+    step,
 )
 from ray_ep.placement.cost import Prediction
 from ray_ep.placement.placement import Floats, Ints
 from ray_ep.placement.planner import warm
 
+T = TypeVar("T")
+
 WINDOW, SAMPLED = 8192, 4096
 """Tokens of a window, and how many of them are kept as sampled sets."""
 TOPICS, LIKED = 24, 0.35
 """Kinds of tokens, and the share of the experts that a kind has feelings about."""
+GUESTS, STEPS = 16, 20
+"""Guests that a rank has room for, and times that balancing a layer is timed."""
 INSIDE, ACROSS = 450e9, 50e9
 """Bytes per second between ranks of a node, and of different ones."""
 
@@ -65,6 +73,7 @@ SHAPES = {
     "v3-64-whole": Shape(58, 256, 8, 8, 8, 5),
     "v3-256": Shape(8, 256, 8, 32, 8, 2),
     "v3-1024": Shape(8, 256, 8, 128, 8, 1),
+    "olmoe-8": Shape(8, 64, 8, 1, 8, 8, 1),
 }
 SLOW = {"none": "all ranks alike", "spread": "each fourth rank", "node": "the first quarter of the ranks"}
 
@@ -104,6 +113,34 @@ class Row:
             f"{self.shape:12} {self.seed:4} {self.name:24} {self.remote_nodes:8.3f} {self.remote_ranks:8.3f} "
             f"{self.node_balancedness:8.3f} {self.balancedness:8.3f} {self.step_seconds * 1e3:9.2f} {self.seconds:8.3f}"
             f"{end}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Balanced:
+    """The balance inside a step on the experts' contiguous places: means over layers.
+
+    Args:
+        before, after: slowest rank's time over the mean, without and with it. guests: a layer, all ranks together.
+        milliseconds: that `balance_step` takes for a layer, the median layer's best.
+    """
+
+    shape: str
+    seed: int
+    before: float
+    after: float
+    guests: float
+    milliseconds: float
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return asdict(self)
+
+    def line(self) -> str:
+        """For below the table."""
+        return (
+            f"{self.shape:12} {self.seed:4} balance inside a step: {self.milliseconds:.3f} ms a layer, slowest rank "
+            f"{self.before:.2f} times the mean before, {self.after:.3f} after, {self.guests:.1f} guests"
         )
 
 
@@ -159,11 +196,9 @@ def run_placement(name: str, seed: int = 7, drift: float = 0.15, slow: str = "no
     Raises:
         BadInput: a shape or a kind of slow ranks that is not there, drift that is no share.
     """
-    if name not in SHAPES:
-        raise BadInput(f"bench placement: --shape={name}: allowed are {', '.join(SHAPES)}")
+    shape = _shape(name)
     if not 0 <= drift <= 1:
         raise BadInput(f"bench placement: --drift={drift}: expected a share from 0 to 1")
-    shape = SHAPES[name]
     costs, topology = StepCosts(speed=tuple(speeds(shape, slow))), cluster(shape)
     warm()
     sets = trace(shape, seed, 2, drift)
@@ -198,13 +233,43 @@ def run_placement(name: str, seed: int = 7, drift: float = 0.15, slow: str = "no
             yield Row(**{**asdict(found), "moved": moved, "kept": kept})
 
 
+def run_balance(name: str, seed: int = 7, drift: float = 0.15, slow: str = "none") -> Balanced:
+    """Time `balance_step` for inference on the tokens of one window, as many from each rank.
+
+    Raises:
+        BadInput: as `run_placement`.
+    """
+    shape, costs = _shape(name), StepCosts()
+    sets = trace(shape, seed, 1, drift)
+    placement, topology = contiguous(shape.layers, shape.experts, shape.ranks, shape.slots), cluster(shape)
+    seconds, found, took = costs.expert_seconds / speeds(shape, slow), [], []
+    step.warm()
+    for layer in range(shape.layers):
+        sizes = costs.expert_bytes, seconds, costs.token_bytes
+        rules = StepRules.of(placement, layer, topology, *sizes, guest_slots=GUESTS, training=False)
+        parts = np.array_split(sets[layer], shape.ranks)
+        counts = np.stack([np.bincount(p.ravel(), minlength=shape.experts) for p in parts])
+        counts = counts * round(costs.tokens_per_rank / len(parts[0]))
+        plan_, best = _timed(lambda counts=counts, rules=rules: balance_step(counts, rules), STEPS)  # type: ignore[misc]
+        found.append((plan_.before, plan_.after, len(plan_.guests)))
+        took.append(best)
+    before, after, guests = np.mean(found, axis=0).tolist()
+    return Balanced(name, seed, before, after, guests, float(np.median(took)) * 1e3)
+
+
+def _shape(name: str) -> Shape:
+    if name not in SHAPES:
+        raise BadInput(f"bench placement: --shape={name}: allowed are {', '.join(SHAPES)}")
+    return SHAPES[name]
+
+
 def _kept(predictions: list[Prediction]) -> float | None:
     """Share of the gain from the stale placement to the fresh one that the replan has; None where there is none."""
     stale, new, fresh = (p.step_seconds for p in predictions)
     return None if fresh >= stale else (stale - new) / (stale - fresh)
 
 
-def _timed(make: Callable[[], Placement], repeats: int) -> tuple[Placement, float]:
+def _timed(make: Callable[[], T], repeats: int) -> tuple[T, float]:
     """What `make` gives, and the least wall seconds that it took."""
     best = float("inf")
     for _ in range(max(repeats, 1)):

@@ -18,15 +18,16 @@ def bench_placement(shapes: str, seeds: str, drift: float, slow: str, repeats: i
     """The planner at both levels beside contiguous, random and load-only placements, on drawn routing.
 
     Figures are predicted for tokens that no plan saw. "moved" and "kept" are a replan's: the share of slots that it
-    fills anew, and of the gain that a fresh plan would have.
+    fills anew, and of the gain that a fresh plan would have. Last: how long planning the balance inside a step takes.
 
     \b
     Shapes (layers x experts top-k, ranks on nodes, slots a rank):
       v3-32 8x256 top-8, 32 on 4, 9        v3-64 the same, 64 on 8, 5       v3-64-whole 58 layers of it
       qwen-16 8x128 top-8, 16 on 4, 10     mixtral-8 8x8 top-2, 8 on 4, 2
       v3-256 and v3-1024: 8x256 top-8, on 32 and 128 nodes of 8 ranks, 2 and 1 slots
+      olmoe-8 8x64 top-8, 8 on 1, 8
     """
-    from ray_ep.bench.placement import SHAPES, TITLE, run_placement
+    from ray_ep.bench.placement import SHAPES, TITLE, run_balance, run_placement
     from ray_ep.errors import BadInput
 
     if not all(s.strip().isdigit() for s in seeds.split(",")):
@@ -37,3 +38,5 @@ def bench_placement(shapes: str, seeds: str, drift: float, slow: str, repeats: i
         for seed in seeds.split(","):
             for row in run_placement(shape, int(seed), drift, slow, repeats):
                 click.echo(json.dumps(row.to_dict()) if as_json else row.line())
+            balance = run_balance(shape, int(seed), drift, slow)
+            click.echo(json.dumps(balance.to_dict()) if as_json else balance.line())

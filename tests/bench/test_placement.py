@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from ray_ep.bench.placement import SHAPES, Shape, cluster, run_placement, speeds, trace
+from ray_ep.bench.placement import SHAPES, Shape, cluster, run_balance, run_placement, speeds, trace
 from ray_ep.cli import main
 from ray_ep.errors import BadInput
 
@@ -38,10 +38,20 @@ def test_a_quarter_of_the_ranks_is_slow_where_asked():
     assert cluster(shape).num_ranks == 32
 
 
+def test_the_balance_inside_a_step_evens_ranks_out_and_is_timed():
+    found = run_balance("olmoe-8")
+    assert found.before > 1.2 > 1.05 > found.after
+    assert found.guests > 0
+    assert found.milliseconds > 0
+    assert "balance inside a step: " in found.line()
+
+
 def test_the_command_prints_a_json_line_a_row():
     done = CliRunner().invoke(main, ["bench", "placement", "--shape=mixtral-8", "--repeats=1", "--json"])
     assert done.exit_code == 0
-    assert {json.loads(line)["shape"] for line in done.output.splitlines()} == {"mixtral-8"}
+    found = [json.loads(line) for line in done.output.splitlines()]
+    assert {row["shape"] for row in found} == {"mixtral-8"}
+    assert "milliseconds" in found[-1]
 
 
 @pytest.mark.parametrize(
