@@ -122,7 +122,7 @@ class FusedExperts(torch.autograd.Function):
             compute(mine)
             guests.wait()
         compute(theirs)
-        add = plan.guests.send_home(of_guests, own) if plan.guests is not None else None
+        add = plan.guests.send_home(of_guests, own, pool.take) if plan.guests is not None else None
         if kept:
             compute(mine)
         plan.meter.enter("combine")

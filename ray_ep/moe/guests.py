@@ -60,20 +60,20 @@ class Guests:
 
         It travels beside what follows: `Luggage.wait` before it is read. Rows from S on are of guests that stayed.
         """
-        out = Luggage.of(len(self.experts), weights, take)
-        if kept is None:
-            send = torch.cat([_bytes(w.detach()[self.give_rows]) for w in weights], 1)
-        else:
-            send = kept.give(self.give_rows, weights)
-        self._move(send, out, self.give, self.take)
+        out, given = Luggage.of(len(self.experts), weights, take), Luggage.of(len(self.give_rows), weights, take)
+        stayed: Sequence[list[torch.Tensor]] = [[] for _ in weights] if kept is None else kept.rows
+        for part, weight, more in zip(given.rows, weights, stayed, strict=True):
+            for row, r in zip(part, self.give_rows, strict=True):
+                row.copy_(weight.detach()[r] if r < len(weight) else more[r - len(weight)])
+        self._move(given.message, out, self.give, self.take)
         return out
 
-    def send_home(self, of_guests: Luggage, own: Sequence[torch.Tensor]) -> Callable[[], None]:
+    def send_home(self, of_guests: Luggage, own: Sequence[torch.Tensor], take: Take) -> Callable[[], None]:
         """Gradients of the guests set out for where they came from (collective).
 
         What is returned adds those that arrive to `own` [S, ...], by ascending rank.
         """
-        received = Luggage.of(len(self.give_rows), own, _new)
+        received = Luggage.of(len(self.give_rows), own, take)
         self._move(of_guests.message, received, self.take, self.give)
 
         def add() -> None:
@@ -85,7 +85,6 @@ class Guests:
         return add
 
     def _move(self, rows: torch.Tensor, out: Luggage, give: list[int], take: list[int]) -> None:
-        rows = rows.contiguous()
         end = self.group.begin_all_to_all(out.message, rows, take, give)
         self.meter.add(give, rows, self.group.rank)
 
@@ -142,14 +141,6 @@ class Kept:
         self.rows: tuple[list[torch.Tensor], ...] = ([], [])  # of each weight
         self._count = np.zeros(len(self._base.node_of), np.int64)  # [R]
 
-    def give(self, rows: list[int], weights: Sequence[torch.Tensor]) -> torch.Tensor:
-        """uint8 [len(rows), bytes] of rows that are the rank's own in `weights` [S, ...] or stayed."""
-        parts = []
-        for weight, stayed in zip(weights, self.rows, strict=True):
-            picked = [weight.detach()[r] if r < len(weight) else stayed[r - len(weight)] for r in rows]
-            parts.append(_bytes(torch.stack(picked) if picked else weight[:0]))
-        return torch.cat(parts, 1)
-
     def settle(self, plan: StepPlan, guests: Guests | None, arrived: Sequence[torch.Tensor]) -> bool:
         """The guests of a step that is over stay, their weights [G, ...] being `arrived`; False: all are given up.
 
@@ -192,7 +183,7 @@ class Borrow(torch.autograd.Function):
         theirs = Luggage.of(count, own, _new)
         for part, g in zip(theirs.rows, grads, strict=True):
             part.copy_(g[len(g) - count :])
-        ctx.guests.send_home(theirs, own)()
+        ctx.guests.send_home(theirs, own, _new)()
         return (None, d_rows, *own)
 
 
@@ -210,11 +201,6 @@ def destinations(index: torch.Tensor, sends: torch.Tensor, rank: int) -> torch.T
     to = torch.empty_like(flat)
     to[by_expert] = torch.where(expert >= 0, order[place], -1)
     return to.view_as(index)
-
-
-def _bytes(rows: torch.Tensor) -> torch.Tensor:
-    """[n, ...] as uint8 [n, bytes]."""
-    return rows.flatten(1).view(torch.uint8)
 
 
 def _new(*shape: int, like: torch.Tensor) -> torch.Tensor:
