@@ -61,7 +61,7 @@ def _stays(home: Any, p: Any, r: Any, u: Any, stay: Any) -> Any:
 def pack(  # noqa: C901 (one pass over its loops)
     expert: Any, joint: Any, load: Any, room: Any, speed: Any, home: Any, stay: Any, sweeps: int
 ) -> Any:
-    """Spread items over ranks, minimising the sum over ranks of x' joint x / speed^2, x being the items on the rank.
+    """Spread items over ranks, minimising the sum over ranks of x' joint x / speed, x being the items on the rank.
 
     Args:
         expert: [M] whose replica an item is: two of one expert never share a rank.
@@ -75,7 +75,7 @@ def pack(  # noqa: C901 (one pass over its loops)
     items, ranks = load.shape[0], room.shape[0]
     where, left = np.full(items, -1, np.int64), room.copy()
     inter = np.zeros((items, ranks))  # sum of joint over the items of a rank
-    inv = 1.0 / (speed * speed)
+    inv = 1.0 / speed
     for p in range(items):
         if home[p] >= 0 and left[home[p]] > 0:
             _seat(p, home[p], where, left, inter, joint)

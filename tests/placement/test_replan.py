@@ -46,16 +46,18 @@ def test_relief_lowers_its_norms_within_the_moves_that_are_left(seed, nodes, mos
     assert most or (who == start).all()
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_after_mild_drift_few_moves_keep_most_of_a_fresh_plans_gain_of_even_ranks(seed):
+def test_after_mild_drift_few_moves_keep_most_of_a_fresh_plans_gain_of_even_ranks():
     topology = links(np.repeat(np.arange(4), 4), 450e9, 50e9)
-    before, after = (statistics(trace(4, 64, 4, 8192, seed=seed, drift=d), 64) for d in (0.0, 0.2))
-    current = plan(before, topology, 6, level="rank")
-    assert plan(before, topology, 6, current=current, level="rank") is current
-    new, fresh = (plan(after, topology, 6, current=c, level="rank") for c in (current, None))
-    stale, few, all_ = (predict(p, after, topology).step_seconds for p in (current, new, fresh))
-    assert migration(current, new, topology).moved <= 0.2
-    assert stale - few >= 0.7 * (stale - all_)
+    kept, gains = 0.0, 0.0  # of several seeds together: one alone varies by a quarter
+    for seed in range(4):
+        before, after = (statistics(trace(4, 64, 4, 8192, seed=seed, drift=d), 64) for d in (0.0, 0.2))
+        current = plan(before, topology, 6, level="rank")
+        assert plan(before, topology, 6, current=current, level="rank") is current
+        new, fresh = (plan(after, topology, 6, current=c, level="rank") for c in (current, None))
+        stale, few, all_ = (predict(p, after, topology).step_seconds for p in (current, new, fresh))
+        assert migration(current, new, topology).moved <= 0.2
+        kept, gains = kept + stale - few, gains + stale - all_
+    assert kept >= 0.75 * gains
 
 
 @pytest.mark.parametrize("level", ["node", "rank"])
