@@ -138,8 +138,14 @@ def relieved(
     price = problem.price() / len(traffic.sets)
     visits = float(price @ search.visits_of(bits[real], node, problem.nodes))
     who = np.where(np.arange(width)[None] < problem.room[:, None], slots, -2)
-    weights = problem.prices.compute, visits, price
-    relief.relieve(who, load, bits, fixed, where, weights, had, (stay, most - moved, LEAST))
+    near = (node_of[:, None] == node_of) & (problem.links.rank > 0)
+    inside = 0.0
+    if near.any() and problem.prices.visit_seconds > 0:
+        inside = 2 * problem.costs.token_bytes * float(problem.links.rank[near].mean()) / problem.prices.visit_seconds
+    inside *= problem.top_k
+    weights = problem.prices.compute, visits, inside, price
+    whole = everywhere & (count.sum(1) == problem.nodes), problem.source, traffic.load, traffic.bits
+    relief.relieve(who, load, bits, fixed, where, weights, had, (stay, most - moved, LEAST), whole)
     return np.where(who < 0, -1, who)
 
 
