@@ -29,7 +29,7 @@ RELIEF = 0.05
 """The same of exchanges that relieve the busiest rank."""
 POOR = 0.4
 """A placement is poor when improving it would move more than this share of the slots: it is also planned anew."""
-POOR_GAIN = 0.12
+POOR_GAIN = 0.2
 """Nor does a placement that was planned gain this share of a layer's time by the few moves that are allowed."""
 ANEW = 0.05
 """What planning anew must gain for every slot that it moves beyond, as a share of a layer's time for all of them."""
