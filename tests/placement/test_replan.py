@@ -66,16 +66,18 @@ def test_an_expert_that_outgrew_one_that_is_everywhere_takes_its_part():
     assert moved <= 4
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_after_mild_drift_few_moves_keep_most_of_a_fresh_plans_gain_of_even_ranks(seed):
-    topology = links(np.repeat(np.arange(4), 4), 450e9, 50e9)
-    before, after = (statistics(trace(4, 64, 4, 8192, seed=seed, drift=d), 64) for d in (0.0, 0.2))
-    current = plan(before, topology, 6, level="rank")
-    assert plan(before, topology, 6, current=current, level="rank") is current
-    new, fresh = (plan(after, topology, 6, current=c, level="rank") for c in (current, None))
-    stale, few, all_ = (predict(p, after, topology).step_seconds for p in (current, new, fresh))
-    assert migration(current, new, topology).moved <= 0.2
-    assert stale - few >= 0.7 * (stale - all_)
+@pytest.mark.parametrize("level", ["node", "rank"])
+def test_after_mild_drift_few_moves_keep_most_of_a_fresh_plans_gain(level):
+    topology, kept, gained = links(np.repeat(np.arange(4), 4), 450e9, 50e9), 0.0, 0.0
+    for seed in range(1, 5):
+        before, after = (statistics(trace(4, 64, 4, 8192, seed=seed, drift=d), 64) for d in (0.0, 0.2))
+        current = plan(before, topology, 6, level=level)
+        assert plan(before, topology, 6, current=current, level=level) is current
+        new, fresh = (plan(after, topology, 6, current=c, level=level) for c in (current, None))
+        stale, few, all_ = (predict(p, after, topology, level=level).step_seconds for p in (current, new, fresh))
+        assert migration(current, new, topology).moved <= 0.2
+        kept, gained = kept + stale - few, gained + stale - all_
+    assert kept >= 0.8 * gained
 
 
 @pytest.mark.parametrize("level", ["node", "rank"])
