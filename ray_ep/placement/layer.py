@@ -135,13 +135,23 @@ def relieved(
         had[before, np.arange(ranks)[:, None]] = True
     moved = int((~had[expert, np.flatnonzero(real) // width]).sum())
     speed = np.bincount(problem.unit_of, problem.speed)
-    where = node_of, problem.unit_of, traffic.load.sum() * speed / speed.sum()
     price = problem.price() / len(traffic.sets)
+    where = node_of, problem.unit_of, traffic.load.sum() * speed / speed.sum(), price
     visits = float(price @ search.visits_of(bits[real], node, problem.nodes))
     who = np.where(np.arange(width)[None] < problem.room[:, None], slots, -2)
-    weights = problem.prices.compute, visits, price
-    relief.relieve(who, load, bits, fixed, where, weights, had, (stay, most - moved, LEAST))
+    whole = everywhere & (count.sum(1) == problem.nodes), traffic.load, traffic.bits, problem.source
+    costs = problem.prices.compute, visits, _inside(problem)
+    relief.relieve(who, (load, bits, fixed, had), whole, where, costs, (stay, most - moved, LEAST))
     return np.where(who < 0, -1, who)
+
+
+def _inside(problem: Problem) -> float:
+    """What copies to ranks inside their nodes cost when all ranks get as many, one for each expert, in visits."""
+    near = problem.links.rank[problem.node_of[:, None] == problem.node_of]
+    if problem.prices.visit_seconds == 0 or not near.any():  # no link is known, or each rank is a node
+        return 0.0
+    copy = 2 * problem.costs.token_bytes * float(near[near > 0].mean()) / problem.prices.visit_seconds
+    return problem.top_k * copy
 
 
 def choose_items(problem: Problem, load: Floats) -> Items:

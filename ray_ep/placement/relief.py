@@ -1,8 +1,9 @@
 """Compiled search for a few moves: exchanges of two slots, from the current placement, that relieve the busiest.
 
-A step waits for its busiest unit and its busiest node. Sums of squares, which lead the search for a whole plan, spend
-moves on units near the mean; here both maxima are 16-norms, so that what counts is the top, and the exchange that gains
-most a moved slot comes first. The number of moved slots is bounded.
+A step waits for its busiest unit, its busiest node, and inside nodes for the rank at which most tokens arrive. Sums of
+squares, which lead the search for a whole plan, spend moves on units near the mean; here the maxima are 16-norms, so
+that what counts is the top, and the exchange that gains most a moved slot comes first. Where an expert outgrows one of
+those that are everywhere, the two change parts. The number of moved slots is bounded.
 R ranks, S slots, P = R * S positions, U units that must be even, N nodes, B words of 64 tokens.
 """
 
@@ -65,12 +66,20 @@ def _clashes(who: Any, rank: Any, leaving: Any, expert: Any) -> Any:
 
 
 @kernel
-def _gains(p: Any, load: Any, at: Any, loads: Any, flows: Any, factors: Any, out: Any) -> None:
+def _slope(cost: Any, x: Any) -> Any:
+    """By how much cost . 16-norm of x, which is `cost` when all is even, changes with the sum of x^16."""
+    total = max(_power(x).sum(), 1e-300)
+    return cost * (total / x.shape[0]) ** (1.0 / 16.0) / (16.0 * total)
+
+
+@kernel
+def _gains(p: Any, load: Any, at: Any, loads: Any, flows: Any, arrivals: Any, slopes: Any, out: Any) -> None:
     """Gain of each exchange of position p -> out [P], in a loop that is vectorised. Upper bounds, see _best."""
-    node_at, unit_at = at
+    node_at, unit_at = at[:2]
     x, inv, x16 = loads
     v, price, v16, leave, enter = flows
-    wx, wv = factors
+    y, even, y16 = arrivals
+    wx, wv, wy = slopes
     i, k = node_at[p], unit_at[p]
     enter_i, joins = enter[i], enter[:, p]
     for q in range(load.shape[0]):
@@ -79,17 +88,19 @@ def _gains(p: Any, load: Any, at: Any, loads: Any, flows: Any, factors: Any, out
         d, fi, fj = load[p] - load[q], leave[p] - enter_i[q], out[q] - leave[q]
         balance = x16[p] + x16[q] - _power(x[p] - d * inv[p]) - _power(x[q] + d * inv[q])
         flow = v16[p] + v16[q] - _power(v[p] - fi * price[p]) - _power(v[q] + fj * price[q])
-        out[q] = (wx if unit_at[q] != k else 0.0) * balance + (wv if node_at[q] != i else 0.0) * flow
+        arrive = y16[p] + y16[q] - _power(y[p] - d * even) - _power(y[q] + d * even)
+        out[q] = (wx if unit_at[q] != k else 0.0) * balance + (wv if node_at[q] != i else 0.0) * flow + wy * arrive
 
 
 @kernel
-def _best(who: Any, items: Any, at: Any, loads: Any, flows: Any, factors: Any, limits: Any) -> Any:
-    """The exchange of positions that gains most a moved slot -> p, q, slots moved; p is -1 where none pays.
+def _best(who: Any, items: Any, at: Any, figures: Any, slopes: Any, limits: Any) -> Any:
+    """The exchange of positions that gains most a moved slot -> p, q, slots moved, gain a slot; p is -1: none pays.
 
-    loads and flows: figures of units and nodes by position [P].
+    figures: of units, nodes and ranks by position [P].
     """
     load, bits, fixed, had = items
-    node_at, unit_at, hot, alone = at
+    node_at, _, hot, _, alone = at
+    loads, flows, arrivals = figures
     v, price, _, leave, enter = flows
     stay, room, least = limits
     slots, best = who.shape[1], (-1, -1, 0)
@@ -99,7 +110,7 @@ def _best(who: Any, items: Any, at: Any, loads: Any, flows: Any, factors: Any, l
         if a == -2 or not hot[p]:
             continue
         i = node_at[p]
-        _gains(p, load, (node_at, unit_at), loads, flows, factors, gains)
+        _gains(p, load, at, loads, flows, arrivals, slopes, gains)
         for q in range(load.shape[0]):
             if gains[q] <= max(rate, least):
                 continue
@@ -115,10 +126,47 @@ def _best(who: Any, items: Any, at: Any, loads: Any, flows: Any, factors: Any, l
                 gi, gj = fi - common3(bits[p], bits[q], alone[i]), fj + common3(bits[p], bits[q], alone[j])
                 less = _power(v[p] - gi * price[p]) - _power(v[p] - fi * price[p])
                 less += _power(v[q] + gj * price[q]) - _power(v[q] + fj * price[q])
-                gain -= factors[1] * less
+                gain -= slopes[1] * less
             if new <= room and gain > max(stay * new, least, rate * max(new, 1)):
                 rate, best = gain / max(new, 1), (p, q, new)
-    return best
+    return best[0], best[1], best[2], rate
+
+
+@kernel
+def _best_wide(who: Any, items: Any, at: Any, whole: Any, state: Any, costs: Any, limits: Any) -> Any:
+    """As `_best`: the position p whose expert best goes everywhere in place of expert c, which comes to p.
+
+    Few come into question, so they are judged by the maxima themselves: the norm's slope sees little of a large fall.
+    """
+    load, bits, fixed, had = items
+    node_at, unit_at, hot, absent, alone = at
+    everywhere, total, marks, source = whole
+    x, v, y, inv, even, price, leave = state
+    compute, traffic, inside = costs
+    stay, room, least = limits
+    slots, best, rate = who.shape[1], (-1, -1, 0), 0.0
+    for p in range(load.shape[0]):
+        a, i = who[p // slots, p % slots], node_at[p]
+        if a < 0 or fixed[p] or not hot[p]:
+            continue
+        for c in range(total.shape[0]):
+            if not everywhere[c] or total[c] >= total[a]:
+                continue
+            x2, v2, y2, new = x.copy(), v.copy(), y.copy(), 0
+            for s in range(load.shape[0]):
+                r, b, d = s // slots, who[s // slots, s % slots], 0.0
+                if s == p:
+                    d, new = total[c] - total[a], new + _anew(c, r, had) - _anew(a, r, had)
+                elif b == c:
+                    d, new = (total[a] - total[c]) * source[node_at[s]], new + _anew(a, r, had) - _anew(c, r, had)
+                x2[unit_at[s]] += d * inv[unit_at[s]]
+                y2[r] += d * even
+            enters = common(marks[c], absent[i]) + common3(marks[c], bits[p], alone[i])
+            v2[i] += (enters - leave[p]) * price[i]
+            gain = compute * (x.max() - x2.max()) + traffic * (v.max() - v2.max()) + inside * (y.max() - y2.max())
+            if new <= room and gain > max(stay * new, least, rate * max(new, 1)):
+                rate, best = gain / max(new, 1), (p, c, new)
+    return best[0], best[1], best[2], rate
 
 
 @kernel
@@ -140,60 +188,78 @@ def _exchange(p: Any, q: Any, who: Any, items: Any, node_at: Any, gains: Any) ->
 
 
 @kernel
-def relieve(
-    who: Any, load: Any, bits: Any, fixed: Any, where: Any, weights: Any, had: Any, limits: Any
-) -> Any:  # fmt: skip
-    """Exchange slots while that pays. `who`, `load`, `bits`, `fixed` in place.
+def _exchange_wide(p: Any, c: Any, who: Any, items: Any, at: Any, whole: Any, enter: Any) -> None:
+    """Put the expert of position p everywhere in place of expert c, which comes to p."""
+    load, bits = items[:2]
+    node_at, absent = at[0], at[3]
+    everywhere, total, marks, source = whole
+    slots = who.shape[1]
+    a = who[p // slots, p % slots]
+    everywhere[a], everywhere[c] = True, False
+    for s in range(load.shape[0]):
+        if who[s // slots, s % slots] == c:
+            who[s // slots, s % slots], load[s] = a, total[a] * source[node_at[s]]
+    who[p // slots, p % slots], load[p], bits[p] = c, total[c], marks[c]
+    for n in range(enter.shape[0]):
+        enter[n, p] = common(marks[c], absent[n])
+
+
+@kernel
+def relieve(who: Any, items: Any, whole: Any, where: Any, costs: Any, limits: Any) -> Any:
+    """Exchange slots while that pays. `who`, `items` and who is `everywhere` in place.
 
     Args:
-        who: [R, S] expert of each slot, -1 empty, -2 no slot. load: [P] tokens that each position computes, per token.
-        bits: [P, B] sampled tokens that visit the position's node for it. fixed: [P] replicas that stay on their node.
-        where: node_of [R], unit_of [R], target [U] load that each unit should have.
-        weights: compute, traffic: what the two maxima cost when all is even; price [N] of a sampled token's visit.
-        had: [E, R] bool, what was there before; an expert on a rank that had it is no move.
+        who: [R, S] expert of each slot, -1 empty, -2 no slot.
+        items: load [P] tokens that each position computes, per token; bits [P, B] sampled tokens that visit the
+            position's node for it, none of what is everywhere; fixed [P] replicas that stay on their node;
+            had [E, R] what was there before: an expert on a rank that had it is no move.
+        whole: everywhere [E] experts with one replica on each node and no other; load [E], bits [E, B] of each expert;
+            source [N] share of tokens that start on each node.
+        where: node_of [R], unit_of [R], target [U] load that each unit should have, price [N] of a token's visit.
+        costs: compute, traffic, inside: what the maxima of units, nodes and ranks cost when all is even.
         limits: price of a move, moves that are left, least gain of an exchange (positive).
 
     Returns:
         moves made.
     """
-    node_of, unit_of, target = where
-    compute, traffic, price = weights
+    node_of, unit_of, target, price = where
+    load, bits = items[:2]
     stay, left, least = limits
-    units, nodes, count, slots = target.shape[0], price.shape[0], load.shape[0], who.shape[1]
-    node_at, unit_at = np.empty(count, np.int64), np.empty(count, np.int64)
-    inv, x, v, hot = 1.0 / target, np.zeros(units), np.zeros(nodes), np.zeros(count, np.bool_)
+    nodes, count, slots = price.shape[0], load.shape[0], who.shape[1]
+    rank_at = np.arange(count) // slots
+    node_at, unit_at = node_of[rank_at], unit_of[rank_at]
+    inv, even, v = 1.0 / target, who.shape[0] / max(load.sum(), 1e-300), np.zeros(nodes)
     tokens = np.zeros((nodes, bits.shape[1]), np.uint64), np.zeros((nodes, bits.shape[1]), np.uint64)
     gains = np.zeros(count), np.zeros((nodes, count))
-    for p in range(count):
-        node_at[p], unit_at[p] = node_of[p // slots], unit_of[p // slots]
-        x[unit_at[p]] += load[p] * inv[unit_at[p]]
     for n in range(nodes):
         v[n] = _refresh(n, node_at, bits, tokens, gains) * price[n]
     scale = v.sum() / nodes if v.sum() > 0 else 1.0
     v /= scale
     price = price / scale
-    items = load, bits, fixed, had
     moved = 0
     while True:
-        x16, v16 = _power(x), _power(v)
-        over, flow = max(x16.sum(), 1e-300), max(v16.sum(), 1e-300)
-        # Slopes of the norms, each 1 when all is even.
-        wx = compute * (over / units) ** (1.0 / 16.0) / (16.0 * over)
-        wv = traffic * (flow / nodes) ** (1.0 / 16.0) / (16.0 * flow)
+        x = np.bincount(unit_at, load, target.shape[0]) * inv
+        y = np.bincount(rank_at, load, who.shape[0]) * even
+        slopes = _slope(costs[0], x), _slope(costs[1], v), _slope(costs[2], y)
         order = np.argsort(-x)
-        hot[:] = node_at == np.argmax(v)
-        for h in range(min(HOTTEST, units)):
+        hot = (node_at == np.argmax(v)) | ((rank_at == np.argmax(y)) & (costs[2] > 0))
+        for h in range(min(HOTTEST, order.shape[0])):
             hot |= unit_at == order[h]
-        at = node_at, unit_at, hot, tokens[1]
-        loads = x[unit_at], inv[unit_at], x16[unit_at]
-        flows = v[node_at], price[node_at], v16[node_at], gains[0], gains[1]
-        p, q, new = _best(who, items, at, loads, flows, (wx, wv), (stay, left - moved, least))
-        if p < 0:
+        at = node_at, unit_at, hot, tokens[0], tokens[1]
+        loads = x[unit_at], inv[unit_at], _power(x)[unit_at]
+        flows = v[node_at], price[node_at], _power(v)[node_at], gains[0], gains[1]
+        figures = loads, flows, (y[rank_at], even, _power(y)[rank_at])
+        p, q, new, rate = _best(who, items, at, figures, slopes, (stay, left - moved, least))
+        state = x, v, y, inv, even, price, gains[0]
+        wide, c, many, more = _best_wide(who, items, at, whole, state, costs, (stay, left - moved, least))
+        if more > rate:
+            _exchange_wide(wide, c, who, items, at, whole, gains[1])
+            p, q, new = wide, wide, many
+        elif p >= 0:
+            _exchange(p, q, who, items, node_at, gains)
+        else:
             return moved
-        d, moved = load[p] - load[q], moved + new
-        x[unit_at[p]] -= d * inv[unit_at[p]]
-        x[unit_at[q]] += d * inv[unit_at[q]]
-        _exchange(p, q, who, items, node_at, gains)
-        if node_at[p] != node_at[q]:
-            for n in (node_at[p], node_at[q]):
+        moved += new
+        for n in (node_at[p], node_at[q]):
+            if more > rate or node_at[p] != node_at[q]:
                 v[n] = _refresh(n, node_at, bits, tokens, gains) * price[n]

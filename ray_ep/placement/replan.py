@@ -29,7 +29,7 @@ RELIEF = 0.05
 """The same of exchanges that relieve the busiest rank."""
 POOR = 0.4
 """A placement is poor when improving it would move more than this share of the slots: it is also planned anew."""
-POOR_GAIN = 0.12
+POOR_GAIN = {"node": 0.12, "rank": 0.2}
 """Nor does a placement that was planned gain this share of a layer's time by the few moves that are allowed."""
 ANEW = 0.05
 """What planning anew must gain for every slot that it moves beyond, as a share of a layer's time for all of them."""
@@ -84,7 +84,7 @@ def best_change(problem: Problem, traffic: Traffic, current: Ints, seed: int) ->
         few = _by_time(problem, traffic, current, few, UNEQUAL[problem.level] * now / filled, seed)
     moves = moved_slots(current, few)
     gain = now - layer_seconds(problem, traffic, few) if moves else 0.0
-    if unequal or moves >= SPENT[problem.level] * most or gain > POOR_GAIN * now:
+    if unequal or moves >= SPENT[problem.level] * most or gain > POOR_GAIN[problem.level] * now:
         few, gain = _more(problem, traffic, Change(current, few, gain, now, noise), most, seed)
     return Change(current, few, gain, now, noise) if gain > 0 else Change(current, current, 0.0, now, noise)
 
@@ -101,7 +101,7 @@ def _more(problem: Problem, traffic: Traffic, relief: Change, most: int, seed: i
         moves = moved_slots(current, some)
         more = now - layer_seconds(problem, traffic, some) if moves else 0.0
         unequal = by_time.fits(problem, current)  # there a few swaps may not get away from a slow link
-        if dear == 1 and (unequal or moves > POOR * filled or max(gain, more) > POOR_GAIN * now):
+        if dear == 1 and (unequal or moves > POOR * filled or max(gain, more) > POOR_GAIN[problem.level] * now):
             fresh = fresh_slots(problem, traffic, seed)
             anew = now - layer_seconds(problem, traffic, fresh)
             extra = moved_slots(current, fresh) - moved_slots(current, few)

@@ -21,43 +21,63 @@ def test_relief_lowers_its_norms_within_the_moves_that_are_left(seed, nodes, mos
     start, node_of = who.copy(), np.repeat(np.arange(nodes), 2)
     sets = np.stack([rng.permutation(experts)[:3] for _ in range(128)])
     load = np.bincount(sets.ravel(), minlength=experts) / 128
-    marks = kernels.token_bits(sets, experts)
-    had = np.zeros((experts + 1, ranks), bool)
-    had[who, np.arange(ranks)[:, None]] = True
     price = rng.uniform(0.5, 1.5, nodes) / 128
 
-    def cost(who):
-        x = load[who].sum(1) / (load.sum() / ranks)
+    def visits(who):
         at = node_of[np.argsort(who.ravel()) // slots]  # [E] node of each expert
-        v = price * [sum(any(at[e] == n for e in s) for s in sets) for n in range(nodes)]
-        return 3 * (x**16).mean() ** (1 / 16) + 2 * (v**16).mean() ** (1 / 16) / scale
+        return price * [sum(any(at[e] == n for e in s) for s in sets) for n in range(nodes)]
 
-    scale = 1.0
-    at = node_of[np.argsort(who.ravel()) // slots]
-    scale = float(np.mean(price * [sum(any(at[e] == n for e in s) for s in sets) for n in range(nodes)]))
-    where = node_of, np.arange(ranks), np.full(ranks, load.sum() / ranks)
-    flat = who.ravel()
-    moved = relief.relieve(
-        who, load[flat], marks[flat], np.zeros(experts, bool), where, (3.0, 2.0, price), had, (0.0, most, 1e-9)
-    )
+    def cost(who):
+        y = load[who].sum(1) / (load.sum() / ranks)
+        x, v = y.reshape(nodes, 2).mean(1), visits(who) / visits(start).mean()
+        return sum(c * (z**16).mean() ** (1 / 16) for c, z in zip((3, 2, 1), (x, v, y), strict=True))
+
+    moved = relieve(who, sets, np.zeros(experts, bool), np.zeros(experts, bool), node_of, price, most)
     assert sorted(who.ravel()) == list(range(experts))
-    assert moved == (~had[who, np.arange(ranks)[:, None]]).sum() <= most
+    assert moved == (who[:, :, None] != start[:, None, :]).all(2).sum() <= most
     assert cost(who) <= cost(start) + 1e-9
     assert most or (who == start).all()
 
 
-def test_after_mild_drift_few_moves_keep_most_of_a_fresh_plans_gain_of_even_ranks():
-    topology = links(np.repeat(np.arange(4), 4), 450e9, 50e9)
-    kept, gains = 0.0, 0.0  # of several seeds together: one alone varies by a quarter
-    for seed in range(4):
+def relieve(who, sets, everywhere, fixed, node_of, price, most):
+    """Relief of slots `who` [R, S], in place, on nodes that must be even."""
+    ranks, experts, nodes = len(who), len(everywhere), len(price)
+    flat, marks = who.ravel(), kernels.token_bits(sets, experts)
+    load = np.bincount(sets.ravel(), minlength=experts) / len(sets)
+    had = np.zeros((experts + 1, ranks), bool)
+    had[who, np.arange(ranks)[:, None]] = True
+    here = np.where(everywhere[flat], load[flat] / nodes, load[flat])
+    bits = np.where(everywhere[flat][:, None], np.uint64(0), marks[flat])
+    whole = everywhere.copy(), load, marks, np.full(nodes, 1 / nodes)
+    where = node_of, node_of, np.full(nodes, load.sum() / nodes), price
+    return relief.relieve(who, (here, bits, fixed, had), whole, where, (3.0, 2.0, 1.0), (0.0, most, 1e-9))
+
+
+def test_an_expert_that_outgrew_one_that_is_everywhere_takes_its_part():
+    rng = np.random.default_rng(0)
+    node_of = np.array([0, 0, 1, 1])
+    who = np.array([[0, 1, 2], [3, 4, 5], [0, 6, 7], [8, 9, 10]])
+    odds = np.where(np.arange(11) == 4, 12.0, np.where(np.arange(11) == 0, 0.5, 1.0))  # 0 is everywhere, 4 is hot
+    sets = np.stack([rng.choice(11, 3, replace=False, p=odds / odds.sum()) for _ in range(1024)])
+    everywhere = np.arange(11) == 0
+    moved = relieve(who, sets, everywhere, np.isin(who.ravel(), [0]), node_of, np.full(2, 1 / 1024), 4)
+    assert (who == 4).any(1).reshape(2, 2).any(1).all()
+    assert (who == 0).sum() == 1
+    assert moved <= 4
+
+
+@pytest.mark.parametrize("level", ["node", "rank"])
+def test_after_mild_drift_few_moves_keep_most_of_a_fresh_plans_gain(level):
+    topology, kept, gained = links(np.repeat(np.arange(4), 4), 450e9, 50e9), 0.0, 0.0
+    for seed in range(1, 5):
         before, after = (statistics(trace(4, 64, 4, 8192, seed=seed, drift=d), 64) for d in (0.0, 0.2))
-        current = plan(before, topology, 6, level="rank")
-        assert plan(before, topology, 6, current=current, level="rank") is current
-        new, fresh = (plan(after, topology, 6, current=c, level="rank") for c in (current, None))
-        stale, few, all_ = (predict(p, after, topology).step_seconds for p in (current, new, fresh))
+        current = plan(before, topology, 6, level=level)
+        assert plan(before, topology, 6, current=current, level=level) is current
+        new, fresh = (plan(after, topology, 6, current=c, level=level) for c in (current, None))
+        stale, few, all_ = (predict(p, after, topology, level=level).step_seconds for p in (current, new, fresh))
         assert migration(current, new, topology).moved <= 0.2
-        kept, gains = kept + stale - few, gains + stale - all_
-    assert kept >= 0.75 * gains
+        kept, gained = kept + stale - few, gained + stale - all_
+    assert kept >= 0.8 * gained
 
 
 @pytest.mark.parametrize("level", ["node", "rank"])
