@@ -84,10 +84,9 @@ def fresh_layer(problem: Problem, traffic: Traffic, seed: int, starts: int = 2) 
     slots = _pack_nodes(problem, traffic, items, place, None, problem.prices.stay)
     if problem.nodes > 1:
         slots = relieved(problem, traffic, slots)
-        items = items_of(problem, slots)  # relief sees loads alone: what nodes now hold is packed again by risk, too
-        slots = _pack_nodes(problem, traffic, items, items.home, None, problem.prices.stay)
-        if problem.level == "rank":
-            slots = relieved(problem, traffic, slots)
+        if problem.level == "node":  # that was of nodes alone: their ranks are to be even, too
+            items = items_of(problem, slots)
+            slots = _pack_nodes(problem, traffic, items, items.home, None, problem.prices.stay)
     return _refine_small(problem, traffic, slots, seed)
 
 
