@@ -19,7 +19,7 @@ from ray_ep.placement.problem import STIFF, Problem
 MOST = 0.2
 """Share of a layer's slots that improving it may fill anew, at most; `FEW` slots it may in any case."""
 FEW = 4
-SPENT = {"node": 0.0, "rank": 0.8}
+SPENT = 0.8
 """Relief that moves this share of the slots that it may is not taken for enough."""
 MOVING = {"node": 0.25, "rank": 0.6}
 """What moving every slot of a layer must gain at least, as a share of its time: moves that gain less are left out."""
@@ -84,7 +84,7 @@ def best_change(problem: Problem, traffic: Traffic, current: Ints, seed: int) ->
         few = _by_time(problem, traffic, current, few, UNEQUAL[problem.level] * now / filled, seed)
     moves = moved_slots(current, few)
     gain = now - layer_seconds(problem, traffic, few) if moves else 0.0
-    if unequal or moves >= SPENT[problem.level] * most or gain > POOR_GAIN[problem.level] * now:
+    if unequal or moves >= SPENT * most or gain > POOR_GAIN[problem.level] * now:
         few, gain = _more(problem, traffic, Change(current, few, gain, now, noise), most, seed)
     return Change(current, few, gain, now, noise) if gain > 0 else Change(current, current, 0.0, now, noise)
 
