@@ -195,7 +195,7 @@ def in_company(alone: LinkFit, budget_s: float) -> tuple[int, int, float]:
     """
     size = int(np.clip(10 * alone.latency * alone.bandwidth, 1 << 16, SIZES[-1]))
     expected = 2 * alone.latency + size / alone.bandwidth
-    return size, int(np.clip(budget_s / 4 / expected, REPEATS[0], 10 * REPEATS[1])), expected
+    return size, int(np.clip(budget_s / 2 / expected, REPEATS[0], 10 * REPEATS[1])), expected
 
 
 def _expected(found: Mapping[int, list[float]], size: int) -> float:
@@ -338,7 +338,7 @@ def with_lanes(alone: Topology, company: Mapping[Pair, LinkFit]) -> Topology:
     ranks = np.bincount(alone.node_of)
     lanes = np.where(np.isin(np.arange(len(ranks)), list(meetings)), 1.0, ranks)
     for nodes, kept in meetings.items():
-        share = float(np.mean(kept))
+        share = min(kept)  # they send as much each: the last one's end is the end of what the node carries
         for node in nodes:
             seen = float(ranks[node]) if share >= OWN_CARDS else share * len(kept)
             lanes[node] = min(max(lanes[node], seen), ranks[node])
