@@ -15,6 +15,8 @@ from ray_ep.placement import StepCosts
 
 NOW = 5
 """Steps whose median is what a step takes now: as many as a slow link needs to be noticed."""
+USUAL = 25
+"""Steps whose median is what a pair takes on a rank: a slow while, or the first step, is not the rank's speed."""
 ALIKE = 1.25
 """Ranks whose seconds a pair differ by less are taken for equally fast: timing noise is no reason to move experts."""
 FEW = 0.05
@@ -61,7 +63,7 @@ class Step:
 
 
 class Recent:
-    """Figures of the last steps. Loads and seconds a pair are decayed sums; what a step takes is a short median.
+    """Figures of the last steps. Loads are decayed sums; what a pair or a step takes is a median.
 
     Args:
         half_life: in steps.
@@ -70,17 +72,14 @@ class Recent:
     def __init__(self, half_life: float):
         self.keep = 0.5 ** (1 / half_life)
         self.load = np.zeros((0, 0))  # [L, E]
-        self._pairs = np.zeros(0)  # [R]
-        self._experts = np.zeros(0)  # [R] seconds
         self._last: deque[Step] = deque(maxlen=NOW)
+        self._usual: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=USUAL)  # pairs, seconds of experts: each [R]
 
     def add(self, step: Step) -> None:
         """One more step; those before count a little less."""
-        new = step.load.astype(np.float64), step.pairs.sum(1).astype(np.float64), step.experts.astype(np.float64)
-        if self._last:
-            old = self.load, self._pairs, self._experts
-            new = tuple(self.keep * a + b for a, b in zip(old, new, strict=True))  # type: ignore[assignment]
-        self.load, self._pairs, self._experts = new
+        load = step.load.astype(np.float64)
+        self.load = self.keep * self.load + load if self._last else load
+        self._usual.append((step.pairs.sum(1).astype(np.float64), step.experts.astype(np.float64)))
         self._last.append(step)
 
     def step_seconds(self) -> float:
@@ -118,13 +117,16 @@ class Recent:
 
     def _speeds(self) -> tuple[float, tuple[float, ...] | None]:
         """(Seconds a pair on a usual rank, relative speed of each rank; None: all alike)."""
-        known = (self._pairs > FEW * max(self._pairs.mean(), 1e-9)) & (self._experts > 0)
+        if not self._usual:
+            return 0.0, None
+        pairs, experts = (np.stack(x) for x in zip(*self._usual, strict=True))
+        known = (pairs.sum(0) > FEW * max(pairs.sum(0).mean(), 1e-9)) & (experts.sum(0) > 0)  # [R]
         if not known.any():
             return 0.0, None
-        each = np.full(len(known), np.nan)
-        each[known] = self._experts[known] / self._pairs[known]
+        each = np.ones(len(known))
+        each[known] = np.median(experts[:, known] / np.maximum(pairs[:, known], 1.0), axis=0)
         usual = float(np.median(each[known]))
         ratio = np.where(known, each / usual, 1.0)
         if ratio.max() < ALIKE * ratio.min():
-            return float(self._experts[known].sum() / self._pairs[known].sum()), None
+            return usual, None
         return usual, tuple((1 / ratio).tolist())

@@ -151,6 +151,14 @@ def test_a_rank_that_takes_twice_as_long_a_pair_is_half_as_fast():
     assert fast == pytest.approx(2 * slow)
 
 
+def test_a_slow_while_of_a_rank_is_not_its_speed():
+    recent = Recent(50)
+    for seconds in (0.4, 0.02, 0.02, 0.09, 0.02):
+        recent.add(step(experts=(0.02, seconds), pairs=((500, 500), (500, 500))))
+    assert recent.costs(FACTS).speed is None
+    assert recent.costs(FACTS).expert_seconds == pytest.approx(0.02 / 1000)
+
+
 def test_a_rank_with_hardly_any_pairs_says_nothing_about_its_speed():
     recent = Recent(50)
     recent.add(step(experts=(0.02, 0.01), pairs=((500, 500), (1, 0))))
