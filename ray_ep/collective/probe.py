@@ -207,7 +207,8 @@ class _End:
         """The link to the partner while others send, too: many messages of one size, all of them counted."""
         known = LinkFit(float(alone.latency[rank, self._partner]), float(alone.bandwidth[rank, self._partner]), 0.0)
         size, repeats, expected = in_company(known, budget_s)
-        kept = expected * repeats / sum(self._ping(size, repeats))
+        took = sum(self._ping(size, repeats))
+        kept = expected * repeats / took if took > 0 else math.nan  # for the other ranks must hear of it
         self._messages.send(torch.tensor([0, 0], device=self._device), self._partner)
         return LinkFit(known.latency, known.bandwidth * min(kept, 1.0), 0.0)
 

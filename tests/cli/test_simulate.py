@@ -84,6 +84,14 @@ def test_the_table_has_a_row_for_each_combination_and_ends_with_the_answer():
     assert lines[0] == "2 layers x 16 experts; level node"
 
 
+def test_ranks_that_share_network_cards_take_longer():
+    same = (*SMALL, "--nodes", "2", "--across", "1 GB/s", "--inside", "100 GB/s", "--placement", "contiguous")
+    (alone,), _ = rows(*same)
+    (shared,), last = rows(*same, "--lanes", "1")
+    assert shared["traffic_seconds"] > 1.5 * alone["traffic_seconds"]
+    assert any("for 1 ranks of a node at once" in n for n in last["notes"])
+
+
 def test_the_answer_names_the_best_row_and_says_where_more_stop_paying():
     found, last = rows(*SMALL, "--nodes", "1,2,4,8", "--across", "1 GB/s", "--inside", "100 GB/s")
     best = max(found, key=lambda r: r["tokens_per_gpu"])
