@@ -29,9 +29,9 @@ class Beside:
     """LLEP on the same routing."""
 
     ms: float
-    share: float  # of its own ideal: balanced routing, its balancer off
+    share: float | None  # of its own ideal: balanced routing, its balancer off; None: brief
     ratio: float  # its milliseconds over ours, balanced
-    twin_ratio: float  # the same over those of our layer on LLEP's kind of experts
+    twin_ratio: float | None  # the same over those of our layer on LLEP's kind of experts; None: brief
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,8 @@ class Skew:
     case: Case
     routing: str
     ideal_ms: float
-    off_ms: float
-    off_share: float  # the balanced ideal's milliseconds over these
+    off_ms: float | None  # None: brief
+    off_share: float | None  # the balanced ideal's milliseconds over these
     auto_ms: float
     auto_share: float
     before: float  # slowest rank's tokens over the mean, without balance
@@ -74,14 +74,18 @@ class Skew:
             if llep is None
             else (
                 f" {self.tokens / self.auto_ms * 1e3:9,.0f} {self.tokens / llep.ms * 1e3:9,.0f} "
-                f"{llep.share:6.2f} {llep.ratio:6.2f} {llep.twin_ratio:6.2f}"
+                f"{_text(llep.share, 6, 2)} {llep.ratio:6.2f} {_text(llep.twin_ratio, 6, 2)}"
             )
         )
         return (
-            f"{c.work:4} {c.dtype:8} {kind:7} {c.ranks:5} {c.malloc:7} {self.routing:9} {self.off_ms:9.1f} "
-            f"{self.off_share:6.2f} {self.auto_ms:9.1f} {self.auto_share:6.2f} {self.before:7.2f} "
+            f"{c.work:4} {c.dtype:8} {kind:7} {c.ranks:5} {c.malloc:7} {self.routing:9} {_text(self.off_ms, 9, 1)} "
+            f"{_text(self.off_share, 6, 2)} {self.auto_ms:9.1f} {self.auto_share:6.2f} {self.before:7.2f} "
             f"{self.after:6.2f} {self.guests:7.1f}{more}"
         )
+
+
+def _text(x: float | None, width: int, digits: int) -> str:
+    return f"{'-':>{width}}" if x is None else f"{x:{width}.{digits}f}"
 
 
 def title(llep: bool) -> str:
@@ -100,13 +104,14 @@ def title(llep: bool) -> str:
     return f"{head}\n{legend}"
 
 
-def run_skew(case: Case, routings: list[str], llep: str | None = None) -> list[Skew]:
+def run_skew(case: Case, routings: list[str], llep: str | None = None, brief: bool = False) -> list[Skew]:
     """Measure one case on all routings in one process group.
 
     Args:
         llep: folder with the package `llep` to compare with, after `llep.check`; None: without.
+        brief: leave out, to take half the time, the layer without balance, LLEP's ideal and our layer on its experts.
     """
-    found: list[Skew] = spawn(case, _rank, routings, llep)
+    found: list[Skew] = spawn(case, _rank, routings, llep, brief)
     return found
 
 
@@ -126,7 +131,9 @@ def step(layer: Layer, hidden: torch.Tensor, index: torch.Tensor, group: Group, 
     return (time.perf_counter() - start) * 1e3
 
 
-def _rank(rank: int, case: Case, routings: list[str], llep: str | None, store: str, queue: Any) -> None:
+def _rank(
+    rank: int, case: Case, routings: list[str], llep: str | None, brief: bool, store: str, queue: Any
+) -> None:  # fmt: skip
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=case.ranks)
     group, dtype, work = from_torch(), getattr(torch, case.dtype), WORKS[case.work]
@@ -136,6 +143,8 @@ def _rank(rank: int, case: Case, routings: list[str], llep: str | None, store: s
         layers["llep"], layers["llep ideal"] = peer(llep, work, group, dtype, case.backward)
         layers["twin"] = twin(work, group, dtype)
     layers["ideal"] = layers["off"]
+    for name in ("off", "llep ideal", "twin") if brief else ():
+        layers.pop(name, None)
     with contextlib.ExitStack() as stack:
         for module in () if case.backward else modules.values():
             stack.enter_context(module.ray_ep.inference())  # weights stay as they are: pack once
@@ -166,10 +175,14 @@ def _compare(name: str, case: Case, group: Group, layers: dict[str, Layer], bala
         (done.after - start[2]) / count,
         (done.guests - start[3]) / count,
     )
-    over = lambda a, b: statistics.median(x / y for x, y in zip(spent[a], spent[b], strict=True))  # noqa: E731
+
+    def over(a: str, b: str) -> Any:
+        both = a in spent and b in spent
+        return statistics.median(x / y for x, y in zip(spent[a], spent[b], strict=True)) if both else None
+
     beside = None
     if "llep" in median:
         ratios = (over(a, b) for a, b in (("llep ideal", "llep"), ("llep", "auto"), ("llep", "twin")))
         beside = Beside(median["llep"], *ratios)
-    off, auto = (median["off"], over("ideal", "off")), (median["auto"], over("ideal", "auto"))
+    off, auto = (median.get("off"), over("ideal", "off")), (median["auto"], over("ideal", "auto"))
     return Skew(case, name, median["ideal"], *off, *auto, *figures, beside)

@@ -143,6 +143,9 @@ bench.add_command(bench_placement)
     metavar="DIR",
     help="With --routing: compare with LLEP; DIR: a git clone of github.com/SalesforceAIResearch/LeastLoadedEP.",
 )
+@click.option(
+    "--brief", is_flag=True, help="With --routing: without the layer that is not balanced, half the time; see below."
+)
 @click.option("--memory", is_flag=True, help="Also peak memory of each, in processes of its own.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON line a row.")
 def bench_layer(
@@ -153,6 +156,7 @@ def bench_layer(
     rounds: int,
     routing: str | None,
     llep: str | None,
+    brief: bool,
     **lists: str | None,
 ) -> None:
     """The MoE layer against its peers and against the GEMM floor; on a GPU one rank, against plain transformers.
@@ -163,7 +167,8 @@ def bench_layer(
 
     With --routing, how much of its balanced speed the layer keeps, with balance inside the step and without: balanced,
     zipf, RATIO:HOT (that share of the tokens picks among the first HOT experts), hot-rank, spread, ragged, zero,
-    rotating, burst. With --llep DIR also LLEP's tokens/s and ours over them.
+    rotating, burst. With --llep DIR also LLEP's tokens/s and ours over them. --brief leaves out the layer without
+    balance, LLEP's own balanced ideal and our layer on LLEP's experts.
     """
     from ray_ep.bench.layer import run
     from ray_ep.bench.table import cases, line, title
@@ -172,6 +177,8 @@ def bench_layer(
     chosen = None if peers is None else [p for p in peers.split(",") if p]
     lists["ranks"] = lists["ranks"] or ("1" if device == "cuda" else "2")
     rows = cases(rounds, **{k: v.split(",") for k, v in lists.items() if v is not None})
+    if brief and routing is None:
+        raise BadInput("bench layer --brief: it leaves out what --routing=... would compare: give one")
     if llep is not None and (device == "cuda" or routing is None):
         raise BadInput(
             "bench layer --llep: it is compared on imposed routings on CPUs: --routing=zipf,80:4, no --device"
@@ -180,7 +187,7 @@ def bench_layer(
         _bench_on_device(rows, peers, memory, as_json)
         return
     if routing is not None:
-        _bench_skew(rows, routing, llep, as_json)
+        _bench_skew(rows, routing, llep, brief, as_json)
         return
     if not as_json:
         click.echo(title())
@@ -209,7 +216,7 @@ def bench_step(overrides: tuple[str, ...], warm: int, rounds: int, as_json: bool
         click.echo(json.dumps(row.to_dict()) if as_json else row.line())
 
 
-def _bench_skew(rows: list[Case], routing: str, llep: str | None, as_json: bool) -> None:
+def _bench_skew(rows: list[Case], routing: str, llep: str | None, brief: bool, as_json: bool) -> None:
     from ray_ep.bench.llep import check as check_llep
     from ray_ep.bench.routing import KINDS, check
     from ray_ep.bench.skew import run_skew, title
@@ -222,7 +229,7 @@ def _bench_skew(rows: list[Case], routing: str, llep: str | None, as_json: bool)
     if not as_json:
         click.echo(title(llep is not None))
     for case in rows:
-        for result in run_skew(case, names, llep):
+        for result in run_skew(case, names, llep, brief):
             click.echo(json.dumps(result.to_dict()) if as_json else result.line())
 
 

@@ -67,6 +67,7 @@ def bench(*args):
     [
         (["--routing=zipf", "--llep=/nowhere"], "--llep=/nowhere: no llep/utils.py there: expected a git clone"),
         (["--llep=/nowhere"], "--routing=zipf,80:4"),
+        (["--brief"], "--routing"),
         (["--routing=zipf", "--llep=/nowhere", "--device=cuda"], "--routing=zipf,80:4, no --device"),
     ],
 )
@@ -98,7 +99,10 @@ def test_figures_of_llep_are_of_all_tokens_and_of_its_own_ideal_and_only_there_i
         "twin_ratio": 1.25,
     }
     assert both.line() == alone.line() + "    81,920    40,960   0.90   2.00   1.25"
-    for row, llep_too in ((alone, False), (both, True)):
+    brief = replace(both, off_ms=None, off_share=None, llep=replace(both.llep, share=None, twin_ratio=None))
+    assert brief.line().split()[6:8] == ["-", "-"]
+    assert brief.line().split()[-3::2] == ["-", "-"]
+    for row, llep_too in ((alone, False), (both, True), (brief, True)):
         assert len(row.line()) == len(title(llep_too).splitlines()[0])
 
 

@@ -1,3 +1,8 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -6,6 +11,7 @@ from ray_ep.bench.routing import KINDS, check, route
 from ray_ep.errors import BadInput
 
 WORK = WORKS["A"]
+RAY_EP = str(Path(sys.executable).parent / "ray-ep")
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -41,3 +47,14 @@ def test_each_kind_is_as_skewed_as_it_says():
 def test_an_unknown_routing_is_named_with_what_is_allowed(wrong):
     with pytest.raises(BadInput, match=f"--routing={wrong}: allowed are balanced, zipf"):
         check(wrong)
+
+
+def test_brief_leaves_out_the_layer_without_balance():
+    command = [RAY_EP, "bench", "layer", "--work=C", "--dtype=float32", "--pass=forward", "--malloc=tuned"]
+    done = subprocess.run(
+        [*command, "--rounds=1", "--routing=80:4", "--brief", "--json"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = map(json.loads, done.stdout.splitlines())
+    assert (row["off_ms"], row["off_share"]) == (None, None)
+    assert row["auto_share"] == pytest.approx(row["ideal_ms"] / row["auto_ms"])
