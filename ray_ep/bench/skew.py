@@ -48,6 +48,7 @@ class Skew:
     before: float  # slowest rank's tokens over the mean, without balance
     after: float
     guests: float  # a step, all ranks
+    rounds_ms: dict[str, list[float]]  # by contender, round by round
     llep: Beside | None = None  # if it was asked for
 
     @property
@@ -185,4 +186,4 @@ def _compare(name: str, case: Case, group: Group, layers: dict[str, Layer], bala
         ratios = (over(a, b) for a, b in (("llep ideal", "llep"), ("llep", "auto"), ("llep", "twin")))
         beside = Beside(median["llep"], *ratios)
     off, auto = (median.get("off"), over("ideal", "off")), (median["auto"], over("ideal", "auto"))
-    return Skew(case, name, median["ideal"], *off, *auto, *figures, beside)
+    return Skew(case, name, median["ideal"], *off, *auto, *figures, spent, beside)

@@ -88,7 +88,7 @@ def test_ranks_that_cannot_share_the_experts_evenly_are_refused(folder):
 
 def test_figures_of_llep_are_of_all_tokens_and_of_its_own_ideal_and_only_there_if_it_was_asked_for():
     case = Case("A", "float32", True, 4, "tuned", 7)
-    alone = Skew(case, "ragged", 90.0, 150.0, 0.6, 100.0, 0.9, 1.5, 1.0, 2.0)
+    alone = Skew(case, "ragged", 90.0, 150.0, 0.6, 100.0, 0.9, 1.5, 1.0, 2.0, {})
     both = replace(alone, llep=Beside(ms=200.0, share=0.9, ratio=2.0, twin_ratio=1.25))
     assert "llep" not in alone.to_dict()
     assert both.to_dict()["llep"] == {

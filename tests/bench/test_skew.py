@@ -57,4 +57,5 @@ def test_brief_leaves_out_the_layer_without_balance():
     assert done.returncode == 0, done.stderr
     (row,) = map(json.loads, done.stdout.splitlines())
     assert (row["off_ms"], row["off_share"]) == (None, None)
+    assert {name: len(ms) for name, ms in row["rounds_ms"].items()} == {"auto": 1, "ideal": 1}
     assert row["auto_share"] == pytest.approx(row["ideal_ms"] / row["auto_ms"])
