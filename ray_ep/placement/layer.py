@@ -33,6 +33,8 @@ WARM_FLOW, WARM_STIFF = 2.0, 2.0
 RANK_MOVE = {"node": 80.0, "rank": 40.0}
 """Moves between ranks of a node against those between nodes: evening out ranks that are near the mean gains nothing."""
 SWEEPS = 20
+COARSE = 32
+"""Words of 64 sampled tokens from which on a fresh search begins with half of them."""
 WARM_SWEEPS = 3
 LEAST = 0.0015
 """What an exchange of two slots must gain, in visits: less would even out the noise of this sample of tokens."""
@@ -64,7 +66,7 @@ class Traffic:
         share = counts / total if total > 0 else np.full(len(counts), 1 / len(counts))
         share = share * sets.shape[1]
         bits = search.token_bits(sets, len(counts))
-        cov = search.covariance(bits, share, len(sets))
+        cov = search.covariance(sets, share)
         return Traffic(expected_load(share, sets, cov), bits, sets, RISK * cov, total / max(sets.shape[1], 1))
 
 
@@ -224,7 +226,7 @@ def _world(
     """What the search is told of nodes; `place` gives the traffic that is usual for one."""
     speed = problem.node_speed()
     target = traffic.load.sum() * speed / speed.sum()
-    price = problem.price() / len(traffic.sets)
+    price = problem.price() / len(traffic.sets) * traffic.bits.shape[1] / bits.shape[1]
     usual = float((price * search.visits_of(bits, place, problem.nodes)).mean())
     steep = (WARM_FLOW if warm else FLOW) / (2 * usual) if usual > 0 else 0.0
     stiff = problem.prices.stiff * (WARM_STIFF if warm and problem.level == "node" else 1.0)
@@ -254,16 +256,21 @@ def _group(problem: Problem, traffic: Traffic, items: Items, seed: int, starts: 
     rng = np.random.default_rng(seed)
     # Hot experts go everywhere, so the order starts with them, whole; later starts shuffle the others a little.
     heat = np.where(items.expert >= 0, traffic.load[items.expert], -1.0) + 1e-9 * load
+    # A first look at every other 64 tokens: most swaps are clear from those, and each costs half.
+    few = np.ascontiguousarray(bits[:, ::2]) if bits.shape[1] >= COARSE else bits
+    rough = _world(problem, traffic, few, np.arange(len(load)) % problem.nodes)
     best, best_cost = none, np.inf
     for start in range(starts):
         shuffled = heat * (rng.uniform(0.7, 1.3, len(heat)) if start else 1.0)
         shuffled = np.where(load > _bulk(problem, traffic.load), np.inf, shuffled)
         order = np.argsort(-shuffled, kind="stable")
-        place = search.start_grouping(bits, load, room, world, order)
-        swaps.improve_grouping(bits, load, risk, place, world, none, free, _orders(len(load), seed + start, SWEEPS))
-        cost = search.grouping_cost(bits, load, place, world)
+        place = search.start_grouping(few, load, room, rough, order)
+        swaps.improve_grouping(few, load, risk, place, rough, none, free, _orders(len(load), seed + start, SWEEPS))
+        cost = search.grouping_cost(few, load, place, rough)
         if cost < best_cost:
             best, best_cost = place, cost
+    if few is not bits:
+        swaps.improve_grouping(bits, load, risk, best, world, none, free, _orders(len(load), seed, SWEEPS))
     return best
 
 
@@ -271,84 +278,27 @@ def _pack_nodes(
     problem: Problem, traffic: Traffic, items: Items, place: Ints, current: Ints | None, stay: float
 ) -> Ints:
     """Slots [R, S]: each node's items on its ranks, those that are there already kept where that is no loss."""
+    nodes, experts = problem.nodes, problem.experts
     slots = np.full((problem.ranks, int(problem.room.max(initial=0))), -1, np.int64)
-    count = np.bincount(items.expert[items.expert >= 0], minlength=problem.experts)
-    for n in range(problem.nodes):
+    real = items.expert >= 0
+    at = place[real] * experts + items.expert[real]
+    times = np.bincount(at, minlength=(nodes + 1) * experts).reshape(nodes + 1, experts)
+    weight = times * traffic.load / np.maximum(times.sum(0), 1)
+    weight = weight[:nodes] + problem.source[:, None] * weight[nodes]
+    scale = problem.prices.stiff / (traffic.load.sum() / problem.ranks) ** 2
+    for n in range(nodes):
         members = np.nonzero(problem.node_of == n)[0]
         if current is not None and problem.level == "node":
             # Ranks are balanced inside the step: a node that keeps its experts keeps its slots.
-            before = (items.home == n) | (items.home == problem.nodes)
-            if (((place == n) | (place == problem.nodes)) == before)[items.expert >= 0].all():
+            before = (items.home == n) | (items.home == nodes)
+            if (((place == n) | (place == nodes)) == before)[real].all():
                 slots[members] = current[members]
                 continue
-        here = ((place == n) | (place == problem.nodes)) & (items.expert >= 0)
-        mine = items.expert[here]
-        part = np.where(place[here] == problem.nodes, problem.source[n], 1.0)
-        weight: Floats = np.bincount(mine, part * traffic.load[mine] / count[mine], problem.experts).astype(np.float64)
-        least = np.minimum(np.bincount(mine, minlength=problem.experts), len(members))
-        _pack_node(problem, traffic, members, weight, least, current, stay, slots)
+        least = np.minimum(times[n] + times[nodes], len(members))
+        now = slots[members] if current is None else current[members]  # of nothing, or what is there
+        ranks = problem.room[members], problem.speed[members], now
+        slots[members] = packing.spread(weight[n], least, traffic.load, traffic.risk, scale, ranks, stay, SWEEPS)
     return slots
-
-
-def _pack_node(
-    problem: Problem,
-    traffic: Traffic,
-    members: Ints,
-    weight: Floats,
-    least: Ints,
-    current: Ints | None,
-    stay: float,
-    slots: Ints,
-) -> None:
-    """Fill `slots` [R, S] of a node's ranks `members` with its experts: weight [E] load here, least [E] replicas."""
-    mine = np.nonzero(least)[0]
-    now = None if current is None else current[members]
-    had = np.zeros(len(mine), np.int64) if now is None else _times(now, mine)
-    spare = int(problem.room[members].sum() - least.sum())
-    count = packing.add_replicas(weight[mine], least[mine], had, spare, len(members))
-    which = np.repeat(mine, count)
-    each = weight[which] / np.repeat(count, count)
-    share = each / np.maximum(traffic.load[which], 1e-30)
-    joint = np.outer(each, each) + traffic.risk[which[:, None], which] * np.outer(share, share)
-    joint *= problem.prices.stiff / (traffic.load.sum() / problem.ranks) ** 2
-    home = np.full(len(which), -1, np.int64) if now is None else _homes(now, which)
-    room, speed = problem.room[members], problem.speed[members]
-    where = packing.pack(which, joint, each, room, speed, home, stay, SWEEPS)
-    for i, r in enumerate(members):
-        slots[r, : room[i]] = _arranged(which[where == i], None if now is None else now[i], room[i])
-
-
-def _times(slots: Ints, experts: Ints) -> Ints:
-    """How many ranks hold each expert."""
-    return np.asarray((slots[:, :, None] == experts).any(1).sum(0), np.int64)
-
-
-def _homes(slots: Ints, experts: Ints) -> Ints:
-    """[M] a rank that holds each replica now, the k-th replica the k-th rank; -1 where there are more replicas.
-
-    slots: [P, S]; experts: [M], equal ones side by side.
-    """
-    hosts = (slots[:, :, None] == experts).any(1)  # [P, M]
-    first = np.searchsorted(experts, experts)
-    turn = np.arange(len(experts)) - first
-    order = np.argsort(~hosts, axis=0, kind="stable")  # ranks that hold it first
-    pick = np.minimum(turn, len(slots) - 1)
-    return np.where(turn < hosts.sum(0), order[pick, np.arange(len(experts))], -1)
-
-
-def _arranged(experts: Ints, current: Ints | None, room: int) -> Ints:
-    """A rank's slots [room]: what stays keeps its slot, newcomers fill the others in ascending order."""
-    new = sorted(experts.tolist())
-    out = [-1] * int(room)
-    if current is not None:
-        for s, e in enumerate(current.tolist()[:room]):
-            if e in new:
-                out[s] = e
-                new.remove(e)
-    for s in range(len(out)):
-        if out[s] < 0 and new:
-            out[s] = new.pop(0)
-    return np.asarray(out, np.int64)
 
 
 def _refine_small(problem: Problem, traffic: Traffic, slots: Ints, seed: int, rounds: int = 8) -> Ints:

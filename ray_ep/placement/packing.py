@@ -127,3 +127,67 @@ def pack(  # noqa: C901 (one pass over its loops)
         if not moved:
             break
     return where
+
+
+@kernel
+def _holds(row: Any, expert: Any) -> Any:
+    """Whether an expert is in one of a rank's slots."""
+    found = False
+    for s in range(row.shape[0]):
+        found |= row[s] == expert
+    return found
+
+
+@kernel
+def _arranged(expert: Any, where: Any, now: Any, room: Any) -> Any:
+    """Slots [P, S]: what stays on its rank keeps its slot, newcomers fill the others in ascending order."""
+    out = np.full(now.shape, -1, np.int64)
+    for newcomer in range(2):
+        for p in range(len(where)):
+            r, s = where[p], 0
+            if r < 0 or _holds(now[r, : room[r]], expert[p]) == newcomer:
+                continue
+            while (out[r, s] >= 0) if newcomer else (now[r, s] != expert[p]):
+                s += 1
+            out[r, s] = expert[p]
+    return out
+
+
+@kernel
+def spread(weight: Any, least: Any, load: Any, risk: Any, scale: Any, ranks: Any, stay: Any, sweeps: int) -> Any:
+    """A node's experts on its ranks: replicas in spare slots, all packed; what stays on a rank keeps its slot.
+
+    Args:
+        weight: [E] load of each expert that this node bears; least: [E] replicas that it has here, 0: none.
+        load: [E] of each expert in all; risk: [E, E] covariance of those; scale: cost of squared load.
+        ranks: room [P] slots, speed [P], now [P, S] expert in each slot, -1 for none.
+        stay, sweeps: see `pack`.
+
+    Returns:
+        [P, S] expert in each slot.
+    """
+    room, speed, now = ranks
+    mine = np.flatnonzero(least)
+    had = np.zeros(len(mine), np.int64)
+    for x in range(len(mine)):
+        for r in range(len(room)):
+            had[x] += _holds(now[r], mine[x])
+    count = add_replicas(weight[mine], least[mine], had, room.sum() - least.sum(), len(room))
+    which = np.repeat(mine, count)
+    each, share, home = np.empty(len(which)), np.empty(len(which)), np.full(len(which), -1, np.int64)
+    at = 0
+    for x in range(len(mine)):
+        e, turn = mine[x], at  # the k-th replica is at home on the k-th rank that has one
+        for r in range(len(room)):
+            if turn < at + count[x] and _holds(now[r], e):
+                home[turn] = r
+                turn += 1
+        for p in range(at, at + count[x]):
+            each[p] = weight[e] / count[x]
+            share[p] = each[p] / max(load[e], 1e-30)
+        at += count[x]
+    joint = np.empty((at, at))
+    for p in range(at):
+        for q in range(at):
+            joint[p, q] = scale * (each[p] * each[q] + risk[which[p], which[q]] * share[p] * share[q])
+    return _arranged(which, pack(which, joint, each, room, speed, home, stay, sweeps), now, room)

@@ -242,7 +242,7 @@ def warm() -> None:
 
 
 KERNELS = (
-    packing.pack, packing.add_replicas, swaps.improve_grouping, relief.relieve, small.refine, by_time.descend, simulate,
+    packing.spread, swaps.improve_grouping, relief.relieve, small.refine, by_time.descend, simulate,
     busiest,
 )  # fmt: skip
 """What `warm` compiles; a test checks that no plan compiles another."""

@@ -35,18 +35,17 @@ def _refresh(n: Any, node_at: Any, bits: Any, tokens: Any, gains: Any) -> Any:
     absent, alone = tokens
     leave, enter = gains
     words = bits.shape[1]
+    here = np.flatnonzero(node_at == n)
     for w in range(words):
         once, twice = np.uint64(0), np.uint64(0)
-        for p in range(bits.shape[0]):
-            if node_at[p] == n:
-                twice |= once & bits[p, w]
-                once |= bits[p, w]
+        for p in here:
+            twice |= once & bits[p, w]
+            once |= bits[p, w]
         absent[n, w], alone[n, w] = ~once, once & ~twice
     for p in range(bits.shape[0]):
-        if node_at[p] == n:
-            leave[p] = common(bits[p], alone[n])
-        else:
-            enter[n, p] = common(bits[p], absent[n])
+        enter[n, p] = common(bits[p], absent[n])
+    for p in here:
+        leave[p] = common(bits[p], alone[n])
     return 64.0 * words - common(absent[n], absent[n])
 
 
@@ -117,9 +116,11 @@ def _best(who: Any, items: Any, at: Any, figures: Any, slopes: Any, limits: Any)
             j, t, b = node_at[q], q // slots, who[q // slots, q % slots]
             if b == -2 or a == b or (i != j and (fixed[p] or fixed[q])):
                 continue
+            new = _anew(a, t, had) + _anew(b, r, had) - _anew(a, r, had) - _anew(b, t, had)
+            if new > room or gains[q] <= max(stay * new, rate * max(new, 1)):
+                continue
             if _clashes(who, t, q % slots, a) or _clashes(who, r, p % slots, b):
                 continue
-            new = _anew(a, t, had) + _anew(b, r, had) - _anew(a, r, had) - _anew(b, t, had)
             gain = gains[q]
             if i != j:  # tokens that chose both, alone on their node, keep visiting it
                 fi, fj = leave[p] - enter[i, q], enter[j, p] - leave[q]
@@ -127,7 +128,7 @@ def _best(who: Any, items: Any, at: Any, figures: Any, slopes: Any, limits: Any)
                 less = _power(v[p] - gi * price[p]) - _power(v[p] - fi * price[p])
                 less += _power(v[q] + gj * price[q]) - _power(v[q] + fj * price[q])
                 gain -= slopes[1] * less
-            if new <= room and gain > max(stay * new, least, rate * max(new, 1)):
+            if gain > max(stay * new, least, rate * max(new, 1)):
                 rate, best = gain / max(new, 1), (p, q, new)
     return best[0], best[1], best[2], rate
 
@@ -144,23 +145,24 @@ def _best_wide(who: Any, items: Any, at: Any, whole: Any, state: Any, costs: Any
     x, v, y, inv, even, price, leave = state
     compute, traffic, inside = costs
     stay, room, least = limits
-    slots, best, rate = who.shape[1], (-1, -1, 0), 0.0
-    for p in range(load.shape[0]):
-        a, i = who[p // slots, p % slots], node_at[p]
-        if a < 0 or fixed[p] or not hot[p]:
+    slots, best, rate, flat = who.shape[1], (-1, -1, 0), 0.0, who.ravel()
+    for c in range(total.shape[0]):
+        if not everywhere[c]:
             continue
-        for c in range(total.shape[0]):
-            if not everywhere[c] or total[c] >= total[a]:
+        places = np.flatnonzero(flat == c)
+        for p in range(load.shape[0]):
+            a, i = flat[p], node_at[p]
+            if a < 0 or fixed[p] or not hot[p] or total[c] >= total[a]:
                 continue
-            x2, v2, y2, new = x.copy(), v.copy(), y.copy(), 0
-            for s in range(load.shape[0]):
-                r, b, d = s // slots, who[s // slots, s % slots], 0.0
-                if s == p:
-                    d, new = total[c] - total[a], new + _anew(c, r, had) - _anew(a, r, had)
-                elif b == c:
-                    d, new = (total[a] - total[c]) * source[node_at[s]], new + _anew(a, r, had) - _anew(c, r, had)
-                x2[unit_at[s]] += d * inv[unit_at[s]]
-                y2[r] += d * even
+            x2, v2, y2, d = x.copy(), v.copy(), y.copy(), total[a] - total[c]
+            new = _anew(c, p // slots, had) - _anew(a, p // slots, had)
+            x2[unit_at[p]] -= d * inv[unit_at[p]]
+            y2[p // slots] -= d * even
+            for s in places:
+                part = d * source[node_at[s]]
+                new += _anew(a, s // slots, had) - _anew(c, s // slots, had)
+                x2[unit_at[s]] += part * inv[unit_at[s]]
+                y2[s // slots] += part * even
             enters = common(marks[c], absent[i]) + common3(marks[c], bits[p], alone[i])
             v2[i] += (enters - leave[p]) * price[i]
             gain = compute * (x.max() - x2.max()) + traffic * (v.max() - v2.max()) + inside * (y.max() - y2.max())

@@ -175,13 +175,15 @@ def split_bits(bits: Any, item: Any) -> Any:
 
 
 @kernel
-def covariance(bits: Any, load: Any, tokens: int) -> Any:
-    """[E, E] how much more often two experts are chosen together than by chance, per token (load [E] per token)."""
-    experts = bits.shape[0]
-    out = np.empty((experts, experts))
+def covariance(sets: Any, load: Any) -> Any:
+    """[E, E] how much more often than by chance two experts are in one of sets [T, K], per token (load [E] of each)."""
+    experts, tokens = load.shape[0], sets.shape[0]
+    out = np.zeros((experts, experts))
+    for t in range(tokens):
+        for a in sets[t]:
+            for b in sets[t]:
+                out[a, b] += 1.0
     for a in range(experts):
-        for b in range(a + 1):
-            together = common(bits[a], bits[b]) / tokens - load[a] * load[b]
-            out[a, b] = together
-            out[b, a] = together
+        for b in range(experts):
+            out[a, b] = out[a, b] / tokens - load[a] * load[b]
     return out

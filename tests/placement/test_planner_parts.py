@@ -162,8 +162,7 @@ def test_rare_topics_weigh_more_in_the_load_that_is_expected():
     # 90 tokens choose {0, 1}, 10 choose {2, 3}: the pairs' densities say that the second topic is rarer.
     sets = np.array([[0, 1]] * 90 + [[2, 3]] * 10)
     load = np.bincount(sets.ravel()) / 100
-    bits = kernels.token_bits(sets, 4)
-    cov = kernels.covariance(bits, load, 100)
+    cov = kernels.covariance(sets, load)
     later = expected_load(load, sets, cov)
     assert later.sum() == pytest.approx(2)
     assert (later[2:] > load[2:]).all()
