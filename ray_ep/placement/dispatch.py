@@ -68,7 +68,7 @@ def simulate(  # noqa: C901 (one pass over its loops)
     part = np.zeros((experts, ranks))
     start = np.zeros(experts + 1, np.int64)
     member = np.empty(held.sum(), np.int64)
-    on = np.zeros((experts, nodes), np.int64)
+    on, last = np.zeros((experts, nodes), np.int64), np.zeros((experts, nodes), np.int64)
     members = np.zeros(nodes)
     for r in range(ranks):
         members[node_of[r]] += 1.0
@@ -79,6 +79,7 @@ def simulate(  # noqa: C901 (one pass over its loops)
                 member[at] = r
                 at += 1
                 on[e, node_of[r]] += 1
+                last[e, node_of[r]] = r
         start[e + 1] = at
     for e in range(experts):
         hosts = member[start[e] : start[e + 1]]
@@ -106,10 +107,13 @@ def simulate(  # noqa: C901 (one pass over its loops)
             r = s
             if not held[e, s]:
                 r = member[start[e]]
-                if start[e + 1] - start[e] > 1:
-                    node = node_of[s] if on[e, node_of[s]] > 0 else -1
-                    turn = (run // ranks * golden + e * 0.7548776662466927) % 1.0
-                    r = _draw(member[start[e] : start[e + 1]], weight[e], node_of, node, turn)
+                close = on[e, node_of[s]]
+                if close == 1:
+                    r = last[e, node_of[s]]
+                elif start[e + 1] - start[e] > 1:
+                    turn = run // ranks * golden + e * 0.7548776662466927
+                    node = node_of[s] if close else -1
+                    r = _draw(member[start[e] : start[e + 1]], weight[e], node_of, node, turn - np.floor(turn))
             if r != s and seen[r] != run:
                 seen[r] = run
                 to_rank[s, r] += 1.0

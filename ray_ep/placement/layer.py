@@ -22,6 +22,8 @@ from ray_ep.placement.problem import STIFF, Problem
 
 HOT = 0.8
 """Share of a unit's fair load above which an expert gets a second replica."""
+LESS = 1.03
+"""How much more a replica is let bear, again and again, where there are not slots enough."""
 RISK = 0.04
 """Weight of the covariance of loads beside the loads: the variance of topics' shares from window to window."""
 NODE_RISK = {"node": 0.12, "rank": 0.04}
@@ -79,9 +81,9 @@ class Items:
     everywhere: int
 
 
-def fresh_layer(problem: Problem, traffic: Traffic, seed: int, starts: int = 2) -> Ints:
-    """Slots [R, S] planned from nothing."""
-    items = choose_items(problem, traffic.load)
+def fresh_layer(problem: Problem, traffic: Traffic, seed: int, even_ranks: bool = False, starts: int = 2) -> Ints:
+    """Slots [R, S] planned from nothing; even_ranks: see `choose_items`."""
+    items = choose_items(problem, traffic.load, even_ranks)
     place = _group(problem, traffic, items, seed, starts)
     slots = _pack_nodes(problem, traffic, items, place, None, problem.prices.stay)
     if problem.nodes > 1:
@@ -155,20 +157,34 @@ def _inside(problem: Problem) -> float:
     return problem.top_k * copy
 
 
-def choose_items(problem: Problem, load: Floats) -> Items:
-    """Spend the spare slots: second replicas where one unit cannot bear an expert, then the hottest everywhere."""
+def choose_items(problem: Problem, load: Floats, even_ranks: bool = False) -> Items:
+    """Spend the spare slots: more replicas where one unit cannot bear an expert, then the hottest everywhere.
+
+    even_ranks: ranks are the units, whatever the level.
+    """
     nodes, experts = problem.nodes, problem.experts
     room = problem.node_room()
-    limit = _bulk(problem, load)
     by_load = np.argsort(-load, kind="stable")
     spare = int(room.sum()) - experts
-    wanted = np.clip(np.ceil(load / limit) - 1, 0, problem.ranks - 1) if limit > 0 else np.zeros(experts)
+    limit = HOT * float(load.sum()) / problem.ranks if even_ranks else _bulk(problem, load)
+    wanted = _wanted(load, limit, spare, problem.ranks - 1)
     everywhere = min(spare // (nodes - 1), int(room.min())) if nodes > 1 else 0
     while everywhere and everywhere * (nodes - 1) + wanted[by_load[everywhere:]].sum() > spare:
         everywhere -= 1
     rest = by_load[everywhere:]
-    extra = np.repeat(rest, wanted[rest].astype(np.int64))[: spare - everywhere * (nodes - 1)]
+    extra = np.repeat(rest, wanted[rest])
     return _filled(problem, np.concatenate([np.arange(experts), extra]), None, everywhere)
+
+
+def _wanted(load: Floats, limit: float, spare: int, most: int) -> Ints:
+    """[E] replicas beyond the first, at most `most` each: none bears more than `limit`, or than `spare` slots allow."""
+    wanted = np.zeros(len(load), np.int64)
+    while limit > 0:
+        wanted = np.clip(np.ceil(load / limit) - 1, 0, most).astype(np.int64)
+        if wanted.sum() <= spare:
+            break
+        limit *= LESS
+    return wanted
 
 
 def items_of(problem: Problem, current: Ints) -> Items:

@@ -85,8 +85,8 @@ def plan(
         now = None if start is None else _fitted(start[i], problem)
         if now is not None:
             return best_change(problem, traffic, now, seed), False
-        slots = settled(problem, traffic, fresh_slots(problem, traffic, seed), seed)
-        doubtful = plain is not None and _doubtful(problem, traffic, slots, plain.slots[i])
+        slots, seconds = settled(problem, traffic, fresh_slots(problem, traffic, seed), seed)
+        doubtful = plain is not None and _doubtful(problem, traffic, seconds, plain.slots[i])
         return Change(slots, slots, 0.0, 0.0, 0.0), doubtful
 
     with ThreadPoolExecutor(max(1, min(layers, os.cpu_count() or 1))) as pool:
@@ -195,15 +195,15 @@ def _no_worse(
     return np.where(better[:, None, None], *both)
 
 
-def _doubtful(problem: Problem, traffic: Traffic, slots: Ints, plain: Ints) -> bool:
-    """Whether slots [R, S] are not clearly faster than `plain`.
+def _doubtful(problem: Problem, traffic: Traffic, seconds: float, plain: Ints) -> bool:
+    """Whether a layer of that many predicted seconds is not clearly faster than with slots `plain` [R, S].
 
     Not asked where no link is known: `predict` sees no traffic there, and would take what balances by luck.
     """
     if not problem.links.rank.any():
         return False
     rough = len(traffic.sets) < SURE or problem.prices.visit_seconds == 0  # tokens of no bytes: visits cost nothing
-    return rough or layer_seconds(problem, traffic, slots) > CLEAR * layer_seconds(problem, traffic, plain)
+    return rough or seconds > CLEAR * layer_seconds(problem, traffic, plain)
 
 
 def _primaries(slots: Ints, experts: int, before: Ints | None) -> Ints:

@@ -42,8 +42,8 @@ def _refresh(n: Any, node_at: Any, bits: Any, tokens: Any, gains: Any) -> Any:
             twice |= once & bits[p, w]
             once |= bits[p, w]
         absent[n, w], alone[n, w] = ~once, once & ~twice
-    for p in range(bits.shape[0]):
-        enter[n, p] = common(bits[p], absent[n])
+    for q in range(bits.shape[0]):
+        enter[n, q] = common(bits[q], absent[n])
     for p in here:
         leave[p] = common(bits[p], alone[n])
     return 64.0 * words - common(absent[n], absent[n])

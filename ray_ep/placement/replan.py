@@ -40,6 +40,8 @@ WORTH = 0.015
 as much in any new sample of the same tokens' kind, and loses it on the next."""
 UNEVEN = 1.05
 """Mean prices of nodes further apart than this are taken for different links, not for noise of the probe."""
+MANY = 2
+"""Slots an expert from which on the spare ones may do more as replicas that even out ranks than on every node."""
 SETTLE = 4
 """Most rounds in which a fresh plan is improved as if it were the current one."""
 ROUNDS = 7
@@ -147,17 +149,19 @@ def _improved(problem: Problem, traffic: Traffic, current: Ints, dear: float, mo
     return _relieved(problem, traffic, slots, current, most)
 
 
-def settled(problem: Problem, traffic: Traffic, slots: Ints, seed: int) -> Ints:
+def settled(problem: Problem, traffic: Traffic, slots: Ints, seed: int) -> tuple[Ints, float]:
     """Slots [R, S] replanned until they stay, so that a later plan from the same figures finds nothing to move.
 
     Nearly always the first look changes nothing; replicas that filled spare slots may find better places in it.
+    Also returns the predicted seconds.
     """
+    seconds = 0.0
     for _ in range(SETTLE):
         change = best_change(problem, traffic, slots, seed)
         if not pays([change]):
-            break
-        slots = change.slots
-    return slots
+            return slots, change.now
+        slots, seconds = change.slots, change.now - change.gain
+    return slots, seconds
 
 
 def fresh_slots(problem: Problem, traffic: Traffic, seed: int) -> Ints:
@@ -167,8 +171,9 @@ def fresh_slots(problem: Problem, traffic: Traffic, seed: int) -> Ints:
     load its other direction, so a plan that takes all for equal competes on the predicted time.
     """
     found = []
+    plenty = problem.level == "node" and problem.room.sum() >= MANY * problem.experts
     for view in problem.views():
-        found.append(layer.fresh_layer(view, traffic, seed))
+        found += [layer.fresh_layer(view, traffic, seed, even) for even in ((False, True) if plenty else (False,))]
         price = view.price()
         if view.nodes > 1 and price.max() > UNEVEN * price.min():
             found.append(layer.fresh_layer(view.with_even_links(), traffic, seed))
@@ -193,11 +198,10 @@ def _noise_seconds(problem: Problem, traffic: Traffic, current: Ints) -> float:
         return 0.0
     speed = np.bincount(unit, problem.speed)
     share = 1.0 / np.bincount(current[current >= 0], minlength=problem.experts)
-    variance = np.zeros(units)
-    for u in range(units):
-        here = current[unit == u]
-        here = here[here >= 0]
-        variance[u] = share[here] @ traffic.risk[here[:, None], here] @ share[here] / (layer.RISK * traffic.tokens)
+    real = current >= 0
+    at = current[real] * units + np.broadcast_to(unit[:, None], current.shape)[real]
+    part = np.bincount(at, share[current[real]], problem.experts * units).reshape(problem.experts, units)
+    variance = ((traffic.risk @ part) * part).sum(0) / (layer.RISK * traffic.tokens)
     variance = np.maximum(variance, 0.0)
     relative = float(np.sqrt(variance / speed**2).mean()) * speed.sum() / traffic.load.sum()
     even = traffic.load.sum() * problem.costs.tokens_per_rank * problem.costs.expert_seconds
