@@ -34,6 +34,7 @@ WARM_FLOW, WARM_STIFF = 2.0, 2.0
 """`FLOW` and the factor on `stiff` when a plan is improved: few moves first relieve the busiest nodes."""
 RANK_MOVE = {"node": 80.0, "rank": 40.0}
 """Moves between ranks of a node against those between nodes: evening out ranks that are near the mean gains nothing."""
+STARTS = 2
 SWEEPS = 20
 COARSE = 32
 """Words of 64 sampled tokens from which on a fresh search begins with half of them."""
@@ -81,8 +82,9 @@ class Items:
     everywhere: int
 
 
-def fresh_layer(problem: Problem, traffic: Traffic, seed: int, even_ranks: bool = False, starts: int = 2) -> Ints:
+def fresh_layer(problem: Problem, traffic: Traffic, seed: int, even_ranks: bool = False) -> Ints:
     """Slots [R, S] planned from nothing; even_ranks: see `choose_items`."""
+    starts = 1 if even_ranks else STARTS  # many items: dear, and only one of two plans
     items = choose_items(problem, traffic.load, even_ranks)
     place = _group(problem, traffic, items, seed, starts)
     slots = _pack_nodes(problem, traffic, items, place, None, problem.prices.stay)

@@ -113,6 +113,19 @@ def test_a_new_sample_of_the_same_kind_of_tokens_moves_hardly_anything(level):
     assert migration(current, plan(again, topology, 6, current=current, level=level), topology).moved <= 0.05
 
 
+@pytest.mark.parametrize("level", ["node", "rank"])
+def test_with_many_slots_for_an_expert_on_many_ranks_it_is_faster_than_load_alone_on_later_tokens(level):
+    topology, sets = cluster(64, 8), trace(1, 128, 8, 8192)
+    seen, later = statistics(sets[:, :4096], 128), statistics(sets[:, 4096:], 128)
+    balanced = load_only(seen.load, 512, 1, topology.node_of, 1)
+    ours = plan(seen, topology, 1, level=level)
+    spread = np.bincount(ours.slots[ours.slots >= 0])
+    assert spread.max() > 8
+    assert np.count_nonzero(spread == 1) < 64
+    a, b = (predict(p, later, topology, level=level).step_seconds for p in (ours, balanced))
+    assert a < b
+
+
 def test_a_poor_placement_is_left_behind():
     topology, stats = cluster(4, 4), statistics(trace(4, 64, 4, 8192), 64)
     start = contiguous(4, 64, 16, 6)
