@@ -191,3 +191,20 @@ def spread(weight: Any, least: Any, load: Any, risk: Any, scale: Any, ranks: Any
         for q in range(at):
             joint[p, q] = scale * (each[p] * each[q] + risk[which[p], which[q]] * share[p] * share[q])
     return _arranged(which, pack(which, joint, each, room, speed, home, stay, sweeps), now, room)
+
+
+@kernel
+def unit_risk(slots: Any, unit_of: Any, share: Any, risk: Any, units: int) -> Any:
+    """[U] variance of units' loads: slots [R, S], unit_of [R], share [E] of an expert's load that each replica bears.
+
+    risk: [E, E] covariance of experts' loads.
+    """
+    out = np.zeros(units)
+    for r in range(slots.shape[0]):
+        for q in range(slots.shape[0]):
+            if unit_of[q] == unit_of[r]:
+                for a in slots[r]:
+                    for b in slots[q]:
+                        if a >= 0 and b >= 0:
+                            out[unit_of[r]] += share[a] * share[b] * risk[a, b]
+    return out

@@ -242,7 +242,7 @@ def warm() -> None:
 
 
 KERNELS = (
-    packing.spread, swaps.improve_grouping, relief.relieve, small.refine, by_time.descend, simulate,
+    packing.spread, packing.unit_risk, swaps.improve_grouping, relief.relieve, small.refine, by_time.descend, simulate,
     busiest,
 )  # fmt: skip
 """What `warm` compiles; a test checks that no plan compiles another."""

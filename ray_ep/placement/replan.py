@@ -10,7 +10,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from ray_ep.placement import by_time, layer
+from ray_ep.placement import by_time, layer, packing
 from ray_ep.placement.dispatch import simulate
 from ray_ep.placement.layer import Traffic
 from ray_ep.placement.placement import Floats, Ints
@@ -200,10 +200,7 @@ def _noise_seconds(problem: Problem, traffic: Traffic, current: Ints) -> float:
         return 0.0
     speed = np.bincount(unit, problem.speed)
     share = 1.0 / np.bincount(current[current >= 0], minlength=problem.experts)
-    real = current >= 0
-    at = current[real] * units + np.broadcast_to(unit[:, None], current.shape)[real]
-    part = np.bincount(at, share[current[real]], problem.experts * units).reshape(problem.experts, units)
-    variance = ((traffic.risk @ part) * part).sum(0) / (layer.RISK * traffic.tokens)
+    variance = packing.unit_risk(current, unit, share, traffic.risk, units) / (layer.RISK * traffic.tokens)
     variance = np.maximum(variance, 0.0)
     relative = float(np.sqrt(variance / speed**2).mean()) * speed.sum() / traffic.load.sum()
     even = traffic.load.sum() * problem.costs.tokens_per_rank * problem.costs.expert_seconds
@@ -227,7 +224,7 @@ def layer_seconds(problem: Problem, traffic: Traffic, slots: Ints, shares: Float
     groups = problem.links.node_of
     sources = max(1, ranks // CROWD)
     part, to_rank, to_node = simulate(traffic.sets, held[:-1], weight[:-1], groups, int(groups.max()) + 1, sources)
-    load = traffic.load @ part * ranks * problem.costs.tokens_per_rank
+    load = (traffic.load[:, None] * part).sum(0) * ranks * problem.costs.tokens_per_rank  # no BLAS: its threads disturb
     unit = problem.unit_of
     compute = (np.bincount(unit, load) / np.bincount(unit, problem.speed)).max() * problem.costs.expert_seconds
     if problem.prices.visit_seconds == 0:
