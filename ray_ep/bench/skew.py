@@ -110,7 +110,7 @@ def run_skew(case: Case, routings: list[str], llep: str | None = None, brief: bo
 
     Args:
         llep: folder with the package `llep` to compare with, after `llep.check`; None: without.
-        brief: leave out, to take half the time, the layer without balance, LLEP's ideal and our layer on its experts.
+        brief: leave out, to take less time, the layer without balance, LLEP's ideal and our layer on its experts.
     """
     found: list[Skew] = spawn(case, _rank, routings, llep, brief)
     return found

@@ -143,9 +143,7 @@ bench.add_command(bench_placement)
     metavar="DIR",
     help="With --routing: compare with LLEP; DIR: a git clone of github.com/SalesforceAIResearch/LeastLoadedEP.",
 )
-@click.option(
-    "--brief", is_flag=True, help="With --routing: without the layer that is not balanced, half the time; see below."
-)
+@click.option("--brief", is_flag=True, help="With --routing: fewer contenders, without what only explains; see below.")
 @click.option("--memory", is_flag=True, help="Also peak memory of each, in processes of its own.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON line a row.")
 def bench_layer(

@@ -175,7 +175,9 @@ def fresh_slots(problem: Problem, traffic: Traffic, seed: int) -> Ints:
     found = []
     plenty = problem.level == "node" and problem.room.sum() >= MANY * problem.experts
     for view in problem.views():
-        found += [layer.fresh_layer(view, traffic, seed, even) for even in ((False, True) if plenty else (False,))]
+        found.append(layer.fresh_layer(view, traffic, seed))
+        if plenty:
+            found.append(layer.fresh_layer(view, traffic, seed, even_ranks=True))
         price = view.price()
         if view.nodes > 1 and price.max() > UNEVEN * price.min():
             found.append(layer.fresh_layer(view.with_even_links(), traffic, seed))

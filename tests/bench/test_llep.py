@@ -67,7 +67,7 @@ def bench(*args):
     [
         (["--routing=zipf", "--llep=/nowhere"], "--llep=/nowhere: no llep/utils.py there: expected a git clone"),
         (["--llep=/nowhere"], "--routing=zipf,80:4"),
-        (["--brief"], "--routing"),
+        (["--brief"], "--brief: it leaves out what --routing=... would compare"),
         (["--routing=zipf", "--llep=/nowhere", "--device=cuda"], "--routing=zipf,80:4, no --device"),
     ],
 )
