@@ -21,6 +21,10 @@ _LARGE = 1 << 18
 _ROWS = 32
 """Rows that weights are packed for: a layout that is good for few rows and for many (measured)."""
 
+_REUSE = 1 << 13
+"""Elements of a weight a row from which on packed weights beat MKL without AVX512. MKL packs them anew at each product,
+which many rows repay: its kernels are up to a fifth faster there (measured)."""
+
 _FEW = 8
 """Rows up to which float32 weight gradients are written row by row: MKL takes 2 to 3 times as long (measured)."""
 
@@ -63,22 +67,25 @@ class Packed:
         weight = weight.detach()
         self.rows = len(weight)
         packs = _ONEDNN and weight[:1].numel() >= _LARGE and _packs(weight.dtype)
-        self._rows = [torch.ops.mkldnn._reorder_linear_weight(w, _ROWS) if packs else w for w in weight]
+        self._packed = [torch.ops.mkldnn._reorder_linear_weight(w, _ROWS) if packs else None for w in weight]
+        self._plain = list(weight)
 
     def append(self, weight: torch.Tensor) -> None:
         """One more row [N, K]."""
-        self._rows += Packed(weight[None])._rows
+        more = Packed(weight[None])
+        self._packed += more._packed
+        self._plain += more._plain
         self.rows += 1
 
     def cut(self, rows: int) -> None:
         """Give up all rows but the first."""
-        del self._rows[rows:]
+        del self._packed[rows:], self._plain[rows:]
         self.rows = rows
 
     def mm(self, a: torch.Tensor, row: int, out: torch.Tensor) -> None:
         """out [M, N] = a [M, K] @ weight[row].t()."""
-        weight = self._rows[row]
-        if weight.is_mkldnn:
-            out.copy_(torch.ops.mkldnn._linear_pointwise(a, weight, None, "none", [], ""))
+        plain, packed = self._plain[row], self._packed[row]
+        if packed is None or (not _FASTER and plain.numel() <= _REUSE * len(a)):
+            torch.mm(a, plain.t(), out=out)
         else:
-            torch.mm(a, weight.t(), out=out)
+            out.copy_(torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], ""))

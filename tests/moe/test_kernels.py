@@ -195,9 +195,13 @@ def test_products_are_the_same_by_whichever_library(monkeypatch, faster, rows):
         assert torch.allclose(out, x @ weight.t(), atol=1e-5)
 
 
-@pytest.mark.parametrize("least", [1, 1 << 18], ids=["packed", "too small to pack"])
-def test_packed_rows_multiply_like_plain_ones_and_can_be_added_and_given_up(monkeypatch, least):
+@pytest.mark.parametrize(
+    ("least", "reuse"), [(1, 0), (1, 1 << 13), (1 << 18, 0)], ids=["packed", "many rows", "too small to pack"]
+)
+def test_packed_rows_multiply_like_plain_ones_and_can_be_added_and_given_up(monkeypatch, least, reuse):
     monkeypatch.setattr(gemm, "_LARGE", least)
+    monkeypatch.setattr(gemm, "_REUSE", reuse)
+    monkeypatch.setattr(gemm, "_FASTER", False)
     weight, x, out = torch.randn(3, 40, 24), torch.randn(5, 24), torch.empty(5, 40)
     packed = gemm.Packed(weight[:2])
     packed.append(weight[2])
