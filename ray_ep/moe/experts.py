@@ -226,8 +226,9 @@ class ExpertLayer:
 
     def _fuse(self, module: Any, hidden: torch.Tensor, weights: torch.Tensor, ours: Agreed) -> torch.Tensor:
         self._count_pairs(len(ours.place))
-        packed = None if torch.is_grad_enabled() else self.packed
-        return FusedExperts.apply(hidden, weights, module.gate_up_proj, module.down_proj, ours, packed)
+        grad = torch.is_grad_enabled()
+        packed = None if grad else self.packed
+        return FusedExperts.apply(hidden, weights, module.gate_up_proj, module.down_proj, ours, packed, grad)
 
     def all_routes(self) -> torch.Tensor:
         """[R, E, C] the rank that serves an expert for tokens of each source."""

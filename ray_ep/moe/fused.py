@@ -44,6 +44,7 @@ class FusedExperts(torch.autograd.Function):
         down: torch.Tensor,
         plan: Agreed,
         packed: tuple[Packed, Packed] | None,
+        grad: bool,
     ) -> torch.Tensor:
         pool, n_others = plan.pool, plan.others_in
         guests = _borrow(gate_up, down, plan)
@@ -53,7 +54,8 @@ class FusedExperts(torch.autograd.Function):
         plan.meter.enter("experts")
         parts, total = _blocks(plan, _ROWS), int(plan.offsets[-1])
         longest = _longest(parts)
-        g = pool.take(total, gate_up.shape[1], like=hidden)
+        # Without a backward to come G lives for one block, in the cache.
+        g = pool.take(total if grad else longest, gate_up.shape[1], like=hidden)
         y = pool.take(total, hidden.shape[1], like=hidden)
         rows = pool.take(longest, hidden.shape[1], like=hidden)
         h = pool.take(longest, down.shape[2], like=hidden)
@@ -62,19 +64,22 @@ class FusedExperts(torch.autograd.Function):
             if e >= here:
                 guests.wait()
             part = torch.index_select(x, 0, plan.sorted_row[a:b], out=rows[: b - a])
-            _linear(part, ups, e, packed and packed[0], g[a:b])
-            kernels.swiglu(_np(g[a:b]), plan.sorted_weight[a:b], _np(h[: b - a]))
+            g_part = g[a:b] if grad else g[: b - a]
+            _linear(part, ups, e, packed and packed[0], g_part)
+            kernels.swiglu(_np(g_part), plan.sorted_weight[a:b], _np(h[: b - a]))
             _linear(h[: b - a], downs, e, packed and packed[1], y[a:b])
         guests.wait()
         plan.meter.enter("combine")
         partial = pool.take(n_others, hidden.shape[1], like=hidden)
         kernels.sum_segments(_np(y), plan.segment[: n_others + 1], plan.place, _np(partial))
         out = _return(partial, y, hidden, plan)
+        plan.meter.enter("")
+        if not grad:
+            return out
         ctx.plan = plan
         keep = plan.guests is not None and plan.guests.keep
         ctx.save_for_backward(x, g, gate_up, down, *(guests.rows if keep else ()))
         ctx.weights = (weights.shape, weights.dtype)
-        plan.meter.enter("")
         return out
 
     @staticmethod
@@ -139,7 +144,7 @@ class FusedExperts(torch.autograd.Function):
         if add is not None:
             add()
         plan.meter.enter("")
-        return d_hidden, d_weights, *own, None, None
+        return d_hidden, d_weights, *own, None, None, None
 
 
 def _borrow(gate_up: torch.Tensor, down: torch.Tensor, plan: Agreed) -> Luggage:
