@@ -42,8 +42,9 @@ def fits(problem: Problem, slots: Ints) -> bool:
         return False
     if int((slots >= 0).sum()) != problem.experts:
         return False
-    pair = problem.prices.pair[~np.eye(problem.nodes, dtype=bool)]
-    return bool(pair.max() > APART * pair.min())
+    node_of, links = problem.links.node_of, problem.links.rank
+    across = links[node_of[:, None] != node_of]  # both directions: a slow one hides in their sum
+    return bool(across.max(initial=0.0) > APART * across.min(initial=np.inf))
 
 
 def relieved(problem: Problem, traffic: Traffic, slots: Ints, stay: float, seed: int) -> Ints:

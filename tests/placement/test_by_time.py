@@ -108,3 +108,18 @@ def test_a_replan_gets_away_from_a_link_that_slowed_nearly_as_well_as_a_plan_fro
     assert best < 0.9 * now
     assert now - after > 0.7 * (now - best)
     assert plan(stats, slowed, None, again, 1000, "rank", 0, COSTS) is again  # and stays there
+
+
+@pytest.mark.parametrize("level", ["node", "rank"])
+@pytest.mark.parametrize("link", [(0, 2), (1, 2)])
+def test_a_slow_link_between_two_nodes_of_two_ranks_is_planned_around(link, level):
+    """Two nodes have one price for a visit to the other, whichever of their ranks' links is slow."""
+    stats, costs = statistics(32, top_k=4, seed=1), replace(COSTS, expert_seconds=8e-8)
+    usual = Topology(np.kron([[4e7, 1e7], [1e7, 4e7]], np.ones((2, 2))), np.zeros((4, 4)), np.array([0, 0, 1, 1]))
+    before = plan(stats, usual, level=level, costs=costs)
+    bandwidth = usual.bandwidth.copy()
+    bandwidth[link] = bandwidth[link[::-1]] = 1.2e6
+    slowed = replace(usual, bandwidth=bandwidth)
+    again = plan(stats, slowed, None, before, 1000, level, 0, costs)
+    now, after = (predict(p, stats, slowed, costs, level).step_seconds for p in (before, again))
+    assert after < 0.9 * now
