@@ -2,16 +2,19 @@
 
 torch.mm goes to MKL in float32, which on AMD with AVX512 leaves a tenth to oneDNN (docs/benchmarks.md); weights that do
 not change can be packed once for oneDNN, which then reads them at memory speed in decode. oneDNN compiles a kernel for
-every new number of rows, which takes a millisecond: more than small matrices can gain.
+every new number of rows, which takes a millisecond: more than small matrices can gain. Without AVX512 (or
+AVX-NE-CONVERT) it has no bfloat16, and torch multiplies that at a tenth of float32's rate: we widen it, and round once.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 
 import torch
 
 from ray_ep.moe import kernels
+from ray_ep.moe.pool import Pool
 
 _ONEDNN = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 _FASTER = _ONEDNN and torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -28,10 +31,30 @@ which many rows repay: its kernels are up to a fifth faster there (measured)."""
 _FEW = 8
 """Rows up to which float32 weight gradients are written row by row: MKL takes 2 to 3 times as long (measured)."""
 
+_WIDEN = _ONEDNN and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+"""Whether products of bfloat16 are computed in float32."""
+_AT_ONCE = 2048
+"""Rows that are widened at once."""
+_ONE = torch.ones(1)
+
+
+class _Own(threading.local):
+    """Buffers of one thread, free again after each product."""
+
+    def __init__(self) -> None:
+        self.pool = Pool()
+
+
+_own = _Own()
+
 
 def mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
     """out [M, N] = a [M, K] @ b [K, N]; any layouts."""
-    if _FASTER and a.dtype == torch.float32 and a.stride(1) == 1 and b.numel() >= _LARGE:
+    if _WIDEN and a.dtype == torch.bfloat16:
+        wide = _widen(b)
+        for rows, to in zip(a.split(_AT_ONCE), out.split(_AT_ONCE), strict=True):
+            to.copy_(torch.mm(_widen(rows), wide, out=_float32(to)))
+    elif _FASTER and a.dtype == torch.float32 and a.stride(1) == 1 and b.numel() >= _LARGE:
         out.copy_(torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], ""))
     else:
         torch.mm(a, b, out=out)
@@ -39,12 +62,26 @@ def mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
 
 def gradient(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool) -> None:
     """out [M, N] = (or to add +=) a [n, M]^T @ b [n, N]: of a weight, from rows' inputs and outputs' gradients."""
-    if add:
+    if _WIDEN and a.dtype == torch.bfloat16:
+        total = _float32(out)
+        for i, (rows, others) in enumerate(zip(a.split(_AT_ONCE), b.split(_AT_ONCE), strict=True)):
+            torch.addmm(total, _widen(rows).t(), _widen(others), beta=int(i > 0), out=total)
+        out.copy_(total.add_(out) if add else total)
+    elif add:
         torch.addmm(out, a.t(), b, out=out)
     elif a.dtype == torch.float32 and len(a) <= _FEW:
         kernels.outer(a.numpy(), b.numpy(), out.numpy())
     else:
         torch.mm(a.t(), b, out=out)
+
+
+def _float32(like: torch.Tensor) -> torch.Tensor:
+    return _own.pool.take(*like.shape, like=_ONE)
+
+
+def _widen(x: torch.Tensor) -> torch.Tensor:
+    """A float32 copy of x [M, N], in its layout."""
+    return _float32(x).copy_(x) if x.stride(1) == 1 else _float32(x.t()).copy_(x.t()).t()
 
 
 @functools.cache
@@ -60,7 +97,7 @@ def _packs(dtype: torch.dtype) -> bool:
 class Packed:
     """An expert weight [S, N, K], one packed copy a row: doubles its memory, for weights that stay as they are.
 
-    Not copied if small, nor where oneDNN cannot pack the dtype: bfloat16 wants AVX512 or AVX-NE-CONVERT.
+    Not copied if small, nor where oneDNN cannot pack the dtype.
     """
 
     def __init__(self, weight: torch.Tensor):
@@ -86,6 +123,6 @@ class Packed:
         """out [M, N] = a [M, K] @ weight[row].t()."""
         plain, packed = self._plain[row], self._packed[row]
         if packed is None or (not _FASTER and plain.numel() <= _REUSE * len(a)):
-            torch.mm(a, plain.t(), out=out)
+            mm(a, plain.t(), out)
         else:
             out.copy_(torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], ""))

@@ -195,6 +195,25 @@ def test_products_are_the_same_by_whichever_library(monkeypatch, faster, rows):
         assert torch.allclose(out, x @ weight.t(), atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 7, 64])
+def test_widened_products_of_bfloat16_are_rounded_once(monkeypatch, rows):
+    """Where the processor has no bfloat16: in parts of a few rows, added up in float32."""
+    monkeypatch.setattr(gemm, "_WIDEN", True)
+    monkeypatch.setattr(gemm, "_AT_ONCE", 20)
+    g = torch.Generator().manual_seed(rows)
+    x, weight = (torch.randn(*shape, generator=g).bfloat16() for shape in ((rows, 24), (40, 24)))
+    out, exact = torch.empty(rows, 40, dtype=torch.bfloat16), (x.double() @ weight.double().t())
+    for b in (weight.t(), weight.t().contiguous()):
+        gemm.mm(x, b, out=out)
+        assert torch.allclose(out.double(), exact, rtol=2**-8, atol=1e-5)
+    total, before = torch.empty(40, 24, dtype=torch.bfloat16), torch.randn(40, 24, generator=g).bfloat16()
+    exact = out.double().t() @ x.double()
+    gradient(out, x, total, add=False)
+    assert torch.allclose(total.double(), exact, rtol=2**-8, atol=1e-4)
+    gradient(out, x, before_and := before.clone(), add=True)
+    assert torch.allclose(before_and.double(), before.double() + exact, rtol=2**-8, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("least", "reuse"), [(1, 0), (1, 1 << 13), (1 << 18, 0)], ids=["packed", "many rows", "too small to pack"]
 )
