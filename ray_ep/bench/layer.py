@@ -94,10 +94,9 @@ def run(case: Case, peers: list[str] | None = None, memory: bool = False) -> Res
             raise BadInput(f"peer {name!r}: allowed here are {', '.join(installed())} (pip install 'ray_ep[bench]')")
     if case.work not in WORKS:
         raise BadInput(f"work {case.work!r}: allowed are {', '.join(WORKS)}")
-    result: Result = spawn(case, _rank, names)
+    result: Result = spawn(case, _rank, names, False)
     if memory:
-        short = Case(case.work, case.dtype, case.backward, case.ranks, case.malloc, 2)
-        result.peak_mib = {name: spawn(short, _rank, [name]) for name in names}
+        result.peak_mib = {name: spawn(case, _rank, [name], True) for name in names}
     return result
 
 
@@ -122,14 +121,14 @@ def spawn(case: Case, main: Any, *args: Any) -> Any:
     return queue.get()
 
 
-def _rank(rank: int, case: Case, names: list[str], store: str, queue: Any) -> None:
+def _rank(rank: int, case: Case, names: list[str], peak: bool, store: str, queue: Any) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(case.ranks), LOCAL_RANK=str(rank))
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=case.ranks)
     group, dtype, work = from_torch(), getattr(torch, case.dtype), WORKS[case.work]
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # DeepSpeed talks
         built = {n: PEERS[n](work, group, dtype, case.backward) for n in names}
-    if len(names) == 1 and case.rounds == 2:
+    if peak:
         for _ in range(4):
             built[names[0]][0]()
         if rank == 0:

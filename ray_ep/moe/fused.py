@@ -20,8 +20,9 @@ import torch
 from ray_ep.moe import kernels
 from ray_ep.moe.float8 import pack, unpack
 from ray_ep.moe.fused_plan import Agreed
-from ray_ep.moe.gemm import Packed, gradient, mm
+from ray_ep.moe.gemm import Packed, between, gradient, mm, widen
 from ray_ep.moe.guests import Luggage
+from ray_ep.moe.kernels import view
 
 _ROWS = 2048
 """Rows of an expert that are computed at once, up to half as many again: what lies between two products then stays in
@@ -55,10 +56,10 @@ class FusedExperts(torch.autograd.Function):
         parts, total = _blocks(plan, _ROWS), int(plan.offsets[-1])
         longest = _longest(parts)
         # Without a backward to come G lives for one block, in the cache.
-        g = pool.take(total if grad else longest, gate_up.shape[1], like=hidden)
+        g = pool.take(total if grad else longest, gate_up.shape[1], like=hidden if grad else between(hidden))
         y = pool.take(total, hidden.shape[1], like=hidden)
         rows = pool.take(longest, hidden.shape[1], like=hidden)
-        h = pool.take(longest, down.shape[2], like=hidden)
+        h = pool.take(longest, down.shape[2], like=between(hidden))
         here = len(ups) - len(guests.message)  # experts that are: guests come last
         for e, a, b in parts:
             if e >= here:
@@ -66,12 +67,12 @@ class FusedExperts(torch.autograd.Function):
             part = torch.index_select(x, 0, plan.sorted_row[a:b], out=rows[: b - a])
             g_part = g[a:b] if grad else g[: b - a]
             _linear(part, ups, e, packed and packed[0], g_part)
-            kernels.swiglu(_np(g_part), plan.sorted_weight[a:b], _np(h[: b - a]))
+            kernels.swiglu(view(g_part), plan.sorted_weight[a:b], view(h[: b - a]))
             _linear(h[: b - a], downs, e, packed and packed[1], y[a:b])
         guests.wait()
         plan.meter.enter("combine")
         partial = pool.take(n_others, hidden.shape[1], like=hidden)
-        kernels.sum_segments(_np(y), plan.segment[: n_others + 1], plan.place, _np(partial))
+        kernels.sum_segments(view(y), plan.segment[: n_others + 1], plan.place, view(partial))
         out = _return(partial, y, hidden, plan)
         plan.meter.enter("")
         if not grad:
@@ -102,8 +103,9 @@ class FusedExperts(torch.autograd.Function):
         of_guests = Luggage.of(len(ups) - held, own, pool.take)
         d_ups, d_downs = _rows(own, of_guests.rows)
         rows = pool.take(longest, x.shape[1], like=x)
-        dh, h = pool.take(longest, down.shape[2], like=x), pool.take(longest, down.shape[2], like=x)
-        dg = pool.take(longest, gate_up.shape[1], like=x)
+        wide = between(x)
+        dh, h = pool.take(longest, down.shape[2], like=wide), pool.take(longest, down.shape[2], like=wide)
+        dg = pool.take(longest, gate_up.shape[1], like=wide)
         for e in np.nonzero(np.diff(plan.offsets) == 0)[0]:
             d_ups[e].zero_()
             d_downs[e].zero_()
@@ -111,11 +113,10 @@ class FusedExperts(torch.autograd.Function):
         def compute(experts: list[tuple[int, int, int]]) -> None:
             for e, a, b in experts:
                 n, more = b - a, a > plan.offsets[e]
-                part = torch.index_select(dy, 0, plan.sorted_row[a:b], out=rows[:n])
+                part = widen(torch.index_select(dy, 0, plan.sorted_row[a:b], out=rows[:n]))
                 mm(part, downs[e], out=dh[:n])
-                kernels.swiglu_backward(
-                    _np(g[a:b]), plan.sorted_weight[a:b], _np(dh[:n]), _np(dg[:n]), _np(h[:n]), d_weight[a:b]
-                )
+                between_products = view(dh[:n]), view(dg[:n]), view(h[:n])
+                kernels.swiglu_backward(view(g[a:b]), plan.sorted_weight[a:b], *between_products, d_weight[a:b])
                 gradient(part, h[:n], d_downs[e], more)
                 mm(dg[:n], ups[e], out=dx[a:b])
                 part = torch.index_select(x, 0, plan.sorted_row[a:b], out=rows[:n])
@@ -132,7 +133,7 @@ class FusedExperts(torch.autograd.Function):
             compute(mine)
         plan.meter.enter("combine")
         partial = pool.take(n_others, x.shape[1], like=x)
-        kernels.sum_segments(_np(dx), plan.segment[: n_others + 1], plan.place, _np(partial))
+        kernels.sum_segments(view(dx), plan.segment[: n_others + 1], plan.place, view(partial))
         by_pair = torch.from_numpy(d_weight[plan.place])
         if plan.gathered is None:
             d_hidden = _return(partial, dx, d_out, plan)
@@ -202,7 +203,7 @@ def _return(partial: torch.Tensor, rows: torch.Tensor, like: torch.Tensor, plan:
 
 def _add_up(rows: torch.Tensor, back: torch.Tensor, like: torch.Tensor, plan: Agreed) -> torch.Tensor:
     out = plan.pool.take(*like.shape, like=like)
-    kernels.sum_two(_np(rows), plan.own_start, plan.place, _np(back), *plan.back, _np(out))
+    kernels.sum_two(view(rows), plan.own_start, plan.place, view(back), *plan.back, view(out))
     return out
 
 
@@ -216,7 +217,7 @@ def _one_message(
     row = like.shape[1] * like.element_size()
     give = [row * r + 4 * p for r, p in zip(plan.rows_in, plan.pairs_in, strict=True)]
     take = [row * r + 4 * p for r, p in zip(plan.rows_out, plan.pairs_out, strict=True)]
-    rows = torch.from_numpy(_np(partial).reshape(-1).view(np.uint8)).split([row * r for r in plan.rows_in])
+    rows = torch.from_numpy(view(partial).reshape(-1).view(np.uint8)).split([row * r for r in plan.rows_in])
     gradients = torch.from_numpy(by_pair.numpy().view(np.uint8)[: 4 * sum(plan.pairs_in)])
     blocks = zip(rows, gradients.split([4 * p for p in plan.pairs_in]), strict=True)
     message = torch.cat([part for block in blocks for part in block])
@@ -254,9 +255,3 @@ def _blocks(plan: Agreed, rows: int) -> list[tuple[int, int, int]]:
 
 def _longest(blocks: list[tuple[int, int, int]]) -> int:
     return max((b - a for _, a, b in blocks), default=0)
-
-
-def _np(t: torch.Tensor) -> np.ndarray:
-    """The kernels' view of a tensor: float32, or bfloat16 as its bits."""
-    array: np.ndarray = (t.view(torch.uint16) if t.dtype == torch.bfloat16 else t).numpy()
-    return array

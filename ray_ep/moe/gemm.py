@@ -14,6 +14,7 @@ import threading
 import torch
 
 from ray_ep.moe import kernels
+from ray_ep.moe.kernels import view
 from ray_ep.moe.pool import Pool
 
 _ONEDNN = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
@@ -29,7 +30,8 @@ _REUSE = 1 << 13
 which many rows repay: its kernels are up to a fifth faster there (measured)."""
 
 _FEW = 8
-"""Rows up to which float32 weight gradients are written row by row: MKL takes 2 to 3 times as long (measured)."""
+"""Rows up to which float32 weight gradients are written row by row, and widened weights row by row: MKL takes 2 to 3
+times as long for the ones, and widening at once twice as long for the others (measured)."""
 
 _WIDEN = _ONEDNN and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 """Whether products of bfloat16 are computed in float32."""
@@ -48,12 +50,29 @@ class _Own(threading.local):
 _own = _Own()
 
 
+def between(like: torch.Tensor) -> torch.Tensor:
+    """A tensor of the dtype that is best for what lies between two products of the dtype of `like`."""
+    return _ONE if _WIDEN and like.dtype == torch.bfloat16 else like
+
+
+def widen(x: torch.Tensor) -> torch.Tensor:
+    """x [M, N] for products: itself, or a float32 copy in its layout where bfloat16 is multiplied as that."""
+    if not _WIDEN or x.dtype != torch.bfloat16:
+        return x
+    return _float32(x).copy_(x) if x.stride(1) == 1 else _float32(x.t()).copy_(x.t()).t()
+
+
 def mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
     """out [M, N] = a [M, K] @ b [K, N]; any layouts."""
-    if _WIDEN and a.dtype == torch.bfloat16:
-        wide = _widen(b)
+    if _WIDEN and b.dtype == torch.bfloat16:
+        if len(a) <= _FEW and b.stride(0) == 1:
+            kernels.few(*(view(x) for x in (a.contiguous(), b.t(), out)))
+            return
+        wide = widen(b)
         for rows, to in zip(a.split(_AT_ONCE), out.split(_AT_ONCE), strict=True):
-            to.copy_(torch.mm(_widen(rows), wide, out=_float32(to)))
+            into = to if to.dtype == torch.float32 else _float32(to)
+            torch.mm(widen(rows), wide, out=into)
+            to.copy_(into)
     elif _FASTER and a.dtype == torch.float32 and a.stride(1) == 1 and b.numel() >= _LARGE:
         out.copy_(torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], ""))
     else:
@@ -62,10 +81,11 @@ def mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
 
 def gradient(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool) -> None:
     """out [M, N] = (or to add +=) a [n, M]^T @ b [n, N]: of a weight, from rows' inputs and outputs' gradients."""
-    if _WIDEN and a.dtype == torch.bfloat16:
+    if _WIDEN and out.dtype == torch.bfloat16:
         total = _float32(out)
-        for i, (rows, others) in enumerate(zip(a.split(_AT_ONCE), b.split(_AT_ONCE), strict=True)):
-            torch.addmm(total, _widen(rows).t(), _widen(others), beta=int(i > 0), out=total)
+        torch.mm(widen(a[:_AT_ONCE]).t(), widen(b[:_AT_ONCE]), out=total)
+        for rows, others in zip(a[_AT_ONCE:].split(_AT_ONCE), b[_AT_ONCE:].split(_AT_ONCE), strict=True):
+            torch.addmm(total, widen(rows).t(), widen(others), out=total)
         out.copy_(total.add_(out) if add else total)
     elif add:
         torch.addmm(out, a.t(), b, out=out)
@@ -77,11 +97,6 @@ def gradient(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool) -> 
 
 def _float32(like: torch.Tensor) -> torch.Tensor:
     return _own.pool.take(*like.shape, like=_ONE)
-
-
-def _widen(x: torch.Tensor) -> torch.Tensor:
-    """A float32 copy of x [M, N], in its layout."""
-    return _float32(x).copy_(x) if x.stride(1) == 1 else _float32(x.t()).copy_(x.t()).t()
 
 
 @functools.cache
