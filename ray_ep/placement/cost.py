@@ -248,7 +248,8 @@ class Links:
     """Seconds a byte of the links between ranks, and of the ports at their ends; zero where not measured.
 
     Messages to different peers run side by side; what they share is the port. Its speed is not measured, but it is at
-    least that of its fastest link of the kind (inside the node, across), so slower links are slow by themselves.
+    least that of its fastest link of the kind (inside the node, across), so slower links are slow by themselves. A
+    close rank of another host, though of the same measured group, is reached by the port that all hosts are.
     Ranks of a node may share network cards: `Topology.lanes`.
 
     Args:
@@ -274,7 +275,8 @@ class Links:
         np.fill_diagonal(latency, 0.0)
         near = node_of[:, None] == node_of
         ports = np.zeros((2, 2, len(node_of)))
-        for kind, of_kind in enumerate((near, ~near)):
+        elsewhere = topology.node_of[:, None] != topology.node_of
+        for kind, of_kind in enumerate((near, ~near | elsewhere)):
             known = np.where(of_kind & (slow > 0), slow, np.inf)
             for end in range(2):
                 fastest = known.min(1 - end, initial=np.inf)

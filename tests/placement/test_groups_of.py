@@ -48,6 +48,15 @@ def test_predictions_take_the_measured_groups_for_nodes():
     assert alike.node_balancedness == alike.balancedness
 
 
+def test_a_close_rank_of_another_host_is_reached_by_the_same_port():
+    """So its fast link shows what the port can do, whichever ranks are grouped; messages then wait for slow links."""
+    stats, costs = statistics(trace(2, 16, 2, 2048), 16), StepCosts(two_level=False)
+    apart = links([0, 0, 1, 1], 50e6, 10e6, groups=np.arange(4))
+    hosts, close = (replace(apart, node_of=np.arange(4), groups=np.array(g)) for g in ([0, 1, 2, 3], [0, 0, 1, 1]))
+    alone, grouped = (predict(contiguous(2, 16, 4), stats, x, costs).traffic for x in (hosts, close))
+    assert grouped == pytest.approx(alone)
+
+
 def test_a_plan_sees_islands_of_fast_links_that_have_no_name():
     stats = statistics(trace(2, 32, 2, 4096), 32)
     far = np.repeat([0, 1], 4)[:, None] != np.repeat([0, 1], 4)
