@@ -386,4 +386,11 @@ def warm() -> None:
         swiglu(wide, sorted_weight, narrow)
         swiglu_backward(wide, sorted_weight, narrow, wide.copy(), narrow.copy(), sorted_weight.copy())
         sum_segments(wide, segment, place, wide[:2].copy())
+        few(narrow, np.zeros((8, 4), np.uint16), wide.copy())
         sum_two(wide, segment, place, wide, start, member, wide[:2].copy())
+    # bfloat16 with what lies between two products in float32
+    bits, wide, narrow = np.zeros((2, 8), np.uint16), np.zeros((2, 8), np.float32), np.zeros((2, 4), np.float32)
+    swiglu(bits, weight[:2], narrow)
+    swiglu_backward(bits, weight[:2], narrow, wide, narrow.copy(), weight[:2].copy())
+    few(bits, bits, narrow[:, :2].copy())
+    few(wide, bits, bits[:, :2].copy())
