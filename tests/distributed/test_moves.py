@@ -1,6 +1,7 @@
 """Experts that move while `ray-ep train` runs: the same losses, reasons in words, on demand, refusals harmless."""
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def ask():
     main(["rebalance", "asked"], standalone_mode=False)
 
 ray_ep.train(config("run_dir=static", "placement.every=0"))
-ray_ep.train(config("run_dir=moving", "placement.every=2"))
+ray_ep.train(config("run_dir=moving", "placement.every=2", "placement.alert_s=1e-6"))  # no decision is as fast
 ray_ep.train(config("run_dir=moving", "placement.every=0", "resume=auto", "optim.steps=26"))
 threading.Thread(target=ask).start()
 ray_ep.train(config("run_dir=asked", "placement.every=0", "optim.steps=16"))
@@ -112,6 +113,14 @@ def test_a_run_that_goes_on_keeps_its_placement(runs, lines):
     assert [m["step"] for m in metrics] == list(range(1, 27))
     assert {m["placement_version"] for m in metrics[24:]} == {metrics[23]["placement_version"]}
     assert metrics[-1]["balancedness"] > 0.9
+
+
+def test_a_decision_that_is_late_raises_an_alert_and_the_run_goes_on(said, lines, runs):
+    alerts = said("moving", "rebalance-alert")
+    assert alerts
+    assert all(re.match(r"no progress for .* s \(placement.alert_s=1e-06\): no decision", a) for a in alerts)
+    assert said("static", "rebalance-alert") == said("asked", "rebalance-alert") == []
+    assert lines(runs / "moving" / "metrics.jsonl")[-1]["placement_version"] > 0  # and was moved by that decision
 
 
 def test_the_report_shows_why(runs, said):
