@@ -83,9 +83,8 @@ def gradient(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool) -> 
     """out [M, N] = (or to add +=) a [n, M]^T @ b [n, N]: of a weight, from rows' inputs and outputs' gradients."""
     if _WIDEN and out.dtype == torch.bfloat16:
         total = _float32(out)
-        torch.mm(widen(a[:_AT_ONCE]).t(), widen(b[:_AT_ONCE]), out=total)
-        for rows, others in zip(a[_AT_ONCE:].split(_AT_ONCE), b[_AT_ONCE:].split(_AT_ONCE), strict=True):
-            torch.addmm(total, widen(rows).t(), widen(others), out=total)
+        for i, (rows, others) in enumerate(zip(a.split(_AT_ONCE), b.split(_AT_ONCE), strict=True)):
+            torch.addmm(total, widen(rows).t(), widen(others), beta=min(i, 1), out=total)
         out.copy_(total.add_(out) if add else total)
     elif add:
         torch.addmm(out, a.t(), b, out=out)

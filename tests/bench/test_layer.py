@@ -40,6 +40,14 @@ def test_a_row_has_both_contenders_speed_their_ratio_and_what_bounds_ours():
     assert 0 < row["bytes_sent"] <= 2 * 16 * (4 * 512 * 2 + 1 + 2 * (6 + 4))
 
 
+def test_our_layer_can_be_measured_alone():
+    done = bench("--work=C", "--dtype=float32", "--pass=forward", "--malloc=tuned", "--rounds=2", "--peers=", "--json")
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)
+    assert row["tokens_per_second"].keys() == {"ray_ep"}
+    assert row["ratio"] is None
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_the_bench_on_it_is_refused_with_words():
     done = bench("--work=C", "--device=cuda")

@@ -210,8 +210,8 @@ def test_widened_products_of_bfloat16_are_rounded_once(monkeypatch, rows):
     exact = out.double().t() @ x.double()
     gradient(out, x, total, add=False)
     assert torch.allclose(total.double(), exact, rtol=2**-8, atol=1e-4)
-    gradient(out, x, before_and := before.clone(), add=True)
-    assert torch.allclose(before_and.double(), before.double() + exact, rtol=2**-8, atol=1e-4)
+    gradient(out, x, total.copy_(before), add=True)
+    assert torch.allclose(total.double(), before.double() + exact, rtol=2**-8, atol=1e-4)
 
 
 @pytest.mark.parametrize(
