@@ -18,6 +18,8 @@ from ray_ep.placement.search import common, common3
 
 HOTTEST = 2
 """Busiest units whose slots are tried in each round, beside those of the busiest node."""
+NEAR = 0.5
+"""Exchanges found together are made together while each gains this share of the best of them, after those before it."""
 
 
 @kernel
@@ -92,45 +94,64 @@ def _gains(p: Any, load: Any, at: Any, loads: Any, flows: Any, arrivals: Any, sl
 
 
 @kernel
-def _best(who: Any, items: Any, at: Any, figures: Any, slopes: Any, limits: Any) -> Any:
-    """The exchange of positions that gains most a moved slot -> p, q, slots moved, gain a slot; p is -1: none pays.
+def _new(p: Any, q: Any, who: Any, items: Any, node_at: Any) -> Any:
+    """Slots that the exchange of two positions fills anew; -1: it is not allowed."""
+    _, _, fixed, had = items
+    slots = who.shape[1]
+    r, t = p // slots, q // slots
+    a, b = who[r, p % slots], who[t, q % slots]
+    if a == -2 or b == -2 or a == b or (node_at[p] != node_at[q] and (fixed[p] or fixed[q])):
+        return -1
+    if _clashes(who, t, q % slots, a) or _clashes(who, r, p % slots, b):
+        return -1
+    return _anew(a, t, had) + _anew(b, r, had) - _anew(a, r, had) - _anew(b, t, had)
 
-    figures: of units, nodes and ranks by position [P].
+
+@kernel
+def _gain(p: Any, q: Any, slots: Any, items: Any, at: Any, state: Any, slopes: Any) -> Any:
+    """What the exchange of two positions gains."""
+    load, bits = items[:2]
+    node_at, unit_at, _, _, alone = at
+    x, v, y, inv, even, price, leave, enter = state
+    i, j, k, m, r, t = node_at[p], node_at[q], unit_at[p], unit_at[q], p // slots, q // slots
+    d = load[p] - load[q]
+    gain = slopes[2] * (_power(y[r]) + _power(y[t]) - _power(y[r] - d * even) - _power(y[t] + d * even))
+    if k != m:
+        gain += slopes[0] * (_power(x[k]) + _power(x[m]) - _power(x[k] - d * inv[k]) - _power(x[m] + d * inv[m]))
+    if i != j:  # tokens that chose both, alone on their node, keep visiting it
+        fi = leave[p] - enter[i, q] - common3(bits[p], bits[q], alone[i])
+        fj = enter[j, p] - leave[q] + common3(bits[p], bits[q], alone[j])
+        gain += slopes[1] * (_power(v[i]) + _power(v[j]) - _power(v[i] - fi * price[i]) - _power(v[j] + fj * price[j]))
+    return gain
+
+
+@kernel
+def _scan(who: Any, items: Any, at: Any, figures: Any, state: Any, slopes: Any, limits: Any) -> Any:
+    """For each hot position the partner whose exchange gains most a moved slot -> partner [P], gain a slot [P].
+
+    0 where none pays, or far less than the best exchange of all. figures: of units, nodes and ranks by position [P].
     """
-    load, bits, fixed, had = items
-    node_at, _, hot, _, alone = at
+    load, hot = items[0], at[2]
     loads, flows, arrivals = figures
-    v, price, _, leave, enter = flows
     stay, room, least = limits
-    slots, best = who.shape[1], (-1, -1, 0)
-    rate, gains = 0.0, np.empty(load.shape[0])
-    for p in range(load.shape[0]):
-        r, a = p // slots, who[p // slots, p % slots]
-        if a == -2 or not hot[p]:
+    count = load.shape[0]
+    partner, rates, gains, top = np.zeros(count, np.int64), np.zeros(count), np.empty(count), 0.0
+    for p in range(count):
+        if not hot[p]:
             continue
-        i = node_at[p]
         _gains(p, load, at, loads, flows, arrivals, slopes, gains)
-        for q in range(load.shape[0]):
-            if gains[q] <= max(rate, least):
+        for q in range(count):
+            bar = max(rates[p], NEAR * top)
+            if gains[q] <= max(bar, least):
                 continue
-            j, t, b = node_at[q], q // slots, who[q // slots, q % slots]
-            if b == -2 or a == b or (i != j and (fixed[p] or fixed[q])):
+            new = _new(p, q, who, items, at[0])
+            if new < 0 or new > room or gains[q] <= max(stay * new, bar * max(new, 1)):
                 continue
-            new = _anew(a, t, had) + _anew(b, r, had) - _anew(a, r, had) - _anew(b, t, had)
-            if new > room or gains[q] <= max(stay * new, rate * max(new, 1)):
-                continue
-            if _clashes(who, t, q % slots, a) or _clashes(who, r, p % slots, b):
-                continue
-            gain = gains[q]
-            if i != j:  # tokens that chose both, alone on their node, keep visiting it
-                fi, fj = leave[p] - enter[i, q], enter[j, p] - leave[q]
-                gi, gj = fi - common3(bits[p], bits[q], alone[i]), fj + common3(bits[p], bits[q], alone[j])
-                less = _power(v[p] - gi * price[p]) - _power(v[p] - fi * price[p])
-                less += _power(v[q] + gj * price[q]) - _power(v[q] + fj * price[q])
-                gain -= slopes[1] * less
-            if gain > max(stay * new, least, rate * max(new, 1)):
-                rate, best = gain / max(new, 1), (p, q, new)
-    return best[0], best[1], best[2], rate
+            gain = _gain(p, q, who.shape[1], items, at, state, slopes)
+            if gain > max(stay * new, least, bar * max(new, 1)):
+                partner[p], rates[p] = q, gain / max(new, 1)
+        top = max(top, rates[p])
+    return partner, rates
 
 
 @kernel
@@ -142,7 +163,7 @@ def _best_wide(who: Any, items: Any, at: Any, whole: Any, state: Any, costs: Any
     load, bits, fixed, had = items
     node_at, unit_at, hot, absent, alone = at
     everywhere, total, marks, source = whole
-    x, v, y, inv, even, price, leave = state
+    x, v, y, inv, even, price, leave, _ = state
     compute, traffic, inside = costs
     stay, room, least = limits
     slots, best, rate, flat = who.shape[1], (-1, -1, 0), 0.0, who.ravel()
@@ -251,17 +272,36 @@ def relieve(who: Any, items: Any, whole: Any, where: Any, costs: Any, limits: An
         loads = x[unit_at], inv[unit_at], _power(x)[unit_at]
         flows = v[node_at], price[node_at], _power(v)[node_at], gains[0], gains[1]
         figures = loads, flows, (y[rank_at], even, _power(y)[rank_at])
-        p, q, new, rate = _best(who, items, at, figures, slopes, (stay, left - moved, least))
-        state = x, v, y, inv, even, price, gains[0]
-        wide, c, many, more = _best_wide(who, items, at, whole, state, costs, (stay, left - moved, least))
-        if more > rate:
+        state = x, v, y, inv, even, price, gains[0], gains[1]
+        partner, rates = _scan(who, items, at, figures, state, slopes, (stay, left - moved, least))
+        top = rates.max()
+        wide, c, new, more = _best_wide(who, items, at, whole, state, costs, (stay, left - moved, least))
+        if more > top:
+            i = node_at[wide]
             _exchange_wide(wide, c, who, items, at, whole, gains[1])
-            p, q, new = wide, wide, many
-        elif p >= 0:
-            _exchange(p, q, who, items, node_at, gains)
-        else:
+            v[i] = _refresh(i, node_at, bits, tokens, gains) * price[i]
+            moved += new
+            continue
+        if top <= 0:
             return moved
-        moved += new
-        for n in (node_at[p], node_at[q]):
-            if more > rate or node_at[p] != node_at[q]:
-                v[n] = _refresh(n, node_at, bits, tokens, gains) * price[n]
+        for p in np.argsort(-rates):
+            q = partner[p]
+            if rates[p] < NEAR * top:
+                break
+            new = _new(p, q, who, items, node_at)
+            if new < 0 or moved + new > left:
+                continue
+            slopes = _slope(costs[0], x), _slope(costs[1], v), _slope(costs[2], y)
+            gain = _gain(p, q, slots, items, at, state, slopes)
+            if gain <= max(stay * new, least, NEAR * top * max(new, 1)):
+                continue
+            i, j, k, m, d = node_at[p], node_at[q], unit_at[p], unit_at[q], load[p] - load[q]
+            x[k] -= d * inv[k]
+            x[m] += d * inv[m]
+            y[rank_at[p]] -= d * even
+            y[rank_at[q]] += d * even
+            _exchange(p, q, who, items, node_at, gains)
+            moved += new
+            if i != j:
+                v[i] = _refresh(i, node_at, bits, tokens, gains) * price[i]
+                v[j] = _refresh(j, node_at, bits, tokens, gains) * price[j]
