@@ -109,34 +109,35 @@ def _packs(dtype: torch.dtype) -> bool:
 
 
 class Packed:
-    """An expert weight [S, N, K], one packed copy a row: doubles its memory, for weights that stay as they are.
+    """An expert weight [S, N, K] with a packed copy of each row that is used so: for weights that stay as they are.
 
-    Not copied if small, nor where oneDNN cannot pack the dtype.
+    A copy is made at its first use: it doubles a row's memory. None if small, nor where oneDNN cannot pack the dtype.
     """
 
     def __init__(self, weight: torch.Tensor):
         weight = weight.detach()
         self.rows = len(weight)
-        packs = _ONEDNN and weight[:1].numel() >= _LARGE and _packs(weight.dtype)
-        self._packed = [torch.ops.mkldnn._reorder_linear_weight(w, _ROWS) if packs else None for w in weight]
+        self._packs = _ONEDNN and weight[:1].numel() >= _LARGE and _packs(weight.dtype)
         self._plain = list(weight)
+        self._packed: dict[int, torch.Tensor] = {}
 
     def append(self, weight: torch.Tensor) -> None:
         """One more row [N, K]."""
-        more = Packed(weight[None])
-        self._packed += more._packed
-        self._plain += more._plain
+        self._plain.append(weight.detach())
         self.rows += 1
 
     def cut(self, rows: int) -> None:
         """Give up all rows but the first."""
-        del self._packed[rows:], self._plain[rows:]
+        del self._plain[rows:]
+        self._packed = {row: packed for row, packed in self._packed.items() if row < rows}
         self.rows = rows
 
     def mm(self, a: torch.Tensor, row: int, out: torch.Tensor) -> None:
         """out [M, N] = a [M, K] @ weight[row].t()."""
-        plain, packed = self._plain[row], self._packed[row]
-        if packed is None or (not _FASTER and plain.numel() <= _REUSE * len(a)):
+        plain = self._plain[row]
+        if not self._packs or (not _FASTER and plain.numel() <= _REUSE * len(a)):
             mm(a, plain.t(), out)
-        else:
-            out.copy_(torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], ""))
+            return
+        if row not in self._packed:
+            self._packed[row] = torch.ops.mkldnn._reorder_linear_weight(plain, _ROWS)
+        out.copy_(torch.ops.mkldnn._linear_pointwise(a, self._packed[row], None, "none", [], ""))

@@ -78,8 +78,8 @@ class ExpertParallel:
     def inference(self) -> Iterator[None]:
         """Inside: passes without gradients use weights packed for the CPU, which must not change meanwhile.
 
-        Decode reads packed weights twice as fast; they take the experts' memory once more. Guests stay, as far as
-        `Limits.guest_mb` goes.
+        Decode reads packed weights twice as fast; an expert that is used so takes its memory once more. Guests stay, as
+        far as `Limits.guest_mb` goes.
         """
         for module, layer in zip(self.modules, self.layers, strict=True):
             if is_plain(module, module.gate_up_proj):  # type: ignore[arg-type]
