@@ -222,10 +222,12 @@ def test_packed_rows_multiply_like_plain_ones_and_can_be_added_and_given_up(monk
     monkeypatch.setattr(gemm, "_REUSE", reuse)
     monkeypatch.setattr(gemm, "_FASTER", False)
     weight, x, out = torch.randn(3, 40, 24), torch.randn(5, 24), torch.empty(5, 40)
-    packed = gemm.Packed(weight[:2])
+    packed, made, pack = gemm.Packed(weight[:2]), [], torch.ops.mkldnn._reorder_linear_weight
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda w, n: made.append(w) or pack(w, n))
     packed.append(weight[2])
-    for row in range(3):
+    for row in (0, 1, 2, 2, 1, 0):
         packed.mm(x, row, out)
         assert torch.allclose(out, x @ weight[row].t(), atol=1e-5)
+    assert len(made) == (3 if least == 1 and reuse == 0 else 0), "at the first use, where that pays"
     packed.cut(2)
     assert packed.rows == 2
