@@ -20,6 +20,8 @@ HOTTEST = 2
 """Busiest units whose slots are tried in each round, beside those of the busiest node."""
 NEAR = 0.5
 """Exchanges found together are made together while each gains this share of the best of them, after those before it."""
+BARRED = -9
+"""In place of the slots that an exchange fills anew: it is not allowed. Down to -2 it takes earlier moves back."""
 
 
 @kernel
@@ -95,15 +97,15 @@ def _gains(p: Any, load: Any, at: Any, loads: Any, flows: Any, arrivals: Any, sl
 
 @kernel
 def _new(p: Any, q: Any, who: Any, items: Any, node_at: Any) -> Any:
-    """Slots that the exchange of two positions fills anew; -1: it is not allowed."""
+    """Slots that the exchange of two positions fills anew, or BARRED."""
     _, _, fixed, had = items
     slots = who.shape[1]
     r, t = p // slots, q // slots
     a, b = who[r, p % slots], who[t, q % slots]
     if a == -2 or b == -2 or a == b or (node_at[p] != node_at[q] and (fixed[p] or fixed[q])):
-        return -1
+        return BARRED
     if _clashes(who, t, q % slots, a) or _clashes(who, r, p % slots, b):
-        return -1
+        return BARRED
     return _anew(a, t, had) + _anew(b, r, had) - _anew(a, r, had) - _anew(b, t, had)
 
 
@@ -145,7 +147,7 @@ def _scan(who: Any, items: Any, at: Any, figures: Any, state: Any, slopes: Any, 
             if gains[q] <= max(bar, least):
                 continue
             new = _new(p, q, who, items, at[0])
-            if new < 0 or new > room or gains[q] <= max(stay * new, bar * max(new, 1)):
+            if new == BARRED or new > room or gains[q] <= max(stay * new, bar * max(new, 1)):
                 continue
             gain = _gain(p, q, who.shape[1], items, at, state, slopes)
             if gain > max(stay * new, least, bar * max(new, 1)):
@@ -289,7 +291,7 @@ def relieve(who: Any, items: Any, whole: Any, where: Any, costs: Any, limits: An
             if rates[p] < NEAR * top:
                 break
             new = _new(p, q, who, items, node_at)
-            if new < 0 or moved + new > left:
+            if new == BARRED or moved + new > left:
                 continue
             slopes = _slope(costs[0], x), _slope(costs[1], v), _slope(costs[2], y)
             gain = _gain(p, q, slots, items, at, state, slopes)
