@@ -39,18 +39,26 @@ def test_relief_lowers_its_norms_within_the_moves_that_are_left(seed, nodes, mos
     assert most or (who == start).all()
 
 
-def relieve(who, sets, everywhere, fixed, node_of, price, most):
-    """Relief of slots `who` [R, S], in place, on nodes that must be even."""
+def relieve(who, sets, everywhere, fixed, node_of, price, most, before=None):
+    """Relief of slots `who` [R, S], in place, on nodes that must be even; what counts as moved is not as `before`."""
     ranks, experts, nodes = len(who), len(everywhere), len(price)
     flat, marks = who.ravel(), kernels.token_bits(sets, experts)
     load = np.bincount(sets.ravel(), minlength=experts) / len(sets)
     had = np.zeros((experts + 1, ranks), bool)
-    had[who, np.arange(ranks)[:, None]] = True
+    had[who if before is None else before, np.arange(ranks)[:, None]] = True
     here = np.where(everywhere[flat], load[flat] / nodes, load[flat])
     bits = np.where(everywhere[flat][:, None], np.uint64(0), marks[flat])
     whole = everywhere.copy(), load, marks, np.full(nodes, 1 / nodes)
     where = node_of, node_of, np.full(nodes, load.sum() / nodes), price
     return relief.relieve(who, (here, bits, fixed, had), whole, where, (3.0, 2.0, 1.0), (0.0, most, 1e-9))
+
+
+def test_relief_takes_moves_back_even_when_none_are_left():
+    before, who = np.array([[0, 2], [1, 3]]), np.array([[0, 1], [2, 3]])
+    sets = np.repeat(np.arange(4), [40, 35, 10, 15])[:, None]
+    none = np.zeros(4, bool)
+    assert relieve(who, sets, none, none, np.array([0, 1]), np.full(2, 0.01), 0, before) == -2
+    assert np.sort(who, 1).tolist() == [[0, 2], [1, 3]]
 
 
 def test_an_expert_that_outgrew_one_that_is_everywhere_takes_its_part():
