@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ray_ep.placement import (
@@ -105,6 +105,7 @@ def test_simulated_dispatch_splits_as_the_routes_of_the_placement(case):
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 10_000), st.integers(3, 9), st.integers(2, 3))
+@example(742, 3, 2)  # a swap that gains less than swaps.LEAST
 def test_swaps_of_the_search_lower_the_cost_that_is_counted_token_by_token(seed, experts, nodes):
     rng = np.random.default_rng(seed)
     sets = np.stack([rng.permutation(experts)[:2] for _ in range(100)]).astype(np.int64)
@@ -128,10 +129,10 @@ def test_swaps_of_the_search_lower_the_cost_that_is_counted_token_by_token(seed,
     swaps.improve_grouping(bits, load, zero, found, world, none, np.zeros(experts), order)
     assert (np.bincount(found, minlength=nodes) == np.bincount(place, minlength=nodes)).all()
     assert cost(found) <= cost(place) + 1e-9
-    for a, b in itertools.combinations(range(experts), 2):  # no single swap is left that helps
+    for a, b in itertools.combinations(range(experts), 2):  # no single swap is left that gains what one must
         swapped = found.copy()
         swapped[a], swapped[b] = found[b], found[a]
-        assert cost(swapped) >= cost(found) - 1e-9
+        assert cost(swapped) >= cost(found) - swaps.LEAST - 1e-9
 
 
 def test_packing_gives_a_rank_of_half_speed_half_the_load():
