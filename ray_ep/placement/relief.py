@@ -158,17 +158,19 @@ def _scan(who: Any, items: Any, at: Any, figures: Any, state: Any, slopes: Any, 
 
 @kernel
 def _best_wide(who: Any, items: Any, at: Any, whole: Any, state: Any, costs: Any, limits: Any) -> Any:
-    """As `_best`: the position p whose expert best goes everywhere in place of expert c, which comes to p.
+    """The position p whose expert best goes everywhere in place of expert c, which comes to p; and slots filled anew.
 
     Few come into question, so they are judged by the maxima themselves: the norm's slope sees little of a large fall.
+    limits: price of a move, moves that are left, least gain, and the gain a slot that is to be surpassed.
     """
     load, bits, fixed, had = items
     node_at, unit_at, hot, absent, alone = at
     everywhere, total, marks, source = whole
     x, v, y, inv, even, price, leave, _ = state
     compute, traffic, inside = costs
-    stay, room, least = limits
-    slots, best, rate, flat = who.shape[1], (-1, -1, 0), 0.0, who.ravel()
+    stay, room, least, rate = limits
+    slots, best, flat = who.shape[1], (-1, -1, 0), who.ravel()
+    busiest, fullest, crowded = x.max(), v.max(), y.max()
     for c in range(total.shape[0]):
         if not everywhere[c]:
             continue
@@ -177,9 +179,15 @@ def _best_wide(who: Any, items: Any, at: Any, whole: Any, state: Any, costs: Any
             a, i = flat[p], node_at[p]
             if a < 0 or fixed[p] or not hot[p] or total[c] >= total[a]:
                 continue
-            x2, v2, y2, d = x.copy(), v.copy(), y.copy(), total[a] - total[c]
+            k, d = unit_at[p], total[a] - total[c]
+            most = compute * d * inv[k] if x[k] == busiest else 0.0  # only what falls at the top is a gain
+            most += traffic * leave[p] * price[i] if v[i] == fullest else 0.0
+            most += inside * d * even if y[p // slots] == crowded else 0.0
+            if most <= max(least, rate):
+                continue
+            x2, v2, y2 = x.copy(), v.copy(), y.copy()
             new = _anew(c, p // slots, had) - _anew(a, p // slots, had)
-            x2[unit_at[p]] -= d * inv[unit_at[p]]
+            x2[k] -= d * inv[k]
             y2[p // slots] -= d * even
             for s in places:
                 part = d * source[node_at[s]]
@@ -188,10 +196,10 @@ def _best_wide(who: Any, items: Any, at: Any, whole: Any, state: Any, costs: Any
                 y2[s // slots] += part * even
             enters = common(marks[c], absent[i]) + common3(marks[c], bits[p], alone[i])
             v2[i] += (enters - leave[p]) * price[i]
-            gain = compute * (x.max() - x2.max()) + traffic * (v.max() - v2.max()) + inside * (y.max() - y2.max())
+            gain = compute * (busiest - x2.max()) + traffic * (fullest - v2.max()) + inside * (crowded - y2.max())
             if new <= room and gain > max(stay * new, least, rate * max(new, 1)):
                 rate, best = gain / max(new, 1), (p, c, new)
-    return best[0], best[1], best[2], rate
+    return best
 
 
 @kernel
@@ -277,8 +285,8 @@ def relieve(who: Any, items: Any, whole: Any, where: Any, costs: Any, limits: An
         state = x, v, y, inv, even, price, gains[0], gains[1]
         partner, rates = _scan(who, items, at, figures, state, slopes, (stay, left - moved, least))
         top = rates.max()
-        wide, c, new, more = _best_wide(who, items, at, whole, state, costs, (stay, left - moved, least))
-        if more > top:
+        wide, c, new = _best_wide(who, items, at, whole, state, costs, (stay, left - moved, least, top))
+        if wide >= 0:
             i = node_at[wide]
             _exchange_wide(wide, c, who, items, at, whole, gains[1])
             v[i] = _refresh(i, node_at, bits, tokens, gains) * price[i]

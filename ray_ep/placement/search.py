@@ -178,12 +178,12 @@ def split_bits(bits: Any, item: Any) -> Any:
 def covariance(sets: Any, load: Any) -> Any:
     """[E, E] how much more often than by chance two experts are in one of sets [T, K], per token (load [E] of each)."""
     experts, tokens = load.shape[0], sets.shape[0]
-    out = np.zeros((experts, experts))
+    count, out = np.zeros((experts, experts), np.int32), np.empty((experts, experts))
     for t in range(tokens):
         for a in sets[t]:
             for b in sets[t]:
-                out[a, b] += 1.0
+                count[a, b] += 1
     for a in range(experts):
         for b in range(experts):
-            out[a, b] = out[a, b] / tokens - load[a] * load[b]
+            out[a, b] = count[a, b] / tokens - load[a] * load[b]
     return out

@@ -107,10 +107,13 @@ def test_nothing_moves_without_drift_and_little_with_some(level, drift):
 
 @pytest.mark.parametrize("level", ["node", "rank"])
 def test_a_new_sample_of_the_same_kind_of_tokens_moves_hardly_anything(level):
-    topology, sets = cluster(4, 4), trace(4, 64, 4, 16384)
-    seen, again = statistics(sets[:, :8192], 64), statistics(sets[:, 8192:], 64)
-    current = plan(seen, topology, 6, level=level)
-    assert migration(current, plan(again, topology, 6, current=current, level=level), topology).moved <= 0.05
+    topology, moved = cluster(4, 4), []
+    for seed in range(8):  # a single draw may look uneven enough
+        sets = trace(4, 64, 4, 16384, seed=seed)
+        seen, again = statistics(sets[:, :8192], 64), statistics(sets[:, 8192:], 64)
+        current = plan(seen, topology, 6, level=level)
+        moved.append(migration(current, plan(again, topology, 6, current=current, level=level), topology).moved)
+    assert np.mean(moved) <= 0.05
 
 
 @pytest.mark.parametrize("level", ["node", "rank"])
@@ -172,14 +175,17 @@ def test_slow_ranks_get_less(slow):
 
 
 def test_a_slow_node_is_no_reason_for_a_slower_plan():
-    stats = statistics(trace(2, 32, 2, 8192), 32)
     good = cluster(4, 2)
     bandwidth = good.bandwidth.copy()
     bandwidth[6:, :6] /= 20
     bandwidth[:6, 6:] /= 20
     poor = Topology(bandwidth, good.latency, good.node_of)
-    blind, aware = (predict(plan(stats, t, 5), stats, poor, level="node") for t in (good, poor))
-    assert aware.step_seconds <= 1.01 * blind.step_seconds
+    blind = aware = 0.0
+    for seed in range(6):
+        stats = statistics(trace(2, 32, 2, 8192, seed=seed), 32)
+        blind += predict(plan(stats, good, 5), stats, poor, level="node").step_seconds
+        aware += predict(plan(stats, poor, 5), stats, poor, level="node").step_seconds
+    assert aware <= 1.01 * blind
 
 
 def test_ranks_whose_links_are_no_faster_inside_a_node_are_planned_one_by_one():
