@@ -25,7 +25,7 @@ APART = 1.2
 LARGEST = 1e6
 """Experts^2 x ranks^2 up to which a layer is searched like this: from one start it then takes about 0.3 s."""
 SWEEPS = 20
-KICKS, WORK = 24, 4e5
+KICKS, WORK = 48, 8e5
 """Most times that some experts of the best are exchanged at random to search on from there; fewer where their number
 times experts^2 x ranks^2 would pass WORK."""
 KICKED = 0.2

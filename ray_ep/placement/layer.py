@@ -28,10 +28,8 @@ RISK = 0.04
 """Weight of the covariance of loads beside the loads: the variance of topics' shares from window to window."""
 NODE_RISK = {"node": 0.12, "rank": 0.04}
 """Of that, what counts between nodes, where it is at odds with traffic: tokens of a topic want few nodes."""
-FLOW = 1.0
-"""How much the price of a visit grows from a node without traffic to one with the usual traffic, as a share of it."""
-WARM_FLOW, WARM_STIFF = 2.0, 2.0
-"""`FLOW` and the factor on `stiff` when a plan is improved: few moves first relieve the busiest nodes."""
+FLOW = 8.0
+"""How much the price of a visit grows from a node without traffic to one with the usual traffic, where it is whole."""
 RANK_MOVE = {"node": 80.0, "rank": 40.0}
 """Moves between ranks of a node against those between nodes: evening out ranks that are near the mean gains nothing."""
 STARTS = 2
@@ -107,7 +105,7 @@ def warm_layer(problem: Problem, traffic: Traffic, current: Ints, stay: float, o
     place[empty] = _free_places(problem, items)
     order = _orders(len(place), seed, WARM_SWEEPS)
     risk = _item_risk(problem, traffic, items)
-    world = _world(problem, traffic, bits, place, warm=True)
+    world = _world(problem, traffic, bits, place)
     swaps.improve_grouping(bits, load, risk, place, world, items.home, price, order)
     return _pack_nodes(problem, traffic, items, place, current, RANK_MOVE[problem.level] * stay)
 
@@ -239,15 +237,15 @@ def _item_risk(problem: Problem, traffic: Traffic, items: Items) -> Floats:
 
 
 def _world(
-    problem: Problem, traffic: Traffic, bits: npt.NDArray[np.uint64], place: Ints, warm: bool = False
+    problem: Problem, traffic: Traffic, bits: npt.NDArray[np.uint64], place: Ints
 ) -> tuple[Floats, Floats, Floats, float, float, float]:
     """What the search is told of nodes; `place` gives the traffic that is usual for one."""
     speed = problem.node_speed()
     target = traffic.load.sum() * speed / speed.sum()
-    price = problem.price() / len(traffic.sets) * traffic.bits.shape[1] / bits.shape[1]
+    price = problem.price() / len(traffic.sets) * traffic.bits.shape[1] / bits.shape[1] / (1 + FLOW)
     usual = float((price * search.visits_of(bits, place, problem.nodes)).mean())
-    steep = (WARM_FLOW if warm else FLOW) / (2 * usual) if usual > 0 else 0.0
-    stiff = problem.prices.stiff * (WARM_STIFF if warm and problem.level == "node" else 1.0)
+    steep = FLOW / (2 * usual) if usual > 0 else 0.0
+    stiff = problem.prices.stiff / (1 + FLOW)
     return problem.source, target, price, stiff, _bulk(problem, traffic.load), steep
 
 

@@ -19,7 +19,7 @@ from ray_ep.placement.groups import groups_of
 from ray_ep.placement.placement import Floats, Ints
 from ray_ep.placement.topology import Topology
 
-STIFF = {"node": 1.9, "rank": 5.7}
+STIFF = {"node": 4.0, "rank": 12.0}
 """Cost of squared relative deviation, in computes of an even rank; loads that drift make evenness worth more."""
 
 

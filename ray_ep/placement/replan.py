@@ -181,8 +181,10 @@ def fresh_slots(problem: Problem, traffic: Traffic, seed: int) -> Ints:
         price = view.price()
         if view.nodes > 1 and price.max() > UNEVEN * price.min():
             found.append(layer.fresh_layer(view.with_even_links(), traffic, seed))
-    found += [by_time.relieved(problem, traffic, x, 0.0, seed) for x in found if by_time.fits(problem, x)]
-    return fastest(problem, traffic, found)
+    best = fastest(problem, traffic, found)
+    if not by_time.fits(problem, best):
+        return best
+    return fastest(problem, traffic, [best, by_time.relieved(problem, traffic, best, 0.0, seed)])
 
 
 def fastest(problem: Problem, traffic: Traffic, found: list[Ints]) -> Ints:

@@ -15,7 +15,7 @@ import numpy as np
 from ray_ep.placement.compiled import kernel
 from ray_ep.placement.search import away, common, common3, part, visits_of
 
-LEAST = 1e-4
+LEAST = 2e-4
 """Gain that a swap must have, in visits of the mean token: smaller ones take long and fit noise."""
 
 

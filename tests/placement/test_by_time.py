@@ -97,17 +97,19 @@ def test_layers_that_it_is_not_for_are_left_alone():
     assert not by_time.fits(layer_of(statistics(16), cluster())[0], np.pad(start, ((0, 0), (0, 1)), mode="edge"))
 
 
-@pytest.mark.parametrize("link", [(0, 1), (0, 2), (1, 3), (2, 3)])
-def test_a_replan_gets_away_from_a_link_that_slowed_nearly_as_well_as_a_plan_from_nothing(link):
-    stats = statistics(32, top_k=4)
-    before = plan(stats, cluster(), level="rank", costs=COSTS)
-    slowed = cluster(slow=[link])
-    again = plan(stats, slowed, None, before, 1000, "rank", 0, COSTS)
-    fresh = plan(stats, slowed, level="rank", costs=COSTS)
-    now, after, best = (predict(p, stats, slowed, COSTS).step_seconds for p in (before, again, fresh))
-    assert best < 0.9 * now
-    assert now - after > 0.7 * (now - best)
-    assert plan(stats, slowed, None, again, 1000, "rank", 0, COSTS) is again  # and stays there
+def test_replans_get_away_from_a_link_that_slowed_nearly_as_well_as_plans_from_nothing():
+    """Summed over draws: how much one slow link costs differs by what plans put there by chance."""
+    seconds = []
+    for seed, link in enumerate([(0, 1), (0, 2), (1, 3), (2, 3)]):
+        stats, slowed = statistics(32, top_k=4, seed=seed), cluster(seed=seed, slow=[link])
+        before = plan(stats, cluster(seed=seed), level="rank", costs=COSTS)
+        again = plan(stats, slowed, None, before, 1000, "rank", 0, COSTS)
+        fresh = plan(stats, slowed, level="rank", costs=COSTS)
+        seconds.append([predict(p, stats, slowed, COSTS).step_seconds for p in (before, again, fresh)])
+        assert plan(stats, slowed, None, again, 1000, "rank", 0, COSTS) is again  # and stays there
+    now, after, best = np.sum(seconds, axis=0)
+    assert best < 0.85 * now
+    assert now - after > 0.9 * (now - best)
 
 
 @pytest.mark.parametrize("level", ["node", "rank"])
