@@ -96,32 +96,33 @@ def simulate(  # noqa: C901 (one pass over its loops)
             mine = weight[e, h] / near[n] if near[n] > 0 else 1.0 / on[e, n]
             all_ = weight[e, h] / total if total > 0 else 1.0 / hosts.shape[0]
             part[e, h] = (1.0 + (members[n] - on[e, n]) * mine + away * all_) / ranks
+    only = np.full((experts, nodes), -1, np.int64)  # where a node's tokens go if one rank comes into question
+    for e in range(experts):
+        for n in range(nodes):
+            if on[e, n] == 1:
+                only[e, n] = last[e, n]
+            elif on[e, n] == 0 and start[e + 1] - start[e] == 1:
+                only[e, n] = member[start[e]]
     to_rank, to_node = np.zeros((ranks, ranks)), np.zeros((ranks, nodes))
     seen, seen_node, tokens = np.full(ranks, -1), np.full(nodes, -1), np.zeros(ranks)
     golden = 0.6180339887498949
     for run in range(sample.shape[0] * sources):
         t, s = run // sources, (run // sources + run % sources * ranks // sources) % ranks
+        home = node_of[s]
         tokens[s] += 1.0
         for k in range(sample.shape[1]):
             e = sample[t, k]
-            r = s
-            if not held[e, s]:
-                r = member[start[e]]
-                close = on[e, node_of[s]]
-                if close == 1:
-                    r = last[e, node_of[s]]
-                elif start[e + 1] - start[e] > 1:
-                    turn = run // ranks * golden + e * 0.7548776662466927
-                    node = node_of[s] if close else -1
-                    r = _draw(member[start[e] : start[e + 1]], weight[e], node_of, node, turn - np.floor(turn))
-            if r != s and seen[r] != run:
-                seen[r] = run
-                to_rank[s, r] += 1.0
-            n = node_of[r]
-            if n != node_of[s] and seen_node[n] != run:
-                seen_node[n] = run
-                to_node[s, n] += 1.0
+            r = s if held[e, s] else only[e, home]
+            if r < 0:
+                turn = run // ranks * golden + e * 0.7548776662466927
+                node = home if on[e, home] else -1
+                r = _draw(member[start[e] : start[e + 1]], weight[e], node_of, node, turn - np.floor(turn))
+            n = node_of[r]  # counted without branches, which nobody could foretell
+            to_rank[s, r] += 1.0 * (seen[r] != run)
+            to_node[s, n] += 1.0 * (seen_node[n] != run)
+            seen[r], seen_node[n] = run, run
     for s in range(ranks):
+        to_rank[s, s], to_node[s, node_of[s]] = 0.0, 0.0
         to_rank[s] /= max(tokens[s], 1.0)
         to_node[s] /= max(tokens[s], 1.0)
     _smooth(to_rank, to_node, node_of, members)

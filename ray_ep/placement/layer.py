@@ -121,9 +121,9 @@ def relieved(
     flat = slots.ravel()
     real = flat >= 0
     node_of = problem.node_of
-    count = np.zeros((problem.experts, problem.nodes))
     at = np.repeat(node_of, width)
-    np.add.at(count, (flat[real], at[real]), 1)
+    count = np.bincount(flat[real] * problem.nodes + at[real], minlength=problem.experts * problem.nodes)
+    count = count.reshape(problem.experts, problem.nodes)
     everywhere = np.asarray((count > 0).all(1) & (problem.nodes > 1))
     expert, node = flat[real], at[real]
     single = ~everywhere[expert]
@@ -136,14 +136,14 @@ def relieved(
     had = np.full((problem.experts + 1, ranks), before is None)
     if before is not None:
         had[before, np.arange(ranks)[:, None]] = True
+    had[-1] = True  # emptying a slot is no move
     moved = int((~had[expert, np.flatnonzero(real) // width]).sum())
     speed = np.bincount(problem.unit_of, problem.speed)
     price = problem.price() / len(traffic.sets)
     where = node_of, problem.unit_of, traffic.load.sum() * speed / speed.sum(), price
-    visits = float(price @ search.visits_of(bits[real], node, problem.nodes))
     who = np.where(np.arange(width)[None] < problem.room[:, None], slots, -2)
     whole = everywhere & (count.sum(1) == problem.nodes), traffic.load, traffic.bits, problem.source
-    costs = problem.prices.compute, visits, _inside(problem)
+    costs = problem.prices.compute, _inside(problem)
     relief.relieve(who, (load, bits, fixed, had), whole, where, costs, (stay, most - moved, LEAST))
     return np.where(who < 0, -1, who)
 

@@ -20,8 +20,6 @@ HOTTEST = 2
 """Busiest units whose slots are tried in each round, beside those of the busiest node."""
 NEAR = 0.5
 """Exchanges found together are made together while each gains this share of the best of them, after those before it."""
-BARRED = -9
-"""In place of the slots that an exchange fills anew: it is not allowed. Down to -2 it takes earlier moves back."""
 
 
 @kernel
@@ -54,21 +52,6 @@ def _refresh(n: Any, node_at: Any, bits: Any, tokens: Any, gains: Any) -> Any:
 
 
 @kernel
-def _anew(expert: Any, rank: Any, had: Any) -> Any:
-    """1 where a slot of the rank is filled anew by this expert."""
-    return 1 if expert >= 0 and not had[expert, rank] else 0
-
-
-@kernel
-def _clashes(who: Any, rank: Any, leaving: Any, expert: Any) -> Any:
-    """Whether the rank has the expert already, in another slot than the one that is left."""
-    clash = False
-    for s in range(who.shape[1]):
-        clash |= expert >= 0 and s != leaving and who[rank, s] == expert
-    return clash
-
-
-@kernel
 def _slope(cost: Any, x: Any) -> Any:
     """By how much cost . 16-norm of x, which is `cost` when all is even, changes with the sum of x^16."""
     total = max(_power(x).sum(), 1e-300)
@@ -96,26 +79,24 @@ def _gains(p: Any, load: Any, at: Any, loads: Any, flows: Any, arrivals: Any, sl
 
 
 @kernel
-def _new(p: Any, q: Any, who: Any, items: Any, node_at: Any) -> Any:
-    """Slots that the exchange of two positions fills anew, or BARRED."""
-    _, _, fixed, had = items
-    slots = who.shape[1]
-    r, t = p // slots, q // slots
-    a, b = who[r, p % slots], who[t, q % slots]
-    if a == -2 or b == -2 or a == b or (node_at[p] != node_at[q] and (fixed[p] or fixed[q])):
-        return BARRED
-    if _clashes(who, t, q % slots, a) or _clashes(who, r, p % slots, b):
-        return BARRED
-    return _anew(a, t, had) + _anew(b, r, had) - _anew(a, r, had) - _anew(b, t, had)
+def _barred(p: Any, q: Any, flat: Any, rank_at: Any, node_at: Any, fixed: Any) -> Any:
+    """Whether two positions may not change experts: a rank would have one twice, or a replica leave its node."""
+    a, b, r, t = flat[p], flat[q], rank_at[p], rank_at[q]
+    barred = a == -2 or b == -2 or a == b or (node_at[p] != node_at[q] and (fixed[p] or fixed[q]))
+    slots = flat.shape[0] // (rank_at[-1] + 1)
+    for s in range(slots):
+        x, y = t * slots + s, r * slots + s
+        barred |= (a >= 0 and x != q and flat[x] == a) or (b >= 0 and y != p and flat[y] == b)
+    return barred
 
 
 @kernel
-def _gain(p: Any, q: Any, slots: Any, items: Any, at: Any, state: Any, slopes: Any) -> Any:
+def _gain(p: Any, q: Any, items: Any, at: Any, state: Any, slopes: Any) -> Any:
     """What the exchange of two positions gains."""
     load, bits = items[:2]
-    node_at, unit_at, _, _, alone = at
+    node_at, unit_at, rank_at, _, _, alone = at
     x, v, y, inv, even, price, leave, enter = state
-    i, j, k, m, r, t = node_at[p], node_at[q], unit_at[p], unit_at[q], p // slots, q // slots
+    i, j, k, m, r, t = node_at[p], node_at[q], unit_at[p], unit_at[q], rank_at[p], rank_at[q]
     d = load[p] - load[q]
     gain = slopes[2] * (_power(y[r]) + _power(y[t]) - _power(y[r] - d * even) - _power(y[t] + d * even))
     if k != m:
@@ -128,12 +109,13 @@ def _gain(p: Any, q: Any, slots: Any, items: Any, at: Any, state: Any, slopes: A
 
 
 @kernel
-def _scan(who: Any, items: Any, at: Any, figures: Any, state: Any, slopes: Any, limits: Any) -> Any:
+def _scan(flat: Any, items: Any, at: Any, figures: Any, state: Any, slopes: Any, limits: Any) -> Any:
     """For each hot position the partner whose exchange gains most a moved slot -> partner [P], gain a slot [P].
 
     0 where none pays, or far less than the best exchange of all. figures: of units, nodes and ranks by position [P].
     """
-    load, hot = items[0], at[2]
+    load, _, fixed, had = items
+    node_at, _, rank_at, hot = at[:4]
     loads, flows, arrivals = figures
     stay, room, least = limits
     count = load.shape[0]
@@ -142,34 +124,39 @@ def _scan(who: Any, items: Any, at: Any, figures: Any, state: Any, slopes: Any, 
         if not hot[p]:
             continue
         _gains(p, load, at, loads, flows, arrivals, slopes, gains)
+        a, r, bar = flat[p], rank_at[p], NEAR * top
+        floor = max(bar, least)  # in a register: most partners end at it
         for q in range(count):
-            bar = max(rates[p], NEAR * top)
-            if gains[q] <= max(bar, least):
+            if gains[q] <= floor:
                 continue
-            new = _new(p, q, who, items, at[0])
-            if new == BARRED or new > room or gains[q] <= max(stay * new, bar * max(new, 1)):
+            b, t = flat[q], rank_at[q]
+            new = int(had[a, r]) + int(had[b, t]) - int(had[a, t]) - int(had[b, r])
+            if new > room or gains[q] <= max(stay * new, bar * new):
                 continue
-            gain = _gain(p, q, who.shape[1], items, at, state, slopes)
-            if gain > max(stay * new, least, bar * max(new, 1)):
-                partner[p], rates[p] = q, gain / max(new, 1)
+            if _barred(p, q, flat, rank_at, node_at, fixed):
+                continue
+            gain = _gain(p, q, items, at, state, slopes)
+            if gain > max(stay * new, floor, bar * new):
+                partner[p], bar = q, gain / max(new, 1)
+                floor, rates[p] = max(bar, least), bar
         top = max(top, rates[p])
     return partner, rates
 
 
 @kernel
-def _best_wide(who: Any, items: Any, at: Any, whole: Any, state: Any, costs: Any, limits: Any) -> Any:
+def _best_wide(flat: Any, items: Any, at: Any, whole: Any, state: Any, costs: Any, limits: Any) -> Any:
     """The position p whose expert best goes everywhere in place of expert c, which comes to p; and slots filled anew.
 
     Few come into question, so they are judged by the maxima themselves: the norm's slope sees little of a large fall.
     limits: price of a move, moves that are left, least gain, and the gain a slot that is to be surpassed.
     """
     load, bits, fixed, had = items
-    node_at, unit_at, hot, absent, alone = at
+    node_at, unit_at, rank_at, hot, absent, alone = at
     everywhere, total, marks, source = whole
     x, v, y, inv, even, price, leave, _ = state
     compute, traffic, inside = costs
     stay, room, least, rate = limits
-    slots, best, flat = who.shape[1], (-1, -1, 0), who.ravel()
+    best = -1, -1, 0
     busiest, fullest, crowded = x.max(), v.max(), y.max()
     for c in range(total.shape[0]):
         if not everywhere[c]:
@@ -182,18 +169,18 @@ def _best_wide(who: Any, items: Any, at: Any, whole: Any, state: Any, costs: Any
             k, d = unit_at[p], total[a] - total[c]
             most = compute * d * inv[k] if x[k] == busiest else 0.0  # only what falls at the top is a gain
             most += traffic * leave[p] * price[i] if v[i] == fullest else 0.0
-            most += inside * d * even if y[p // slots] == crowded else 0.0
+            most += inside * d * even if y[rank_at[p]] == crowded else 0.0
             if most <= max(least, rate):
                 continue
             x2, v2, y2 = x.copy(), v.copy(), y.copy()
-            new = _anew(c, p // slots, had) - _anew(a, p // slots, had)
+            new = int(had[a, rank_at[p]]) - int(had[c, rank_at[p]])
             x2[k] -= d * inv[k]
-            y2[p // slots] -= d * even
+            y2[rank_at[p]] -= d * even
             for s in places:
                 part = d * source[node_at[s]]
-                new += _anew(a, s // slots, had) - _anew(c, s // slots, had)
+                new += int(had[c, rank_at[s]]) - int(had[a, rank_at[s]])
                 x2[unit_at[s]] += part * inv[unit_at[s]]
-                y2[s // slots] += part * even
+                y2[rank_at[s]] += part * even
             enters = common(marks[c], absent[i]) + common3(marks[c], bits[p], alone[i])
             v2[i] += (enters - leave[p]) * price[i]
             gain = compute * (busiest - x2.max()) + traffic * (fullest - v2.max()) + inside * (crowded - y2.max())
@@ -203,13 +190,11 @@ def _best_wide(who: Any, items: Any, at: Any, whole: Any, state: Any, costs: Any
 
 
 @kernel
-def _exchange(p: Any, q: Any, who: Any, items: Any, node_at: Any, gains: Any) -> None:
+def _exchange(p: Any, q: Any, flat: Any, items: Any, node_at: Any, gains: Any) -> None:
     """Let two positions change experts; gains of nodes that neither is on move with them."""
     load, bits, fixed, _ = items
     leave, enter = gains
-    slots = who.shape[1]
-    r, s, t, u = p // slots, p % slots, q // slots, q % slots
-    who[r, s], who[t, u] = who[t, u], who[r, s]
+    flat[p], flat[q] = flat[q], flat[p]
     load[p], load[q] = load[q], load[p]
     fixed[p], fixed[q] = fixed[q], fixed[p]
     for w in range(bits.shape[1]):
@@ -221,18 +206,17 @@ def _exchange(p: Any, q: Any, who: Any, items: Any, node_at: Any, gains: Any) ->
 
 
 @kernel
-def _exchange_wide(p: Any, c: Any, who: Any, items: Any, at: Any, whole: Any, enter: Any) -> None:
+def _exchange_wide(p: Any, c: Any, flat: Any, items: Any, at: Any, whole: Any, enter: Any) -> None:
     """Put the expert of position p everywhere in place of expert c, which comes to p."""
     load, bits = items[:2]
-    node_at, absent = at[0], at[3]
+    node_at, absent = at[0], at[4]
     everywhere, total, marks, source = whole
-    slots = who.shape[1]
-    a = who[p // slots, p % slots]
+    a = flat[p]
     everywhere[a], everywhere[c] = True, False
     for s in range(load.shape[0]):
-        if who[s // slots, s % slots] == c:
-            who[s // slots, s % slots], load[s] = a, total[a] * source[node_at[s]]
-    who[p // slots, p % slots], load[p], bits[p] = c, total[c], marks[c]
+        if flat[s] == c:
+            flat[s], load[s] = a, total[a] * source[node_at[s]]
+    flat[p], load[p], bits[p] = c, total[c], marks[c]
     for n in range(enter.shape[0]):
         enter[n, p] = common(marks[c], absent[n])
 
@@ -245,11 +229,12 @@ def relieve(who: Any, items: Any, whole: Any, where: Any, costs: Any, limits: An
         who: [R, S] expert of each slot, -1 empty, -2 no slot.
         items: load [P] tokens that each position computes, per token; bits [P, B] sampled tokens that visit the
             position's node for it, none of what is everywhere; fixed [P] replicas that stay on their node;
-            had [E, R] what was there before: an expert on a rank that had it is no move.
+            had [E + 1, R] what was there before: an expert on a rank that had it is no move; the last row, for empty
+            slots, True.
         whole: everywhere [E] experts with one replica on each node and no other; load [E], bits [E, B] of each expert;
             source [N] share of tokens that start on each node.
         where: node_of [R], unit_of [R], target [U] load that each unit should have, price [N] of a token's visit.
-        costs: compute, traffic, inside: what the maxima of units, nodes and ranks cost when all is even.
+        costs: compute, inside: what the maxima of units and ranks cost when all is even; of nodes: their visits.
         limits: price of a move, moves that are left, least gain of an exchange (positive).
 
     Returns:
@@ -258,14 +243,15 @@ def relieve(who: Any, items: Any, whole: Any, where: Any, costs: Any, limits: An
     node_of, unit_of, target, price = where
     load, bits = items[:2]
     stay, left, least = limits
-    nodes, count, slots = price.shape[0], load.shape[0], who.shape[1]
-    rank_at = np.arange(count) // slots
+    nodes, count, flat = price.shape[0], load.shape[0], who.ravel()
+    rank_at = np.arange(count) // who.shape[1]
     node_at, unit_at = node_of[rank_at], unit_of[rank_at]
     inv, even, v = 1.0 / target, who.shape[0] / max(load.sum(), 1e-300), np.zeros(nodes)
     tokens = np.zeros((nodes, bits.shape[1]), np.uint64), np.zeros((nodes, bits.shape[1]), np.uint64)
     gains = np.zeros(count), np.zeros((nodes, count))
     for n in range(nodes):
         v[n] = _refresh(n, node_at, bits, tokens, gains) * price[n]
+    costs = costs[0], v.sum(), costs[1]
     scale = v.sum() / nodes if v.sum() > 0 else 1.0
     v /= scale
     price = price / scale
@@ -278,17 +264,17 @@ def relieve(who: Any, items: Any, whole: Any, where: Any, costs: Any, limits: An
         hot = (node_at == np.argmax(v)) | ((rank_at == np.argmax(y)) & (costs[2] > 0))
         for h in range(min(HOTTEST, order.shape[0])):
             hot |= unit_at == order[h]
-        at = node_at, unit_at, hot, tokens[0], tokens[1]
+        at = node_at, unit_at, rank_at, hot, tokens[0], tokens[1]
         loads = x[unit_at], inv[unit_at], _power(x)[unit_at]
         flows = v[node_at], price[node_at], _power(v)[node_at], gains[0], gains[1]
         figures = loads, flows, (y[rank_at], even, _power(y)[rank_at])
         state = x, v, y, inv, even, price, gains[0], gains[1]
-        partner, rates = _scan(who, items, at, figures, state, slopes, (stay, left - moved, least))
+        partner, rates = _scan(flat, items, at, figures, state, slopes, (stay, left - moved, least))
         top = rates.max()
-        wide, c, new = _best_wide(who, items, at, whole, state, costs, (stay, left - moved, least, top))
+        wide, c, new = _best_wide(flat, items, at, whole, state, costs, (stay, left - moved, least, top))
         if wide >= 0:
             i = node_at[wide]
-            _exchange_wide(wide, c, who, items, at, whole, gains[1])
+            _exchange_wide(wide, c, flat, items, at, whole, gains[1])
             v[i] = _refresh(i, node_at, bits, tokens, gains) * price[i]
             moved += new
             continue
@@ -298,11 +284,12 @@ def relieve(who: Any, items: Any, whole: Any, where: Any, costs: Any, limits: An
             q = partner[p]
             if rates[p] < NEAR * top:
                 break
-            new = _new(p, q, who, items, node_at)
-            if new == BARRED or moved + new > left:
+            a, b, r, t, had = flat[p], flat[q], rank_at[p], rank_at[q], items[3]
+            new = int(had[a, r]) + int(had[b, t]) - int(had[a, t]) - int(had[b, r])  # below 0: moves taken back
+            if moved + new > left or _barred(p, q, flat, rank_at, node_at, items[2]):
                 continue
             slopes = _slope(costs[0], x), _slope(costs[1], v), _slope(costs[2], y)
-            gain = _gain(p, q, slots, items, at, state, slopes)
+            gain = _gain(p, q, items, at, state, slopes)
             if gain <= max(stay * new, least, NEAR * top * max(new, 1)):
                 continue
             i, j, k, m, d = node_at[p], node_at[q], unit_at[p], unit_at[q], load[p] - load[q]
@@ -310,7 +297,7 @@ def relieve(who: Any, items: Any, whole: Any, where: Any, costs: Any, limits: An
             x[m] += d * inv[m]
             y[rank_at[p]] -= d * even
             y[rank_at[q]] += d * even
-            _exchange(p, q, who, items, node_at, gains)
+            _exchange(p, q, flat, items, node_at, gains)
             moved += new
             if i != j:
                 v[i] = _refresh(i, node_at, bits, tokens, gains) * price[i]

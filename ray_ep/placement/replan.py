@@ -29,7 +29,7 @@ RELIEF = 0.05
 """The same of exchanges that relieve the busiest rank."""
 POOR = 0.4
 """A placement is poor when improving it would move more than this share of the slots: it is also planned anew."""
-POOR_GAIN = {"node": 0.12, "rank": 0.2}
+POOR_GAIN = {"node": 0.12, "rank": 0.25}
 """Nor does a placement that was planned gain this share of a layer's time by the few moves that are allowed."""
 ANEW = 0.05
 """What planning anew must gain for every slot that it moves beyond, as a share of a layer's time for all of them."""
@@ -228,7 +228,8 @@ def layer_seconds(problem: Problem, traffic: Traffic, slots: Ints, shares: Float
     groups = problem.links.node_of
     sources = max(1, ranks // CROWD)
     part, to_rank, to_node = simulate(traffic.sets, held[:-1], weight[:-1], groups, int(groups.max()) + 1, sources)
-    load = (traffic.load[:, None] * part).sum(0) * ranks * problem.costs.tokens_per_rank  # no BLAS: its threads disturb
+    load = np.einsum("e,er->r", traffic.load, part)  # no BLAS: its threads disturb
+    load = load * ranks * problem.costs.tokens_per_rank
     unit = problem.unit_of
     compute = (np.bincount(unit, load) / np.bincount(unit, problem.speed)).max() * problem.costs.expert_seconds
     if problem.prices.visit_seconds == 0:
