@@ -15,15 +15,15 @@ from ray_ep.placement.compiled import kernel
 
 @kernel
 def _draw(hosts: Any, weight: Any, node_of: Any, node: Any, turn: Any) -> Any:
-    """One of `hosts` (those on `node`, or all when node < 0) in proportion to weight; turn in [0, 1)."""
+    """One of `hosts` on `node` in proportion to weight; turn in [0, 1)."""
     total, count = 0.0, 0
     for h in hosts:
-        if node < 0 or node_of[h] == node:
+        if node_of[h] == node:
             total += weight[h]
             count += 1
     at, last = turn * (total if total > 0 else float(count)), -1
     for h in hosts:
-        if node < 0 or node_of[h] == node:
+        if node_of[h] == node:
             last = h
             at -= weight[h] if total > 0 else 1.0
             if at < 0:
@@ -67,7 +67,7 @@ def simulate(  # noqa: C901 (one pass over its loops)
     experts, ranks = held.shape
     part = np.zeros((experts, ranks))
     start = np.zeros(experts + 1, np.int64)
-    member = np.empty(held.sum(), np.int64)
+    member, below = np.empty(held.sum(), np.int64), np.empty(held.sum())  # below: a host's share, and of those before
     on, last = np.zeros((experts, nodes), np.int64), np.zeros((experts, nodes), np.int64)
     members = np.zeros(nodes)
     for r in range(ranks):
@@ -81,9 +81,10 @@ def simulate(  # noqa: C901 (one pass over its loops)
                 on[e, node_of[r]] += 1
                 last[e, node_of[r]] = r
         start[e + 1] = at
+    at = 0
     for e in range(experts):
         hosts = member[start[e] : start[e + 1]]
-        away, total = 0.0, 0.0
+        away, total, ahead = 0.0, 0.0, 0.0
         near = np.zeros(nodes)
         for n in range(nodes):
             if on[e, n] == 0:
@@ -96,6 +97,10 @@ def simulate(  # noqa: C901 (one pass over its loops)
             mine = weight[e, h] / near[n] if near[n] > 0 else 1.0 / on[e, n]
             all_ = weight[e, h] / total if total > 0 else 1.0 / hosts.shape[0]
             part[e, h] = (1.0 + (members[n] - on[e, n]) * mine + away * all_) / ranks
+            ahead += all_
+            below[at] = ahead
+            at += 1
+        below[at - 1] = np.inf
     only = np.full((experts, nodes), -1, np.int64)  # where a node's tokens go if one rank comes into question
     for e in range(experts):
         for n in range(nodes):
@@ -108,15 +113,21 @@ def simulate(  # noqa: C901 (one pass over its loops)
     golden = 0.6180339887498949
     for run in range(sample.shape[0] * sources):
         t, s = run // sources, (run // sources + run % sources * ranks // sources) % ranks
-        home = node_of[s]
+        home, moment = node_of[s], run // ranks * golden
         tokens[s] += 1.0
         for k in range(sample.shape[1]):
             e = sample[t, k]
             r = s if held[e, s] else only[e, home]
             if r < 0:
-                turn = run // ranks * golden + e * 0.7548776662466927
-                node = home if on[e, home] else -1
-                r = _draw(member[start[e] : start[e + 1]], weight[e], node_of, node, turn - np.floor(turn))
+                turn = moment + e * 0.7548776662466927
+                turn -= np.floor(turn)
+                if on[e, home]:
+                    r = _draw(member[start[e] : start[e + 1]], weight[e], node_of, home, turn)
+                else:
+                    i = start[e]
+                    while below[i] <= turn:
+                        i += 1
+                    r = member[i]
             n = node_of[r]  # counted without branches, which nobody could foretell
             to_rank[s, r] += 1.0 * (seen[r] != run)
             to_node[s, n] += 1.0 * (seen_node[n] != run)
