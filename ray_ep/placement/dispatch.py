@@ -50,28 +50,20 @@ def _smooth(to_rank: Any, to_node: Any, node_of: Any, members: Any) -> None:
 
 
 @kernel
-def simulate(  # noqa: C901 (one pass over its loops)
-    sample: Any, held: Any, weight: Any, node_of: Any, nodes: int, sources: int
-) -> Any:
-    """Dispatch sampled tokens, spread evenly over source ranks.
-
-    Args:
-        sample: [T, K]; held: [E, R] bool; weight: [E, R] share of each replica; node_of: [R] numbers 0 to N - 1.
-        sources: ranks that each sampled token starts from, at most R; the more, the less noise.
+def _hosts(held: Any, weight: Any, node_of: Any, members: Any) -> Any:
+    """Who computes each expert's tokens; members: [N] ranks of each node.
 
     Returns:
-        part: [E, R] share of the expert's tokens that a rank computes, exact for even sources.
-        to_rank: [R, R] copies to each other rank, per token of the source rank (row), counted on the sample.
-        to_node: [R, N] the same to other nodes, a node once.
+        part: as of `simulate`. member [M], start [E + 1]: expert e's hosts are member[start[e] : start[e + 1]].
+        below: [M] a host's share of tokens that may go to any host, and of those before it. on: [E, N] hosts there.
+        only: [E, N] where a node's tokens go if one rank comes into question, else -1.
     """
     experts, ranks = held.shape
+    nodes = members.shape[0]
     part = np.zeros((experts, ranks))
     start = np.zeros(experts + 1, np.int64)
-    member, below = np.empty(held.sum(), np.int64), np.empty(held.sum())  # below: a host's share, and of those before
-    on, last = np.zeros((experts, nodes), np.int64), np.zeros((experts, nodes), np.int64)
-    members = np.zeros(nodes)
-    for r in range(ranks):
-        members[node_of[r]] += 1.0
+    member, below = np.empty(held.sum(), np.int64), np.empty(held.sum())
+    on, only = np.zeros((experts, nodes), np.int64), np.full((experts, nodes), -1, np.int64)
     at = 0
     for e in range(experts):
         for r in range(ranks):
@@ -79,7 +71,7 @@ def simulate(  # noqa: C901 (one pass over its loops)
                 member[at] = r
                 at += 1
                 on[e, node_of[r]] += 1
-                last[e, node_of[r]] = r
+                only[e, node_of[r]] = r
         start[e + 1] = at
     at = 0
     for e in range(experts):
@@ -89,6 +81,9 @@ def simulate(  # noqa: C901 (one pass over its loops)
         for n in range(nodes):
             if on[e, n] == 0:
                 away += members[n]
+                only[e, n] = hosts[0] if len(hosts) == 1 else -1
+            elif on[e, n] > 1:
+                only[e, n] = -1
         for h in hosts:
             total += weight[e, h]
             near[node_of[h]] += weight[e, h]
@@ -101,13 +96,27 @@ def simulate(  # noqa: C901 (one pass over its loops)
             below[at] = ahead
             at += 1
         below[at - 1] = np.inf
-    only = np.full((experts, nodes), -1, np.int64)  # where a node's tokens go if one rank comes into question
-    for e in range(experts):
-        for n in range(nodes):
-            if on[e, n] == 1:
-                only[e, n] = last[e, n]
-            elif on[e, n] == 0 and start[e + 1] - start[e] == 1:
-                only[e, n] = member[start[e]]
+    return part, member, start, below, on, only
+
+
+@kernel
+def simulate(sample: Any, held: Any, weight: Any, node_of: Any, nodes: int, sources: int) -> Any:
+    """Dispatch sampled tokens, spread evenly over source ranks.
+
+    Args:
+        sample: [T, K]; held: [E, R] bool; weight: [E, R] share of each replica; node_of: [R] numbers 0 to N - 1.
+        sources: ranks that each sampled token starts from, at most R; the more, the less noise.
+
+    Returns:
+        part: [E, R] share of the expert's tokens that a rank computes, exact for even sources.
+        to_rank: [R, R] copies to each other rank, per token of the source rank (row), counted on the sample.
+        to_node: [R, N] the same to other nodes, a node once.
+    """
+    ranks = held.shape[1]
+    members = np.zeros(nodes)
+    for r in range(ranks):
+        members[node_of[r]] += 1.0
+    part, member, start, below, on, only = _hosts(held, weight, node_of, members)
     to_rank, to_node = np.zeros((ranks, ranks)), np.zeros((ranks, nodes))
     seen, seen_node, tokens = np.full(ranks, -1), np.full(nodes, -1), np.zeros(ranks)
     golden = 0.6180339887498949
