@@ -226,7 +226,7 @@ def relieve(who: Any, items: Any, whole: Any, where: Any, costs: Any, limits: An
     """Exchange slots while that pays. `who`, `items` and who is `everywhere` in place.
 
     Args:
-        who: [R, S] expert of each slot, -1 empty, -2 no slot.
+        who: [R, S] expert of each slot, -1 empty, -2 no slot; contiguous.
         items: load [P] tokens that each position computes, per token; bits [P, B] sampled tokens that visit the
             position's node for it, none of what is everywhere; fixed [P] replicas that stay on their node;
             had [E + 1, R] what was there before: an expert on a rank that had it is no move; the last row, for empty
