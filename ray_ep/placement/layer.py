@@ -29,7 +29,7 @@ RISK = 0.04
 NODE_RISK = {"node": 0.12, "rank": 0.04}
 """Of that, what counts between nodes, where it is at odds with traffic: tokens of a topic want few nodes."""
 FLOW = 8.0
-"""How much dearer the next visit is on a node with the usual traffic, where it has its whole price, than on one without;
+"""How much dearer a visit is to a node with the usual traffic, where it has its whole price, than to one without,
 as a share of the latter. Sums of visits hide the busiest node, for which a step waits."""
 RANK_MOVE = {"node": 80.0, "rank": 40.0}
 """Moves between ranks of a node against those between nodes: evening out ranks that are near the mean gains nothing."""
