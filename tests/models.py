@@ -104,11 +104,19 @@ def parallel_pass(model, ids, group, placement, shards, before=None, node_of=Non
 def assert_equals(results, model, ids, tolerance=1e-5):
     """All ranks' `parallel_pass` together give plain transformers' loss, logits and every gradient."""
     loss, logits, grads = reference(model, ids)
-    assert (torch.cat([r[2] for r in results if len(r[2])]) - logits).abs().max() <= tolerance
+    assert logits_differ(torch.cat([r[2] for r in results if len(r[2])]), logits) <= tolerance
     for _, total, _, got in results:
         assert abs(total - loss) <= tolerance
         for n, g in grads.items():
             assert (got[n] - (g if g is not None else 0)).abs().max() <= tolerance, n
+
+
+def logits_differ(got, logits):
+    """Largest difference, relative to the largest logit where that is above 1.
+
+    Those of granitemoe reach 6.6: there plain transformers itself is 1.9e-5 from float64 on processors with AMX.
+    """
+    return (got - logits).abs().max() / max(1.0, logits.abs().max())
 
 
 def gather_gradients(model, group):
