@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ray_ep.errors import PlacementError
-from ray_ep.placement.dispatch import simulate
+from ray_ep.placement.dispatch import deal, simulate
 from ray_ep.placement.groups import groups_of
 from ray_ep.placement.link_time import busiest
 from ray_ep.placement.migration import held, moves
@@ -205,7 +205,8 @@ def dispatch_layer(
     np.add.at(weight, (slots, ranks), share)
     nodes = int(node_of.max()) + 1
     sources = int(np.clip(DRAWS // max(len(sample), 1), 1, placement.num_ranks))
-    part, to_rank, to_node = simulate(sample, held(placement, layer), weight[:-1], node_of, nodes, sources)
+    dealt = deal(sample, placement.num_experts, placement.num_ranks, sources)
+    part, to_rank, to_node = simulate(dealt, held(placement, layer), weight[:-1], node_of, nodes)
     return part, (to_rank, to_node)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ray_ep.placement import packing, relief, search, small, swaps
+from ray_ep.placement.dispatch import deal
 from ray_ep.placement.forecast import expected_load
 from ray_ep.placement.placement import Floats, Ints
 from ray_ep.placement.problem import STIFF, Problem
@@ -35,6 +36,8 @@ RANK_MOVE = {"node": 80.0, "rank": 40.0}
 """Moves between ranks of a node against those between nodes: evening out ranks that are near the mean gains nothing."""
 STARTS = 2
 SWEEPS = 20
+CROWD = 64
+"""Ranks for which each sampled token starts once more: with few a rank, the busiest would look busier than it is."""
 COARSE = 32
 """Words of 64 sampled tokens from which on a fresh search begins with half of them."""
 WARM_SWEEPS = 3
@@ -51,25 +54,28 @@ class Traffic:
     Args:
         load: [E] tokens of each expert, per token, as they are expected to be. bits: [E, B] sampled tokens that chose
             each expert.
-        sets: [T, K] the sampled tokens. risk: [E, E] covariance of choices. tokens: how many were counted.
+        sets: [T, K] the sampled tokens. dealt: the same by source rank, of `dispatch.deal`. risk: [E, E] covariance of
+            choices. tokens: how many were counted.
     """
 
     load: Floats
     bits: npt.NDArray[np.uint64]
     sets: Ints
+    dealt: tuple[npt.NDArray[np.uint64], Floats, Ints]
     risk: Floats
     tokens: float
 
     @staticmethod
-    def of(load: Floats, sets: Ints) -> Traffic:
-        """From counts [E] and sampled sets [T, K]."""
+    def of(load: Floats, sets: Ints, ranks: int) -> Traffic:
+        """From counts [E] and sampled sets [T, K], of tokens that start on that many ranks."""
         counts = np.asarray(load, np.float64)
         total = counts.sum()
         share = counts / total if total > 0 else np.full(len(counts), 1 / len(counts))
         share = share * sets.shape[1]
         bits = search.token_bits(sets, len(counts))
         cov = search.covariance(sets, share)
-        return Traffic(expected_load(share, sets, cov), bits, sets, RISK * cov, total / max(sets.shape[1], 1))
+        dealt = deal(sets, len(counts), ranks, max(1, ranks // CROWD))
+        return Traffic(expected_load(share, sets, cov), bits, sets, dealt, RISK * cov, total / max(sets.shape[1], 1))
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from ray_ep.errors import PlacementError
 from ray_ep.placement import by_time, packing, relief, small, survive, swaps
 from ray_ep.placement.baselines import contiguous
 from ray_ep.placement.cost import StepCosts, check_fit, predict, token_sets
-from ray_ep.placement.dispatch import simulate
+from ray_ep.placement.dispatch import deal, simulate
 from ray_ep.placement.layer import Traffic
 from ray_ep.placement.link_time import busiest
 from ray_ep.placement.placement import Ints, Placement
@@ -81,7 +81,7 @@ def plan(
     plain = contiguous(layers, experts, problem.ranks, problem.room.tolist()) if current is None else None
 
     def one(i: int) -> tuple[Change, bool]:
-        traffic = Traffic.of(np.asarray(statistics.load[i], np.float64), sets[i])
+        traffic = Traffic.of(np.asarray(statistics.load[i], np.float64), sets[i], problem.ranks)
         now = None if start is None else _fitted(start[i], problem)
         if now is not None:
             return best_change(problem, traffic, now, seed), False
@@ -145,7 +145,7 @@ def _secured(
         slots[i], shares[i] = survive.secured(slots[i], load, problem.room, topology.node_of, nodes)
         if current is None or kept is None or not kept[i] or current.slots.shape[2] != slots.shape[2]:
             continue
-        traffic = Traffic.of(load, sets[i])
+        traffic = Traffic.of(load, sets[i], problem.ranks)
         was = layer_seconds(problem, traffic, current.slots[i], None if current.shares is None else current.shares[i])
         if was - layer_seconds(problem, traffic, slots[i], shares[i]) < WORTH * was:  # safety takes the gain back
             slots[i] = current.slots[i]
@@ -242,7 +242,7 @@ def warm() -> None:
 
 
 KERNELS = (
-    packing.spread, packing.unit_risk, swaps.improve_grouping, relief.relieve, small.refine, by_time.descend, simulate,
-    busiest,
+    packing.spread, packing.unit_risk, swaps.improve_grouping, relief.relieve, small.refine, by_time.descend, deal,
+    simulate, busiest,
 )  # fmt: skip
 """What `warm` compiles; a test checks that no plan compiles another."""

@@ -42,8 +42,6 @@ UNEVEN = 1.05
 """Mean prices of nodes further apart than this are taken for different links, not for noise of the probe."""
 MANY = 2
 """Slots an expert from which on the spare ones may do more as replicas that even out ranks than on every node."""
-CROWD = 64
-"""Ranks for which each sampled token starts once more: with few a rank, the busiest would look busier than it is."""
 SETTLE = 4
 """Most rounds in which a fresh plan is improved as if it were the current one."""
 ROUNDS = 7
@@ -226,8 +224,7 @@ def layer_seconds(problem: Problem, traffic: Traffic, slots: Ints, shares: Float
     if shares is not None:
         weight[slots, np.arange(ranks)[:, None]] = shares
     groups = problem.links.node_of
-    sources = max(1, ranks // CROWD)
-    part, to_rank, to_node = simulate(traffic.sets, held[:-1], weight[:-1], groups, int(groups.max()) + 1, sources)
+    part, to_rank, to_node = simulate(traffic.dealt, held[:-1], weight[:-1], groups, int(groups.max()) + 1)
     load = np.einsum("e,er->r", traffic.load, part)  # no BLAS: its threads disturb
     load = load * ranks * problem.costs.tokens_per_rank
     unit = problem.unit_of

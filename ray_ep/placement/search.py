@@ -27,7 +27,7 @@ _H, _S1, _S2, _S4, _S56 = (
 
 
 @kernel
-def _ones(x: Any) -> Any:
+def ones(x: Any) -> Any:
     """Bits set in a word; LLVM turns this into its population count."""
     x = x - ((x >> _S1) & _M1)
     x = (x & _M2) + ((x >> _S2) & _M2)
@@ -40,7 +40,7 @@ def common(a: Any, b: Any) -> Any:
     """Tokens in both sets [B]."""
     total = np.uint64(0)
     for w in range(a.shape[0]):
-        total += _ones(a[w] & b[w])
+        total += ones(a[w] & b[w])
     return np.int64(total)
 
 
@@ -49,7 +49,7 @@ def common3(a: Any, b: Any, c: Any) -> Any:
     """Tokens in all three sets [B]."""
     total = np.uint64(0)
     for w in range(a.shape[0]):
-        total += _ones(a[w] & b[w] & c[w])
+        total += ones(a[w] & b[w] & c[w])
     return np.int64(total)
 
 
@@ -130,7 +130,7 @@ def visits_of(bits: Any, place: Any, nodes: int) -> Any:
             for e in range(place.shape[0]):
                 if place[e] == n:
                     here |= bits[e, w]
-            out[n] += np.float64(_ones(here))
+            out[n] += np.float64(ones(here))
     return out
 
 

@@ -40,7 +40,7 @@ def statistics(experts, top_k=2, layers=2, tokens=1500, seed=0):
 
 def layer_of(stats, topology, costs=COSTS, level="rank"):
     problem = Problem.of(topology, stats.load.shape[1], stats.sample.shape[2], None, level, 1000, costs)
-    return problem, Traffic.of(stats.load[0].astype(float), stats.sample[0].astype(np.int64))
+    return problem, Traffic.of(stats.load[0].astype(float), stats.sample[0].astype(np.int64), problem.ranks)
 
 
 @pytest.mark.parametrize("two_level", [False, True, None])

@@ -19,7 +19,7 @@ from ray_ep.placement import (
     swaps,
 )
 from ray_ep.placement import search as kernels
-from ray_ep.placement.dispatch import simulate
+from ray_ep.placement.dispatch import deal, simulate
 from ray_ep.placement.forecast import DRIFT, expected_load
 
 
@@ -86,9 +86,8 @@ def test_simulated_dispatch_splits_as_the_routes_of_the_placement(case):
     placement, node_of, sets = case
     ranks, experts = placement.num_ranks, placement.num_experts
     held = np.array([[r in placement.ranks_of(0, e) for r in range(ranks)] for e in range(experts)])
-    part, to_rank, to_node = simulate(
-        sets.astype(np.int64), held, held.astype(float), node_of, int(node_of.max()) + 1, ranks
-    )
+    dealt = deal(sets.astype(np.int64), experts, ranks, ranks)
+    part, to_rank, to_node = simulate(dealt, held, held.astype(float), node_of, int(node_of.max()) + 1)
     expected = np.zeros((experts, ranks))
     for source in range(ranks):
         for e, row in enumerate(placement.routes(0, source, node_of)):
