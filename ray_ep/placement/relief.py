@@ -59,23 +59,43 @@ def _slope(cost: Any, x: Any) -> Any:
 
 
 @kernel
-def _gains(p: Any, load: Any, at: Any, loads: Any, flows: Any, arrivals: Any, slopes: Any, out: Any) -> None:
-    """Gain of each exchange of position p -> out [P], in a loop that is vectorised. Upper bounds, see _best."""
-    node_at, unit_at = at[:2]
-    x, inv, x16 = loads
-    v, price, v16, leave, enter = flows
-    y, even, y16 = arrivals
+def _gains(p: Any, load: Any, fixed: Any, at: Any, figures: Any, slopes: Any, floor: Any, out: Any) -> Any:
+    """Gain of each exchange of position p -> out [P], which holds what p brings to the node of each position.
+
+    In loops that are vectorised. Upper bounds, see _gain; 0 where a replica would leave its node.
+
+    Returns:
+        how many are above floor.
+    """
+    node_at, unit_at = at
+    (x, inv, x16), (v, price, v16, leave, enter), (y, even, y16) = figures
     wx, wv, wy = slopes
-    i, k = node_at[p], unit_at[p]
-    enter_i, joins = enter[i], enter[:, p]
-    for q in range(load.shape[0]):
-        out[q] = joins[node_at[q]]
+    i, k, enter_i, none, found = node_at[p], unit_at[p], enter[node_at[p]], np.float32(0), 0
     for q in range(load.shape[0]):
         d, fi, fj = load[p] - load[q], leave[p] - enter_i[q], out[q] - leave[q]
         balance = x16[p] + x16[q] - _power(x[p] - d * inv[p]) - _power(x[q] + d * inv[q])
         flow = v16[p] + v16[q] - _power(v[p] - fi * price[p]) - _power(v[q] + fj * price[q])
         arrive = y16[p] + y16[q] - _power(y[p] - d * even) - _power(y[q] + d * even)
-        out[q] = (wx if unit_at[q] != k else 0.0) * balance + (wv if node_at[q] != i else 0.0) * flow + wy * arrive
+        gain = (wx if unit_at[q] != k else none) * balance + (wv if node_at[q] != i else none) * flow + wy * arrive
+        out[q] = none if (node_at[q] != i) & (fixed[p] | fixed[q]) else gain
+    for q in range(load.shape[0]):
+        found += out[q] > floor
+    return found
+
+
+@kernel
+def _figures(load: Any, at: Any, state: Any, slopes: Any) -> Any:
+    """What _gains looks at, by position [P] and in float32, with slopes for it: maxima are 1, or x^16 might overflow."""
+    node_at, unit_at, rank_at = at
+    x, v, y, inv, even, price, leave, enter = state
+    top = max(x.max(), 1e-300), max(v.max(), 1e-300), max(y.max(), 1e-300)
+    single = np.float32
+    x1, v1, y1 = (x / top[0])[unit_at], (v / top[1])[node_at], (y / top[2])[rank_at]
+    loads = x1.astype(single), (inv / top[0])[unit_at].astype(single), _power(x1).astype(single)
+    flows = v1.astype(single), (price / top[1])[node_at].astype(single), _power(v1).astype(single), leave, enter
+    arrivals = y1.astype(single), single(even / top[2]), _power(y1).astype(single)
+    wx, wv, wy = slopes[0] * _power(top[0]), slopes[1] * _power(top[1]), slopes[2] * _power(top[2])
+    return load.astype(single), (loads, flows, arrivals), (single(wx), single(wv), single(wy))
 
 
 @kernel
@@ -109,23 +129,28 @@ def _gain(p: Any, q: Any, items: Any, at: Any, state: Any, slopes: Any) -> Any:
 
 
 @kernel
-def _scan(flat: Any, items: Any, at: Any, figures: Any, state: Any, slopes: Any, limits: Any) -> Any:
+def _scan(flat: Any, items: Any, at: Any, runs: Any, state: Any, slopes: Any, limits: Any) -> Any:
     """For each hot position the partner whose exchange gains most a moved slot -> partner [P], gain a slot [P].
 
-    0 where none pays, or far less than the best exchange of all. figures: of units, nodes and ranks by position [P].
+    0 where none pays, or far less than the best exchange of all. runs: positions next to each other on one node start
+    there, and P.
     """
     load, _, fixed, had = items
-    node_at, _, rank_at, hot = at[:4]
-    loads, flows, arrivals = figures
+    node_at, unit_at, rank_at, hot = at[:4]
     stay, room, least = limits
     count = load.shape[0]
-    partner, rates, gains, top = np.zeros(count, np.int64), np.zeros(count), np.empty(count), 0.0
+    partner, rates, top = np.zeros(count, np.int64), np.zeros(count), 0.0
+    rough, figures, steps = _figures(load, (node_at, unit_at, rank_at), state, slopes)
+    gains, enter = np.empty(count, np.float32), state[7]
     for p in range(count):
         if not hot[p]:
             continue
-        _gains(p, load, at, loads, flows, arrivals, slopes, gains)
         a, r, bar = flat[p], rank_at[p], NEAR * top
         floor = max(bar, least)  # in a register: most partners end at it
+        for s in range(runs.shape[0] - 1):
+            gains[runs[s] : runs[s + 1]] = enter[node_at[runs[s]], p]
+        if _gains(p, rough, fixed, (node_at, unit_at), figures, steps, np.float32(floor), gains) == 0:
+            continue
         for q in range(count):
             if gains[q] <= floor:
                 continue
@@ -248,7 +273,8 @@ def relieve(who: Any, items: Any, whole: Any, where: Any, costs: Any, limits: An
     node_at, unit_at = node_of[rank_at], unit_of[rank_at]
     inv, even, v = 1.0 / target, who.shape[0] / max(load.sum(), 1e-300), np.zeros(nodes)
     tokens = np.zeros((nodes, bits.shape[1]), np.uint64), np.zeros((nodes, bits.shape[1]), np.uint64)
-    gains = np.zeros(count), np.zeros((nodes, count))
+    gains = np.zeros(count, np.float32), np.zeros((nodes, count), np.float32)  # of tokens: whole numbers
+    runs = np.append(np.flatnonzero(np.append(True, node_at[1:] != node_at[:-1])), count)
     for n in range(nodes):
         v[n] = _refresh(n, node_at, bits, tokens, gains) * price[n]
     costs = costs[0], v.sum(), costs[1]
@@ -265,11 +291,8 @@ def relieve(who: Any, items: Any, whole: Any, where: Any, costs: Any, limits: An
         for h in range(min(HOTTEST, order.shape[0])):
             hot |= unit_at == order[h]
         at = node_at, unit_at, rank_at, hot, tokens[0], tokens[1]
-        loads = x[unit_at], inv[unit_at], _power(x)[unit_at]
-        flows = v[node_at], price[node_at], _power(v)[node_at], gains[0], gains[1]
-        figures = loads, flows, (y[rank_at], even, _power(y)[rank_at])
         state = x, v, y, inv, even, price, gains[0], gains[1]
-        partner, rates = _scan(flat, items, at, figures, state, slopes, (stay, left - moved, least))
+        partner, rates = _scan(flat, items, at, runs, state, slopes, (stay, left - moved, least))
         top = rates.max()
         wide, c, new = _best_wide(flat, items, at, whole, state, costs, (stay, left - moved, least, top))
         if wide >= 0:
