@@ -85,7 +85,7 @@ def _gains(p: Any, load: Any, fixed: Any, at: Any, figures: Any, slopes: Any, fl
 
 @kernel
 def _figures(load: Any, at: Any, state: Any, slopes: Any) -> Any:
-    """What _gains looks at, by position [P] and in float32, with slopes for it: maxima are 1, or x^16 might overflow."""
+    """What _gains looks at, by position [P] and in float32, and slopes: maxima are 1, or x^16 might overflow."""
     node_at, unit_at, rank_at = at
     x, v, y, inv, even, price, leave, enter = state
     top = max(x.max(), 1e-300), max(v.max(), 1e-300), max(y.max(), 1e-300)
