@@ -214,7 +214,7 @@ def token_sets(statistics: RoutingStatistics, limit: int = 4096, top_k: int | No
     """[L, T, K] expert sets of tokens: the sample, at most `limit` of it, or sets drawn to fit the counts."""
     if statistics.sample is not None and statistics.sample.shape[1]:
         have = statistics.sample.shape[1]
-        pick = np.arange(have) if have <= limit else np.linspace(0, have - 1, limit).astype(np.int64)
+        pick = slice(None) if have <= limit else np.linspace(0, have - 1, limit).astype(np.int64)
         return np.ascontiguousarray(statistics.sample[:, pick], np.int64)
     return _drawn_sets(statistics, min(limit, 2048), top_k, seed)
 

@@ -165,12 +165,13 @@ def split_bits(bits: Any, item: Any) -> Any:
             continue
         turn = 0
         for w in range(bits.shape[1]):
-            for t in range(64):
-                mask = np.uint64(1) << np.uint64(t)
-                if bits[e, w] & mask:
-                    if turn % total[e] == number[x]:
-                        out[x, w] |= mask
-                    turn += 1
+            left = bits[e, w]
+            while left:
+                rest = left & (left - np.uint64(1))
+                if turn % total[e] == number[x]:
+                    out[x, w] |= left ^ rest
+                turn += 1
+                left = rest
     return out
 
 
