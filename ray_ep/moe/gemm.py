@@ -1,9 +1,10 @@
 """Matrix products of the CPU layer by the fastest library that torch carries, into buffers that exist.
 
-torch.mm goes to MKL in float32, which on AMD with AVX512 leaves a tenth to oneDNN (docs/benchmarks.md); weights that do
-not change can be packed once for oneDNN, which then reads them at memory speed in decode. oneDNN compiles a kernel for
-every new number of rows, which takes a millisecond: more than small matrices can gain. Without AVX512 (or
-AVX-NE-CONVERT) it has no bfloat16, and torch multiplies that at a tenth of float32's rate: we widen it, and round once.
+torch.mm goes to MKL in float32, which with AVX512 leaves a tenth to oneDNN on AMD and has a tenth more on Intel
+(docs/benchmarks.md); weights that do not change can be packed once for oneDNN, which then reads them at memory speed in
+decode. oneDNN compiles a kernel for every new number of rows, which takes a millisecond: more than small matrices can
+gain. Without AVX512 (or AVX-NE-CONVERT) it has no bfloat16, and torch multiplies that at a tenth of float32's rate: we
+widen it, and round once.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from ray_ep.moe.kernels import view
 from ray_ep.moe.pool import Pool
 
 _ONEDNN = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-_FASTER = _ONEDNN and torch.backends.cpu.get_cpu_capability() == "AVX512"
-"""Whether oneDNN beats MKL in float32: with AVX2 alone it does not (measured)."""
+_INTEL = "Intel" in str(torch.cpu.get_capabilities().get("cpu_name"))
+_FASTER = _ONEDNN and torch.backends.cpu.get_cpu_capability() == "AVX512" and not _INTEL
+"""Whether oneDNN beats MKL in float32: with AVX2 alone, or on Intel, it does not (measured)."""
 _LARGE = 1 << 18
 """Elements of a weight from which on oneDNN's kernels are worth their compilation."""
 _ROWS = 32
 """Rows that weights are packed for: a layout that is good for few rows and for many (measured)."""
 
 _REUSE = 1 << 13
-"""Elements of a weight a row from which on packed weights beat MKL without AVX512. MKL packs them anew at each product,
-which many rows repay: its kernels are up to a fifth faster there (measured)."""
+"""Elements of a float32 weight a row from which on packed ones beat MKL where oneDNN as such does not. MKL packs them
+anew at each product, which many rows repay: its kernels are up to a fifth faster there (measured)."""
 
 _FEW = 8
 """Rows up to which float32 weight gradients are written row by row, and widened weights row by row: MKL takes 2 to 3
@@ -135,7 +137,8 @@ class Packed:
     def mm(self, a: torch.Tensor, row: int, out: torch.Tensor) -> None:
         """out [M, N] = a [M, K] @ weight[row].t()."""
         plain = self._plain[row]
-        if not self._packs or (not _FASTER and plain.numel() <= _REUSE * len(a)):
+        many = a.dtype == torch.float32 and plain.numel() <= _REUSE * len(a)
+        if not self._packs or (many and not _FASTER):
             mm(a, plain.t(), out)
             return
         if row not in self._packed:

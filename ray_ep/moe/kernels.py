@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import njit, types
-from numba.extending import overload
+from numba.extending import intrinsic, overload
 
 ALIGN = 32
 """Rows of an expert, when they are many, are rounded up to this: new row counts miss oneDNN's kernel cache."""
@@ -26,81 +27,72 @@ def view(t: Any) -> Any:
     return (t.view(torch.uint16) if t.dtype == torch.bfloat16 else t).numpy()
 
 
-def _widen(src: Any, dst: Any) -> None:
-    """Row of bfloat16 bits or float32 -> float32."""
+@intrinsic
+def _float_of(context: Any, bits: Any) -> Any:
+    """The float32 of those 32 bits."""
+    return types.float32(types.int32), lambda _, builder, __, args: builder.bitcast(args[0], ir.FloatType())
 
 
-def _narrow(src: Any, dst: Any) -> None:
-    """Row of float32 -> bfloat16 bits (to nearest, ties to even) or float32."""
+@intrinsic
+def _bits_of(context: Any, x: Any) -> Any:
+    """The 32 bits of a float32."""
+    return types.uint32(types.float32), lambda _, builder, __, args: builder.bitcast(args[0], ir.IntType(32))
 
 
-@overload(_widen)
-def _widen_impl(src: Any, dst: Any) -> Any:
-    if src.dtype == types.float32:
+def _wide(x: Any) -> Any:
+    """An element, float32 or the bits of a bfloat16, -> float32."""
 
-        def copy(src: Any, dst: Any) -> None:
-            for j in range(dst.shape[0]):
-                dst[j] = src[j]
 
-        return copy
+def _narrow(x: Any, row: Any) -> Any:
+    """float32 -> element of a row of float32, or of bfloat16 bits (to nearest, ties to even)."""
 
-    def bits(src: Any, dst: Any) -> None:
-        u = dst.view(np.uint32)
-        for j in range(dst.shape[0]):
-            u[j] = np.uint32(src[j]) << _16
 
-    return bits
+@overload(_wide)
+def _wide_impl(x: Any) -> Any:
+    def as_it_is(x: Any) -> Any:
+        return x
+
+    def widened(x: Any) -> Any:
+        return _float_of(np.int32(np.uint32(x) << _16))
+
+    return as_it_is if x == types.float32 else widened
 
 
 @overload(_narrow)
-def _narrow_impl(src: Any, dst: Any) -> Any:
-    if dst.dtype == types.float32:
+def _narrow_impl(x: Any, row: Any) -> Any:
+    def as_it_is(x: Any, row: Any) -> Any:
+        return x
 
-        def copy(src: Any, dst: Any) -> None:
-            for j in range(src.shape[0]):
-                dst[j] = src[j]
+    def rounded(x: Any, row: Any) -> Any:
+        bits = _bits_of(x)
+        return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> _16) & _1)) >> _16)
 
-        return copy
-
-    def bits(src: Any, dst: Any) -> None:
-        u = src.view(np.uint32)
-        for j in range(src.shape[0]):
-            dst[j] = np.uint16((u[j] + np.uint32(0x7FFF) + ((u[j] >> _16) & _1)) >> _16)
-
-    return bits
+    return as_it_is if row.dtype == types.float32 else rounded
 
 
 @njit(**_OPTIONS)
-def _sigmoid(x: Any, out: Any, bits: Any) -> None:
-    """out = 1 / (1 + exp(-x)), vectorised: 2^r by exponent bits (int32 view of `bits`), the rest by a polynomial."""
-    power = bits.view(np.int32)
-    for j in range(x.shape[0]):
-        t = -x[j] * np.float32(1.4426950408889634)
-        t = min(max(t, np.float32(-126.0)), np.float32(126.0))
-        r = np.floor(t + np.float32(0.5))
-        f = (t - r) * np.float32(0.6931471805599453)
-        p = np.float32(1 / 120) + f * np.float32(1 / 720)
-        p = np.float32(1 / 6) + f * (np.float32(1 / 24) + f * p)
-        out[j] = np.float32(1.0) + f * (np.float32(1.0) + f * (np.float32(0.5) + f * p))
-        power[j] = (np.int32(r) + np.int32(127)) << np.int32(23)
-    for j in range(x.shape[0]):
-        out[j] = np.float32(1.0) / (np.float32(1.0) + out[j] * bits[j])
+def _sigmoid(x: Any) -> Any:
+    """1 / (1 + exp(-x)), for loops that are vectorised: 2^r by exponent bits, the rest by a polynomial."""
+    t = -x * np.float32(1.4426950408889634)
+    t = min(max(t, np.float32(-126.0)), np.float32(126.0))
+    r = np.floor(t + np.float32(0.5))
+    f = (t - r) * np.float32(0.6931471805599453)
+    p = np.float32(1 / 120) + f * np.float32(1 / 720)
+    p = np.float32(1 / 6) + f * (np.float32(1 / 24) + f * p)
+    p = np.float32(1.0) + f * (np.float32(1.0) + f * (np.float32(0.5) + f * p))
+    power = _float_of((np.int32(r) + np.int32(127)) << np.int32(23))
+    return np.float32(1.0) / (np.float32(1.0) + p * power)
 
 
 @njit(**_OPTIONS)
 def swiglu(gate_up: Any, weight: Any, h: Any) -> None:
     """h [n, F] = weight [n] * silu(gate) * up, from gate_up [n, 2F]."""
     n, width = h.shape
-    g, u = np.empty(width, np.float32), np.empty(width, np.float32)
-    s, bits = np.empty(width, np.float32), np.empty(width, np.float32)
     for i in range(n):
-        _widen(gate_up[i, :width], g)
-        _widen(gate_up[i, width:], u)
-        _sigmoid(g, s, bits)
-        w = weight[i]
+        gate, up, out, w = gate_up[i, :width], gate_up[i, width:], h[i], weight[i]
         for j in range(width):
-            u[j] *= w * g[j] * s[j]
-        _narrow(u, h[i])
+            g = _wide(gate[j])
+            out[j] = _narrow(w * g * _sigmoid(g) * _wide(up[j]), out)
 
 
 @njit(**_OPTIONS)
@@ -110,27 +102,20 @@ def swiglu_backward(gate_up: Any, weight: Any, dh: Any, d_gate_up: Any, h: Any, 
     Writes d_gate_up [n, 2F], h [n, F] again, and d_weight [n].
     """
     n, width = dh.shape
-    g, u, d = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.float32)
-    s, bits = np.empty(width, np.float32), np.empty(width, np.float32)
     for i in range(n):
-        _widen(gate_up[i, :width], g)
-        _widen(gate_up[i, width:], u)
-        _widen(dh[i], d)
-        _sigmoid(g, s, bits)
+        gate, up, d_out = gate_up[i, :width], gate_up[i, width:], dh[i]
+        d_gate, d_up, out = d_gate_up[i, :width], d_gate_up[i, width:], h[i]
         w, total = weight[i], np.float32(0.0)
         for j in range(width):
-            silu = g[j] * s[j]
-            plain = silu * u[j]
-            total += d[j] * plain
-            d_silu = s[j] * (np.float32(1.0) + g[j] * (np.float32(1.0) - s[j]))
-            dw = d[j] * w
-            g[j] = dw * u[j] * d_silu
-            d[j] = dw * silu
-            u[j] = w * plain
+            g, u, d = _wide(gate[j]), _wide(up[j]), _wide(d_out[j])
+            s = _sigmoid(g)
+            silu = g * s
+            d_silu = s * (np.float32(1.0) + g * (np.float32(1.0) - s))
+            total += d * silu * u
+            d_gate[j] = _narrow(d * w * u * d_silu, d_gate)
+            d_up[j] = _narrow(d * w * silu, d_up)
+            out[j] = _narrow(w * silu * u, out)
         d_weight[i] = total
-        _narrow(g, d_gate_up[i, :width])
-        _narrow(d, d_gate_up[i, width:])
-        _narrow(u, h[i])
 
 
 @njit(**_OPTIONS)
@@ -162,50 +147,53 @@ def few(a: Any, weight: Any, out: Any) -> None:
     """out [M, N] = a [M, K] @ weight [N, K]^T, added in float32: for few rows, at the speed of reading the weight."""
     m, width = a.shape
     x, row = np.empty((m, width), np.float32), np.empty(width, np.float32)
-    total = np.empty((m, out.shape[1]), np.float32)
     for i in range(m):
-        _widen(a[i], x[i])
+        for j in range(width):
+            x[i, j] = _wide(a[i, j])
     for n in range(out.shape[1]):
-        _widen(weight[n], row)
+        for j in range(width):
+            row[j] = _wide(weight[n, j])
         for i in range(m):
             one = np.float32(0.0)
             for j in range(width):
                 one += x[i, j] * row[j]
-            total[i, n] = one
-    for i in range(m):
-        _narrow(total[i], out[i])
+            out[i, n] = _narrow(one, out[i])
+
+
+@njit(**_OPTIONS)
+def _add(rows: Any, members: Any, total: Any) -> None:
+    """total [H] += rows [N, H] of `members`."""
+    for p in members:
+        row = rows[p]
+        for j in range(total.shape[0]):
+            total[j] += _wide(row[j])
+
+
+@njit(**_OPTIONS)
+def _round(total: Any, out: Any) -> None:
+    for j in range(out.shape[0]):
+        out[j] = _narrow(total[j], out)
 
 
 @njit(**_OPTIONS)
 def sum_segments(rows: Any, start: Any, member: Any, out: Any) -> None:
     """out[i] = sum of rows[member[start[i]:start[i + 1]]], added in float32."""
-    width = rows.shape[1]
-    total, one = np.empty(width, np.float32), np.empty(width, np.float32)
+    total = np.empty(rows.shape[1], np.float32)
     for i in range(out.shape[0]):
         total[:] = 0
-        for p in range(start[i], start[i + 1]):
-            _widen(rows[member[p]], one)
-            for j in range(width):
-                total[j] += one[j]
-        _narrow(total, out[i])
+        _add(rows, member[start[i] : start[i + 1]], total)
+        _round(total, out[i])
 
 
 @njit(**_OPTIONS)
 def sum_two(own: Any, start: Any, member: Any, back: Any, back_start: Any, back_member: Any, out: Any) -> None:
     """out[t] = sum of own rows plus sum of returned rows of token t, added in float32 and rounded once."""
-    width = out.shape[1]
-    total, one = np.empty(width, np.float32), np.empty(width, np.float32)
+    total = np.empty(out.shape[1], np.float32)
     for t in range(out.shape[0]):
         total[:] = 0
-        for p in range(start[t], start[t + 1]):
-            _widen(own[member[p]], one)
-            for j in range(width):
-                total[j] += one[j]
-        for p in range(back_start[t], back_start[t + 1]):
-            _widen(back[back_member[p]], one)
-            for j in range(width):
-                total[j] += one[j]
-        _narrow(total, out[t])
+        _add(own, member[start[t] : start[t + 1]], total)
+        _add(back, back_member[back_start[t] : back_start[t + 1]], total)
+        _round(total, out[t])
 
 
 @njit(**_OPTIONS)
