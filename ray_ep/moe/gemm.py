@@ -27,9 +27,9 @@ _LARGE = 1 << 18
 _ROWS = 32
 """Rows that weights are packed for: a layout that is good for few rows and for many (measured)."""
 
-_REUSE = 1 << 13
-"""Elements of a float32 weight a row from which on packed ones beat MKL where oneDNN as such does not. MKL packs them
-anew at each product, which many rows repay: its kernels are up to a fifth faster there (measured)."""
+_REUSE = {torch.float32: 1 << 13, torch.bfloat16: 1 << 11 if _INTEL else 0}
+"""Elements of a weight a row from which on packed ones beat torch.mm, where oneDNN as such does not: many rows repay
+that torch.mm packs weights anew, by up to a fifth; in bfloat16 they save a copy of the result (measured)."""
 
 _FEW = 8
 """Rows up to which float32 weight gradients are written row by row, and widened weights row by row: MKL takes 2 to 3
@@ -137,8 +137,7 @@ class Packed:
     def mm(self, a: torch.Tensor, row: int, out: torch.Tensor) -> None:
         """out [M, N] = a [M, K] @ weight[row].t()."""
         plain = self._plain[row]
-        many = a.dtype == torch.float32 and plain.numel() <= _REUSE * len(a)
-        if not self._packs or (many and not _FASTER):
+        if not self._packs or (not _FASTER and plain.numel() <= _REUSE[a.dtype] * len(a)):
             mm(a, plain.t(), out)
             return
         if row not in self._packed:

@@ -219,7 +219,7 @@ def test_widened_products_of_bfloat16_are_rounded_once(monkeypatch, rows):
 )
 def test_packed_rows_multiply_like_plain_ones_and_can_be_added_and_given_up(monkeypatch, least, reuse):
     monkeypatch.setattr(gemm, "_LARGE", least)
-    monkeypatch.setattr(gemm, "_REUSE", reuse)
+    monkeypatch.setitem(gemm._REUSE, torch.float32, reuse)
     monkeypatch.setattr(gemm, "_FASTER", False)
     weight, x, out = torch.randn(3, 40, 24), torch.randn(5, 24), torch.empty(5, 40)
     packed, made, pack = gemm.Packed(weight[:2]), [], torch.ops.mkldnn._reorder_linear_weight
