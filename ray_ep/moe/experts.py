@@ -165,7 +165,7 @@ class ExpertLayer:
     ) -> torch.Tensor:
         fused = self.fused and is_plain(module, hidden)
         if fused and kind == "all_gather":
-            return self._fuse(module, hidden, top_k_weights, gather(top_k_index, top_k_weights, hidden, self))
+            return self._fuse(module, hidden, top_k_weights, gather(hidden, top_k_index, top_k_weights, self))
         params = list(module.parameters(recurse=False))
         rules = self.balancer.rules(self.index, params, hidden, torch.is_grad_enabled())
         step, guests, kept = None, None, None
@@ -178,7 +178,7 @@ class ExpertLayer:
             row_of = self.row_of32 if kept is None else kept.row_of
             guests = Guests.of(step, row_of, self.group, self.meter, self.balancer.keep)
         if fused:
-            ours = agree(top_k_index, top_k_weights, self, step, guests, kept)
+            ours = agree(hidden, top_k_index, top_k_weights, self, step, guests, kept)
             out = self._fuse(module, hidden, top_k_weights, ours)
             if step is not None and kept is not None:
                 self._settle(kept, step, ours)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ray_ep.collective import Group
-from ray_ep.moe import kernels
+from ray_ep.moe import gemm, kernels
 from ray_ep.moe.exchange import Meter
 from ray_ep.moe.float8 import pack
 from ray_ep.moe.guests import Guests, Kept
@@ -91,6 +91,7 @@ class Sent:
 
 
 def agree(
+    hidden: torch.Tensor,
     index: torch.Tensor,
     weights: torch.Tensor,
     layer: Any,
@@ -101,7 +102,7 @@ def agree(
     """Plan one layer's exchange with all ranks (collective): sizes, then 6 bytes a pair.
 
     Args:
-        index, weights: [T, K].
+        hidden: [T, H], for its dtype. index, weights: [T, K].
         layer: has group, meter, pool, routes32 [E, C], row_of32 [E] and held (S).
         step: the balance of this step, which says who computes how many pairs (and so all sizes); guests: its guests;
             kept: earlier ones that stayed.
@@ -130,10 +131,10 @@ def agree(
     received = torch.empty(sum(take), _PAIR.itemsize, dtype=torch.uint8)
     _move(group, meter, received, meta, give, take)
     theirs = received.numpy().reshape(-1).view(_PAIR)
-    return _finish(layer, sent, theirs, take, len(index), None, guests, kept)
+    return _finish(layer, sent, theirs, take, hidden, None, guests, kept)
 
 
-def gather(index: torch.Tensor, weights: torch.Tensor, tokens: torch.Tensor, layer: Any) -> Agreed:
+def gather(hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, layer: Any) -> Agreed:
     """`agree`, and others' rows of X at once (collective): every rank gets every token and its pairs.
 
     The message has room for as many tokens as any rank had before; when one has more, all see it and ask again.
@@ -142,7 +143,7 @@ def gather(index: torch.Tensor, weights: torch.Tensor, tokens: torch.Tensor, lay
     meter.enter("route")
     chosen, weight = _arrays(index, weights)
     count, top_k = chosen.shape
-    tokens = pack(tokens) if layer.exchange.float8 else tokens.detach()
+    tokens = pack(hidden) if layer.exchange.float8 else hidden.detach()
     row = tokens.shape[1] * tokens.element_size()
     while True:
         room = layer.room
@@ -179,7 +180,7 @@ def gather(index: torch.Tensor, weights: torch.Tensor, tokens: torch.Tensor, lay
         rows_of.append(data[: n * row].view(tokens.dtype).view(n, tokens.shape[1])[torch.from_numpy(for_me)])
         pairs_of.append(other.wire[other.block(other.pairs, source, me)])
         take[source] = len(pairs_of[-1])
-    return _finish(layer, sent, np.concatenate(pairs_of), take, count, torch.cat(rows_of))
+    return _finish(layer, sent, np.concatenate(pairs_of), take, hidden, torch.cat(rows_of))
 
 
 def _finish(
@@ -187,7 +188,7 @@ def _finish(
     sent: Sent,
     theirs: np.ndarray,
     pairs_in: list[int],
-    tokens: int,
+    hidden: torch.Tensor,
     gathered: torch.Tensor | None,
     guests: Guests | None = None,
     kept: Kept | None = None,
@@ -198,12 +199,13 @@ def _finish(
     others = len(sent.row_token) - own_rows
     pairs = np.concatenate([theirs, sent.wire[len(sent.wire) - own_pairs :]])
     bits, weight = np.ascontiguousarray(pairs["expert"]), np.ascontiguousarray(pairs["weight"])
+    align, tokens = gemm.align(hidden.dtype), len(hidden)
     row_of, held = (layer.row_of32, layer.held) if kept is None else (kept.row_of, kept.held)
     if guests is not None:
         row_of = row_of.copy()
         row_of[guests.experts] = held + np.arange(len(guests.experts))
         held += len(guests.experts)
-    offsets, sorted_row, sorted_weight, segment, place = kernels.plan_receive(bits, weight, row_of, held)
+    offsets, sorted_row, sorted_weight, segment, place = kernels.plan_receive(bits, weight, row_of, held, align)
     firsts = np.zeros(len(bits) + 1, np.int64)
     np.cumsum(bits >> 15, out=firsts[1:])
     ends = firsts[np.cumsum(pairs_in)]

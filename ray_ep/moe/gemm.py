@@ -31,6 +31,9 @@ _REUSE = {torch.float32: 1 << 13, torch.bfloat16: 1 << 11 if _INTEL else 0}
 """Elements of a weight a row from which on packed ones beat torch.mm, where oneDNN as such does not: many rows repay
 that torch.mm packs weights anew, by up to a fifth; in bfloat16 they save a copy of the result (measured)."""
 
+_ALIGN = 32
+"""Rows that are multiplied by oneDNN, when they are many, are a multiple of this: new numbers miss its kernel cache."""
+
 _FEW = 8
 """Rows up to which float32 weight gradients are written row by row, and widened weights row by row: MKL takes 2 to 3
 times as long for the ones, and widening at once twice as long for the others (measured)."""
@@ -50,6 +53,11 @@ class _Own(threading.local):
 
 
 _own = _Own()
+
+
+def align(dtype: torch.dtype) -> int:
+    """Of what the rows of a product should be a multiple, when they are many."""
+    return _ALIGN if _FASTER or (dtype == torch.bfloat16 and not _WIDEN) else 1
 
 
 def between(like: torch.Tensor) -> torch.Tensor:

@@ -10,12 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
 from numba import njit, types
-from numba.extending import intrinsic, overload
-
-ALIGN = 32
-"""Rows of an expert, when they are many, are rounded up to this: new row counts miss oneDNN's kernel cache."""
+from numba.extending import overload
 
 _OPTIONS = {"cache": True, "nogil": True, "fastmath": True, "error_model": "numpy"}
 _1, _16 = np.uint32(1), np.uint32(16)
@@ -25,18 +21,6 @@ _FIRST = np.uint16(1 << 15)
 def view(t: Any) -> Any:
     """A tensor as the kernels take it: float32, or bfloat16 as its bits."""
     return (t.view(torch.uint16) if t.dtype == torch.bfloat16 else t).numpy()
-
-
-@intrinsic
-def _float_of(context: Any, bits: Any) -> Any:
-    """The float32 of those 32 bits."""
-    return types.float32(types.int32), lambda _, builder, __, args: builder.bitcast(args[0], ir.FloatType())
-
-
-@intrinsic
-def _bits_of(context: Any, x: Any) -> Any:
-    """The 32 bits of a float32."""
-    return types.uint32(types.float32), lambda _, builder, __, args: builder.bitcast(args[0], ir.IntType(32))
 
 
 def _wide(x: Any) -> Any:
@@ -53,7 +37,7 @@ def _wide_impl(x: Any) -> Any:
         return x
 
     def widened(x: Any) -> Any:
-        return _float_of(np.int32(np.uint32(x) << _16))
+        return np.uint32(np.uint32(x) << _16).view(np.float32)
 
     return as_it_is if x == types.float32 else widened
 
@@ -64,7 +48,7 @@ def _narrow_impl(x: Any, row: Any) -> Any:
         return x
 
     def rounded(x: Any, row: Any) -> Any:
-        bits = _bits_of(x)
+        bits = np.float32(x).view(np.uint32)
         return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> _16) & _1)) >> _16)
 
     return as_it_is if row.dtype == types.float32 else rounded
@@ -80,7 +64,7 @@ def _sigmoid(x: Any) -> Any:
     p = np.float32(1 / 120) + f * np.float32(1 / 720)
     p = np.float32(1 / 6) + f * (np.float32(1 / 24) + f * p)
     p = np.float32(1.0) + f * (np.float32(1.0) + f * (np.float32(0.5) + f * p))
-    power = _float_of((np.int32(r) + np.int32(127)) << np.int32(23))
+    power = np.int32((np.int32(r) + np.int32(127)) << np.int32(23)).view(np.float32)
     return np.float32(1.0) / (np.float32(1.0) + p * power)
 
 
@@ -311,11 +295,12 @@ def plan_send(index: Any, to: Any, ranks: int, rank: int) -> Any:
 
 
 @njit(**_OPTIONS)
-def plan_receive(bits: Any, weight: Any, row_of: Any, experts: int) -> Any:
+def plan_receive(bits: Any, weight: Any, row_of: Any, experts: int, align: int) -> Any:
     """Group received pairs by expert.
 
     Args:
         bits: [P] as `plan_send` makes them, weight: [P], row_of: [E] local expert of an expert.
+        align: rows of an expert, when they are many, are rounded up to this.
 
     Returns:
         offsets [S + 1], sorted_row [offsets[-1]] (0 for padding), sorted_weight (0 for padding),
@@ -329,8 +314,8 @@ def plan_receive(bits: Any, weight: Any, row_of: Any, experts: int) -> Any:
         rows += bits[p] >> 15
     offsets = np.zeros(experts + 1, np.int64)
     for e in range(experts):
-        padded = (count[e] + ALIGN - 1) // ALIGN * ALIGN
-        offsets[e + 1] = offsets[e] + (padded if count[e] >= 2 * ALIGN else count[e])
+        padded = (count[e] + align - 1) // align * align
+        offsets[e + 1] = offsets[e] + (padded if count[e] >= 2 * align else count[e])
     at = offsets[:-1].copy()
     sorted_row = np.zeros(offsets[experts], np.int64)
     sorted_weight = np.zeros(offsets[experts], np.float32)
@@ -366,7 +351,7 @@ def warm() -> None:
     assign(index, np.full((1, 1), 4, np.int64), 0)
     _, _, row_token, pair, bits = plan_send(index, choose(index, routes), 1, 0)
     weight = np.ones(len(pair), np.float32)
-    _, _, sorted_weight, segment, place = plan_receive(bits, weight, np.zeros(1, np.int64), 1)
+    _, _, sorted_weight, segment, place = plan_receive(bits, weight, np.zeros(1, np.int64), 1, 32)
     start, member = rows_of_tokens(row_token, 2)
     outer(np.ones((1, 2), np.float32), np.ones((1, 2), np.float32), np.ones((2, 2), np.float32))
     for dtype in (np.float32, np.uint16):

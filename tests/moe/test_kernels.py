@@ -62,8 +62,8 @@ def test_segment_sums_add_in_float32_and_round_once(dtype):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(0, 20), st.integers(1, 4), st.integers(1, 4), st.integers(0, 999))
-def test_plans_send_each_token_once_a_rank_and_lose_no_pair(tokens, top_k, ranks, seed):
+@given(st.integers(0, 20), st.integers(1, 4), st.integers(1, 4), st.sampled_from([1, 32]), st.integers(0, 999))
+def test_plans_send_each_token_once_a_rank_and_lose_no_pair(tokens, top_k, ranks, align, seed):
     rng = np.random.default_rng(seed)
     index = np.stack([rng.permutation(6)[:top_k] for _ in range(tokens)]) if tokens else np.zeros((0, top_k), np.int64)
     index[rng.random(index.shape) < 0.2] = -1  # no choice
@@ -85,9 +85,9 @@ def test_plans_send_each_token_once_a_rank_and_lose_no_pair(tokens, top_k, ranks
 
     row_of, weight = rng.permutation(6), rng.random(len(pair)).astype(np.float32)
     slot = row_of[index.reshape(-1)[pair]]
-    offsets, row, sorted_weight, segment, place = kernels.plan_receive(bits, weight, row_of, 6)
+    offsets, row, sorted_weight, segment, place = kernels.plan_receive(bits, weight, row_of, 6, align)
     counts = np.bincount(slot, minlength=6)
-    assert all(n <= size < n + kernels.ALIGN for n, size in zip(counts, np.diff(offsets), strict=True))
+    assert all(n <= size < n + align for n, size in zip(counts, np.diff(offsets), strict=True))
     assert len(set(place)) == len(place)
     for i in range(len(row_pairs)):
         for p in range(segment[i], segment[i + 1]):
