@@ -84,11 +84,17 @@ def _gains(p: Any, load: Any, fixed: Any, at: Any, figures: Any, slopes: Any, fl
 
 
 @kernel
+def _top(x: Any) -> Any:
+    """Maximum, 1 where there is nothing: no node is visited when every expert is on each."""
+    return x.max() if x.max() > 0 else 1.0
+
+
+@kernel
 def _figures(load: Any, at: Any, state: Any, slopes: Any) -> Any:
     """What _gains looks at, by position [P] and in float32, and slopes: maxima are 1, or x^16 might overflow."""
     node_at, unit_at, rank_at = at
     x, v, y, inv, even, price, leave, enter = state
-    top = max(x.max(), 1e-300), max(v.max(), 1e-300), max(y.max(), 1e-300)
+    top = _top(x), _top(v), _top(y)
     single = np.float32
     x1, v1, y1 = (x / top[0])[unit_at], (v / top[1])[node_at], (y / top[2])[rank_at]
     loads = x1.astype(single), (inv / top[0])[unit_at].astype(single), _power(x1).astype(single)

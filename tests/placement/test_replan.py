@@ -61,6 +61,13 @@ def test_relief_takes_moves_back_even_when_none_are_left():
     assert np.sort(who, 1).tolist() == [[0, 2], [1, 3]]
 
 
+def test_relief_evens_ranks_out_where_no_token_visits_another_node():
+    who, node_of = np.array([[0, 1], [2, 3], [0, 1], [2, 3]]), np.array([0, 0, 1, 1])
+    sets, every = np.repeat(np.arange(4), [40, 35, 10, 15])[:, None], np.ones(4, bool)
+    assert relieve(who, sets, every, np.ones(8, bool), node_of, np.full(2, 0.01), 8) == 4
+    assert sorted(np.sort(who, 1).tolist()) == [[0, 2], [0, 2], [1, 3], [1, 3]]
+
+
 def test_an_expert_that_outgrew_one_that_is_everywhere_takes_its_part():
     rng = np.random.default_rng(0)
     node_of = np.array([0, 0, 1, 1])
