@@ -229,7 +229,7 @@ def layer_seconds(problem: Problem, traffic: Traffic, slots: Ints, shares: Float
     load = load * ranks * problem.costs.tokens_per_rank
     unit = problem.unit_of
     compute = (np.bincount(unit, load) / np.bincount(unit, problem.speed)).max() * problem.costs.expert_seconds
-    if problem.prices.visit_seconds == 0:
+    if not problem.links.rank.any():
         visits = float((to_node if to_node.shape[1] > 1 else to_rank).sum()) * problem.costs.tokens_per_rank
         return float(compute) * (1 + visits / (ranks * problem.costs.tokens_per_rank * problem.prices.compute))
     return float(compute) + problem.links.seconds((to_rank, to_node), problem.costs)

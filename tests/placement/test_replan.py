@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_ep.placement import RoutingStatistics, StepCosts, Topology, migration, plan, predict, relief
+from ray_ep.placement import Placement, RoutingStatistics, StepCosts, Topology, migration, plan, predict, relief
 from ray_ep.placement import search as kernels
 from tests.placement.test_groups_of import links
 from tests.placement.traces import statistics, trace
@@ -66,6 +66,18 @@ def test_relief_evens_ranks_out_where_no_token_visits_another_node():
     sets, every = np.repeat(np.arange(4), [40, 35, 10, 15])[:, None], np.ones(4, bool)
     assert relieve(who, sets, every, np.ones(8, bool), node_of, np.full(2, 0.01), 8) == 4
     assert sorted(np.sort(who, 1).tolist()) == [[0, 2], [0, 2], [1, 3], [1, 3]]
+
+
+def test_on_one_node_traffic_has_its_measured_price():
+    """The slower of two ranks has few tokens, experts are chosen in pairs: parting them pays on fast links."""
+    sets = np.repeat([[0, 1], [2, 3], [4, 5], [6, 7]], [600, 120, 120, 120], axis=0)[None].astype(np.int32)
+    stats = RoutingStatistics(np.bincount(sets.ravel(), minlength=8)[None], sample=sets)
+    topology = Topology(np.full((2, 2), 3e9), np.zeros((2, 2)), np.zeros(2, np.int64))
+    current = Placement(np.arange(8).reshape(1, 2, 4), 8)
+    costs = StepCosts(tokens_per_rank=512, token_bytes=256, expert_seconds=1e-5, speed=(1.15, 0.85))
+    new = plan(stats, topology, 4, current, level="rank", costs=costs)
+    before, after = (predict(p, stats, topology, costs, "rank").step_seconds for p in (current, new))
+    assert after < 0.95 * before
 
 
 def test_an_expert_that_outgrew_one_that_is_everywhere_takes_its_part():
