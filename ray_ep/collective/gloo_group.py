@@ -1,7 +1,8 @@
 """Groups of CPU tensors: gloo between hosts, memory that ranks share on one, where gloo carries what is small.
 
 gloo over loopback copies in the kernel on both sides; one copy into memory that the peer reads and one out of it took a
-quarter to two fifths of its time (docs/benchmarks.md). Imports group.py, torch_group.py, mailboxes.py and torch.
+quarter to two fifths of its time (docs/benchmarks.md), and what is only read needs neither. Imports group.py,
+torch_group.py, mailboxes.py and torch.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from math import prod
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,21 +26,24 @@ SHARED = 1 << 17
 _SIGN = torch.zeros(1, dtype=torch.uint8)
 """A message that says that a box is full, or was read."""
 
-_LATER, _MESSAGE, _BOXES = 2, 4, 5  # boxes of a reader: two for all_to_all in turn, two for those begun, one for send
+_MESSAGE, _BOXES = 2, 3  # boxes of a reader: two for all_to_all in turn, one for send
+
+_PLACE = 8
+"""Bytes that tell where a loan lies."""
 
 
 class GlooGroup(TorchGroup):
     """ProcessGroupGloo, and memory shared with ranks on the same host (the same network namespace of one kernel).
 
     A call still ends in one of gloo's: it says that the boxes are full, and fails as gloo does when a peer is gone.
-    Two boxes in turn do without a second one: who fills a box again has seen its reader begin the call after.
+    Two boxes in turn do without a second one: who fills a box again has seen its reader begin the call after. Loans are
+    read where they are, and kept until their readers have begun another call.
     """
 
     _mail: Mailboxes | None = None
     _near: list[bool] = []  # [R] ranks that this one shares memory with  # noqa: RUF012
     _calls = 0
-    _begun = 0
-    _under_way = False
+    _lent: list[torch.Tensor] = []  # that readers may still read  # noqa: RUF012
 
     def _warm(self) -> None:
         super()._warm()
@@ -62,23 +65,45 @@ class GlooGroup(TorchGroup):
         self, output: torch.Tensor, input: torch.Tensor, output_sizes: Sequence[int], input_sizes: Sequence[int]
     ) -> None:
         start = time.perf_counter()
+        read, self._lent = self._lent, []
         self._calls += 1
-        self._exchange(self._calls % 2, output, input, output_sizes, input_sizes)()
+        self._exchange(self._calls % 2, output, input, output_sizes, input_sizes)
+        read.clear()
         self.seconds += time.perf_counter() - start
 
-    def begin_all_to_all(
-        self, output: torch.Tensor, input: torch.Tensor, output_sizes: Sequence[int], input_sizes: Sequence[int]
-    ) -> Callable[[], None]:
-        if self._under_way:  # its boxes may be unread yet
-            return super().begin_all_to_all(output, input, output_sizes, input_sizes)
-        self._begun, self._under_way = self._begun + 1, True
-        finish = self._exchange(_LATER + self._begun % 2, output, input, output_sizes, input_sizes)
+    def take(self, *shape: int, like: torch.Tensor) -> torch.Tensor:
+        size = prod(shape) * like.element_size()
+        if self._mail is None or size < SHARED or like.device.type != "cpu":
+            return super().take(*shape, like=like)
+        return self._mail.lend(size).view(like.dtype).view(shape)
 
-        def end() -> None:
+    def begin_loan(
+        self, message: torch.Tensor, output_sizes: Sequence[int], input_sizes: Sequence[int]
+    ) -> Callable[[], list[torch.Tensor]]:
+        self._check()
+        mail, row = self._mail, prod(message.shape[1:])
+        give, take = [n * row for n in input_sizes], [n * row for n in output_sizes]
+        near_in, near_out = ([self._shares(r, n) for r, n in enumerate(sizes)] for sizes in (take, give))
+        if mail is None or not (any(near_in) or any(near_out)):
+            return super().begin_loan(message, output_sizes, input_sizes)
+        blocks = _bytes(message).split(give)
+        told = [_place(mail.place(b)) if near else b for b, near in zip(blocks, near_out, strict=True)]
+        sizes = [_PLACE if near else n for n, near in zip(take, near_in, strict=True)]
+        arrived = self.take(sum(sizes), like=message)
+        read, self._lent = self._lent, []
+        finish = self._start(arrived, torch.cat(told), sizes, [len(part) for part in told])
+
+        def end() -> list[torch.Tensor]:
             start = time.perf_counter()
             finish()
-            self._under_way = False
+            read.clear()
+            self._lent.append(message)
+            parts = [
+                mail.read(r, int.from_bytes(part.numpy(), "little"), take[r]) if near_in[r] else part
+                for r, part in enumerate(arrived.split(sizes))
+            ]
             self.seconds += time.perf_counter() - start
+            return [part.view(n, *message.shape[1:]) for part, n in zip(parts, output_sizes, strict=True)]
 
         return end
 
@@ -101,6 +126,7 @@ class GlooGroup(TorchGroup):
 
     def close(self) -> None:
         super().close()
+        self._lent = []
         if self._mail is not None:
             self._mail.close()
         self._mail, self._near = None, []
@@ -115,8 +141,8 @@ class GlooGroup(TorchGroup):
 
     def _exchange(
         self, box: int, output: torch.Tensor, input: torch.Tensor, taken: Sequence[int], given: Sequence[int]
-    ) -> Callable[[], None]:
-        """all_to_all begun; what is returned ends it. Big rows for near ranks, and a rank's own, bypass gloo."""
+    ) -> None:
+        """all_to_all; big rows for near ranks, and a rank's own, bypass gloo."""
         self._check()
         row = prod(input.shape[1:]) * input.element_size()
         give, take = list(given), list(taken)
@@ -124,7 +150,8 @@ class GlooGroup(TorchGroup):
         into = [r for r, n in enumerate(give) if self._shares(r, n * row)]
         out_of = [r for r, n in enumerate(take) if self._shares(r, n * row)]
         if not into and not out_of:
-            return self._start(output, input, take, give)
+            self._start(output, input, take, give)()
+            return
         for r in into:
             self._box(-1, r, box, give[r] * row).copy_(_bytes(send[r]))
             give[r] = 0
@@ -134,28 +161,20 @@ class GlooGroup(TorchGroup):
         give[self.rank] = take[self.rank] = 0
         rest = torch.cat([send[r] for r, n in enumerate(give) if n]) if any(give) else input[:0]
         arrived = output.new_empty(sum(take), *output.shape[1:])
-        finish = self._start(arrived, rest, take, give)
-
-        def end() -> None:
-            finish()
-            for r in out_of:
-                _bytes(receive[r]).copy_(self._box(r, self.rank, box, taken[r] * row))
-            for r, part in enumerate(arrived.split(take)):
-                if take[r]:
-                    receive[r].copy_(part)
-
-        return end
-
-    def _start(
-        self, output: torch.Tensor, input: torch.Tensor, taken: list[int], given: list[int]
-    ) -> Callable[[], None]:
-        started: list[Any] = []
-        self._run(lambda: self._pg.alltoall_base(output, input, taken, given), started.append)
-        return lambda: self._run(started.pop)
+        self._start(arrived, rest, take, give)()
+        for r in out_of:
+            _bytes(receive[r]).copy_(self._box(r, self.rank, box, taken[r] * row))
+        for r, part in enumerate(arrived.split(take)):
+            if take[r]:
+                receive[r].copy_(part)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
+
+
+def _place(at: int) -> torch.Tensor:
+    return torch.tensor(list(at.to_bytes(_PLACE, "little")), dtype=torch.uint8)
 
 
 def from_torch(timeout_s: float = 300.0) -> Group:

@@ -39,15 +39,24 @@ class Group(ABC):
     ) -> None:
         """Send the input's rows [sum(input_sizes), ...] to the ranks in order; receive [sum(output_sizes), ...]."""
 
-    def begin_all_to_all(
-        self, output: torch.Tensor, input: torch.Tensor, output_sizes: Sequence[int], input_sizes: Sequence[int]
-    ) -> Callable[[], None]:
-        """`all_to_all` that other calls may follow before it ends; what is returned ends it, called once.
+    def take(self, *shape: int, like: torch.Tensor) -> torch.Tensor:
+        """Unwritten memory for a message of `begin_loan`, with the dtype and on the device of `like`."""
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
 
-        Until then the tensors are the group's. Groups that cannot do better end it at once.
+    def begin_loan(
+        self, message: torch.Tensor, output_sizes: Sequence[int], input_sizes: Sequence[int]
+    ) -> Callable[[], list[torch.Tensor]]:
+        """An all_to_all that other calls may follow before it ends, and whose receivers only read.
+
+        What is returned ends it, called once: the rows of each rank, maybe in that rank's own memory. They are good
+        until their reader begins another call, and longer only while their sender keeps `message`, as it is.
+
+        Args:
+            message: uint8 [sum(input_sizes), bytes] from `take`.
         """
-        self.all_to_all(output, input, output_sizes, input_sizes)
-        return lambda: None
+        out = self.take(sum(output_sizes), *message.shape[1:], like=message)
+        self.all_to_all(out, message, output_sizes, input_sizes)
+        return lambda: list(out.split(list(output_sizes)))
 
     @abstractmethod
     def all_gather(self, input: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """Memory that ranks of one host share: what would go over loopback sockets is copied there and read there.
 
 Each rank owns an anonymous file (memfd) with a box for every reader and parity; who may read it opens it through /proc,
-so that nothing has a name and nothing outlives the processes. When a box is full or read again is told by the group
-that these ranks are in, not here. Imports torch; no Ray.
+so that nothing has a name and nothing outlives the processes. Behind the boxes lies what it lends: read where it was
+written. When a box or a loan is full, or read, is told by the group that these ranks are in, not here. Imports torch;
+no Ray.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ from pathlib import Path
 import torch
 
 BOX = 1 << 36
-"""Bytes of the file for one box: an address, not memory, which only what was written takes."""
+"""Bytes of the file for one box, or for all loans: addresses, not memory, which only what was written takes."""
 
 PAGE = 1 << 16
 """A mapping grows by powers of two from here."""
 
 FACTS = 4
 """int64 numbers that a rank tells about its file."""
+
+_FREE = 2
+"""References to a storage that nobody uses: its owner's tensor and the wrapper that we count through."""
 
 
 class Mailboxes:
@@ -38,8 +42,13 @@ class Mailboxes:
         self._maps: dict[tuple[int, int, int], torch.Tensor] = {}
         fd = os.memfd_create("ray_ep", os.MFD_CLOEXEC)
         self._files[-1] = fd
-        os.ftruncate(fd, BOX * (1 + size * boxes))
+        self._loans = BOX * (1 + size * boxes)  # where they begin
+        os.ftruncate(fd, self._loans + BOX)
         os.pwrite(fd, self._token.to_bytes(8, "little"), 0)
+        self._lent: list[torch.Tensor] = []
+        self._lent_bytes = 0
+        self._own = mmap.mmap(fd, BOX, offset=self._loans)
+        self._theirs = {-1: torch.frombuffer(self._own, dtype=torch.uint8)}  # loans of each owner
 
     def facts(self) -> torch.Tensor:
         """int64 [FACTS]: where this rank is and how to open its file."""
@@ -54,10 +63,14 @@ class Mailboxes:
             theirs = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
         except OSError:
             return False
-        if os.pread(theirs, 8, 0) != token.to_bytes(8, "little"):  # the same number in another container
+        try:
+            if os.pread(theirs, 8, 0) != token.to_bytes(8, "little"):  # the same number in another container
+                raise OSError
+            loans = mmap.mmap(theirs, BOX, offset=self._loans)
+        except OSError:
             os.close(theirs)
             return False
-        self._files[owner] = theirs
+        self._files[owner], self._theirs[owner] = theirs, torch.frombuffer(loans, dtype=torch.uint8)
         return True
 
     def box(self, owner: int, reader: int, number: int, size: int) -> torch.Tensor:
@@ -71,11 +84,39 @@ class Mailboxes:
             self._maps[key] = here
         return here[:size]
 
+    def lend(self, size: int) -> torch.Tensor:
+        """uint8 [size], unwritten, that others can read at `place`; taken back once nothing here refers to it."""
+        free = [b for b in self._lent if is_free(b)]
+        fits = [b for b in free if len(b) >= size]
+        if not fits:
+            for b in free:  # too small: their memory goes back, not their addresses
+                self._own.madvise(mmap.MADV_REMOVE, self.place(b), len(b))
+            length = max(PAGE, 1 << (size - 1).bit_length())
+            fits = [torch.frombuffer(self._own, dtype=torch.uint8, count=length, offset=self._lent_bytes)]
+            self._lent_bytes += length
+            self._lent += fits
+        return min(fits, key=len)[:size]
+
+    def place(self, lent: torch.Tensor) -> int:
+        """Where others read what `lend` gave, or a part of it."""
+        return lent.data_ptr() - self._theirs[-1].data_ptr()
+
+    def read(self, owner: int, place: int, size: int) -> torch.Tensor:
+        """uint8 [size] of what an owner lent."""
+        return self._theirs[owner][place : place + size]
+
     def close(self) -> None:
         """Let go of all files; memory goes with its last user."""
         self._maps.clear()
+        self._theirs.clear()
+        self._lent.clear()
         while self._files:
             os.close(self._files.popitem()[1])
+
+
+def is_free(buffer: torch.Tensor) -> bool:
+    """Whether nothing else refers to a buffer's storage: no view, no graph, no NumPy array."""
+    return bool(torch._C._storage_Use_Count(buffer.untyped_storage()._cdata) <= _FREE)
 
 
 def _where() -> int:

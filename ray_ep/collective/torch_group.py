@@ -47,17 +47,17 @@ class TorchGroup(SplittableGroup):
         self._run(lambda: self._pg.alltoall_base(output, input, list(output_sizes), list(input_sizes)))
         self.seconds += time.perf_counter() - start
 
-    def begin_all_to_all(
-        self, output: torch.Tensor, input: torch.Tensor, output_sizes: Sequence[int], input_sizes: Sequence[int]
-    ) -> Callable[[], None]:
-        started: list[Any] = []
-        start = lambda: self._pg.alltoall_base(output, input, list(output_sizes), list(input_sizes))  # noqa: E731
-        self._run(start, started.append)
+    def begin_loan(
+        self, message: torch.Tensor, output_sizes: Sequence[int], input_sizes: Sequence[int]
+    ) -> Callable[[], list[torch.Tensor]]:
+        out = self.take(sum(output_sizes), *message.shape[1:], like=message)
+        finish = self._start(out, message, list(output_sizes), list(input_sizes))
 
-        def end() -> None:
-            began = time.perf_counter()
-            self._run(started.pop)
-            self.seconds += time.perf_counter() - began
+        def end() -> list[torch.Tensor]:
+            start = time.perf_counter()
+            finish()
+            self.seconds += time.perf_counter() - start
+            return list(out.split(list(output_sizes)))
 
         return end
 
@@ -102,6 +102,14 @@ class TorchGroup(SplittableGroup):
         if self._make is None:
             raise GroupError(f"rank {self.rank}: this group cannot be split: split the one that it came from")
         return self._make(self, colors)
+
+    def _start(
+        self, output: torch.Tensor, input: torch.Tensor, taken: list[int], given: list[int]
+    ) -> Callable[[], None]:
+        """all_to_all begun; what is returned ends it."""
+        started: list[Any] = []
+        self._run(lambda: self._pg.alltoall_base(output, input, taken, given), started.append)
+        return lambda: self._run(started.pop)
 
     def _run(self, start: Callable[[], Any], finish: Callable[[Any], None] | None = None) -> None:
         """Start a call and finish it (None: as a collective); every failure becomes GroupError, at this one place."""

@@ -21,7 +21,7 @@ from ray_ep.moe import kernels
 from ray_ep.moe.float8 import pack, unpack
 from ray_ep.moe.fused_plan import Agreed
 from ray_ep.moe.gemm import Packed, between, gradient, mm, widen
-from ray_ep.moe.guests import Luggage
+from ray_ep.moe.guests import Luggage, side_by_side
 from ray_ep.moe.kernels import view
 
 _ROWS = 2048
@@ -50,7 +50,7 @@ class FusedExperts(torch.autograd.Function):
         pool, n_others = plan.pool, plan.others_in
         guests = _borrow(gate_up, down, plan)
         stayed = ([], []) if plan.kept is None else plan.kept.rows
-        ups, downs = _rows(_rows((gate_up, down), stayed), guests.rows)
+        ups, downs = _rows((gate_up, down), stayed)
         x = _collect(hidden, plan, forward=True)
         plan.meter.enter("experts")
         parts, total = _blocks(plan, _ROWS), int(plan.offsets[-1])
@@ -60,16 +60,17 @@ class FusedExperts(torch.autograd.Function):
         y = pool.take(total, hidden.shape[1], like=hidden)
         rows = pool.take(longest, hidden.shape[1], like=hidden)
         h = pool.take(longest, down.shape[2], like=between(hidden))
-        here = len(ups) - len(guests.message)  # experts that are: guests come last
+        here = len(ups)  # experts that are: guests come last
         for e, a, b in parts:
             if e >= here:
-                guests.wait()
+                guests.unpack(ups, downs)
             part = torch.index_select(x, 0, plan.sorted_row[a:b], out=rows[: b - a])
             g_part = g[a:b] if grad else g[: b - a]
             _linear(part, ups, e, packed and packed[0], g_part)
             kernels.swiglu(view(g_part), plan.sorted_weight[a:b], view(h[: b - a]))
             _linear(h[: b - a], downs, e, packed and packed[1], y[a:b])
-        guests.wait()
+        guests.unpack(ups, downs)
+        plan.arrived.extend((ups[here:], downs[here:]))
         plan.meter.enter("combine")
         partial = pool.take(n_others, hidden.shape[1], like=hidden)
         kernels.sum_segments(view(y), plan.segment[: n_others + 1], plan.place, view(partial))
@@ -78,8 +79,10 @@ class FusedExperts(torch.autograd.Function):
         if not grad:
             return out
         ctx.plan = plan
-        keep = plan.guests is not None and plan.guests.keep
-        ctx.save_for_backward(x, g, gate_up, down, *(guests.rows if keep else ()))
+        kept = []
+        if plan.guests is not None and plan.guests.keep:
+            kept, ctx.lent = [*ups[here:], *downs[here:]], guests.sent
+        ctx.save_for_backward(x, g, gate_up, down, *kept)
         ctx.weights = (weights.shape, weights.dtype)
         return out
 
@@ -89,8 +92,10 @@ class FusedExperts(torch.autograd.Function):
         x, g, gate_up, down, *kept = ctx.saved_tensors
         plan: Agreed = ctx.plan
         pool, n_others = plan.pool, plan.others_in
-        guests = Luggage.of(0, (gate_up, down), pool.take) if kept else _borrow(gate_up, down, plan)
-        ups, downs = _rows((gate_up, down), kept or guests.rows)
+        keep = plan.guests is not None and plan.guests.keep
+        guests = Luggage() if keep else _borrow(gate_up, down, plan)
+        half = len(kept) // 2
+        ups, downs = _rows((gate_up, down), (kept[:half], kept[half:]))
         dy = _collect(d_out.contiguous(), plan, forward=False)
         plan.meter.enter("experts")
         # In bfloat16 a weight's gradient is one product, whose sums are float32.
@@ -100,8 +105,10 @@ class FusedExperts(torch.autograd.Function):
         dx = pool.take(total, x.shape[1], like=x)
         d_weight = np.empty(total, np.float32)
         own = tuple(pool.take(*w.shape, like=x) for w in (gate_up, down))
-        of_guests = Luggage.of(len(ups) - held, own, pool.take)
-        d_ups, d_downs = _rows(own, of_guests.rows)
+        d_ups, d_downs = _rows(own, ((), ()))
+        if plan.guests is not None:
+            of_guests = plan.guests.new_rows(own)
+            d_ups, d_downs = _rows(own, side_by_side(of_guests, own))
         rows = pool.take(longest, x.shape[1], like=x)
         wide = between(x)
         dh, h = pool.take(longest, down.shape[2], like=wide), pool.take(longest, down.shape[2], like=wide)
@@ -124,12 +131,12 @@ class FusedExperts(torch.autograd.Function):
 
         mine = [part for part in parts if part[0] < held]
         theirs = [part for part in parts if part[0] >= held]
-        if not kept:  # they may still be on their way: first the rank's own
+        if not keep:  # they may still be on their way: first the rank's own
             compute(mine)
-            guests.wait()
+            guests.unpack(ups, downs)
         compute(theirs)
-        add = plan.guests.send_home(of_guests, own, pool.take) if plan.guests is not None else None
-        if kept:
+        add = plan.guests.send_home(of_guests, own) if plan.guests is not None else None
+        if keep:
             compute(mine)
         plan.meter.enter("combine")
         partial = pool.take(n_others, x.shape[1], like=x)
@@ -149,13 +156,11 @@ class FusedExperts(torch.autograd.Function):
 
 
 def _borrow(gate_up: torch.Tensor, down: torch.Tensor, plan: Agreed) -> Luggage:
-    """The guests' weights [G, 2F, H] and [G, H, F] set out; no rows if no rank has any."""
+    """The guests' weights set out; nothing if no rank has any. Where they stay they need memory of their own."""
     if plan.guests is None:
-        return Luggage.of(0, (gate_up, down), plan.pool.take)
+        return Luggage()
     plan.meter.enter("pack")
-    luggage = plan.guests.fetch((gate_up, down), plan.pool.take, plan.kept)
-    plan.arrived.extend(luggage.rows)
-    return luggage
+    return plan.guests.fetch((gate_up, down), None if plan.kept is None else plan.pool.take, plan.kept)
 
 
 def _rows(first: Sequence[Any], then: Sequence[Any]) -> list[list[torch.Tensor]]:

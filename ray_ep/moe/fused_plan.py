@@ -48,7 +48,7 @@ class Agreed:
     float8: bool  # rows are dispatched in 8 bits
     guests: Guests | None  # the last experts of the offsets
     kept: Kept | None  # experts S, S + 1, ... of the offsets
-    arrived: list[torch.Tensor] = field(default_factory=list)  # weights of the guests, once they are here
+    arrived: list[list[torch.Tensor]] = field(default_factory=list)  # the guests' weights, once they are here
 
     @property
     def others_out(self) -> int:

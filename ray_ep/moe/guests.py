@@ -24,6 +24,8 @@ _SERVES = 8
 _UNEVEN = 1.05
 """Imbalance that guests which fill their room must not leave."""
 
+_UINT8 = torch.zeros(0, dtype=torch.uint8)
+
 Take = Callable[..., torch.Tensor]
 """Gives memory: take(*shape, like=tensor), as `Pool.take` does."""
 
@@ -55,67 +57,98 @@ class Guests:
             group, meter, row_of[expert[given]].tolist(), give, expert[taken][by_source].tolist(), take, keep
         )  # fmt: skip
 
-    def fetch(self, weights: Sequence[torch.Tensor], take: Take, kept: Kept | None = None) -> Luggage:
-        """weights [S, ...] of this rank's experts -> its guests' [G, ...], all in one message (collective).
+    def fetch(self, weights: Sequence[torch.Tensor], take: Take | None = None, kept: Kept | None = None) -> Luggage:
+        """weights [S, ...] of this rank's experts -> its guests' [...] each, all in one message (collective).
 
-        It travels beside what follows: `Luggage.wait` before it is read. Rows from S on are of guests that stayed.
+        It travels beside what follows: `Luggage.unpack` before it is read. Rows from S on are of guests that stayed.
+
+        Args:
+            take: copy what arrives into memory of its own; None: it is read where its sender wrote it.
         """
-        out, given = Luggage.of(len(self.experts), weights, take), Luggage.of(len(self.give_rows), weights, take)
+        message = self.group.take(len(self.give_rows), _size(weights), like=_UINT8.to(weights[0].device))
         stayed: Sequence[list[torch.Tensor]] = [[] for _ in weights] if kept is None else kept.rows
-        for part, weight, more in zip(given.rows, weights, stayed, strict=True):
+        for part, weight, more in zip(side_by_side(message, weights), weights, stayed, strict=True):
             for row, r in zip(part, self.give_rows, strict=True):
                 row.copy_(weight.detach()[r] if r < len(weight) else more[r - len(weight)])
-        self._move(given.message, out, self.give, self.take)
-        return out
+        return self._lend(message, weights, self.give, self.take, take)
 
-    def send_home(self, of_guests: Luggage, own: Sequence[torch.Tensor], take: Take) -> Callable[[], None]:
-        """Gradients of the guests set out for where they came from (collective).
+    def send_home(self, of_guests: torch.Tensor, own: Sequence[torch.Tensor]) -> Callable[[], None]:
+        """Gradients of the guests, a message of `new_rows`, set out for where they came from (collective).
 
         What is returned adds those that arrive to `own` [S, ...], by ascending rank.
         """
-        received = Luggage.of(len(self.give_rows), own, take)
-        self._move(of_guests.message, received, self.take, self.give)
+        received = self._lend(of_guests, own, self.take, self.give)
 
         def add() -> None:
-            received.wait()
-            for total, gradients in zip(own, received.rows, strict=True):
-                for row, gradient in zip(self.give_rows, gradients, strict=True):
+            gradients: list[list[torch.Tensor]] = [[] for _ in own]
+            received.unpack(*gradients)
+            for total, rows in zip(own, gradients, strict=True):
+                for row, gradient in zip(self.give_rows, rows, strict=True):
                     total[row] += gradient
 
         return add
 
-    def _move(self, rows: torch.Tensor, out: Luggage, give: list[int], take: list[int]) -> None:
-        end = self.group.begin_all_to_all(out.message, rows, take, give)
-        self.meter.add(give, rows, self.group.rank)
+    def new_rows(self, own: Sequence[torch.Tensor]) -> torch.Tensor:
+        """uint8 [G, bytes] for gradients of the guests that are like `own` [S, ...], unwritten."""
+        return self.group.take(len(self.experts), _size(own), like=_UINT8.to(own[0].device))
 
-        def arrive(sent: torch.Tensor = rows) -> None:  # which must stay until then
+    def _lend(
+        self, message: torch.Tensor, like: Sequence[torch.Tensor], give: list[int], take: list[int],
+        copy: Take | None = None,
+    ) -> Luggage:  # fmt: skip
+        end = self.group.begin_loan(message, take, give)
+        self.meter.add(give, message, self.group.rank)
+
+        def arrive() -> list[torch.Tensor]:
             phase = self.meter.enter("exchange")
-            end()
+            blocks = end()
+            if copy is not None:
+                blocks = [copy(*block.shape, like=block).copy_(block) for block in blocks]
             self.meter.enter(phase)
+            return blocks
 
-        out.on_its_way.append(arrive)
+        return Luggage(message, like, arrive)
 
 
-@dataclass(frozen=True, slots=True)
 class Luggage:
-    """What travels of some experts: all their weights, or gradients, side by side."""
+    """Weights, or gradients, of some experts on their way, side by side in one message.
 
-    message: torch.Tensor  # uint8 [G, bytes]
-    rows: tuple[torch.Tensor, ...]  # views of it: [G, ...] of each weight
-    on_its_way: list[Callable[[], None]] = field(default_factory=list, repr=False)
+    Args:
+        sent: what this rank sends; while it is kept, what others sent in turn stays too.
+        like: [S, ...] of the same kind, all of one dtype.
+        arrive: uint8 [n, bytes] of each rank, once they are here; None: nothing travels.
+    """
 
-    def wait(self) -> None:
-        """Return once it is here."""
-        while self.on_its_way:
-            self.on_its_way.pop()()
+    def __init__(
+        self,
+        sent: torch.Tensor | None = None,
+        like: Sequence[torch.Tensor] = (),
+        arrive: Callable[[], list[torch.Tensor]] | None = None,
+    ):
+        self.sent, self._like, self._arrive = sent, like, arrive
 
-    @staticmethod
-    def of(count: int, like: Sequence[torch.Tensor], take: Take) -> Luggage:
-        """Unwritten, for `count` experts whose weights are `like` [S, ...], all of one dtype; memory from `take`."""
-        sizes = [prod(w.shape[1:]) * w.element_size() for w in like]
-        message = take(count, sum(sizes), like=like[0].new_empty(0, dtype=torch.uint8))
-        parts = zip(message.split(sizes, 1), like, strict=True)
-        return Luggage(message, tuple(m.view(w.dtype).view(count, *w.shape[1:]) for m, w in parts))
+    def unpack(self, *onto: list[torch.Tensor]) -> None:
+        """Once it is here, append its rows to the lists, one of each kind; the second time there is nothing left."""
+        if self._arrive is None:
+            return
+        blocks, self._arrive = self._arrive(), None
+        for block in blocks:
+            for rows, more in zip(onto, side_by_side(block, self._like), strict=True):
+                rows.extend(more)
+
+
+def side_by_side(message: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """message uint8 [n, bytes] -> views [n, ...] of it for each of `like` [S, ...]."""
+    parts = zip(message.split([_bytes(w) for w in like], 1), like, strict=True)
+    return [m.view(w.dtype).view(len(m), *w.shape[1:]) for m, w in parts]
+
+
+def _size(like: Sequence[torch.Tensor]) -> int:
+    return sum(_bytes(w) for w in like)
+
+
+def _bytes(weight: torch.Tensor) -> int:
+    return prod(weight.shape[1:]) * weight.element_size()
 
 
 class Kept:
@@ -141,8 +174,8 @@ class Kept:
         self.rows: tuple[list[torch.Tensor], ...] = ([], [])  # of each weight
         self._count = np.zeros(len(self._base.node_of), np.int64)  # [R]
 
-    def settle(self, plan: StepPlan, guests: Guests | None, arrived: Sequence[torch.Tensor]) -> bool:
-        """The guests of a step that is over stay, their weights [G, ...] being `arrived`; False: all are given up.
+    def settle(self, plan: StepPlan, guests: Guests | None, arrived: Sequence[list[torch.Tensor]]) -> bool:
+        """The guests of a step that is over stay, their weights being `arrived`; False: all are given up.
 
         That is when there is no room for another one and the ranks are uneven.
         """
@@ -172,18 +205,18 @@ class Borrow(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, guests: Guests, rows: torch.Tensor, *params: torch.Tensor) -> Any:
         ctx.guests = guests
-        more = guests.fetch(params, _new)
-        more.wait()
-        return (rows.view_as(rows), *(torch.cat([p, m]) for p, m in zip(params, more.rows, strict=True)))
+        more: list[list[torch.Tensor]] = [[] for _ in params]
+        guests.fetch(params).unpack(*more)
+        return (rows.view_as(rows), *(torch.cat([p, *(r[None] for r in m)]) for p, m in zip(params, more, strict=True)))
 
     @staticmethod
     def backward(ctx: Any, d_rows: torch.Tensor, *grads: torch.Tensor) -> Any:
-        count = len(ctx.guests.experts)
-        own = [g[: len(g) - count].clone() for g in grads]
-        theirs = Luggage.of(count, own, _new)
-        for part, g in zip(theirs.rows, grads, strict=True):
-            part.copy_(g[len(g) - count :])
-        ctx.guests.send_home(theirs, own, _new)()
+        held = [len(g) - len(ctx.guests.experts) for g in grads]
+        own = [g[:n].clone() for g, n in zip(grads, held, strict=True)]
+        theirs = ctx.guests.new_rows(own)
+        for part, g, n in zip(side_by_side(theirs, own), grads, held, strict=True):
+            part.copy_(g[n:])
+        ctx.guests.send_home(theirs, own)()
         return (None, d_rows, *own)
 
 
@@ -201,7 +234,3 @@ def destinations(index: torch.Tensor, sends: torch.Tensor, rank: int) -> torch.T
     to = torch.empty_like(flat)
     to[by_expert] = torch.where(expert >= 0, order[place], -1)
     return to.view_as(index)
-
-
-def _new(*shape: int, like: torch.Tensor) -> torch.Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device)

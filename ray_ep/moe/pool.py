@@ -6,8 +6,7 @@ import math
 
 import torch
 
-_FREE = 2
-"""References to a storage that nobody uses: the pool's own tensor and the wrapper that we count through."""
+from ray_ep.collective.mailboxes import is_free
 
 
 class Pool:
@@ -24,7 +23,7 @@ class Pool:
         size = math.prod(shape) * like.element_size()
         if size < 1 << 16:
             return torch.empty(shape, dtype=like.dtype)
-        fits = [b for b in self._buffers if size <= len(b) <= size + size // 2 and _is_free(b)]
+        fits = [b for b in self._buffers if size <= len(b) <= size + size // 2 and is_free(b)]
         if fits:
             buffer = min(fits, key=len)
         else:
@@ -35,12 +34,8 @@ class Pool:
 
     def _drop_free(self, size: int) -> None:
         """Before growing, give up free buffers of other sizes, as many as the new one needs."""
-        for b in sorted((b for b in self._buffers if _is_free(b)), key=len):
+        for b in sorted((b for b in self._buffers if is_free(b)), key=len):
             if size <= 0:
                 return
             size -= len(b)
             self._buffers = [x for x in self._buffers if x is not b]
-
-
-def _is_free(buffer: torch.Tensor) -> bool:
-    return bool(torch._C._storage_Use_Count(buffer.untyped_storage()._cdata) <= _FREE)

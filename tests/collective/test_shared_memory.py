@@ -32,18 +32,29 @@ def rows(step, source, to, count, dtype):
     return torch.randint(0, 100, (count, 4), generator=made).to(dtype)
 
 
-def call(group, step, dtype, begin=False):
-    """One exchange; returns what checks it, to be called at its end."""
+def call(group, step, dtype, begin=False, keep=None):
+    """One exchange, or a loan begun; returns what ends it and checks what arrived.
+
+    keep: where a sender keeps its messages; what arrived is then left there, too, with what was expected.
+    """
     table, me = sizes(step, group.size), group.rank
     taken = [table[r][me] for r in range(group.size)]
     send = torch.cat([rows(step, me, r, n, dtype) for r, n in enumerate(table[me])])
-    out = torch.full((sum(taken), 4), -1).to(dtype)
-    end = (group.begin_all_to_all if begin else group.all_to_all)(out, send, taken, table[me])
+    expected = torch.cat([rows(step, r, me, n, dtype) for r, n in enumerate(taken)])
+    if begin:
+        message = group.take(*send.shape, like=send)
+        message.copy_(send)
+        end = group.begin_loan(message.view(torch.uint8), taken, table[me])
+    else:
+        out = torch.full((sum(taken), 4), -1).to(dtype)
+        group.all_to_all(out, send, taken, table[me])
 
-    def check():
-        if end is not None:
-            end()
-        assert torch.equal(out, torch.cat([rows(step, r, me, n, dtype) for r, n in enumerate(taken)]))
+    def check(pause=0.0):
+        parts = [part.view(dtype) for part in end()] if begin else [out]
+        time.sleep(pause)
+        assert torch.equal(torch.cat(parts), expected)
+        if keep is not None:
+            keep.append((message, parts, expected))
 
     return check
 
@@ -82,6 +93,35 @@ def test_a_rank_that_runs_ahead_overwrites_nothing_unread(ranks):
             if slow.random() < 0.3:
                 time.sleep(0.003)
             call(group, step, torch.float32)()
+
+    ranks(2, work)
+
+
+@pytest.mark.parametrize("far", [[], SOME_FAR], ids=["one host", "two hosts"])
+def test_a_loan_is_good_until_its_reader_begins_another_call(ranks, far):
+    def work(group):
+        group._near = [near and (group.rank, r) not in far for r, near in enumerate(group._near)]
+        slow = random.Random(group.rank)
+        for step in range(60):
+            call(group, step, torch.bfloat16, begin=True)(pause=0.003 if slow.random() < 0.3 else 0.0)
+            if step % 3 == 0:
+                call(group, step, torch.float32)()
+
+    ranks(3, work)
+
+
+def test_a_loan_lasts_as_long_as_its_sender_keeps_the_message(ranks):
+    def work(group):
+        kept = []
+        for step in range(40):
+            call(group, step, torch.float32, begin=True, keep=kept)()
+            call(group, step, torch.float32, begin=True)()
+            if step % 10 == 9:
+                group.barrier()
+                for _, parts, expected in kept:
+                    assert torch.equal(torch.cat(parts), expected)
+                group.barrier()
+                kept.clear()
 
     ranks(2, work)
 
@@ -146,6 +186,29 @@ def test_a_closed_group_keeps_no_file_and_says_that_it_is_closed(ranks):
         with pytest.raises(GroupError, match="closed"):
             group.all_to_all(torch.empty(200, 4), torch.empty(200, 4), [100, 100], [100, 100])
     assert files() <= before
+
+
+def test_lent_memory_is_lent_again_and_what_is_too_small_gives_its_memory_back():
+    mail = Mailboxes(2, 1)
+    first, second = mail.lend(200_000).fill_(1), mail.lend(200_000).fill_(2)
+    at, other = mail.place(first), mail.place(second)
+    part = first[1000:]
+    del first
+    third = mail.lend(100_000)
+    assert len({at, other, mail.place(third)}) == 3, "two are in use, of one a part"
+    del part
+    assert mail.place(mail.lend(150_000)) == at, "free again"
+
+    def resident():
+        return os.fstat(mail.facts()[2].item()).st_blocks * 512
+
+    before = resident()
+    big = mail.lend(1_000_000)
+    assert resident() < before - 190_000, "what was too small gave its memory back"
+    assert (second == 2).all()
+    assert mail.place(big) not in (at, other)
+    assert mail.place(mail.lend(150_000)) == at
+    mail.close()
 
 
 def test_a_file_of_another_host_or_another_process_is_not_opened():

@@ -9,10 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ray_ep
+from ray_ep.collective import gloo_group
 from ray_ep.errors import BadInput
 from ray_ep.moe import Limits, kernels
 from ray_ep.moe.guests import destinations
 from tests.models import MODELS, VOCAB, assert_equals, build, even_shards, parallel_pass, placement_of, reference
+
+
+@pytest.fixture(autouse=True)
+def shared(request, monkeypatch):
+    """Least bytes that ranks lend each other; few, so that tiny experts are lent as big ones are."""
+    monkeypatch.setattr(gloo_group, "SHARED", getattr(request, "param", 64))
 
 
 def free(model):
@@ -41,6 +48,7 @@ def test_with_guests_logits_and_every_gradient_equal_one_process(ranks, name, si
     assert guests > 0
 
 
+@pytest.mark.parametrize("shared", [64, 1 << 40], indirect=True, ids=["lent", "sent"])
 @pytest.mark.parametrize("fused", [True, False])
 def test_guests_are_fetched_again_in_backward_where_memory_is_for_one_layer_only(ranks, fused):
     model = build("qwen3_moe", num_hidden_layers=6, hidden_size=256, moe_intermediate_size=128, head_dim=64)
