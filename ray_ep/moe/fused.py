@@ -79,23 +79,22 @@ class FusedExperts(torch.autograd.Function):
         if not grad:
             return out
         ctx.plan = plan
-        kept = []
-        if plan.guests is not None and plan.guests.keep:
-            kept, ctx.lent = [*ups[here:], *downs[here:]], guests.sent
-        ctx.save_for_backward(x, g, gate_up, down, *kept)
+        # What this rank lent is kept as others keep what they borrowed: the same hooks of checkpointing see both.
+        keep = plan.guests is not None and plan.guests.keep
+        ctx.save_for_backward(x, g, gate_up, down, *((guests.sent, *ups[here:], *downs[here:]) if keep else ()))
         ctx.weights = (weights.shape, weights.dtype)
         return out
 
     @staticmethod
     def backward(ctx: Any, d_out: torch.Tensor) -> Any:
         # Read first: in a checkpointed block this recomputes, and so exchanges.
-        x, g, gate_up, down, *kept = ctx.saved_tensors
+        x, g, gate_up, down, *kept = ctx.saved_tensors  # the first kept is what this rank lent: until the end
         plan: Agreed = ctx.plan
         pool, n_others = plan.pool, plan.others_in
         keep = plan.guests is not None and plan.guests.keep
         guests = Luggage() if keep else _borrow(gate_up, down, plan)
-        half = len(kept) // 2
-        ups, downs = _rows((gate_up, down), (kept[:half], kept[half:]))
+        half = 1 + len(kept) // 2
+        ups, downs = _rows((gate_up, down), (kept[1:half], kept[half:]))
         dy = _collect(d_out.contiguous(), plan, forward=False)
         plan.meter.enter("experts")
         # In bfloat16 a weight's gradient is one product, whose sums are float32.

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import ray_ep
 from ray_ep.collective import gloo_group
+from ray_ep.collective.mailboxes import is_free
 from ray_ep.errors import BadInput
 from ray_ep.moe import Limits, kernels
 from ray_ep.moe.guests import destinations
@@ -18,8 +19,20 @@ from tests.models import MODELS, VOCAB, assert_equals, build, even_shards, paral
 
 @pytest.fixture(autouse=True)
 def shared(request, monkeypatch):
-    """Least bytes that ranks lend each other; few, so that tiny experts are lent as big ones are."""
+    """Least bytes that ranks lend each other; few, so that tiny experts are lent as big ones are.
+
+    What was lent is overwritten (in float32 and bfloat16 with NaN) as soon as it may be.
+    """
     monkeypatch.setattr(gloo_group, "SHARED", getattr(request, "param", 64))
+    all_to_all = gloo_group.GlooGroup.all_to_all
+
+    def overwriting(self, *args):
+        all_to_all(self, *args)
+        for buffer in self._mail._lent:
+            if is_free(buffer):
+                buffer.fill_(255)
+
+    monkeypatch.setattr(gloo_group.GlooGroup, "all_to_all", overwriting)
 
 
 def free(model):
