@@ -48,11 +48,15 @@ class Group(ABC):
     ) -> Callable[[], list[torch.Tensor]]:
         """An all_to_all that other calls may follow before it ends, and whose receivers only read.
 
-        What is returned ends it, called once: the rows of each rank, maybe in that rank's own memory. They are good
-        until their reader begins another call, and longer only while their sender keeps `message`, as it is.
+        What is returned ends it, called once, between the same calls on every rank: the rows of each rank, maybe in
+        that rank's own memory. They are good until their reader begins another call, and longer only while their
+        sender keeps `message`, as it is.
 
         Args:
             message: uint8 [sum(input_sizes), bytes] from `take`.
+
+        Raises:
+            GroupError: as any call; the message is not from `take`.
         """
         out = self.take(sum(output_sizes), *message.shape[1:], like=message)
         self.all_to_all(out, message, output_sizes, input_sizes)

@@ -2,8 +2,8 @@
 
 Each rank owns an anonymous file (memfd) with a box for every reader and parity; who may read it opens it through /proc,
 so that nothing has a name and nothing outlives the processes. Behind the boxes lies what it lends: read where it was
-written. When a box or a loan is full, or read, is told by the group that these ranks are in, not here. Imports torch;
-no Ray.
+written. When a box or a loan is full, or read, is told by the group that these ranks are in, not here. Imports errors
+and torch; no Ray.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import secrets
 from pathlib import Path
 
 import torch
+
+from ray_ep.errors import GroupError
 
 BOX = 1 << 36
 """Bytes of the file for one box, or for all loans: addresses, not memory, which only what was written takes."""
@@ -99,7 +101,10 @@ class Mailboxes:
 
     def place(self, lent: torch.Tensor) -> int:
         """Where others read what `lend` gave, or a part of it."""
-        return lent.data_ptr() - self._theirs[-1].data_ptr()
+        at = lent.data_ptr() - self._theirs[-1].data_ptr()
+        if not 0 <= at <= self._lent_bytes - len(lent):
+            raise GroupError("begin_loan: the message does not lie in memory from the group's `take`")
+        return at
 
     def read(self, owner: int, place: int, size: int) -> torch.Tensor:
         """uint8 [size] of what an owner lent."""

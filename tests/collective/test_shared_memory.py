@@ -126,6 +126,15 @@ def test_a_loan_lasts_as_long_as_its_sender_keeps_the_message(ranks):
     ranks(2, work)
 
 
+def test_a_loan_of_other_memory_is_refused(ranks):
+    def work(group):
+        with pytest.raises(GroupError, match="take"):
+            group.begin_loan(torch.zeros(400, 4, dtype=torch.uint8), [200, 200], [200, 200])
+        group.barrier()
+
+    ranks(2, work)
+
+
 def test_messages_between_two_ranks_arrive_in_order(ranks):
     def work(group):
         for n in (3, 5000, 70000, 2, 70000):
