@@ -54,7 +54,8 @@ class Limits:
 
     Args:
         guest_mb: memory of a rank for guests. Kept until backward if it is enough for all layers, else of one layer at
-            a time, and backward fetches them again.
+            a time, and backward fetches them again. Between ranks of a host they lie with their lender: there what all
+            its borrowers may have is the bound.
         most: no rank computes more than this times its fair share, whatever it costs.
         topology: measured links, groups of ranks joined by fast ones as its nodes; None: links inside a node count as
             those measured in the first pass, others as slow.
