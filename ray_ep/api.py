@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ray_ep.config.schema import Config
-from ray_ep.driver.loop import Interrupt, check, drive
+from ray_ep.driver.interrupt import Interrupt
+from ray_ep.driver.loop import drive
 from ray_ep.driver.probe import probe_cluster
 from ray_ep.driver.rundir import RunDir, find_checkpoint
+from ray_ep.driver.start import check
 from ray_ep.observe.progress import Progress
 from ray_ep.observe.report import write_report
 from ray_ep.placement import Topology

@@ -21,7 +21,7 @@ from ray_ep.bench.layer import Case, spawn
 from ray_ep.collective import from_torch
 from ray_ep.config import from_dict
 from ray_ep.config.schema import Config
-from ray_ep.driver.loop import check
+from ray_ep.driver.start import check
 from ray_ep.errors import BadInput
 from ray_ep.rank.pays import uneven, uneven_ranks
 from ray_ep.rank.rank import Rank

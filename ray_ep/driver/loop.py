@@ -1,37 +1,26 @@
-"""The driver of a run: check everything, form the ranks, step, evaluate, save, stop. Draws nothing itself.
-
-`drive` reads top to bottom: what can be wrong is found before anything is started or written.
-"""
+"""The driver of a checked run: form the ranks, step, evaluate, save, stop. Draws nothing itself."""
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from datetime import datetime
 from typing import Any, Protocol
 
 import numpy as np
 from omegaconf import OmegaConf
-from transformers import PreTrainedConfig
 
 from ray_ep.config.schema import Config
 from ray_ep.driver.alarm import WINDOW, collapse
 from ray_ep.driver.cluster import Ranks, connected, transports
+from ray_ep.driver.interrupt import Interrupt
 from ray_ep.driver.mover import Mover, check_survival, facts_of
 from ray_ep.driver.probe import measured
-from ray_ep.driver.rundir import RunDir, checkpoint_url, choose, find_checkpoint
-from ray_ep.errors import CheckpointError, ConfigError
-from ray_ep.moe import Balance, Choice, find_experts
-from ray_ep.placement import Placement, RoutingStatistics, Topology, contiguous, random
+from ray_ep.driver.rundir import checkpoint_url
+from ray_ep.driver.start import Plan
+from ray_ep.moe import Balance, Choice
+from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.placement.groups import contradictions
-from ray_ep.rank.checkpoint import Checkpoint, Directory
-from ray_ep.rank.data import Corpus, load_corpus
-from ray_ep.rank.model import meta_model, model_config
+from ray_ep.rank.checkpoint import Directory
 from ray_ep.rank.rank import StepResult
 
 
@@ -46,73 +35,6 @@ class Listener(Protocol):
 
     def event(self, kind: str, message: str) -> None:
         """Something happened that an operator should see."""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A checked run: everything that could be refused has been."""
-
-    run: RunDir
-    corpus: Corpus
-    config: PreTrainedConfig
-    signature: dict[str, list[int]]  # parameter -> shape
-    placement: Placement  # to begin with
-    checkpoint: Checkpoint | None  # to go on from
-    expert_parameters: int  # of the largest expert
-
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class Interrupt:
-    """SIGINT and SIGTERM ask for a stop at the next safe point; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __call__(self) -> bool:
-        return self.asked
-
-    @contextmanager
-    def caught(self) -> Iterator[Interrupt]:
-        """Handle the signals inside; only Python's main thread may."""
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        before = {s: signal.getsignal(s) for s in _SIGNALS}
-        self.hold()
-        try:
-            yield self
-        finally:
-            for s, handler in before.items():
-                signal.signal(s, handler)
-
-    def hold(self) -> None:
-        """Take the signals (again: `ray.init` installs handlers of its own); raise if a stop was asked for."""
-        if threading.current_thread() is threading.main_thread():
-            for s in _SIGNALS:
-                signal.signal(s, self._ask)
-        if self.asked:
-            raise KeyboardInterrupt
-
-    def _ask(self, number: int, frame: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-
-def check(cfg: Config, now: datetime) -> Plan:
-    """Everything that can be refused without a cluster; starts and writes nothing. Raises BadInput."""
-    run = choose(cfg, now)
-    corpus = load_corpus(cfg.data, cfg.batch.length, cfg.seed)
-    config = model_config(cfg.model, corpus.vocab_size)
-    model = meta_model(config)
-    modules = find_experts(model)
-    experts = int(next(iter(modules.values())).num_experts)
-    placement = _placement(cfg, run, len(modules), experts)
-    signature = {n: list(p.shape) for n, p in model.named_parameters()}
-    size = max(sum(p.numel() for p in m.parameters()) for m in modules.values()) // experts
-    return Plan(run, corpus, config, signature, placement, _resume(cfg, run, signature), size)
 
 
 def drive(cfg: Config, plan: Plan, listeners: list[Listener], interrupt: Interrupt) -> str:
@@ -170,6 +92,8 @@ class Driver:
         plan.run.placement(plan.placement)
         for listener in self.listeners:
             listener.start(self._describe())
+        for kind, message in plan.notes:
+            self._event(kind, message)
         for sentence in contradictions(self.topology) if cfg.topology.measure else []:
             self._event("topology", sentence)
         if plan.checkpoint is not None:
@@ -312,56 +236,3 @@ def step_metrics(
         "balance_saved_measured": float(balance.moved_pairs * experts / max(pairs.mean(0).sum(), 1)),
         "max_expert_load": (load.max(1) / np.maximum(load.mean(1), 1e-9)).round(4).tolist(),
     }
-
-
-def _placement(cfg: Config, run: RunDir, layers: int, experts: int) -> Placement:
-    """The placement to begin with; raises PlacementError (fewer slots than experts) or ConfigError.
-
-    A run that goes on (resume=auto) goes on with the last one it had, unless a file is named or it does not fit.
-    """
-    named = cfg.placement.initial not in ("contiguous", "random")
-    last = run.newest_placement() if cfg.resume == "auto" else None
-    initial = _initial(cfg, layers, experts)
-    if last is None:
-        return initial
-    fits = last.slots.shape[:2] == initial.slots.shape[:2] and last.num_experts == experts
-    fits = fits and last.slots.shape[2] <= initial.slots.shape[2]
-    # Another one in the same run gets a number of its own, so that none that was there is overwritten.
-    return last if fits and not named else replace(initial, version=last.version + 1)
-
-
-def _initial(cfg: Config, layers: int, experts: int) -> Placement:
-    ranks, slots = cfg.cluster.ranks, cfg.placement.slots_per_rank or None
-    if cfg.placement.initial == "contiguous":
-        return contiguous(layers, experts, ranks, slots)
-    if cfg.placement.initial == "random":
-        return random(layers, experts, ranks, slots, cfg.seed)
-    placement = Placement.load(cfg.placement.initial)
-    if (placement.num_layers, placement.num_experts, placement.num_ranks) != (layers, experts, ranks):
-        raise ConfigError(
-            f"placement.initial={cfg.placement.initial!r} is for {placement.num_layers} layers x "
-            f"{placement.num_experts} experts on {placement.num_ranks} ranks; this run has {layers} x {experts} on "
-            f"{ranks}"
-        )
-    return placement
-
-
-def _resume(cfg: Config, run: RunDir, signature: dict[str, list[int]]) -> Checkpoint | None:
-    """The checkpoint to go on from, checked against the model; None to start anew. Raises CheckpointError."""
-    if cfg.resume == "no":
-        return None
-    if cfg.resume == "auto":
-        directory = Directory(checkpoint_url(cfg, run))
-        if not directory.steps():
-            return None
-        checkpoint = Checkpoint(directory, directory.steps()[-1])
-    else:
-        checkpoint = find_checkpoint(cfg.resume)
-    other = checkpoint.manifest.get("signature")
-    if other != signature:
-        differ = next((n for n in {**signature, **(other or {})} if (other or {}).get(n) != signature.get(n)), "?")
-        raise CheckpointError(
-            f"checkpoint {checkpoint.name} is of another model: {differ} has shape "
-            f"{(other or {}).get(differ)} there and {signature.get(differ)} here"
-        )
-    return checkpoint

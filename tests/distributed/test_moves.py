@@ -25,7 +25,9 @@ ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
 import ray_ep
 from ray_ep.cli import main
 from ray_ep.driver.cluster import Ranks
-from ray_ep.driver.loop import Driver, Interrupt, check
+from ray_ep.driver.interrupt import Interrupt
+from ray_ep.driver.loop import Driver
+from ray_ep.driver.start import check
 from ray_ep.driver.verdict import Verdict
 from ray_ep.placement import contiguous, planner
 

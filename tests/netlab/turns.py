@@ -20,8 +20,9 @@ from omegaconf import OmegaConf
 import ray_ep
 from ray_ep.cli.plan_inputs import read_recorded, run_costs
 from ray_ep.driver.cluster import Ranks, connected
-from ray_ep.driver.loop import check, step_metrics
+from ray_ep.driver.loop import step_metrics
 from ray_ep.driver.probe import measured
+from ray_ep.driver.start import check
 from ray_ep.placement import Placement, StepCosts, contiguous, load_only, plan, predict, random
 
 
