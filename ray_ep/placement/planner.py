@@ -11,11 +11,12 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 
 from ray_ep.errors import PlacementError
-from ray_ep.placement import by_time, packing, relief, small, survive, swaps
+from ray_ep.placement import by_time, fill, packing, relief, small, survive, swaps
 from ray_ep.placement.baselines import contiguous
 from ray_ep.placement.cost import StepCosts, check_fit, predict, token_sets
 from ray_ep.placement.dispatch import deal, simulate
@@ -26,6 +27,8 @@ from ray_ep.placement.problem import Problem
 from ray_ep.placement.replan import SETTLE, WORTH, Change, best_change, fresh_slots, layer_seconds, pays, settled
 from ray_ep.placement.statistics import RoutingStatistics
 from ray_ep.placement.topology import Topology
+
+T = TypeVar("T")
 
 CLEAR = 0.9
 """A plan that takes this share of contiguous's time, by a rough look, is not compared with it exactly."""
@@ -68,7 +71,7 @@ def plan(
             current that do not fit one another.
     """
     costs = costs or StepCosts()
-    layers, experts = np.shape(statistics.load)
+    experts = np.shape(statistics.load)[1]
     if current is not None:
         check_fit(current, statistics, topology)
     sets = token_sets(statistics)
@@ -76,6 +79,29 @@ def plan(
         raise PlacementError(f"statistics: the sample names expert {sets.max()}: allowed are 0 to {experts - 1}")
     problem = Problem.of(topology, experts, sets.shape[2], slots_per_rank, level, horizon_steps, costs)
     survive.check_room(problem.room, experts, topology.node_of, survive_nodes)
+    known = RoutingStatistics(statistics.load, sample=sets.astype(np.int32))
+
+    def planned(now: Placement | None) -> Placement:
+        return _filled(_planned(known, topology, problem, now, seed, survive_nodes), now, known, problem, survive_nodes)
+
+    found = planned(current)
+    if current is None and (survive_nodes or found.version):
+        return _settled(replace(found, version=0), planned)
+    return found
+
+
+def _planned(
+    statistics: RoutingStatistics,
+    topology: Topology,
+    problem: Problem,
+    current: Placement | None,
+    seed: int,
+    survive_nodes: int,
+) -> Placement:
+    """The plan with a slot left empty where a replica there gains nothing; see `plan`."""
+    assert statistics.sample is not None
+    sets = np.asarray(statistics.sample, np.int64)
+    layers, experts = statistics.load.shape
     start = None if current is None else _needed(current) if survive_nodes else current.slots
     width = int(problem.room.max(initial=0))
     plain = contiguous(layers, experts, problem.ranks, problem.room.tolist()) if current is None else None
@@ -89,22 +115,15 @@ def plan(
         doubtful = plain is not None and _doubtful(problem, traffic, seconds, plain.slots[i])
         return Change(slots, slots, 0.0, 0.0, 0.0), doubtful
 
-    with ThreadPoolExecutor(max(1, min(layers, os.cpu_count() or 1))) as pool:
-        found = list(pool.map(one, range(layers)))
+    found = _by_layer(one, range(layers))
     together = pays([change for change, _ in found])
     chosen = [c.slots if together or pays([c]) else c.before for c, _ in found]
     slots = np.stack(chosen) if found else np.zeros((0, problem.ranks, width), np.int64)
     doubt = [i for i, (_, doubtful) in enumerate(found) if doubtful]
     if plain is not None and doubt:
-        slots[doubt] = _no_worse(
-            slots, plain, problem, RoutingStatistics(statistics.load, sample=sets.astype(np.int32)), topology, doubt
-        )
+        slots[doubt] = _no_worse(slots, plain, problem, statistics, topology, doubt)
     if survive_nodes:
-        safe = _secured(slots, statistics, sets, topology, problem, current, survive_nodes)
-        if current is not None:
-            return safe
-        rest = horizon_steps, level, seed, costs, survive_nodes
-        return _settled_safe(safe, lambda now: plan(statistics, topology, slots_per_rank, now, *rest))
+        return _secured(slots, statistics, sets, topology, problem, current, survive_nodes)
     if current is None:
         return Placement(slots, experts, primary=_primaries(slots, experts, None))
     padded = np.full((layers, problem.ranks, max(width, current.slots.shape[2])), -1, np.int64)
@@ -112,7 +131,38 @@ def plan(
     if (padded[:, :, : current.slots.shape[2]] == current.slots).all():
         return current
     primary = _primaries(slots, experts, current.owner)
-    return Placement(slots, experts, current.version + 1, primary)
+    return Placement(slots, experts, current.version + 1, primary, fill.shares_kept(current, slots))
+
+
+def _by_layer(one: Callable[[int], T], layers: Sequence[int]) -> list[T]:
+    """What `one` makes of each layer, in threads."""
+    with ThreadPoolExecutor(max(1, min(len(layers), os.cpu_count() or 1))) as pool:
+        return list(pool.map(one, layers))
+
+
+def _filled(
+    made: Placement, current: Placement | None, statistics: RoutingStatistics, problem: Problem, survive_nodes: int
+) -> Placement:
+    """The plan with every slot filled, `made` itself where all are; its version then is one up on the current one's."""
+    assert statistics.sample is not None
+    short = np.flatnonzero(fill.empty_slots(problem, made.slots).any(1)).tolist()
+    if not short:
+        return made
+    width = max(made.slots.shape[2], int(problem.room.max()))
+    slots, shares = np.full((*made.slots.shape[:2], width), -1, np.int64), np.ones((*made.slots.shape[:2], width))
+    slots[:, :, : made.slots.shape[2]] = made.slots
+    shares[:, :, : made.slots.shape[2]] = 1.0 if made.shares is None else made.shares
+    sets = np.asarray(statistics.sample, np.int64)
+
+    def one(i: int) -> fill.Layer:
+        traffic = Traffic.of(np.asarray(statistics.load[i], np.float64), sets[i], problem.ranks)
+        return fill.fill_layer(problem, traffic, fill.Layer(slots[i], shares[i]), current is None and not survive_nodes)
+
+    for i, layer in zip(short, _by_layer(one, short), strict=True):
+        slots[i], shares[i] = layer.slots, layer.shares
+    primary = _primaries(slots, made.num_experts, made.owner)
+    version = 1 if current is None else current.version + 1
+    return Placement(slots, made.num_experts, version, primary, None if (shares == 1).all() else shares)
 
 
 def _needed(current: Placement) -> Ints:
@@ -169,13 +219,13 @@ def _fitted(current: Ints, problem: Problem) -> Ints | None:
     return out
 
 
-def _settled_safe(safe: Placement, again: Callable[[Placement], Placement]) -> Placement:
-    """A safe plan, planned again until it stays: safety displaces what was planned."""
+def _settled(made: Placement, again: Callable[[Placement], Placement]) -> Placement:
+    """A plan, planned again until it stays: what safety displaced or filled may have better places now."""
     for _ in range(SETTLE):
-        before, safe = safe, again(safe)
-        if safe is before:
+        before, made = made, again(made)
+        if made is before:
             break
-    return replace(safe, version=0)
+    return replace(made, version=0)
 
 
 def _no_worse(

@@ -217,6 +217,13 @@ def moved_slots(before: Ints, after: Ints) -> int:
 
 def layer_seconds(problem: Problem, traffic: Traffic, slots: Ints, shares: Floats | None = None) -> float:
     """Predicted seconds of one layer (see cost.predict), with traffic in units of visits where no link is measured."""
+    return layer_figures(problem, traffic, slots, shares)[0]
+
+
+def layer_figures(
+    problem: Problem, traffic: Traffic, slots: Ints, shares: Floats | None = None
+) -> tuple[float, Floats]:
+    """The same, and tokens [R] that each rank computes."""
     ranks = problem.ranks
     held = np.zeros((problem.experts + 1, ranks), bool)
     held[slots, np.arange(ranks)[:, None]] = True
@@ -231,5 +238,5 @@ def layer_seconds(problem: Problem, traffic: Traffic, slots: Ints, shares: Float
     compute = (np.bincount(unit, load) / np.bincount(unit, problem.speed)).max() * problem.costs.expert_seconds
     if not problem.links.rank.any():
         visits = float((to_node if to_node.shape[1] > 1 else to_rank).sum()) * problem.costs.tokens_per_rank
-        return float(compute) * (1 + visits / (ranks * problem.costs.tokens_per_rank * problem.prices.compute))
-    return float(compute) + problem.links.seconds((to_rank, to_node), problem.costs)
+        return float(compute) * (1 + visits / (ranks * problem.costs.tokens_per_rank * problem.prices.compute)), load
+    return float(compute) + problem.links.seconds((to_rank, to_node), problem.costs), load
