@@ -211,6 +211,8 @@ class _Reader:
             if any(m.filename in ("mimetype", "[Content_Types].xml") for m in members):
                 raise DataError(f"{where}: is an office document or an e-book, and no archive of texts; {_FILES_ARE}")
             for member in members:
+                if member.flag_bits & 1:
+                    raise DataError(f"{where}, member {member.filename}: is encrypted")
                 if _is_shown(name := member.filename):
                     yield from self._member(lambda member=member: archive.open(member), name, where)
 

@@ -186,7 +186,8 @@ def csv_mark(text: str, field: str, usual: str | None) -> str | None:
         return next((m for m in marks if field in map(str.strip, _cells(lines[:1], m)[0])), usual)
     for mark in ",\t;":
         header, *others = _cells(lines, mark)
-        if field in header and len(header) > 1 and sum(len(o) == len(header) for o in others) > len(others) / 2:
+        named = field in header and len(header) > 1 and all(c and c == c.strip() for c in header)  # unlike prose
+        if named and sum(len(o) == len(header) for o in others) > len(others) / 2:
             return mark
     return None
 
