@@ -43,13 +43,14 @@ _NOT_OURS = {"site-packages", "dist-packages", "__pycache__", "lib2to3"}  # lib2
 _TEXT_NAMES = re.compile(
     r"""py|pyi|ipynb|c|h|cc|cpp|cxx|hpp|cu|cuh|cs|java|kt|scala|go|rs|rb|php|pl|pm|lua|r|jl|swift|m|mm|js|mjs|cjs|ts|jsx
     |tsx|vue|sh|bash|zsh|fish|ps1|bat|sql|hs|ml|ex|exs|erl|clj|el|lisp|f|f90|asm|s|v|sv|vhd|proto|cmake|mk|gradle
-    |md|markdown|rst|tex|bib|html|htm|xhtml|xml|svg|css|scss|less|yaml|yml|toml|ini|cfg|conf|properties|lock|log|srt
+    |md|markdown|rst|tex|bib|html|htm|xhtml|xml|svg|css|scss|less|yaml|yml|toml|ini|srt
     |vtt|po|diff|patch""",
     re.VERBOSE,
 )
 _JSON_NAMES = {"json", "jsonl", "ndjson", "jl", "jsonlines", "ldjson"}
 _CSV_NAMES = {"csv": ",", "tsv": "\t", "tab": "\t"}
 _OF_A_DATASET = {"dataset_info.json", "dataset_dict.json", "state.json"}
+_NO_ROWS = {"_metadata", "_common_metadata"}  # Parquet files beside those with the rows
 _BINARY_NAMES = {"parquet": "Parquet", "arrow": "Arrow", "feather": "Arrow", "zip": "zip"}
 _PACKED_NAMES = {"gz", "gzip", "bz2", "xz", "lzma", "zst", "zstd", "lz4"}
 
@@ -88,9 +89,9 @@ class Source:
     formats: Counter[str] = field(default_factory=Counter)  # format -> files of it; grows while documents are read
 
     def counted(self, documents: int) -> str:
-        """'documents: 300 of 1 JSON array, 2 text', in an order of its own, so that equal data have equal words."""
+        """'documents: 300; files: 1 JSON array, 2 text', sorted, so that equal data have equal words."""
         files = ", ".join(f"{n:,} {name}" for name, n in sorted(self.formats.items()))
-        return f"documents: {documents:,}" + (f" of {files}" if files else "")
+        return f"documents: {documents:,}" + (f"; files: {files}" if files else "")
 
 
 def open_source(cfg: DataConfig) -> Source:
@@ -133,9 +134,8 @@ def _expand(pattern: str) -> list[tuple[Any, str]]:
 def _not_hidden(pattern: str, found: list[str]) -> list[str]:
     fixed = min((pattern.find(c) for c in "*?[" if c in pattern), default=len(pattern))
     fixed = pattern.rfind("/", 0, fixed) + 1  # names up to here were spelled out
-    if "/." in "/" + pattern[fixed:]:
-        return found
-    return [p for p in found if "/." not in "/" + p[fixed:]]
+    hidden = "/." in "/" + pattern[fixed:]  # asked for by name
+    return [p for p in found if PurePosixPath(p).name not in _NO_ROWS and (hidden or "/." not in "/" + p[fixed:])]
 
 
 class _Peeked(io.RawIOBase):

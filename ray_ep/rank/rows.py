@@ -88,7 +88,7 @@ def _objects(text: str) -> tuple[list[dict[str, Any]], int, str]:
     at, end, found = at + array, 0, []
     while True:
         at = _BLANK.match(text, at).end()
-        if array and found and text[at : at + 1] in (",", "]"):
+        if found and text[at : at + 1] in (",", "]"):  # lines that end in commas: meant as rows, and refused as such
             at = _BLANK.match(text, at + 1).end()
         if at == len(text):
             return found, end, "end"
@@ -196,14 +196,18 @@ def _cells(lines: list[str], mark: str) -> list[list[str]]:
     """Rows of the beginning of a file, whose last one may be cut; one without cells if it has none."""
     rows: list[list[str]] = []
     with suppress(csv.Error):
-        rows.extend(row for row in csv.reader(lines, delimiter=mark) if row)
+        rows.extend(row for row in _csv_reader(lines, mark) if row)
     return rows or [[]]
+
+
+def _csv_reader(lines: Iterable[str], mark: str, strict: bool = False) -> Any:
+    csv.field_size_limit(_LONGEST_CELL)  # the process's, there is no other
+    return csv.reader(lines, delimiter=mark, strict=strict)
 
 
 def read_csv(chunks: Iterator[str], where: str, field: str, mark: str) -> Iterator[bytes]:
     """Each row after the header is a document."""
-    csv.field_size_limit(_LONGEST_CELL)  # the process's, there is no other
-    reader = csv.reader(_lines(chunks), delimiter=mark, strict=True)
+    reader = _csv_reader(_lines(chunks), mark, strict=True)
     header: list[str] = []
     line = 1
     try:

@@ -41,7 +41,7 @@ def test_a_text_file_is_one_document_ended_by_a_zero_byte(tmp_path):
     assert bytes(got.train) == "grüße, world".encode() + b"\0"
     assert (got.train.dtype, got.vocab_size, got.documents) == (np.uint8, 256, 1)
     assert got.held_out.size == 0
-    assert got.source == f"14 bytes of data.files=['{tmp_path}/a.txt'] (documents: 1 of 1 text)"
+    assert got.source == f"14 bytes of data.files=['{tmp_path}/a.txt'] (documents: 1; files: 1 text)"
 
 
 def test_files_are_read_in_order_of_the_patterns_then_sorted_and_each_once(tmp_path):

@@ -207,6 +207,7 @@ def test_programs_and_markup_are_text_whatever_is_in_them(tmp_path, suffix):
         "text, and other stories\nby somebody, somewhere\n",
         "title,text\n\nA poem under a strange title\nwith lines, of, many, kinds\nand more of them\nand more\n",
         "text\nis the first line\n",
+        '{"text": "x"}, {y} and other notations\nare compared here, at some length, line by line\n',
         '"quoted, from the beginning',
         "\\documentclass{article}\r\nwith its own line ends\r\n",
     ],
@@ -255,6 +256,7 @@ BAD_ROWS = {
     "a.txt": [
         ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", "a.txt: is a git-lfs pointer"),
         ("%PDF-1.7\n", "a.txt: is a PDF file"),
+        ('{"text": "x"},\n' * 9, "line 1: not JSON: Expecting value; by its content this is JSON lines"),
         (as_lines(ROWS[:9]) + '{"text": "cut', "line 10: not JSON: Unterminated string"),
         (as_csv(ROWS[:15]) + "one\n", "line 32: 1 cells, but the header has 2"),
     ],
@@ -290,7 +292,8 @@ def test_max_bytes_may_cut_a_character_and_bounds_what_is_read(tmp_path):
 
 def test_empty_files_and_hidden_files_of_a_glob_are_passed_over(tmp_path):
     for name, content in {
-        "a.parquet": FORMATS["parquet"], "b.parquet": b"", "_SUCCESS": b"", "c.csv": b"", "d.gz": gzip.compress(b""),
+        "a.parquet": FORMATS["parquet"], "b.parquet": b"", "_SUCCESS": b"",
+        "_metadata": FORMATS["parquet"], "c.csv": b"", "d.gz": gzip.compress(b""),
         ".DS_Store": b"\0\1", ".cache/x.jsonl": b"junk", ".e/f.txt": b"hidden",
     }.items():  # fmt: skip
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -306,7 +309,7 @@ def test_the_start_line_says_what_was_read_as_what(tmp_path):
     cfg = load_config(None, [f"data.files={tmp_path}/*"]).data
     first, again = load_corpus(cfg, 8), load_corpus(cfg, 8)
     assert first.source == again.source
-    assert first.source.endswith("(documents: 1,201 of 1 CSV, 1 JSON array, 1 JSON lines, 1 Parquet, 1 text)")
+    assert first.source.endswith("(documents: 1,201; files: 1 CSV, 1 JSON array, 1 JSON lines, 1 Parquet, 1 text)")
 
 
 def test_the_standard_library_is_read_as_it_stands():
