@@ -69,10 +69,14 @@ class ModelConfig:
 class DataConfig:
     """What it reads. With neither files nor a dataset: the Python standard library's source text on this machine."""
 
-    files: list[str] = _opt([], "paths, globs or fsspec URLs of text, .jsonl or .parquet files (.gz, .bz2, .xz too)")
+    files: list[str] = _opt(
+        [], "paths, globs or fsspec URLs of text, JSON, CSV, Parquet or Arrow files, compressed or in archives too"
+    )
+    format: str = _opt("auto", "auto: told from what is in a file; text: each file is one document", ("auto", "text"))
+    encoding: str = _opt("utf-8", "encoding of text, JSON and CSV files, and of binary columns: any codec of Python")
     dataset: str = _opt("", "name or directory of a Hugging Face dataset (needs the 'datasets' extra)")
     dataset_split: str = _opt("train", "split of the dataset")
-    text_field: str = _opt("text", "field of .jsonl, .parquet and dataset rows that holds the text")
+    text_field: str = _opt("text", "field or column of JSON, CSV, Parquet, Arrow and dataset rows that holds the text")
     tokenizer: str = _opt("bytes", "bytes, or a Hugging Face tokenizer (name or directory)")
     held_out: float = _opt(0.02, "share of the documents kept for evaluation, 0 to 0.5")
     max_bytes: int = _opt(64_000_000, "stop reading after this many bytes of text; 0: no limit")

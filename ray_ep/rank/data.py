@@ -1,32 +1,22 @@
 """Training text -> tokens, and the windows of tokens that make up a batch.
 
-Reads files, Hugging Face datasets or the standard library's source, tokenizes them, and holds documents out.
+Tokenizes the documents that documents.py reads, and holds some of them out.
 Knows nothing of ranks, devices or torch: who gets which window is the caller's affair.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import lzma
 import re
-import sysconfig
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
-from pathlib import Path
-from typing import Any
 
-import fsspec
 import numpy as np
-from fsspec.utils import infer_compression
 
 from ray_ep.config.schema import DataConfig
 from ray_ep.errors import DataError
+from ray_ep.rank.documents import open_source
 
-_FILES_ARE = "give paths, globs (** for any depth) or URLs of text, .jsonl or .parquet files (.gz, .bz2, .xz too)"
-_NOT_OURS = {"site-packages", "dist-packages", "__pycache__", "lib2to3"}  # lib2to3: wrong syntax on purpose
 # A tokenizer takes 170 times the memory of what it gets at once (measured), so it gets 1 MB of whole lines.
 _PIECE = re.compile(r".{1,1000000}(?:\n|\Z)|.{1,1000000}", re.DOTALL)
 
@@ -52,9 +42,10 @@ def load_corpus(cfg: DataConfig, length: int, seed: int = 0) -> Corpus:
         DataError: files missing or unreadable, no text, less than one sequence, a tokenizer or dataset that fails.
     """
     encode, vocab_size = _tokenizer(cfg.tokenizer)
-    documents, origin = _open_source(cfg)
+    source = open_source(cfg)
+    origin = source.origin
     tokens, held, size = [], [], 0
-    for document in _limit(documents, cfg.max_bytes):
+    for document in _limit(source.documents, cfg.max_bytes):
         tokens.append(encode(document))
         held.append(_is_held_out(document, cfg.held_out, seed))
         size += len(document)
@@ -66,7 +57,7 @@ def load_corpus(cfg: DataConfig, length: int, seed: int = 0) -> Corpus:
             f"{origin}: {len(train) + len(held_out)} tokens (data.max_bytes={cfg.max_bytes}); one sequence needs "
             f"{length + 1} (batch.length + 1), and the held-out split as many (data.held_out={cfg.held_out}; 0: none)"
         )
-    return Corpus(train, held_out, vocab_size, len(held), f"{size:,} bytes of {origin} (documents: {len(held):,})")
+    return Corpus(train, held_out, vocab_size, len(held), f"{size:,} bytes of {origin} ({source.counted(len(held))})")
 
 
 def global_batch(tokens: np.ndarray, seed: int, step: int, sequences: int, length: int) -> np.ndarray:
@@ -136,94 +127,3 @@ def _limit(documents: Iterable[bytes], max_bytes: int) -> Iterator[bytes]:
             document = document[:max_bytes].decode("utf-8", "ignore").encode()
         total += len(document)
         yield document
-
-
-def _open_source(cfg: DataConfig) -> tuple[Iterator[bytes], str]:
-    """(documents in UTF-8, one line that names where they come from)."""
-    if cfg.dataset:
-        return _read_dataset(cfg), f"data.dataset={cfg.dataset!r}, data.dataset_split={cfg.dataset_split!r}"
-    if cfg.files:
-        files, origin = list(dict.fromkeys(chain.from_iterable(map(_expand, cfg.files)))), f"data.files={cfg.files}"
-    else:
-        root, origin = Path(sysconfig.get_path("stdlib")), "the Python standard library"
-        sources = sorted(p for p in root.rglob("*.py") if not _NOT_OURS.intersection(p.relative_to(root).parts))
-        files = [(fsspec.filesystem("file"), str(p)) for p in sources]
-    return chain.from_iterable(_read_file(fs, path, cfg) for fs, path in files), origin
-
-
-def _expand(pattern: str) -> list[tuple[Any, str]]:
-    """One entry of data.files -> its (file system, path) pairs, sorted."""
-    try:
-        fs, path = fsspec.core.url_to_fs(pattern)
-        found = [path] if fs.isfile(path) else sorted(fs.glob(path))
-        files = [(fs, p) for p in found if fs.isfile(p)]
-    except (OSError, ImportError, ValueError) as e:
-        raise DataError(f"data.files={pattern!r}: {e}; {_FILES_ARE}") from e
-    if not files:
-        problem = "matches a directory, not a file; its files are <directory>/**" if found else "no file matches"
-        raise DataError(f"data.files={pattern!r}: {problem}; {_FILES_ARE}")
-    return files
-
-
-def _read_file(fs: Any, path: str, cfg: DataConfig) -> Iterator[bytes]:
-    name = path.rpartition(".")[0] if infer_compression(path) else path
-    read = {"jsonl": _read_jsonl, "parquet": _read_parquet}.get(name.rpartition(".")[2].lower(), _read_text)
-    try:
-        with fs.open(path, "rb", compression="infer") as file:
-            yield from read(file, f"data.files, {path}", cfg)
-    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as e:
-        raise DataError(f"data.files, {path}: cannot be read: {e}") from e
-
-
-def _read_text(file: Any, where: str, cfg: DataConfig) -> Iterator[bytes]:
-    raw = file.read(cfg.max_bytes + 4 if cfg.max_bytes else -1)  # + 4: a character cut in two lies past the limit
-    if b"\0" in raw[:8192]:
-        raise DataError(f"{where}: has NUL bytes, so it is no UTF-8 text; {_FILES_ARE}")
-    yield raw.decode("utf-8", "replace").encode()
-
-
-def _read_jsonl(file: Any, where: str, cfg: DataConfig) -> Iterator[bytes]:
-    for number, line in enumerate(file, 1):
-        try:
-            row = json.loads(line) if line.strip() else {cfg.text_field: None}
-        except ValueError as e:
-            raise DataError(f"{where}, line {number}: not JSON: {e}") from None
-        yield _text(row, cfg.text_field, f"{where}, line {number}")
-
-
-def _read_parquet(file: Any, where: str, cfg: DataConfig) -> Iterator[bytes]:
-    from pyarrow import parquet
-
-    table = parquet.ParquetFile(file)
-    if cfg.text_field not in (columns := table.schema_arrow.names):
-        raise DataError(f"{where}: no column data.text_field={cfg.text_field!r}; it has {', '.join(columns)}")
-    for batch in table.iter_batches(batch_size=1024, columns=[cfg.text_field]):
-        yield from (_text(row, cfg.text_field, where) for row in batch.to_pylist())
-
-
-def _read_dataset(cfg: DataConfig) -> Iterator[bytes]:
-    where = f"data.dataset={cfg.dataset!r}"
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(f"{where}: needs the datasets package: pip install 'ray_ep[datasets]'") from None
-    try:
-        if (Path(cfg.dataset) / "dataset_info.json").is_file():
-            rows = datasets.load_from_disk(cfg.dataset)
-        else:  # streamed: max_bytes then also bounds the download
-            rows = datasets.load_dataset(cfg.dataset, split=cfg.dataset_split, streaming=True)
-        yield from (_text(row, cfg.text_field, where) for row in rows)
-    except DataError:
-        raise
-    except Exception as e:  # its loaders have no common base class
-        raise DataError(f"{where}, data.dataset_split={cfg.dataset_split!r}: cannot be read: {e}") from e
-
-
-def _text(row: Any, field: str, where: str) -> bytes:
-    """The text of one row; null is an empty document."""
-    if not isinstance(row, dict) or field not in row:
-        has = f"it has {', '.join(row)}" if isinstance(row, dict) else f"it is a {type(row).__name__}, not an object"
-        raise DataError(f"{where}: no field data.text_field={field!r}; {has}")
-    if not isinstance(text := row[field], str | None):
-        raise DataError(f"{where}: data.text_field={field!r} holds a {type(text).__name__}, not text")
-    return (text or "").encode("utf-8", "replace")

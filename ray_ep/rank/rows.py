@@ -1,0 +1,277 @@
+"""Tables of documents: JSON arrays and lines, CSV, Parquet and Arrow -> the text of each row, in UTF-8.
+
+Each reader takes what a file holds and names the line or row of what it refuses. Also tells JSON and CSV by their
+beginning. Knows nothing of files, archives or encodings of whole files.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import chain, islice
+from typing import Any
+
+import pyarrow as pa
+
+from ray_ep.errors import DataError
+from ray_ep.rank.decode import text_of_bytes
+
+_BLANK = re.compile("[ \t\r\n\ufeff]*")  # a byte order mark stands in the middle where files were put together
+_DECODER = json.JSONDecoder()
+_LONGEST_CELL = 2**30  # csv's own limit of 131,072 characters is short of a book
+
+
+def text_of(row: Any, field: str, where: str, encoding: str = "utf-8") -> bytes:
+    """The text of one row in UTF-8; null is an empty document. Raises DataError: no such field, or no text in it."""
+    if not isinstance(row, dict) or field not in row:
+        has = f"it has {_some(row)}" if isinstance(row, dict) else f"it is a {type(row).__name__}, not an object"
+        raise DataError(f"{where}: no field data.text_field={field!r}; {has}")
+    text = row[field]
+    if isinstance(text, bytes):
+        text = text_of_bytes(text, encoding, where)
+    if not isinstance(text, str | None):
+        raise DataError(f"{where}: data.text_field={field!r} holds a {type(text).__name__}, not text")
+    try:
+        return (text or "").removeprefix("\ufeff").encode()
+    except UnicodeEncodeError as e:
+        code = f"\\u{ord(e.object[e.start]):04x}"
+        raise DataError(
+            f"{where}: data.text_field={field!r} holds {code} alone, half of a character, at position {e.start}"
+        ) from None
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "") or "none"
+
+
+def beginning(chunks: Iterator[str]) -> str:
+    """As much of a file, from its first piece on, as it takes to tell the format: the first row of JSON is whole."""
+    text = next(chunks, "")
+    while True:
+        found, _, then = _objects(text)
+        if found or then != "cut" or not (more := _take(chunks, len(text))):
+            return text
+        text += more
+
+
+def _take(chunks: Iterator[str], size: int) -> str:
+    """At least ``size`` more characters, if they are there."""
+    got = []
+    for chunk in chunks:
+        got.append(chunk)
+        if (size := size - len(chunk)) <= 0:
+            break
+    return "".join(got)
+
+
+def is_json(text: str, field: str) -> bool:
+    """Whether the beginning of a file is rows of JSON: objects in an array or one after the other, most of the text.
+
+    An object alone counts only if it has the field: else it is a configuration, or the like.
+    """
+    found, end, state = _objects(text)
+    if not found or (state == "wrong" and end < len(text) / 2):
+        return False
+    alone = len(found) == 1 and state == "end" and not text.lstrip(" \t\r\n\ufeff").startswith("[")
+    return not alone or field in found[0]
+
+
+def _objects(text: str) -> tuple[list[dict[str, Any]], int, str]:
+    """(objects at the beginning, where the last one ends, what comes then: the 'end', a 'cut' one, or 'wrong')."""
+    at = _BLANK.match(text).end()
+    array = text[at : at + 1] == "["
+    at, end, found = at + array, 0, []
+    while True:
+        at = _BLANK.match(text, at).end()
+        if found and text[at : at + 1] in (",", "]"):  # lines that end in commas: meant as rows, and refused as such
+            at = _BLANK.match(text, at + 1).end()
+        if at == len(text):
+            return found, end, "end"
+        if text[at] != "{":
+            return found, end, "wrong"
+        try:
+            row, at = _DECODER.raw_decode(text, at)
+        except (ValueError, RecursionError) as e:
+            return found, end, "cut" if _may_go_on(e, text) else "wrong"
+        found.append(row)
+        end = at
+
+
+def _may_go_on(e: Exception, text: str) -> bool:
+    """Whether the JSON that ``text`` ends in is right as far as it goes."""
+    if not isinstance(e, json.JSONDecodeError):
+        return False
+    return e.msg.startswith("Unterminated string") or e.pos >= len(text) - 12  # 12: within \ud83d\ude00, -Infinity
+
+
+class _Json:
+    """Values of JSON one after the other, on lines or not, and those of arrays, from text that comes in pieces."""
+
+    def __init__(self, chunks: Iterator[str], where: str) -> None:
+        self._chunks, self._where = chunks, where
+        self._text, self._at, self.line = "", 0, 1
+
+    def values(self) -> Iterator[Any]:
+        """Each value, while ``line`` is the line in which it begins."""
+        while mark := self._next():
+            if mark != "[":
+                yield from self._value()
+                continue
+            self._skip(self._at + 1)
+            while self._next() != "]":
+                yield from self._value()
+                if self._next() == ",":
+                    self._skip(self._at + 1)
+                elif self._next() != "]":
+                    raise self._wrong("a comma or ] must follow")
+            self._skip(self._at + 1)
+
+    def _next(self) -> str:
+        """The next character that is not blank, '' at the end."""
+        while True:
+            self._skip(_BLANK.match(self._text, self._at).end())
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if not self._more():
+                return ""
+
+    def _value(self) -> Iterator[Any]:
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self._text, self._at)
+                break
+            except RecursionError:
+                raise self._wrong("nested too deeply") from None
+            except ValueError as e:
+                if not (_may_go_on(e, self._text) and self._more()):
+                    raise self._wrong(getattr(e, "msg", str(e))) from None
+        yield value
+        self._skip(end)
+
+    def _more(self) -> bool:
+        """Read on: as much as is there already, so that a long value is not tried too often."""
+        rest = self._text[self._at :]
+        more = _take(self._chunks, len(rest) or 1)
+        self._text, self._at = rest + more, 0
+        return bool(more)
+
+    def _skip(self, to: int) -> None:
+        self.line += self._text.count("\n", self._at, to)
+        self._at = to
+
+    def _wrong(self, problem: str) -> DataError:
+        return DataError(f"{self._where}, line {self.line}: not JSON: {problem}")
+
+
+def read_json(chunks: Iterator[str], where: str, field: str) -> Iterator[bytes]:
+    """Objects in arrays or one after the other, each a document."""
+    reader = _Json(chunks, where)
+    for row in reader.values():
+        yield text_of(row, field, f"{where}, line {reader.line}")
+
+
+def csv_mark(text: str, field: str, usual: str | None) -> str | None:
+    """What separates the columns of a CSV file, from its beginning; None where this is no CSV with the text column.
+
+    ``usual`` is the separator its name stands for: then it is CSV in any case.
+    """
+    lines = list(islice(io.StringIO(text, newline=""), 20))
+    if usual:
+        marks = [usual, *(m for m in ",\t;|" if m != usual)]
+        return next((m for m in marks if field in map(str.strip, _cells(lines[:1], m)[0])), usual)
+    for mark in ",\t;":
+        header, *others = _cells(lines, mark)
+        named = field in header and len(header) > 1 and all(c and c == c.strip() for c in header)  # unlike prose
+        if named and sum(len(o) == len(header) for o in others) > len(others) / 2:
+            return mark
+    return None
+
+
+def _cells(lines: list[str], mark: str) -> list[list[str]]:
+    """Rows of the beginning of a file, whose last one may be cut; one without cells if it has none."""
+    rows: list[list[str]] = []
+    with suppress(csv.Error):
+        rows.extend(row for row in _csv_reader(lines, mark) if row)
+    return rows or [[]]
+
+
+def _csv_reader(lines: Iterable[str], mark: str, strict: bool = False) -> Any:
+    csv.field_size_limit(_LONGEST_CELL)  # the process's, there is no other
+    return csv.reader(lines, delimiter=mark, strict=strict)
+
+
+def read_csv(chunks: Iterator[str], where: str, field: str, mark: str) -> Iterator[bytes]:
+    """Each row after the header is a document."""
+    reader = _csv_reader(_lines(chunks), mark, strict=True)
+    header: list[str] = []
+    line = 1
+    try:
+        for row in reader:
+            if not header:
+                header = [name.strip() for name in row]
+                if header and header.count(field) != 1:
+                    times = "more than one" if field in header else "no"
+                    raise DataError(f"{where}: {times} column data.text_field={field!r}; it has {_some(header)}")
+            elif row:  # none: an empty line
+                if len(row) != len(header):
+                    raise DataError(f"{where}, line {line}: {len(row)} cells, but the header has {len(header)}")
+                yield text_of({field: row[header.index(field)]}, field, f"{where}, line {line}")
+            line = reader.line_num + 1
+    except csv.Error as e:
+        raise DataError(
+            f"{where}, line {line}: not CSV: {e}; a cell with quotes, separators or line ends in it stands in quotes"
+        ) from None
+
+
+def _lines(chunks: Iterator[str]) -> Iterator[str]:
+    parts: list[str] = []
+    for chunk in chunks:
+        *lines, rest = chunk.split("\n")
+        for line in lines:
+            yield "".join((*parts, line, "\n"))
+            parts.clear()
+        parts.append(rest)
+    if last := "".join(parts):
+        yield last
+
+
+def read_parquet(file: Any, where: str, field: str, encoding: str) -> Iterator[bytes]:
+    """Each row of a Parquet file is a document."""
+    from pyarrow import parquet
+
+    table = parquet.ParquetFile(file)
+    _check_column(table.schema_arrow, field, where)
+    return _column(table.iter_batches(batch_size=1024, columns=[field]), where, field, encoding)
+
+
+def read_arrow(reader: Any, where: str, field: str, encoding: str) -> Iterator[bytes]:
+    """Each row of an Arrow file or stream, opened by pyarrow, is a document."""
+    _check_column(reader.schema, field, where)
+    batches = map(reader.get_batch, range(reader.num_record_batches)) if hasattr(reader, "get_batch") else reader
+    return _column(batches, where, field, encoding)
+
+
+def _check_column(schema: Any, field: str, where: str) -> None:
+    if field not in schema.names:
+        raise DataError(f"{where}: no column data.text_field={field!r}; it has {_some(schema.names)}")
+    kind = schema.field(field).type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    text = (pa.string(), pa.large_string(), pa.binary(), pa.large_binary(), pa.null())
+    if kind not in text and "view" not in str(kind) and not pa.types.is_fixed_size_binary(kind):
+        raise DataError(f"{where}: column data.text_field={field!r} holds {kind}, not text")
+
+
+def _column(batches: Iterable[Any], where: str, field: str, encoding: str) -> Iterator[bytes]:
+    for number, cell in enumerate(chain.from_iterable(batch.column(field) for batch in batches), 1):
+        place = f"{where}, row {number}"
+        try:
+            value = cell.as_py()
+        except UnicodeDecodeError as e:  # a column of strings holds what is none
+            value = text_of_bytes(e.object, "utf-8", place)
+        yield text_of({field: value}, field, place, encoding)
