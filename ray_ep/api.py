@@ -13,6 +13,7 @@ from ray_ep.driver.loop import drive
 from ray_ep.driver.probe import probe_cluster
 from ray_ep.driver.rundir import RunDir, find_checkpoint
 from ray_ep.driver.start import check
+from ray_ep.observe.live import LivePage
 from ray_ep.observe.progress import Progress
 from ray_ep.observe.report import write_report
 from ray_ep.placement import Topology
@@ -53,7 +54,13 @@ def train(cfg: Config) -> Run:
         prefix = "" if cfg.router.force == "none" else f"[router.force={cfg.router.force}] "
         try:
             with Progress(cfg.optim.steps, prefix=prefix) as progress:
-                status = drive(cfg, plan, [progress], interrupt)
+
+                def no_page(why: str) -> None:
+                    plan.run.event("report", why)
+                    progress.event("report", why)
+
+                with LivePage(plan.run.path, no_page) as page:
+                    status = drive(cfg, plan, [progress, page], interrupt)
         finally:
             if (plan.run.path / "config.yaml").exists():
                 write_report(plan.run.path)

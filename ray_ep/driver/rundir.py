@@ -32,6 +32,7 @@ class RunDir:
 
     def __init__(self, path: Path):
         self.path = path
+        self.done = 0  # steps behind the run, which its events tell
 
     def create(self, cfg: Config) -> None:
         """Make the directory and write the resolved configuration."""
@@ -51,12 +52,13 @@ class RunDir:
 
     def step(self, metrics: dict[str, Any]) -> None:
         """Listener: one line of metrics.jsonl."""
+        self.done = metrics["step"]
         self._append("metrics.jsonl", metrics)
 
     def event(self, kind: str, message: str) -> None:
         """Listener: one line of events.jsonl."""
         time = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        self._append("events.jsonl", {"time": time, "kind": kind, "message": message})
+        self._append("events.jsonl", {"time": time, "step": self.done, "kind": kind, "message": message})
 
     def placement(self, placement: Placement) -> None:
         """Keep a placement under its version."""
