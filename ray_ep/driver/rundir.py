@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -107,13 +108,18 @@ class RunDir:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl, one a step: of a step that was repeated after a resume the last one counts."""
-        path = self.path / "metrics.jsonl"
-        by_step = {}
+        by_step = {tree["step"]: tree for tree in self._lines("metrics.jsonl")}
+        return [by_step[step] for step in sorted(by_step)]
+
+    def events(self) -> list[dict[str, Any]]:
+        """Lines of events.jsonl."""
+        return list(self._lines("events.jsonl"))
+
+    def _lines(self, name: str) -> Iterator[dict[str, Any]]:
+        path = self.path / name
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
             with suppress(json.JSONDecodeError):  # a crash may have cut a line short
-                tree = json.loads(line)
-                by_step[tree["step"]] = tree
-        return [by_step[step] for step in sorted(by_step)]
+                yield json.loads(line)
 
     def _append(self, name: str, tree: dict[str, Any]) -> None:
         with open(self.path / name, "a", encoding="utf-8") as f:
