@@ -15,6 +15,7 @@ _NAMES = {
     "load_config": "ray_ep.config",
     "train": "ray_ep.api",
     "Run": "ray_ep.api",
+    "open_run": "ray_ep.api",
     "export": "ray_ep.api",
     "probe": "ray_ep.api",
     "RayEPError": "ray_ep.errors",

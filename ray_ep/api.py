@@ -7,23 +7,31 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from ray_ep.config import load_config
 from ray_ep.config.schema import Config
 from ray_ep.driver.interrupt import Interrupt
 from ray_ep.driver.loop import drive
 from ray_ep.driver.probe import probe_cluster
 from ray_ep.driver.rundir import RunDir, find_checkpoint
 from ray_ep.driver.start import check
+from ray_ep.errors import BadInput, CheckpointError
+from ray_ep.observe.live import LivePage
 from ray_ep.observe.progress import Progress
 from ray_ep.observe.report import write_report
-from ray_ep.placement import Topology
+from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.rank.export import export_checkpoint
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What is left of a run: its directory, its metrics, and how it ended (done or interrupted).
+    """What is left of a run in its directory, read when it is asked for; what is not there is None or empty.
 
-    `mark` goes before every line that is printed about it: it says so if the router was forced.
+    L MoE layers, E experts, R ranks, S slots.
+
+    Attributes:
+        dir: the run directory.
+        status: how it ended: done, interrupted or failed; unfinished: it goes on, or ended without a word.
+        mark: goes before every line that is printed about it: it says so if the router was forced.
     """
 
     dir: Path
@@ -33,6 +41,68 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """One dict a step, as in metrics.jsonl."""
         return RunDir(self.dir).metrics()
+
+    def events(self) -> list[dict[str, Any]]:
+        """What happened, oldest first, as in events.jsonl: time (ISO 8601, UTC), step, kind, message."""
+        return RunDir(self.dir).events()
+
+    @property
+    def config(self) -> Config:
+        """The whole configuration that it ran with."""
+        return load_config(self.dir / "config.yaml")
+
+    @property
+    def placement(self) -> Placement | None:
+        """Which expert sits where, as of last: `.slots`, int [L, R, S], expert or -1."""
+        return RunDir(self.dir).newest_placement()
+
+    @property
+    def statistics(self) -> RoutingStatistics | None:
+        """Routing as of the last checkpoint: `.load` [L, E] and `.coactivation` [L, E, E], in tokens."""
+        path = self.dir / "statistics" / "routing.npz"
+        return RoutingStatistics.load_file(path) if path.exists() else None
+
+    @property
+    def topology(self) -> Topology | None:
+        """The links as measured last: `.bandwidth` [R, R] bytes/s, `.latency` [R, R] seconds, `.node_of` [R]."""
+        path = self.dir / "topology.json"
+        return Topology.from_json(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    @property
+    def report(self) -> Path:
+        """The page."""
+        return self.dir / "report.html"
+
+    @property
+    def checkpoint(self) -> str | None:
+        """Path or URL of the newest whole checkpoint: what `resume` and `ray_ep.export` take."""
+        try:
+            return find_checkpoint(str(self.dir)).name
+        except CheckpointError:
+            return None
+
+
+def open_run(run_dir: str | Path) -> Run:
+    """A run of before, or one that still goes, from its directory. Starts nothing, changes nothing.
+
+    Raises:
+        BadInput: there is no run.
+    """
+    path = Path(run_dir)
+    if not (path / "config.yaml").is_file():
+        raise BadInput(f"{str(path)!r} is not a run directory: it has no config.yaml")
+    run = Run(path, "unfinished")
+    kinds = [e.get("kind") for e in run.events()]
+    since = kinds[len(kinds) - kinds[::-1].index("start") :] if "start" in kinds else kinds  # a run may be resumed
+    ended = [kind for kind in since if kind in ("interrupted", "failed")]
+    steps, cfg = run.metrics(), run.config
+    done = bool(steps) and steps[-1]["step"] >= cfg.optim.steps
+    status = ended[-1] if ended else "done" if done else "unfinished"
+    return Run(path, status, _mark(cfg))
+
+
+def _mark(cfg: Config) -> str:
+    return "" if cfg.router.force == "none" else f"[router.force={cfg.router.force}] "
 
 
 def train(cfg: Config) -> Run:
@@ -50,10 +120,16 @@ def train(cfg: Config) -> Run:
     """
     with Interrupt().caught() as interrupt:
         plan = check(cfg, datetime.now())
-        prefix = "" if cfg.router.force == "none" else f"[router.force={cfg.router.force}] "
+        prefix = _mark(cfg)
         try:
             with Progress(cfg.optim.steps, prefix=prefix) as progress:
-                status = drive(cfg, plan, [progress], interrupt)
+
+                def no_page(why: str) -> None:
+                    plan.run.event("report", why)
+                    progress.event("report", why)
+
+                with LivePage(plan.run.path, no_page) as page:
+                    status = drive(cfg, plan, [progress, page], interrupt)
         finally:
             if (plan.run.path / "config.yaml").exists():
                 write_report(plan.run.path)

@@ -1,5 +1,11 @@
-"""Ranks as threads of one process over real gloo: the exchange is the real one, without starting processes."""
+"""Ranks as threads of one process over real gloo: the exchange is the real one, without starting processes.
 
+And a Ray of the tests' own: whatever Ray runs on this machine, or once ran and was killed, is not theirs.
+"""
+
+import os
+import shutil
+import tempfile
 import threading
 from datetime import timedelta
 
@@ -10,6 +16,21 @@ import torch.distributed as dist
 from ray_ep.collective import SoloGroup, gloo
 
 torch.set_num_threads(1)
+
+ANOTHER = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_NAMESPACE")
+"""Variables that name a cluster, which is not the tests'."""
+
+
+def pytest_configure(config):
+    """Here and in what tests start: no cluster to join, and a temporary directory without traces of another Ray."""
+    for name in ANOTHER:
+        os.environ.pop(name, None)
+    # Short: sockets lie deep in it, and their paths have at most 107 characters.
+    config.ray_dir = os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="r-", dir="/tmp")
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(config.ray_dir, ignore_errors=True)
 
 
 def run_ranks(size, work, timeout_s=60.0, groups=None):

@@ -80,3 +80,13 @@ def test_whatever_is_imported_is_declared():
     for path in [*FILES, *(ROOT.parent / "tests").rglob("*.py"), *(ROOT.parent / "cluster").rglob("*.py")]:
         for module in set(imported(path)) - sys.stdlib_module_names - OURS:
             assert COMES_WITH.get(module, module) in declared, f"{path}: {module}"
+
+
+def test_whoever_starts_ray_says_which():
+    """Without an address Ray joins whatever it finds on the machine, or looks for one that was killed."""
+    root, here = ROOT.parent, Path(__file__)
+    places = [root / "README.md", *(root / "docs").glob("*.md"), *FILES]
+    places += [p for folder in ("tests", "cluster") for p in (root / folder).rglob("*.*") if p.suffix in (".py", ".md")]
+    for path in places:
+        if path != here:
+            assert not re.search(r"\bray\.init\((?!address=)", path.read_text()), path

@@ -82,7 +82,7 @@ class Driver:
         self.ranks.call("build", tree, plan.config, shared, plan.placement, self.topology)
         if plan.checkpoint is not None:
             self.ranks.call("load", plan.checkpoint.directory.url, plan.checkpoint.step)
-            self.done = self.saved = plan.checkpoint.step
+            self.done = self.saved = plan.run.done = plan.checkpoint.step
         choice: Choice = self.ranks.call("choose_exchange", self.done)[0]
         facts = facts_of(cfg, plan.config, plan.expert_parameters, choice.kind)
         self.mover = Mover(cfg, plan.run, self.ranks, self.topology, plan.placement, facts, self._event)
@@ -178,6 +178,7 @@ class Driver:
         return bool(every) and (self.done % every == 0 or self.done == self.cfg.optim.steps)
 
     def _event(self, kind: str, message: str) -> None:
+        self.plan.run.done = self.done
         for listener in self.listeners:
             listener.event(kind, message)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -32,6 +33,7 @@ class RunDir:
 
     def __init__(self, path: Path):
         self.path = path
+        self.done = 0  # steps behind the run, which its events tell
 
     def create(self, cfg: Config) -> None:
         """Make the directory and write the resolved configuration."""
@@ -51,12 +53,13 @@ class RunDir:
 
     def step(self, metrics: dict[str, Any]) -> None:
         """Listener: one line of metrics.jsonl."""
+        self.done = metrics["step"]
         self._append("metrics.jsonl", metrics)
 
     def event(self, kind: str, message: str) -> None:
         """Listener: one line of events.jsonl."""
         time = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        self._append("events.jsonl", {"time": time, "kind": kind, "message": message})
+        self._append("events.jsonl", {"time": time, "step": self.done, "kind": kind, "message": message})
 
     def placement(self, placement: Placement) -> None:
         """Keep a placement under its version."""
@@ -105,13 +108,18 @@ class RunDir:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl, one a step: of a step that was repeated after a resume the last one counts."""
-        path = self.path / "metrics.jsonl"
-        by_step = {}
+        by_step = {tree["step"]: tree for tree in self._lines("metrics.jsonl")}
+        return [by_step[step] for step in sorted(by_step)]
+
+    def events(self) -> list[dict[str, Any]]:
+        """Lines of events.jsonl."""
+        return list(self._lines("events.jsonl"))
+
+    def _lines(self, name: str) -> Iterator[dict[str, Any]]:
+        path = self.path / name
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
             with suppress(json.JSONDecodeError):  # a crash may have cut a line short
-                tree = json.loads(line)
-                by_step[tree["step"]] = tree
-        return [by_step[step] for step in sorted(by_step)]
+                yield json.loads(line)
 
     def _append(self, name: str, tree: dict[str, Any]) -> None:
         with open(self.path / name, "a", encoding="utf-8") as f:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -20,9 +21,11 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from ray_ep.observe.routing import load_ratio
 from ray_ep.observe.run_files import RunFiles
 
+# The pages' style sheets give text of this grey, and no other, the colour that goes with their ground.
 GREY, BLUE, ORANGE, GREEN = "#808890", "#3b82f6", "#f08c2e", "#2aa876"
 _DIVERGING = LinearSegmentedColormap.from_list("load", ["#1d4ed8", "#7fb0f5", "#e8eaed", "#f5b06a", "#c2410c"])
 _POINTS = 600  # a longer curve is averaged in blocks, so that a page stays small
+_LINES = 100  # events marked on a curve, the newest
 _HALF, _FULL = (6.0, 3.0), (12.4, 3.0)  # inches: half the page's width, and all of it
 
 
@@ -96,6 +99,15 @@ def coactivation(ratio: np.ndarray) -> str:
     return _finish(figure, axes, "coactivation", "expert", x="expert")
 
 
+def ink_on(ground: Sequence[float]) -> str:
+    """Black or white, whichever is read better on a colour (red, green, blue, ..., each 0 to 1).
+
+    By relative luminance, as WCAG 2 has it: the two contrasts are equal at 0.179.
+    """
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in ground[:3]]
+    return "#000000" if float(np.dot(linear, (0.2126, 0.7152, 0.0722))) > 0.179 else "#ffffff"
+
+
 def _figure(size: tuple[float, float]) -> tuple[Figure, Axes]:
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
@@ -129,7 +141,7 @@ def _mark_events(axes: Axes, run: RunFiles) -> None:
     """A dotted line at each step with an event: a dent in a curve often has its reason there."""
     first, last = (run.metrics[0]["step"], run.metrics[-1]["step"]) if run.metrics else (0, -1)
     steps = {e["step"] for e in run.events if isinstance(e.get("step"), (int, float)) and first < e["step"] <= last}
-    for step in sorted(steps)[:50]:
+    for step in sorted(steps)[-_LINES:]:
         axes.axvline(step, color=GREY, linewidth=0.8, linestyle=":")
 
 

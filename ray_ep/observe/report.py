@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,14 @@ class Experts:
     replica: bool
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, running: bool = False) -> Path:
     """Write `run_dir`/report.html and return its path; files of the run that are missing leave their section out.
 
-    The page replaces an older one in one move, so a reader never sees half of it.
+    The page replaces an older one in one move, so a reader never sees half of it. That of a `running` run says so, and
+    loads itself again.
     """
     run_dir = Path(run_dir)
-    page = _environment().get_template("report.html").render(_content(run_dir, read_run(run_dir)))
+    page = _environment().get_template("report.html").render(_content(run_dir, read_run(run_dir), running))
     path = run_dir / "report.html"
     unfinished = path.with_name(".report.html.unfinished")
     unfinished.write_text(page, encoding="utf-8")
@@ -67,14 +69,15 @@ def _environment() -> jinja2.Environment:
     )
 
 
-def _content(run_dir: Path, run: RunFiles) -> dict[str, Any]:
+def _content(run_dir: Path, run: RunFiles, running: bool) -> dict[str, Any]:
     """The names that the template uses."""
     company = None if run.coactivation is None else strongest_coactivation(run.coactivation)
     return {
         "name": run_dir.resolve().name,
         "model": _model(run),
         "force": str(run.setting("router.force", "none")),
-        "headlines": _headlines(run),
+        "running": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S") if running else "",
+        "headlines": _headlines(run, running),
         "steps": len(run.metrics),
         "curves": _curves(run),
         "load": None if run.load is None else Markup(figures.expert_load(run.load)),
@@ -118,7 +121,7 @@ def _model(run: RunFiles) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _headlines(run: RunFiles) -> list[Headline]:
+def _headlines(run: RunFiles, running: bool) -> list[Headline]:
     """The figures at the head of the page; those that no step reported are left out."""
     if not run.metrics:
         return []
@@ -127,7 +130,7 @@ def _headlines(run: RunFiles) -> list[Headline]:
     loss, held_out = run.column("loss"), run.column("eval_loss")
     balance, tokens, ranks = (run.column(c) for c in ("balancedness", "tokens_per_second", "world_size"))
     found = [
-        _last("Final loss", loss, f"first {loss[0]:.4f}"),
+        _last("Loss" if running else "Final loss", loss, f"first {loss[0]:.4f}"),
         _last("Held-out loss", held_out[np.isfinite(held_out)], "last evaluation"),
         _median("Tokens/s", tokens, ",.0f", "median of the steps"),
         _median("Balancedness", balance, ".2f", "mean / max rank load, median"),

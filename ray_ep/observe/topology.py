@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
-from ray_ep.observe.figures import GREY
+from ray_ep.observe.figures import GREY, ink_on
 from ray_ep.placement.groups import in_words
 from ray_ep.placement.topology import Topology
 
@@ -30,7 +30,7 @@ def heatmap(topology: Topology) -> str:
     bandwidth = np.where(known, topology.bandwidth, np.nan)
     low, high = float(np.nanmin(bandwidth)), float(np.nanmax(bandwidth))
     norm: Normalize = LogNorm(low / 1.05, high * 1.05)
-    side = float(np.clip(2.2 + 0.42 * n, 3.5, 8.0))
+    side = float(np.clip(2.2 + 0.42 * n, 5.0, 8.0))
     figure = Figure(figsize=(side + 1.2, side), layout="constrained")
     axes = figure.add_subplot()
     axes.tick_params(colors=GREY)
@@ -41,10 +41,9 @@ def heatmap(topology: Topology) -> str:
         axes.set_xticks(range(n))
         axes.set_yticks(range(n))
         for a, b in np.argwhere(known).tolist():
-            # Dark ink on the bright half of the colours, white on the dark one.
-            ink = "#111111" if norm(bandwidth[a, b]) > 0.6 else "#ffffff"
             text = in_words(float(bandwidth[a, b])).replace(" ", "\n")
-            axes.text(b, a, text, ha="center", va="center", color=ink, fontsize=6.5)
+            ink = ink_on(image.to_rgba(float(bandwidth[a, b])))
+            axes.text(b, a, text, ha="center", va="center", color=ink, fontsize=6.5 if n > 8 else 8)
     for edge in np.flatnonzero(np.diff(topology.node_of)).tolist():
         axes.axhline(edge + 0.5, color=GREY, linewidth=1.2)
         axes.axvline(edge + 0.5, color=GREY, linewidth=1.2)

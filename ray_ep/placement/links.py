@@ -41,7 +41,9 @@ class LinkRow:
         """As text: name, links, bandwidth, its range, latency, spread."""
         span = "" if self.links == 1 else f"{in_words(self.lowest)} to {in_words(self.highest)}"
         spread = "" if self.spread is None else f"{self.spread:.0%}"
-        return self.name, str(self.links), in_words(self.bandwidth), span, f"{1e6 * self.latency:.3g} us", spread
+        us = 1e6 * self.latency
+        latency = f"{us:.3g} us" if us < 999.5 else f"{us:,.0f} us"
+        return self.name, str(self.links), in_words(self.bandwidth), span, latency, spread
 
 
 HEAD = ("link", "links", "bandwidth", "range", "latency", "spread")

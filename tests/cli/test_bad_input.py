@@ -23,7 +23,6 @@ RAY_PROCESSES = ("raylet", "gcs_server", "ray::")
 def place(tmp_path, monkeypatch):
     """A working directory with everything that a wrong argument may name."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     (tmp_path / "text.txt").write_text("All work and no play makes Jack a dull boy.\n" * 200)
     (tmp_path / "empty.txt").touch()
     (tmp_path / "short.txt").write_text("Ten bytes.")

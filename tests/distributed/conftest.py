@@ -96,9 +96,9 @@ class Place:
     commands: list = field(default_factory=list)
 
     def start(self, *arguments, **env):
-        """Start a program of the virtual environment; the caller's cluster is not its."""
+        """Start a program of the virtual environment."""
         files, mark = self.path / f"command-{len(self.commands)}", uuid.uuid4().hex
-        clean = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "PYTHONPATH")}
+        clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         clean |= {"PATH": f"{BIN}:{os.environ['PATH']}", MARK: mark, **env}
         with open(files.with_suffix(".out"), "w") as out, open(files.with_suffix(".err"), "w") as err:
             process = subprocess.Popen(

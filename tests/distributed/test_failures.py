@@ -65,7 +65,7 @@ def check_interrupted(here, lines, command):
     directory = Directory(str(here.path / "run" / "checkpoints"))
     assert directory.steps() == [done]
     Checkpoint(directory, done).verify()
-    assert (here.path / "run" / "report.html").exists()
+    assert "In progress" not in (here.path / "run" / "report.html").read_text()
     assert "interrupted" in [e["kind"] for e in lines(here.path / "run" / "events.jsonl")]
     return done
 
@@ -83,6 +83,8 @@ def test_control_c_saves_leaves_nothing_behind_and_a_restart_goes_on_at_the_next
 
 def test_termination_saves_and_leaves_nothing_behind(here, lines, running):
     command = running()
+    command.until(lambda: (here.path / "run" / "report.html").exists(), 60, "a page")
+    assert "In progress at" in (here.path / "run" / "report.html").read_text()
     command.process.terminate()  # as Kubernetes and Slurm do: to the command alone
     check_interrupted(here, lines, command)
 

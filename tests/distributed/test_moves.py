@@ -21,7 +21,7 @@ import json, sys, threading, time
 from datetime import datetime
 from pathlib import Path
 import ray
-ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
 import ray_ep
 from ray_ep.cli import main
 from ray_ep.driver.cluster import Ranks

@@ -27,7 +27,7 @@ import json, os, signal, sys, time
 from pathlib import Path
 import ray
 given = {"GIVEN": "kept", "MALLOC_TRIM_THRESHOLD_": "7000000"}
-ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": given})
+ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": given})
 import ray_ep
 from ray_ep.driver.cluster import Ranks
 from ray_ep.driver.probe import measured

@@ -123,6 +123,17 @@ def test_events_are_dated_and_in_order():
     assert all(datetime.fromisoformat(e["time"]).tzinfo for e in events)
 
 
+def test_events_tell_the_step_after_which_they_came():
+    run = made(NOW)
+    run.start("a model on two ranks")
+    run.step({"step": 1, "loss": 5.0})
+    run.event("checkpoint", "step-000001")
+    run.done = 7  # the driver knows first
+    run.event("balance", "off")
+    events = [json.loads(x) for x in (run.path / "events.jsonl").read_text().splitlines()]
+    assert [(e["kind"], e["step"]) for e in events] == [("start", 0), ("checkpoint", 1), ("balance", 7)]
+
+
 def test_the_resolved_configuration_can_be_loaded_again():
     overrides = ["optim.steps=7", "model.type=mixtral", "model.overrides={num_local_experts: 4}"]
     run = made(NOW, *overrides)

@@ -1,6 +1,7 @@
 """Driver of test_cluster.py, inside a lab: an actor on each host, one all_to_all among them; prints a JSON line."""
 
 import json
+import os
 from pathlib import Path
 
 import ray
@@ -41,7 +42,7 @@ def sent():
 
 
 if __name__ == "__main__":
-    ray.init(log_to_driver=False)
+    ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
     members = [Member.remote() for _ in range(2)]
     ray.get([m.join.remote(r, 2) for r, m in enumerate(members)])
     results = ray.get([m.exchange.remote() for m in members])

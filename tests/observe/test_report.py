@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import yaml
 
+from ray_ep.driver.rundir import RunDir
+from ray_ep.observe import figures
 from ray_ep.observe.report import write_report
 from ray_ep.observe.routing import expected_pairs, strongest_coactivation
 from ray_ep.observe.run_files import read_run
@@ -169,6 +171,31 @@ def test_the_ways_of_the_exchange_are_listed_from_the_fastest_and_the_taken_one_
     page = Page(write_report(run_dir).read_text())
     assert "two_level over gloo, measured" in page.text
     assert "two_level gloo 2.00 1.00 9 taken flat gloo 4.00 2.00 9 " in page.text
+
+
+def test_the_one_way_of_an_exchange_is_said_in_a_sentence_without_a_table(run_dir):
+    for timings in ([], [{"kind": "flat", "transport": "gloo", "seconds": 0.0, "rounds": 1}]):
+        choice = {"kind": "flat", "transport": "gloo", "words": "flat over gloo (the only way here)"}
+        (run_dir / "exchange.json").write_text(json.dumps({**choice, "timings": timings}))
+        page = Page(write_report(run_dir).read_text())
+        assert "Tokens travel flat over gloo (the only way here)." in page.text
+        assert "to the fastest" not in page.text
+
+
+def test_what_the_driver_tells_is_marked_at_its_step_on_the_curves(tmp_path):
+    def dotted():
+        return figures.loss(read_run(tmp_path)).count("stroke-dasharray")
+
+    run = RunDir(tmp_path)
+    run.start("a model")
+    for step in range(1, 6):
+        run.step({"step": step, "loss": 2.0})
+        if step == 1:
+            plain = dotted()
+        if step in (3, 4):
+            run.event("balance", "twice at one step is one line")
+            run.event("balance", "twice at one step is one line")
+    assert dotted() == plain + 2
 
 
 def test_a_placement_on_many_ranks_is_summed_up(run_dir):

@@ -69,3 +69,8 @@ def test_nodes_whose_ranks_share_the_network_have_a_sentence():
     assert shared_cards(replace(topology, lanes=np.array([1.04, 1.04, 2, 2]))) == [
         "node 0: 2 ranks share the network: together they send as fast as 1 alone"
     ]
+
+
+def test_a_latency_of_many_microseconds_is_written_out():
+    topology = Topology(np.full((2, 2), 1e9), np.array([[0, 1.04e-3], [5e-6, 0]]), [0, 1])
+    assert [row.cells()[4] for row in link_rows(topology)] == ["1,040 us", "5 us"]

@@ -1,0 +1,90 @@
+"""The page while the run goes: written beside the steps, at most so often, and never in their way."""
+
+import json
+import time
+
+import pytest
+
+from ray_ep.driver.rundir import RunDir
+from ray_ep.observe.live import EVERY_S, NEWS_S, LivePage
+from ray_ep.observe.report import write_report
+
+
+class Watched:
+    """A page of a run in `path` whose clock stands still unless moved; counts the pages that were written."""
+
+    def __init__(self, path):
+        self.now, self.told, self.path = 0.0, [], path
+        self.page = LivePage(path, self.told.append, lambda: self.now)
+
+    def step(self, n, after_s, **figures):
+        """A step that ends so many seconds later; whether it began a new page, which is then written."""
+        self.now += after_s
+        before = self.page._writer
+        self.page.step({"step": n, "loss": 2.0, **figures})
+        began = self.page._writer is not None and self.page._writer is not before
+        if self.page._writer is not None:
+            self.page._writer.wait(60)
+        return began
+
+
+@pytest.fixture
+def run(tmp_path):
+    made = RunDir(tmp_path / "run")
+    made.path.mkdir()
+    made.start("a model")
+    return made
+
+
+def test_a_page_is_written_at_the_start_then_seldom_and_sooner_after_an_evaluation_or_an_event(run):
+    it = Watched(run.path)
+    with it.page:
+        it.page.start("a model")
+        it.page._writer.wait(60)
+        assert "In progress at" in (run.path / "report.html").read_text()
+        assert not it.step(1, 1.0)
+        assert not it.step(2, NEWS_S)  # no news
+        assert it.step(3, EVERY_S - NEWS_S)
+        it.page.event("balance", "off")
+        assert not it.step(4, 1.0)  # too soon
+        assert it.step(5, NEWS_S)
+        assert it.step(6, NEWS_S, eval_loss=2.0)
+        assert not it.step(7, NEWS_S)
+    assert it.told == []
+
+
+def test_the_page_of_a_run_in_progress_says_so_and_loads_itself_again_that_of_an_ended_one_does_not(run):
+    run.step({"step": 1, "loss": 2.0})
+    text = write_report(run.path, running=True).read_text()
+    assert '<meta http-equiv="refresh" content="30">' in text
+    assert "Final loss" not in text
+    text = write_report(run.path).read_text()
+    assert "refresh" not in text
+    assert "In progress" not in text
+    assert "Final loss" in text
+
+
+def test_a_page_that_cannot_be_written_is_told_once_with_its_reason(run):
+    (run.path / "report.html").mkdir()
+    it = Watched(run.path)
+    with it.page:
+        it.page.start("a model")
+        it.page._writer.wait(60)
+        for n in range(1, 5):
+            it.step(n, EVERY_S)
+    (why,) = it.told
+    assert "the run goes on" in why
+    assert "report.html" in why
+
+
+def test_the_step_does_not_wait_for_the_page_and_nobody_writes_it_once_the_run_has_ended(run):
+    lines = [json.dumps({"step": s, "loss": 2.0, "step_seconds": 0.1}) for s in range(20_000)]
+    (run.path / "metrics.jsonl").write_text("\n".join(lines))  # a page that takes its time
+    began = time.monotonic()
+    with LivePage(run.path, pytest.fail) as page:
+        page.start("a model")
+        page.step({"step": 1})
+        assert time.monotonic() - began < 0.5
+        writer = page._writer
+    assert writer.returncode is not None
+    assert not (run.path / "report.html").exists()
