@@ -21,7 +21,7 @@ from ray_ep.errors import SaveError
 from ray_ep.moe import Balance, Choice
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.placement.groups import contradictions
-from ray_ep.rank.checkpoint import Directory
+from ray_ep.rank.directory import Directory
 from ray_ep.rank.rank import StepResult
 
 

@@ -17,8 +17,8 @@ from ray_ep.errors import CheckpointError, ConfigError
 from ray_ep.moe import find_experts
 from ray_ep.placement import Placement, contiguous, random
 from ray_ep.rank.checkpoint import QUICK, Checkpoint
-from ray_ep.rank.directory import Directory
 from ray_ep.rank.data import Corpus, load_corpus
+from ray_ep.rank.directory import Directory
 from ray_ep.rank.model import meta_model, model_config
 
 
