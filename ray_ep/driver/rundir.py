@@ -148,8 +148,11 @@ def choose(cfg: Config, now: datetime) -> RunDir:
 
 def _goes_on(resume: str, path: Path) -> bool:
     """Whether `resume` goes on with the run in `path`, so that writing there overwrites nothing of another run."""
-    here, there = path.resolve(), Path(resume).resolve()
-    return resume == "auto" or (resume != "no" and here in (there, *there.parents))
+    if resume in ("auto", "no"):
+        return resume == "auto"
+    there, kept = Path(resume).resolve(), _checkpoints_of(str(path))
+    inside = any(p.resolve() in (there, *there.parents) for p in (path, Path(kept)))
+    return inside or f"{resume}/".startswith(f"{kept}/")  # a URL
 
 
 def checkpoint_url(cfg: Config, run: RunDir) -> str:

@@ -292,10 +292,10 @@ class Directory:
                 write(target)
                 _sync(target)
                 return os.path.getsize(target)
-        with self._told(step, name, size, "the temporary directory (TMPDIR)"):
+        with self._told(step, name, size, where := _temporary()):
             tmp = tempfile.TemporaryDirectory()
         with tmp:
-            with self._told(step, name, size, f"the temporary directory {tempfile.gettempdir()} (TMPDIR)"):
+            with self._told(step, name, size, where):
                 write(f"{tmp.name}/{name}")
                 written = os.path.getsize(f"{tmp.name}/{name}")
             with self._told(step, name, size):
@@ -324,7 +324,7 @@ class Directory:
             if self.local and not isinstance(e, OSError):
                 raise  # clients of stores raise nearly anything, a local file system does not
             place = where or f"{self.root if self.local else self.url}"
-            what = f"{what} ({size / 1e6:,.1f} MB)" if size else what
+            what = f"{what}, {size / 1e6:,.1f} MB" if size else what
             raise SaveError(
                 f"the checkpoint of step {step} could not be saved in {place}: {_words(e)} (writing {what})"
                 f"{self._untouched(step)}; {_remedy(e, bool(where))}"
@@ -366,6 +366,13 @@ def _plain(name: Any) -> bool:
 
 def _is_cut(name: str) -> bool:
     return _CUT_SHORT.fullmatch(name) is not None
+
+
+def _temporary() -> str:
+    try:
+        return f"the temporary directory {tempfile.gettempdir()} (TMPDIR)"
+    except OSError:
+        return "any temporary directory (TMPDIR)"
 
 
 def _sync(path: str) -> None:
