@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -157,10 +158,10 @@ def export(run: str, out: str, step: int | None = None, dtype: str | None = None
         dtype: of the written weights; None: the run's compute dtype.
 
     Returns:
-        What was written: step, tensors, bytes, shards.
+        What was written: step, tensors, bytes, shards, files; where tokenizer and generation settings are from.
 
     Raises:
-        CheckpointError: none there, or damaged. BadInput: `out` holds files.
+        CheckpointError: none there, or damaged. BadInput: `out` holds files. SaveError: it could not be written.
     """
-    checkpoint = find_checkpoint(run, step)
+    checkpoint = find_checkpoint(run, step, f"ray-ep export {{}} {shlex.quote(out)}")
     return {"step": checkpoint.step, **export_checkpoint(checkpoint, Path(out), dtype)}

@@ -8,6 +8,7 @@ RayEPError
 │   ├── PlacementError   a placement, topology or statistics that do not fit
 │   ├── CheckpointError  a damaged checkpoint, or one of another model
 │   └── ClusterError     the cluster cannot give what was asked for
+├── SaveError            a checkpoint or an export cannot be written: disk full, no permission; exit status 1
 ├── GroupError           a collective failed: a peer died, timed out, or the group was aborted
 └── RankError            a rank raised or died; carries that rank's own traceback
 """
@@ -45,6 +46,10 @@ class CheckpointError(BadInput):
 
 class ClusterError(BadInput):
     """The cluster cannot give what was asked for."""
+
+
+class SaveError(RayEPError):
+    """A checkpoint or an export cannot be written. What was there before it is as it was."""
 
 
 class GroupError(RayEPError):

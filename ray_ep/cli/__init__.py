@@ -108,13 +108,15 @@ def export(run: str, out: str, step: int | None, dtype: str | None, as_json: boo
     """Write a RUN's checkpoint into DIR as a plain transformers checkpoint.
 
     RUN is a run directory, a directory of checkpoints or its URL, or one step-N of them. DIR must be new or empty;
-    AutoModelForCausalLM.from_pretrained(DIR) then is the trained model.
+    AutoModelForCausalLM.from_pretrained(DIR) then is the trained model. Tokenizer, chat template and generation
+    settings are copied from data.tokenizer and model.path of the run.
     """
     done = ray_ep.export(run, out, step, dtype)
     if as_json:
         click.echo(json.dumps(done))
     else:
-        click.echo(f"step {done['step']}: {done['tensors']} tensors, {done['bytes'] / 1e6:.1f} MB in {out}")
+        size = f"{done['tensors']} tensors, {done['bytes'] / 1e6:.1f} MB"
+        click.echo(f"step {done['step']}: {size} in {out}; tokenizer: {done['tokenizer']}")
 
 
 @main.group()

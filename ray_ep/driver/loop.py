@@ -17,10 +17,11 @@ from ray_ep.driver.mover import Mover, check_survival, facts_of
 from ray_ep.driver.probe import measured
 from ray_ep.driver.rundir import checkpoint_url
 from ray_ep.driver.start import Plan
+from ray_ep.errors import SaveError
 from ray_ep.moe import Balance, Choice
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.placement.groups import contradictions
-from ray_ep.rank.checkpoint import Directory
+from ray_ep.rank.directory import Directory
 from ray_ep.rank.rank import StepResult
 
 
@@ -131,26 +132,30 @@ class Driver:
             self.save()
 
     def save(self) -> None:
-        """Write a checkpoint of the present step, if there is none yet, and drop the oldest."""
+        """Write a checkpoint of the present step, if there is none yet, and drop the oldest; raises SaveError."""
         statistics = self.statistics()
         self.plan.run.statistics(statistics)
         if self.saved == self.done:
             return
-        self.directory.clear(self.done)
-        parts = self.ranks.call("save", self.directory.url, self.done)
-        manifest = {
-            "format": 1,
-            "step": self.done,
-            "tensors": {k: v for part in parts for k, v in part.items()},
-            "signature": self.plan.signature,
-            "config": OmegaConf.to_container(self.cfg),
-            "model": self.plan.config.to_dict(),
-            "data": self.plan.corpus.source,
-        }
-        self.directory.commit(self.done, manifest, statistics)
-        self.directory.prune(self.cfg.checkpoint.keep)
+        with self.directory.saving(self.done):
+            parts = self.ranks.call("save", self.directory.url, self.done)
+            for error in parts:
+                if isinstance(error, SaveError):
+                    raise error
+            manifest = {
+                "format": 1,
+                "step": self.done,
+                "serial": self.directory.next_serial(),
+                "tensors": {k: v for part in parts for k, v in part.items()},
+                "signature": self.plan.signature,
+                "config": OmegaConf.to_container(self.cfg),
+                "model": self.plan.config.to_dict(),
+                "data": self.plan.corpus.source,
+            }
+            self.directory.commit(self.done, manifest, statistics)
         self.saved = self.done
         self._event("checkpoint", f"{self.directory.url}/step-{self.done:06d}")
+        self.directory.prune(self.cfg.checkpoint.keep)
 
     def statistics(self) -> RoutingStatistics:
         """Routing statistics of all ranks, those before a resume included."""

@@ -19,7 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from ray_ep.config.schema import Config
 from ray_ep.errors import CheckpointError, ConfigError, PlacementError
 from ray_ep.placement import Placement, RoutingStatistics, Topology
-from ray_ep.rank.checkpoint import Checkpoint, Directory
+from ray_ep.rank.checkpoint import Checkpoint
+from ray_ep.rank.directory import Directory
 
 RUNS = "runs"
 """Parent of run directories that the user did not name."""
@@ -155,8 +156,11 @@ def choose(cfg: Config, now: datetime) -> RunDir:
 
 def _goes_on(resume: str, path: Path) -> bool:
     """Whether `resume` goes on with the run in `path`, so that writing there overwrites nothing of another run."""
-    here, there = path.resolve(), Path(resume).resolve()
-    return resume == "auto" or (resume != "no" and here in (there, *there.parents))
+    if resume in ("auto", "no"):
+        return resume == "auto"
+    there, kept = Path(resume).resolve(), _checkpoints_of(str(path))
+    inside = any(p.resolve() in (there, *there.parents) for p in (path, Path(kept)))
+    return inside or f"{resume}/".startswith(f"{kept}/")  # a URL
 
 
 def checkpoint_url(cfg: Config, run: RunDir) -> str:
@@ -164,22 +168,34 @@ def checkpoint_url(cfg: Config, run: RunDir) -> str:
     return str(cfg.checkpoint.dir or run.path / "checkpoints")
 
 
-def find_checkpoint(where: str, step: int | None = None) -> Checkpoint:
+def find_checkpoint(where: str, step: int | None = None, command: str = "") -> Checkpoint:
     """The newest checkpoint (or that of `step`) of a run directory, a directory of checkpoints, or a `.../step-N`.
+
+    A damaged one is not passed over; `command` is what to do then, `{}` for the path of a whole one beside it.
 
     Raises:
         CheckpointError: there is none.
     """
     head, _, tail = where.rstrip("/").rpartition("/")
-    if tail.startswith("step-") and tail[5:].isdigit():
-        directory, steps = Directory(head or "."), [int(tail[5:])]
-    else:
-        directory = Directory(_checkpoints_of(where))
-        steps = [s for s in directory.steps() if step in (None, s)]
-    if not steps:
+    if re.fullmatch(r"step-\d+", tail) and not (Path(where) / "config.yaml").is_file():
+        directory, named = Directory(head or ("/" if where.startswith("/") else ".")), int(tail[5:])
+        proper = f"step-{named:06d}"
+        if tail != proper and directory.fs.exists(f"{directory.root}/{tail}"):
+            raise CheckpointError(
+                f"{where!r} is no checkpoint: those are named step-N with six digits, such as {proper}"
+            )
+        if step not in (None, named):
+            raise CheckpointError(f"{where!r} is not the checkpoint of step {step}: give the run, or that of the step")
+        return Checkpoint(directory, named, command)
+    directory = Directory(_checkpoints_of(where))
+    steps = [e.step for e in directory.entries()]
+    if not steps or step not in (None, *steps):
         which = "checkpoint" if step is None else f"checkpoint of step {step}"
-        raise CheckpointError(f"{where!r}: no complete {which} there (a run, its checkpoints, or one step-N of them)")
-    return Checkpoint(directory, steps[-1])
+        have = f"; there are those of steps {', '.join(map(str, sorted(steps)))}" if steps else ""
+        raise CheckpointError(
+            f"{where!r}: no complete {which} there (a run, its checkpoints, or one step-N of them){have}"
+        )
+    return Checkpoint(directory, steps[-1] if step is None else step, command)
 
 
 def _checkpoints_of(where: str) -> str:

@@ -5,6 +5,7 @@ Reads the data, the model's config, the placement to begin with and the checkpoi
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
 from datetime import datetime
 
@@ -15,8 +16,9 @@ from ray_ep.driver.rundir import RunDir, checkpoint_url, choose, find_checkpoint
 from ray_ep.errors import CheckpointError, ConfigError
 from ray_ep.moe import find_experts
 from ray_ep.placement import Placement, contiguous, random
-from ray_ep.rank.checkpoint import Checkpoint, Directory
+from ray_ep.rank.checkpoint import QUICK, Checkpoint
 from ray_ep.rank.data import Corpus, load_corpus
+from ray_ep.rank.directory import Directory
 from ray_ep.rank.model import meta_model, model_config
 
 
@@ -86,9 +88,10 @@ def _resume(cfg: Config, run: RunDir, signature: dict[str, list[int]]) -> Checkp
         return None
     if cfg.resume == "auto":
         directory = Directory(checkpoint_url(cfg, run))
-        if not directory.steps():
+        step = directory.newest()
+        if step is None:
             return None
-        checkpoint = Checkpoint(directory, directory.steps()[-1])
+        checkpoint = Checkpoint(directory, step, f"ray-ep train {shlex.quote(f'run_dir={run.path}')} resume={{}}")
     else:
         checkpoint = find_checkpoint(cfg.resume)
     other = checkpoint.manifest.get("signature")
@@ -98,4 +101,5 @@ def _resume(cfg: Config, run: RunDir, signature: dict[str, list[int]]) -> Checkp
             f"checkpoint {checkpoint.name} is of another model: {differ} has shape "
             f"{(other or {}).get(differ)} there and {signature.get(differ)} here"
         )
+    checkpoint.verify(QUICK)
     return checkpoint

@@ -19,6 +19,7 @@ from ray_ep.collective.nvml import gpu_links, library
 from ray_ep.collective.probe import measure, measure_links
 from ray_ep.collective.ray_backend import join, leave, usable
 from ray_ep.config import from_dict
+from ray_ep.errors import SaveError
 from ray_ep.moe import Choice, Moved
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.placement.gpu_links import GpuLinks
@@ -108,9 +109,12 @@ class RankActor:
         """`Rank.evaluate`."""
         return self.work.evaluate(trace)
 
-    def save(self, url: str, step: int) -> dict[str, list[Any]]:
-        """`Rank.save`."""
-        return self.work.save(url, step)
+    def save(self, url: str, step: int) -> dict[str, list[Any]] | SaveError:
+        """`Rank.save`; an error that it meets is returned, so that the driver hears all ranks and none writes on."""
+        try:
+            return self.work.save(url, step)
+        except SaveError as e:
+            return e
 
     def load(self, url: str, step: int) -> None:
         """`Rank.load`."""

@@ -4,101 +4,38 @@
         dense-0000.safetensors          weights and moments of the dense part, buffers
         experts-L003-r001.safetensors   what rank 1 owns of layer 3, one tensor per (expert, parameter, kind)
         statistics.npz                  routing statistics counted so far
-        manifest.json                   written last: a directory without it is no checkpoint
+        manifest.json                   which tensor is where, checksums, sizes of files; see `ray_ep.rank.directory`
 Keys: `<kind>/<parameter>` and `<kind>/<parameter>/<expert>`, kind weight, exp_avg, exp_avg_sq, momentum_buffer, buffer.
-Directories may be fsspec URLs. Nothing is stacked: memory stays at one file (a layer of a rank, or CHUNK dense bytes).
+Nothing is stacked: memory stays at one file (a layer of a rank, or CHUNK dense bytes).
 """
 
 from __future__ import annotations
 
+import errno
 import json
-import re
+import shlex
 import tempfile
-import zlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from ray_ep.errors import CheckpointError, PlacementError
 from ray_ep.moe import ExpertParallel
 from ray_ep.placement import RoutingStatistics
+from ray_ep.rank.directory import STATISTICS, Directory, OtherStep, checksum
 from ray_ep.rank.optimizer import MasterOptimizer, Weight
 
 CHUNK = 1 << 28
 """Bytes of dense tensors in one file, unless a single tensor is larger."""
-MANIFEST = "manifest.json"
-STATISTICS = "statistics.npz"
 
-
-class Directory:
-    """A local directory or fsspec URL that holds checkpoints `step-N`."""
-
-    def __init__(self, url: str):
-        try:
-            self.fs, self.root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as e:
-            raise CheckpointError(f"checkpoint directory {url!r}: {e}") from None
-        self.url = url
-
-    def steps(self) -> list[int]:
-        """Steps of complete checkpoints, ascending."""
-        if not self.fs.exists(self.root):
-            return []
-        names = [p.rstrip("/").rpartition("/")[2] for p in self.fs.ls(self.root, detail=False)]
-        found = [int(m.group(1)) for n in names if (m := re.fullmatch(r"step-(\d+)", n))]
-        return sorted(s for s in found if self.fs.exists(f"{self.path(s)}/{MANIFEST}"))
-
-    def path(self, step: int) -> str:
-        """Path of one checkpoint inside the file system."""
-        return f"{self.root}/step-{step:06d}"
-
-    def clear(self, step: int) -> None:
-        """Remove what a crash may have left of a save of this step."""
-        if self.fs.exists(self.path(step)):
-            self._remove(step)
-        self.fs.makedirs(self.path(step), exist_ok=True)
-
-    def prune(self, keep: int) -> list[int]:
-        """Remove all but the newest `keep` checkpoints (0: keep all); returns the removed steps."""
-        old = self.steps()[:-keep] if keep else []
-        for step in old:
-            self._remove(step)
-        return old
-
-    def _remove(self, step: int) -> None:
-        """The manifest first: a crash in between leaves no half checkpoint that looks whole."""
-        if self.fs.exists(f"{self.path(step)}/{MANIFEST}"):
-            self.fs.rm(f"{self.path(step)}/{MANIFEST}")
-        self.fs.rm(self.path(step), recursive=True)
-
-    def write_tensors(self, step: int, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, list[Any]]:
-        """One safetensors file; returns {key: [file, checksum]} for the manifest."""
-        tensors = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
-        with tempfile.TemporaryDirectory() as tmp:
-            local = Path(tmp) / name
-            save_file(tensors, local)
-            self.fs.put_file(str(local), f"{self.path(step)}/{name}")
-        return {k: [name, checksum(t)] for k, t in tensors.items()}
-
-    def commit(self, step: int, manifest: dict[str, Any], statistics: RoutingStatistics) -> None:
-        """Make the checkpoint valid: the manifest comes last."""
-        path = self.path(step)
-        with tempfile.TemporaryDirectory() as tmp:
-            statistics.save(f"{tmp}/{STATISTICS}")
-            self.fs.put_file(f"{tmp}/{STATISTICS}", f"{path}/{STATISTICS}")
-        with self.fs.open(f"{path}/{MANIFEST}.part", "w") as f:
-            json.dump(manifest, f)
-        self.fs.mv(f"{path}/{MANIFEST}.part", f"{path}/{MANIFEST}")  # whole or not at all
-
-
-def checksum(t: torch.Tensor) -> int:
-    """CRC-32 of a tensor's bytes."""
-    return zlib.crc32(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+QUICK = 4 << 30
+"""Bytes of a local checkpoint that are read and summed before a cluster is touched; more is left to the ranks."""
 
 
 def save_rank(directory: Directory, step: int, model: Any, optimizer: MasterOptimizer) -> dict[str, list[Any]]:
@@ -119,23 +56,30 @@ def save_rank(directory: Directory, step: int, model: Any, optimizer: MasterOpti
 class Checkpoint:
     """One checkpoint, opened for reading.
 
+    Args:
+        command: what to do with another checkpoint when this one is damaged, `{}` for its path.
+
     Raises:
-        CheckpointError: missing, incomplete or damaged.
+        CheckpointError: missing, incomplete or damaged; it names a whole one beside it, if there is one.
     """
 
-    def __init__(self, directory: Directory, step: int):
+    def __init__(self, directory: Directory, step: int, command: str = ""):
         self.directory, self.step = directory, step
         self.name = f"{directory.url}/step-{step:06d}"
-        try:
-            with directory.fs.open(f"{directory.path(step)}/{MANIFEST}") as f:
-                self.manifest = json.load(f)
-            self.tensors: dict[str, list[Any]] = self.manifest["tensors"]
-            if self.manifest["step"] != step:
-                raise ValueError(f"it says step {self.manifest['step']}")
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise CheckpointError(f"checkpoint {self.name}: unreadable manifest: {e!r}") from None
+        self.command = command or _train(directory)
         self._open: dict[str, Any] = {}
-        self._tmp = tempfile.TemporaryDirectory()
+        self._tmp: tempfile.TemporaryDirectory[str] | None = None
+        try:
+            self.manifest = directory.manifest(step)
+        except FileNotFoundError:
+            raise self._damaged(
+                "there is no complete checkpoint: manifest.json, which is written last, is missing"
+            ) from None
+        except OtherStep as e:
+            raise CheckpointError(f"checkpoint {self.name}: its manifest is of another one: {e}") from None
+        except (OSError, ValueError) as e:
+            raise self._damaged(f"unreadable manifest: {e}") from None
+        self.tensors: dict[str, list[Any]] = self.manifest["tensors"]
 
     def read(self, key: str) -> torch.Tensor:
         """One tensor, its checksum verified."""
@@ -147,30 +91,139 @@ class Checkpoint:
                 self._open[name] = safe_open(self._local(name), "pt")
             tensor: torch.Tensor = self._open[name].get_tensor(key)
         except (OSError, SafetensorError) as e:
-            raise CheckpointError(f"checkpoint {self.name}: {name} is damaged or missing: {e}") from None
+            raise self._damaged(f"{name} is damaged or missing: {e}") from None
         if checksum(tensor) != want:
-            raise CheckpointError(f"checkpoint {self.name}: {key} in {name} is damaged (checksum differs)")
+            raise self._damaged(f"{key} in {name} is damaged (checksum differs)")
         return tensor
 
     def statistics(self) -> RoutingStatistics:
         """Everything counted until the checkpoint."""
+        name = self.manifest.get("statistics", STATISTICS)
         try:
-            return RoutingStatistics.load_file(self._local(STATISTICS))
+            return RoutingStatistics.load_file(self._local(name))
         except (OSError, PlacementError) as e:
-            raise CheckpointError(f"checkpoint {self.name}: {STATISTICS} is damaged or missing: {e}") from None
+            raise self._damaged(f"{name} is damaged or missing: {e}") from None
 
-    def verify(self) -> None:
-        """Read everything once; raises CheckpointError at the first damage."""
-        for key in self.tensors:
+    def verify(self, most: int | None = None) -> None:
+        """Everything that can be seen in the files: all are there, whole, with the tensors that the manifest names.
+
+        Args:
+            most: leave checksums of tensors to whoever reads them if there are more bytes, or they lie in a store.
+
+        Raises:
+            CheckpointError: at the first damage.
+        """
+        if fault := self.directory.fault(self.step, self.manifest):
+            raise self._damaged(self._pointer(fault.partition(" ")[0]) or fault)
+        self.statistics()
+        self._check_complete()
+        files: dict[str, list[str]] = defaultdict(list)
+        for key, (name, _) in self.tensors.items():
+            files[name].append(key)
+        with ThreadPoolExecutor(8) as pool:
+            headers = dict(zip(files, pool.map(self._header, files), strict=True))
+            for name, keys in files.items():
+                self._check_header(name, keys, headers[name])
+            size = sum(end for header in headers.values() for _, end in header.values())
+            if most is None or (self.directory.local and size <= most):
+                list(pool.map(self._check_tensors, files.values()))
+
+    def _check_complete(self) -> None:
+        """Every weight of the model, and of each kind of moments as many: a manifest may be cut, too."""
+        signature = self.manifest.get("signature") or {}
+        kinds = {k.partition("/")[0] for k in self.tensors} - {"buffer"} | {"weight"}
+        for kind in sorted(kinds):
+            for name, shape in signature.items():
+                key = f"{kind}/{name}"
+                parts = [key] if key in self.tensors or not shape else [f"{key}/{e}" for e in range(shape[0])]
+                if lost := [k for k in parts if k not in self.tensors]:
+                    raise self._damaged(f"its manifest lacks {key if len(lost) == len(parts) else lost[0]}")
+
+    def _header(self, name: str) -> dict[str, tuple[list[int], int]]:
+        """(shape, bytes) of each tensor of a file, from its first bytes alone: those of a store are not fetched."""
+        fs, path = self.directory.fs, f"{self.directory.path(self.step)}/{name}"
+        try:
+            length = int.from_bytes(fs.cat_file(path, 0, 8), "little")
+            if not 0 < length < 100_000_000:  # the format's own limit
+                raise ValueError("not a safetensors file")
+            tree = json.loads(fs.cat_file(path, 8, 8 + length))
+            offsets = {k: (list(v["shape"]), v["data_offsets"]) for k, v in tree.items() if k != "__metadata__"}
+            end = max((o[1] for _, o in offsets.values()), default=0)
+            if fs.size(path) != 8 + length + end:
+                raise ValueError(f"it has {fs.size(path):,} bytes instead of {8 + length + end:,}")
+            return {k: (shape, int(o[1]) - int(o[0])) for k, (shape, o) in offsets.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+            raise self._damaged(self._pointer(name) or f"{name} is damaged: {e}") from None
+
+    def _check_header(self, name: str, keys: list[str], header: dict[str, tuple[list[int], int]]) -> None:
+        if other := sorted(header.keys() ^ set(keys)):
+            where = "not in it" if other[0] in keys else "not in the manifest"
+            raise self._damaged(f"{name} is damaged or of another checkpoint: {other[0]} is {where}")
+        signature = self.manifest.get("signature") or {}
+        for key, (shape, _) in header.items():
+            parameter, _, expert = key.partition("/")[2].partition("/")
+            want = signature.get(parameter)
+            if want is not None and shape != (want[1:] if expert else want):
+                raise self._damaged(f"{key} in {name} has shape {shape}, the model {want[1:] if expert else want}")
+
+    def _check_tensors(self, keys: list[str]) -> None:
+        """Checksums of one file; CRC-32 lets other threads run."""
+        for key in keys:
             self.read(key)
+        self._open.pop(self.tensors[keys[0]][0])
+
+    def _pointer(self, name: str) -> str:
+        """What to say of a file that git-lfs has not fetched; empty if it is none."""
+        with suppress(OSError):
+            if self.directory.fs.cat_file(f"{self.directory.path(self.step)}/{name}", 0, 32).startswith(
+                b"version http"
+            ):
+                return f"{name} is a pointer of git-lfs, not the file: `git lfs pull` there fetches it"
+        return ""
+
+    def _damaged(self, what: str) -> CheckpointError:
+        """The error, with the command that takes the newest whole checkpoint beside this one."""
+        with suppress(Exception):  # it is only advice
+            steps = [e.step for e in self.directory.entries()]
+            at = steps.index(self.step) if self.step in steps else len(steps)
+            for step in [*steps[:at][::-1], *steps[at + 1 :][::-1]]:
+                with suppress(CheckpointError):
+                    _Candidate(self.directory, step).verify(QUICK)
+                    command = self.command.replace("{}", shlex.quote(f"{self.directory.url}/step-{step:06d}"))
+                    return CheckpointError(f"checkpoint {self.name}: {what}; step {step} is whole: {command}")
+        return CheckpointError(f"checkpoint {self.name}: {what}; there is no other whole one beside it")
 
     def _local(self, name: str) -> str:
         remote = f"{self.directory.path(self.step)}/{name}"
-        if "file" in self.directory.fs.protocol:
+        if self.directory.local:
             return remote
-        local = f"{self._tmp.name}/{name}"
-        self.directory.fs.get_file(remote, local)
+        try:
+            self._tmp = self._tmp or tempfile.TemporaryDirectory()
+            local = f"{self._tmp.name}/{name}"
+            self.directory.fs.get_file(remote, local)
+        except OSError as e:
+            if self._tmp is not None and e.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            where = Path(self._tmp.name).parent if self._tmp else "TMPDIR"
+            raise CheckpointError(
+                f"checkpoint {self.name}: {name} is fetched into the temporary directory {where} (TMPDIR) and cannot "
+                f"be: {e.strerror or e}; make room there, or name another one with TMPDIR"
+            ) from None
         return local
+
+
+class _Candidate(Checkpoint):
+    """One that may be advised in place of another: what is wrong with it needs no advice."""
+
+    def _damaged(self, what: str) -> CheckpointError:
+        return CheckpointError(what)
+
+
+def _train(directory: Directory) -> str:
+    """The command that goes on from a checkpoint, in the run that it belongs to if it lies there."""
+    run = Path(directory.url).parent
+    known = directory.local and (run / "config.yaml").is_file()
+    return f"ray-ep train {shlex.quote(f'run_dir={run}')} resume={{}}" if known else "ray-ep train resume={}"
 
 
 @torch.no_grad()

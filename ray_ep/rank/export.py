@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from ray_ep.errors import BadInput, CheckpointError
+from ray_ep.errors import BadInput, CheckpointError, SaveError
 from ray_ep.moe import find_experts
-from ray_ep.rank.checkpoint import Checkpoint
+from ray_ep.rank.checkpoint import QUICK, Checkpoint
+from ray_ep.rank.companions import companions
+from ray_ep.rank.directory import save_tensors
 from ray_ep.rank.model import meta_model
 
 _SHARD = "model-{:05d}.safetensors"
+_PART = ".export.part"
+"""Where the files of an export lie in its directory until all are written."""
 
 
 def export_checkpoint(checkpoint: Checkpoint, out: Path, dtype: str | None = None) -> dict[str, Any]:
@@ -26,13 +33,17 @@ def export_checkpoint(checkpoint: Checkpoint, out: Path, dtype: str | None = Non
         dtype: of the written weights; None: the run's compute dtype. float32 loses nothing.
 
     Returns:
-        What was written: tensors, bytes, shards.
+        What was written: tensors, bytes, shards, files; where tokenizer and generation settings are from.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or holds too few or too many experts.
-        BadInput: `out` holds files.
+        BadInput: `out` holds files, or cannot be made. SaveError: it could not be written. Then nothing is left there.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    try:
+        full = out.exists() and (not out.is_dir() or any(p.name != _PART for p in out.iterdir()))
+    except OSError as e:
+        raise BadInput(f"{out} cannot be read: {e.strerror}: give another directory") from None
+    if full:
         raise BadInput(f"{out} already exists and is not an empty directory: give a new one")
     manifest = checkpoint.manifest
     try:
@@ -43,7 +54,20 @@ def export_checkpoint(checkpoint: Checkpoint, out: Path, dtype: str | None = Non
         raise CheckpointError(f"checkpoint {checkpoint.name}: its model is not known: {e!r}") from None
     model = meta_model(config)
     _count_experts(checkpoint, model)
-    writer = _Writer(out, model, getattr(torch, dtype))
+    checkpoint.verify(QUICK)
+    with _staged(out) as part:
+        _check_room(part, model, getattr(torch, dtype))
+        done = _write_weights(checkpoint, _Writer(part, model, getattr(torch, dtype)), config, dtype)
+        files, words = companions(manifest["config"])
+        for name, data in files.items():
+            (part / name).parent.mkdir(exist_ok=True)
+            (part / name).write_bytes(data)
+        written = sorted(p.relative_to(part).as_posix() for p in part.rglob("*") if p.is_file())
+    return {**done, **words, "files": written}
+
+
+def _write_weights(checkpoint: Checkpoint, writer: _Writer, config: Any, dtype: str) -> dict[str, Any]:
+    model = writer.model
     stacks = {f"{n}.{p}": m for n, m in find_experts(model).items() for p, _ in m.named_parameters(recurse=False)}
     dense, buffers = {}, {}
     for key in checkpoint.tensors:
@@ -69,14 +93,13 @@ class _Writer:
         self.out, self.model, self.dtype = out, model, dtype
         self.files: dict[str, str] = {}
         self.bytes = 0
-        out.mkdir(parents=True, exist_ok=True)
 
     def write(self, weights: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor] | None = None) -> None:
         """One shard, under the names that transformers and other engines read; buffers keep their dtype."""
         cast = {k: t.to(self.dtype) for k, t in weights.items()}
         plain = revert_weight_conversion(self.model, {**cast, **(buffers or {})})
         name = _SHARD.format(len(set(self.files.values())) + 1)
-        save_file({k: t.contiguous() for k, t in plain.items()}, self.out / name, metadata={"format": "pt"})
+        save_tensors({k: t.contiguous() for k, t in plain.items()}, self.out / name, {"format": "pt"})
         self.files |= dict.fromkeys(plain, name)
         self.bytes += sum(t.numel() * t.element_size() for t in plain.values())
 
@@ -88,6 +111,45 @@ class _Writer:
         config.dtype = dtype
         config.save_pretrained(self.out)
         return {"tensors": len(self.files), "bytes": self.bytes, "shards": len(set(self.files.values()))}
+
+
+@contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """A directory inside `out` whose files move there at the end, config.json last; an error leaves nothing."""
+    new = [p for p in (out, *out.parents) if not p.exists()]
+    part, moved = out / _PART, []
+    try:
+        shutil.rmtree(part, ignore_errors=True)  # of an export that was killed
+        try:
+            part.mkdir(parents=True)
+        except OSError as e:
+            raise BadInput(f"{out} cannot be written to: {e.strerror or e}: give another directory") from None
+        yield part
+        for path in sorted(part.iterdir(), key=lambda p: p.name == "config.json"):
+            moved.append(out / path.name)
+            os.replace(path, moved[-1])
+        part.rmdir()
+    except BaseException as e:
+        for path in (part, *moved):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        for path in new:
+            with suppress(OSError):
+                path.rmdir()
+        if isinstance(e, OSError):
+            raise SaveError(
+                f"{out} could not be written: {e.strerror or e}; nothing of it is left there: make room, or give "
+                "another directory"
+            ) from None
+        raise
+
+
+def _check_room(part: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    need, free = sum(p.numel() for p in model.parameters()) * dtype.itemsize, shutil.disk_usage(part).free
+    if need > free:
+        raise SaveError(
+            f"{part.parent} has {free / 1e6:,.1f} MB free and the weights need {need / 1e6:,.1f} MB: nothing was "
+            "written; make room, or give another directory"
+        )
 
 
 def _count_experts(checkpoint: Checkpoint, model: PreTrainedModel) -> None:

@@ -31,8 +31,9 @@ from ray_ep.moe import (
     update_bias,
 )
 from ray_ep.placement import Placement, RoutingStatistics, Topology
-from ray_ep.rank.checkpoint import Checkpoint, Directory, load_rank, save_rank
+from ray_ep.rank.checkpoint import Checkpoint, load_rank, save_rank
 from ray_ep.rank.data import Corpus, global_batch, held_out_batch
+from ray_ep.rank.directory import Directory
 from ray_ep.rank.model import build
 from ray_ep.rank.optimizer import MasterOptimizer
 from ray_ep.rank.pays import Pays, uneven_ranks

@@ -5,7 +5,8 @@ import signal
 
 import pytest
 
-from ray_ep.rank.checkpoint import Checkpoint, Directory
+from ray_ep.rank.checkpoint import Checkpoint
+from ray_ep.rank.directory import Directory
 
 PROBE = """
 # Put on PYTHONPATH as sitecustomize. The hook waits for the module, so nothing is imported early.

@@ -10,7 +10,7 @@ import pytest
 
 from ray_ep.collective import SoloGroup
 from ray_ep.placement import contiguous
-from ray_ep.rank.checkpoint import Directory
+from ray_ep.rank.directory import Directory
 from ray_ep.rank.rank import Rank
 from tests.rank.test_training import CORPUS, EXPERTS, LAYERS, configure
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from ray_ep.collective import SoloGroup
-from ray_ep.errors import CheckpointError
+from ray_ep.errors import CheckpointError, SaveError
 from ray_ep.placement import RoutingStatistics, contiguous, random
 from ray_ep.rank import checkpoint as module
-from ray_ep.rank.checkpoint import Checkpoint, Directory, checksum
+from ray_ep.rank.checkpoint import Checkpoint
+from ray_ep.rank.directory import Directory, checksum
 from tests.conftest import run_ranks
 from tests.rank.test_optimizer import LAYOUTS, state
 from tests.rank.test_training import EXPERTS, LAYERS, QWEN, SIZES, configure, make_rank
@@ -202,25 +203,26 @@ def test_a_save_that_dies_midway_leaves_the_earlier_checkpoint_and_can_be_repeat
     solo.load(url, 1)
     with pytest.raises(CheckpointError, match="step-000002"):
         Checkpoint(directory, 2)
-    (broken / "left.over").touch()
+    (broken / "note.txt").touch()
     save(solo, url, 2)
-    assert (directory.steps(), (broken / "left.over").exists()) == ([1, 2], False)
+    assert (directory.steps(), (broken / "note.txt").exists()) == ([1, 2], True), "what is not ours stays"
     Checkpoint(directory, 2).verify()
 
 
-def test_a_save_that_dies_while_it_writes_the_manifest_is_not_listed(solo, tmp_path, monkeypatch):
-    inner = (directory := Directory(str(tmp_path))).fs.open
-
-    def dies(path, mode="rb", **options):
-        with inner(path, "wb") as f:
-            f.write(b'{"format": 1, "st')
-        full()
-
+def test_a_save_that_dies_while_it_writes_the_manifest_is_not_listed(solo, tmp_path):
+    directory, part = Directory(str(tmp_path)), tmp_path / "step-000002" / "manifest.json.part"
     save(solo, str(tmp_path), 1)
-    monkeypatch.setattr(directory.fs, "open", dies)
-    with pytest.raises(OSError, match="No space"):
-        save(solo, str(tmp_path), 2)
+    directory.clear(2)
+    part.write_text('{"format": 1, "st')
     assert directory.steps() == [1]
+    save(solo, str(tmp_path), 2)
+    assert (directory.steps(), part.exists()) == ([1, 2], False)
+    directory.clear(3)
+    tensors = solo.save(str(tmp_path), 3)
+    (tmp_path / "step-000003" / "manifest.json.part").mkdir()
+    with pytest.raises(SaveError, match=r"manifest\.json.*step 2 is untouched"):
+        directory.commit(3, {"step": 3, "tensors": tensors}, solo.statistics())
+    assert directory.steps() == [1, 2]
 
 
 def test_pruning_keeps_the_newest_and_whatever_is_not_finished(tmp_path):

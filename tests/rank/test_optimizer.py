@@ -10,8 +10,8 @@ from ray_ep.collective import SoloGroup
 from ray_ep.moe import routing
 from ray_ep.moe.routing import forced
 from ray_ep.placement import Placement, contiguous, random
-from ray_ep.rank.checkpoint import Directory
 from ray_ep.rank.data import global_batch
+from ray_ep.rank.directory import Directory
 from ray_ep.rank.model import build
 from ray_ep.rank.optimizer import MasterOptimizer
 from tests.conftest import run_ranks
