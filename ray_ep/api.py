@@ -53,10 +53,14 @@ def train(cfg: Config) -> Run:
         prefix = "" if cfg.router.force == "none" else f"[router.force={cfg.router.force}] "
         try:
             with Progress(cfg.optim.steps, prefix=prefix) as progress:
+                if plan.nothing_to_do:
+                    progress.event("resume", plan.nothing_to_do)
+                    return Run(plan.run.path, "done", prefix)
                 status = drive(cfg, plan, [progress], interrupt)
         finally:
-            if (plan.run.path / "config.yaml").exists():
+            if (plan.run.path / "config.yaml").exists() and not plan.nothing_to_do:
                 write_report(plan.run.path)
+            plan.run.release()
     return Run(plan.run.path, status, prefix)
 
 

@@ -91,7 +91,9 @@ def _earlier(given: dict[str, Any]) -> dict[str, Any]:
         path = Path(run_dir) if run_dir else newest()
         if path is None:
             return {}
-        values = old_values(settings_of(path), set(given))[0] | {"run_dir": str(path)}
+        values = old_values(settings_of(path) or settings_of_checkpoint(f"{path}/checkpoints"), set(given))[0] | {
+            "run_dir": str(path)
+        }
     else:
         values = old_values(settings_of_checkpoint(resume), set(given))[0]
         if not run_dir or Path(run_dir).resolve() not in (Path(resume).resolve(), *Path(resume).resolve().parents):
@@ -141,7 +143,8 @@ def _take(into: dict[str, Any], pairs: Iterable[tuple[str, Any]], where: str = "
         try:
             into[key] = _joined(into.get(key), convert(value, kind))
         except WrongValue as e:
-            raise ConfigError(f"{where}{key}={_shown(value)}: {e}, such as {default!r}") from None
+            such = f", such as {default!r}" if isinstance(default, (int, float)) else ""
+            raise ConfigError(f"{where}{key}={_shown(value)}: {e}{such}") from None
 
 
 def _joined(before: Any, value: Any) -> Any:
@@ -166,6 +169,8 @@ def check(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if value is not None and not value >= low:
             raise ConfigError(f"{key}={value!r}: must be at least {low}")
+    if not cfg.resume:
+        raise ConfigError("resume='': allowed are no, auto, or the directory of a run or a checkpoint")
     if not 0 <= cfg.data.held_out <= 0.5:
         raise ConfigError(f"data.held_out={cfg.data.held_out!r}: must be between 0 and 0.5")
     if cfg.batch.sequences % cfg.batch.accumulation:

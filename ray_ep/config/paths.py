@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from typing import Any
 
@@ -29,7 +30,7 @@ def absolute(values: dict[str, Any]) -> dict[str, Any]:
     out = dict(values)
     for key, words in _WORDS.items():
         if key == "data.files" and key in values:
-            out[key] = [_absolute(key, v) for v in values[key]]
+            out[key] = [_absolute(key, v, pattern=True) for v in values[key]]
         elif key in values and values[key] not in words:
             out[key] = _absolute(key, values[key])
     for key, words in _NAMES.items():
@@ -51,12 +52,16 @@ def _is_directory(text: str) -> bool:
     return text.startswith(("~", "./", "../")) or ("\0" not in text and os.path.isdir(text))
 
 
-def _absolute(key: str, text: str) -> str:
+def _absolute(key: str, text: str, pattern: bool = False) -> str:
     if is_url(text) or not text:
         return text
     if "\0" in text:
         raise ConfigError(f"{key}={text!r}: no path holds a zero byte")
     try:
-        return os.path.abspath(os.path.expanduser(text))
+        path = os.path.expanduser(text)
+        here = os.getcwd()
+        if pattern and glob.has_magic(here) and not os.path.isfile(path):
+            here = glob.escape(here)  # what the directory is called is no pattern
+        return os.path.normpath(os.path.join(here, path))
     except OSError as e:
         raise ConfigError(f"{key}={text!r}: the current directory is gone ({e.strerror}): give an absolute path") from e

@@ -217,7 +217,7 @@ def as_mapping(value: Any) -> dict[str, Any]:
     if isinstance(value, Plain) and value in ("", *_NULL):  # a section of which every line is a comment
         return {}
     if not isinstance(value, dict):
-        raise WrongValue("expected a mapping")
+        raise WrongValue("expected a mapping, such as {num_experts: 8}")
     return {str(k): _any(v) for k, v in value.items()}
 
 
