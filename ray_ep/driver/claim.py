@@ -97,6 +97,7 @@ class Claim:
             except OSError as e:
                 if e.errno not in _BUSY:  # a file system without locks
                     self.locked = False
+                    self._before = os.pread(self._file, 1 << 16, 0) if there else None
                     return
                 os.close(self._file)
                 self._file = -1

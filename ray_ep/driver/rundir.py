@@ -36,6 +36,7 @@ class RunDir:
         Raises:
             ConfigError: that cannot be written.
         """
+        fresh = not (self.path / ".gitignore").exists()
         try:
             for part in ("", *_PARTS):
                 (self.path / part).mkdir(parents=True, exist_ok=True)
@@ -45,7 +46,7 @@ class RunDir:
             for part in _PARTS:
                 with suppress(OSError):
                     (self.path / part).rmdir()
-            for name in (".gitignore.part", "config.yaml.part"):
+            for name in (".gitignore.part", "config.yaml.part", *([".gitignore"] if fresh else [])):
                 (self.path / name).unlink(missing_ok=True)
             raise ConfigError(f"run_dir={str(self.path)!r}: cannot write there: {e.strerror or e}") from None
         if self.claim is not None:
