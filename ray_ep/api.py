@@ -124,6 +124,9 @@ def train(cfg: Config) -> Run:
         prefix = _mark(cfg)
         try:
             with Progress(cfg.optim.steps, prefix=prefix) as progress:
+                if plan.nothing_to_do:
+                    progress.event("resume", plan.nothing_to_do)
+                    return Run(plan.run.path, "done", prefix)
 
                 def no_page(why: str) -> None:
                     plan.run.event("report", why)
@@ -132,8 +135,9 @@ def train(cfg: Config) -> Run:
                 with LivePage(plan.run.path, no_page) as page:
                     status = drive(cfg, plan, [progress, page], interrupt)
         finally:
-            if (plan.run.path / "config.yaml").exists():
+            if (plan.run.path / "config.yaml").exists() and not plan.nothing_to_do:
                 write_report(plan.run.path)
+            plan.run.release()
     return Run(plan.run.path, status, prefix)
 
 

@@ -18,11 +18,19 @@ def rebalance(run: Path) -> None:
     \b
       ray-ep rebalance runs/20260701-123005
     """
+    from ray_ep.driver.claim import holder, last_holder
     from ray_ep.driver.rundir import RunDir
     from ray_ep.errors import BadInput
 
     if not (run / "config.yaml").is_file():
         raise BadInput(f"{str(run)!r}: expected a run directory, with its config.yaml")
+    if holder(run, unknown={}) is None:
+        who = last_holder(run)
+        by = f" (it was process {who['pid']} on host {who.get('host')})" if "pid" in who else ""
+        raise BadInput(
+            f"{str(run)!r}: this run has ended{by}: nobody is there to ask; to go on with it: ray-ep train "
+            f"run_dir={run} resume=auto"
+        )
     try:
         RunDir(run).request()
     except OSError as e:

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from ray_ep.config.paths import absolute
+from ray_ep.config.runs import newest, settings_of, settings_of_checkpoint
 from ray_ep.config.schema import Config
+from ray_ep.config.values import WrongValue, convert, flow_list, parse, scalar_or_tree
 from ray_ep.errors import ConfigError
 
 
@@ -36,47 +37,125 @@ def fields() -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration.
 
+    Where `resume` names a run or a checkpoint, what neither the file nor an override gives is as it was there.
+
     Args:
         path: YAML file with any subset of the schema's keys; None for the defaults.
-        overrides: ``key=value`` strings with dotted keys, applied last; values are YAML.
+        overrides: ``key=value`` strings with dotted keys, applied last; a key's own type says how its value is read.
 
     Returns:
-        A read-only OmegaConf tree, typed as `Config`.
+        A read-only OmegaConf tree, typed as `Config`; its paths are absolute, seen from the current directory.
 
     Raises:
         ConfigError: unknown key (the nearest is suggested), wrong type, value out of range, unreadable file.
     """
-    tree: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     if path is not None:
-        _merge(tree, _read(Path(path)), "", str(path))
+        _take(given, _flat(_read(Path(path)), str(path)), f"{path}: ")
     for item in overrides:
-        key, sep, text = item.partition("=")
-        if not sep or not key:
-            raise ConfigError(f"override {item!r}: expected key=value, such as optim.steps=50")
-        try:
-            value = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError as e:
-            raise ConfigError(f"override {item!r}: the value is not YAML: {e}") from None
-        nested: Any = value
-        for part in reversed(key.split(".")):
-            nested = {part: nested}
-        _merge(tree, nested, "", f"override {item!r}")
-    return from_dict(tree)
+        _take(given, _typed(item))
+    given = absolute(given)
+    values = _earlier(given)
+    if "model.type" in given and given["model.type"] != values.get("model.type"):
+        values.pop("model.overrides", None)  # sizes of another type
+    for key, value in given.items():
+        values[key] = _joined(values.get(key), value)
+    return _built(values)
 
 
 def from_dict(tree: dict[str, Any]) -> Config:
     """A nested dict of any subset of the schema -> checked configuration; raises ConfigError."""
+    values: dict[str, Any] = {}
+    _take(values, _flat(tree, "configuration"))
+    return _built(values)
+
+
+def _built(values: dict[str, Any]) -> Config:
     base = OmegaConf.structured(Config)
-    allowed = {key: f.metadata["allowed"] for key, f, _ in fields()}
-    model = tree.get("model")
-    if isinstance(model, dict) and model.get("type", base.model.type) != base.model.type:
+    if values.get("model.type", base.model.type) != base.model.type:
         base.model.overrides = {}  # the default sizes are those of the default type
-    for key, value in _leaves(tree):
-        _set(base, key, value, allowed[key])
-    OmegaConf.resolve(base)
+    for key, value in values.items():
+        before = OmegaConf.to_container(base.model.overrides) if key == "model.overrides" else None
+        OmegaConf.update(base, key, _joined(before, value), merge=False)
     check(base)
     OmegaConf.set_readonly(base, True)
     return cast(Config, base)
+
+
+def _earlier(given: dict[str, Any]) -> dict[str, Any]:
+    """Values of the run or checkpoint that `given` goes on with, its directory included; {} if it goes on with none."""
+    resume, run_dir = given.get("resume", "no"), given.get("run_dir", "")
+    if resume == "no":
+        return {}
+    if resume == "auto":
+        path = Path(run_dir) if run_dir else newest()
+        if path is None:
+            return {}
+        values = old_values(settings_of(path) or settings_of_checkpoint(f"{path}/checkpoints"), set(given))[0] | {
+            "run_dir": str(path)
+        }
+    else:
+        values = old_values(settings_of_checkpoint(resume), set(given))[0]
+        if not run_dir or Path(run_dir).resolve() not in (Path(resume).resolve(), *Path(resume).resolve().parents):
+            values.pop("checkpoint.dir", None)  # of another run, which keeps what is in it
+        values.pop("run_dir", None)
+    values.pop("resume", None)
+    return values
+
+
+def old_values(tree: dict[str, Any], leave: Set[str] = frozenset()) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(values, what this version does not know) of an earlier run's configuration, by dotted key, but for `leave`.
+
+    Raises:
+        ConfigError: a value that this version does not take.
+    """
+    values: dict[str, Any] = {}
+    unknown: dict[str, Any] = {}
+    pairs = [(k, v) for k, v in _flat(tree, "configuration", unknown) if k not in leave or k == "model.overrides"]
+    _take(values, pairs, "configuration of the run to go on with: ")
+    return absolute(values), unknown
+
+
+def _typed(item: str) -> Iterable[tuple[str, Any]]:
+    """An override as (dotted key, value not yet converted)."""
+    key, sep, text = item.partition("=")
+    if not sep or not key:
+        raise ConfigError(f"override {item!r}: expected key=value, such as optim.steps=50")
+    kinds = {k: str(f.type) for k, f, _ in fields()}
+    try:
+        value: Any = text
+        if key not in kinds:
+            value = scalar_or_tree(text)
+        elif kinds[key].startswith("dict"):
+            value = parse(text)
+        elif kinds[key].startswith("list"):
+            value = flow_list(text)
+    except WrongValue as e:
+        raise ConfigError(f"override {item!r}: the value {e}") from None
+    return _flat({key: value}, f"override {item!r}")
+
+
+def _take(into: dict[str, Any], pairs: Iterable[tuple[str, Any]], where: str = "") -> None:
+    """Convert each value by its key's type; a mapping joins the one that is there, anything else replaces it."""
+    known = {k: (str(f.type), default) for k, f, default in fields()}
+    for key, value in pairs:
+        kind, default = known[key]
+        try:
+            into[key] = _joined(into.get(key), convert(value, kind))
+        except WrongValue as e:
+            such = f", such as {default!r}" if isinstance(default, (int, float)) else ""
+            raise ConfigError(f"{where}{key}={_shown(value)}: {e}{such}") from None
+
+
+def _joined(before: Any, value: Any) -> Any:
+    """`value` over `before`: mappings key by key."""
+    if not (isinstance(before, dict) and isinstance(value, dict)):
+        return value
+    return {**before, **{k: _joined(before.get(k), v) for k, v in value.items()}}
+
+
+def _shown(value: Any) -> str:
+    return repr(str(value) if isinstance(value, str) else value)
 
 
 def check(cfg: DictConfig) -> None:
@@ -88,8 +167,10 @@ def check(cfg: DictConfig) -> None:
             raise ConfigError(f"{key}={value!r}: allowed are {', '.join(allowed)}{_nearest(str(value), allowed)}")
     for key, low in _AT_LEAST.items():
         value = OmegaConf.select(cfg, key)
-        if not value >= low:
+        if value is not None and not value >= low:
             raise ConfigError(f"{key}={value!r}: must be at least {low}")
+    if not cfg.resume:
+        raise ConfigError("resume='': allowed are no, auto, or the directory of a run or a checkpoint")
     if not 0 <= cfg.data.held_out <= 0.5:
         raise ConfigError(f"data.held_out={cfg.data.held_out!r}: must be between 0 and 0.5")
     if cfg.batch.sequences % cfg.batch.accumulation:
@@ -168,36 +249,51 @@ _AT_LEAST: dict[str, float] = {
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = parse(path.read_text(encoding="utf-8-sig"))
     except OSError as e:
         raise ConfigError(f"configuration file {path}: {e.strerror or e}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except UnicodeDecodeError as e:
         raise ConfigError(f"configuration file {path} is not YAML: {e}") from None
-    if tree is None:
+    except WrongValue as e:
+        raise ConfigError(f"configuration file {path} {e}") from None
+    if tree is None or tree == "":
         return {}
     if not isinstance(tree, dict):
         raise ConfigError(f"configuration file {path}: expected keys and values, found {type(tree).__name__}")
+    pairs = [k for k, _ in _flat(tree, str(path)) if k != "model.overrides"]
+    twice = [k for k in dict.fromkeys(pairs) if pairs.count(k) > 1]
+    if twice:
+        raise ConfigError(f"configuration file {path} has {twice[0]} twice: give it once")
     return tree
 
 
-def _merge(into: dict[str, Any], tree: dict[str, Any], prefix: str, where: str) -> None:
-    """Deep merge with every key checked against the schema; open dicts (model.overrides) take any key."""
-    known = {k for k, _, _ in fields()}
-    sections = {k.rpartition(".")[0] for k in known} | {""}
+def _flat(
+    tree: dict[str, Any], where: str, unknown: dict[str, Any] | None = None, prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf; open mappings (model.overrides) take any key, also a dotted one.
+
+    What the schema does not know is put into `unknown`; without that it raises ConfigError.
+    """
+    known = {k: str(f.type) for k, f, _ in fields()}
+    sections = {k.rpartition(".")[0] for k in known} - {""}
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        if key in sections:
-            if not isinstance(value, dict):
-                inner = sorted(k for k in known if k.startswith(key + "."))
-                raise ConfigError(f"{where}: {key} is a section, not a value; its keys: {', '.join(inner)}")
-            _merge(into.setdefault(name, {}), value, f"{key}.", where)
-        elif key in known:
-            if isinstance(into.get(name), dict) and isinstance(value, dict):
-                into[name] = {**into[name], **value}
-            else:
-                into[name] = value
-        else:
+        opened = next((k for k, kind in known.items() if kind.startswith("dict") and key.startswith(f"{k}.")), None)
+        if key in known:
+            yield key, value
+        elif key in sections and isinstance(value, dict):
+            yield from _flat(value, where, unknown, f"{key}.")
+        elif key in sections and value != "":
+            inner = sorted(k for k in known if k.startswith(key + "."))
+            raise ConfigError(f"{where}: {key} is a section, not a value; its keys: {', '.join(inner)}")
+        elif opened is not None:
+            for part in reversed(key[len(opened) + 1 :].split(".")):
+                value = {part: value}
+            yield opened, value
+        elif key not in sections and unknown is None:
             raise ConfigError(f"{where}: unknown key {key!r}{_nearest(key, [*known, *sections])}")
+        elif unknown is not None:
+            unknown[key] = value
 
 
 def _nearest(word: str, words: Sequence[str]) -> str:
@@ -205,44 +301,3 @@ def _nearest(word: str, words: Sequence[str]) -> str:
     tail = {w.rpartition(".")[2]: w for w in words}
     near = near or [tail[w] for w in difflib.get_close_matches(word.rpartition(".")[2], list(tail), n=1, cutoff=0.7)]
     return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    known = {k for k, _, _ in fields()}
-    for name, value in tree.items():
-        key = f"{prefix}{name}"
-        if key in known:
-            yield key, value
-        elif isinstance(value, dict):
-            yield from _leaves(value, f"{key}.")
-        else:
-            raise ConfigError(f"unknown key {key!r}{_nearest(key, list(known))}")
-
-
-def _set(base: DictConfig, key: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    default = OmegaConf.select(base, key)
-    kind = (
-        "a mapping"
-        if OmegaConf.is_dict(default)
-        else "a list"
-        if OmegaConf.is_list(default)
-        else type(default).__name__
-    )
-    if isinstance(default, str) and isinstance(value, bool):  # YAML reads a bare no or off as false
-        words = ("yes", "on", "true") if value else ("no", "off", "false")
-        value = next((w for w in words if w == default or w in allowed), value)
-    bad_kind = (OmegaConf.is_dict(default) != isinstance(value, dict)) or (
-        isinstance(default, str) and not isinstance(value, str)
-    )
-    if isinstance(default, str) and isinstance(value, (int, float)) and not isinstance(value, bool):
-        value, bad_kind = str(value), False
-    if bad_kind or value is None:
-        raise ConfigError(f"{key}={value!r}: expected {kind}, such as {default!r}")
-    try:
-        if OmegaConf.is_dict(default):
-            value = OmegaConf.merge(default, value)
-        elif OmegaConf.is_list(default) and isinstance(value, str):
-            value = [value]
-        OmegaConf.update(base, key, value, merge=False)
-    except OmegaConfBaseException:
-        raise ConfigError(f"{key}={value!r}: expected {kind}, such as {default!r}") from None

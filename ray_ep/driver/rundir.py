@@ -12,19 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from ray_ep.config.runs import RUNS, checkpoints_of, newest, remember
 from ray_ep.config.schema import Config
+from ray_ep.driver.claim import LOCK, Claim, holder, in_use
 from ray_ep.errors import CheckpointError, ConfigError, PlacementError
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.rank.checkpoint import Checkpoint
 from ray_ep.rank.directory import Directory
 
-RUNS = "runs"
-"""Parent of run directories that the user did not name."""
-
+_PARTS = ("placements", "statistics", "provenance")
 REQUEST = "rebalance"
 """File in a run directory that asks for a decision about the placement."""
 
@@ -32,15 +30,37 @@ REQUEST = "rebalance"
 class RunDir:
     """One run's directory; also a listener that keeps `metrics.jsonl` and `events.jsonl`."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, claim: Claim | None = None):
+        self.path, self.claim = path, claim
         self.done = 0  # steps behind the run, which its events tell
 
     def create(self, cfg: Config) -> None:
-        """Make the directory and write the resolved configuration."""
-        for part in ("", "placements", "statistics", "provenance"):
-            (self.path / part).mkdir(parents=True, exist_ok=True)
-        self.write("config.yaml", OmegaConf.to_yaml(cfg))
+        """Make the directory and write the resolved configuration: from here on the run is there.
+
+        Raises:
+            ConfigError: that cannot be written.
+        """
+        fresh = not (self.path / ".gitignore").exists()
+        try:
+            for part in ("", *_PARTS):
+                (self.path / part).mkdir(parents=True, exist_ok=True)
+            self.write(".gitignore", "*\n")  # neither a commit nor the copy for a job shall hold checkpoints
+            self.write("config.yaml", OmegaConf.to_yaml(cfg))
+        except OSError as e:
+            for part in _PARTS:
+                with suppress(OSError):
+                    (self.path / part).rmdir()
+            for name in (".gitignore.part", "config.yaml.part", *([".gitignore"] if fresh else [])):
+                (self.path / name).unlink(missing_ok=True)
+            raise ConfigError(f"run_dir={str(self.path)!r}: cannot write there: {e.strerror or e}") from None
+        if self.claim is not None:
+            self.claim.began = True
+        remember(self.path)
+
+    def release(self) -> None:
+        """Let others have the directory; of a run that was never created nothing is left."""
+        if self.claim is not None:
+            self.claim.release()
 
     def write(self, name: str, text: str) -> None:
         """Replace a file whole: a reader never sees half of it."""
@@ -127,6 +147,27 @@ class RunDir:
             f.write(json.dumps(tree) + "\n")
 
 
+def claimed(cfg: Config, now: datetime) -> RunDir:
+    """The directory of this run, taken: nobody else writes there until its `release`.
+
+    Raises:
+        ConfigError: as `choose` does, or another process has it, or it cannot be written to; nothing is left behind.
+    """
+    while True:
+        run = choose(cfg, now)
+        try:
+            run.claim = Claim(run.path, now, new=not cfg.run_dir and not (run.path / "config.yaml").exists())
+        except FileExistsError:  # by another run of this second
+            continue
+        try:
+            if cfg.run_dir:
+                choose(cfg, now)  # another run may have filled it, and ended, before it was taken
+        except BaseException:
+            run.release()
+            raise
+        return run
+
+
 def choose(cfg: Config, now: datetime) -> RunDir:
     """The directory of this run, not yet created.
 
@@ -135,30 +176,39 @@ def choose(cfg: Config, now: datetime) -> RunDir:
     """
     if cfg.run_dir:
         path = Path(cfg.run_dir)
-        if path.exists() and not path.is_dir():
-            raise ConfigError(f"run_dir={cfg.run_dir!r} is a file: give a new or empty directory")
-        if path.is_dir() and any(path.iterdir()) and not _goes_on(cfg.resume, path):
+        try:
+            if path.exists() and not path.is_dir():
+                raise ConfigError(f"run_dir={cfg.run_dir!r} is a file: give a new or empty directory")
+            filled = path.is_dir() and any(p.name != LOCK for p in path.iterdir())
+        except (OSError, ValueError) as e:
+            raise ConfigError(f"run_dir={cfg.run_dir!r}: {getattr(e, 'strerror', None) or e}") from None
+        if filled and not _goes_on(cfg.resume, path):
+            who = holder(path)
             raise ConfigError(
                 f"run_dir={cfg.run_dir!r} already holds files: give a new directory, or resume=auto to go on with it"
+                if who is None
+                else in_use(path, who)
             )
         return RunDir(path)
-    if cfg.resume == "auto":
-        old = [p.parent for p in Path(RUNS).glob("*/config.yaml") if re.match(r"\d{8}-\d{6}", p.parent.name)]
-        if old:
-            return RunDir(max(old, key=lambda p: (p.name[:15], len(p.name), p.name)))
-    base = Path(RUNS) / now.strftime("%Y%m%d-%H%M%S")
+    found = newest() if cfg.resume == "auto" else None
+    return RunDir(found or _dated(now))
+
+
+def _dated(now: datetime) -> Path:
+    """A directory under runs/ that is not there yet, named after the time."""
+    base = Path(RUNS).absolute() / now.strftime("%Y%m%d-%H%M%S")
     path, n = base, 1
     while path.exists():
         n += 1
         path = base.with_name(f"{base.name}-{n}")
-    return RunDir(path)
+    return path
 
 
 def _goes_on(resume: str, path: Path) -> bool:
     """Whether `resume` goes on with the run in `path`, so that writing there overwrites nothing of another run."""
     if resume in ("auto", "no"):
         return resume == "auto"
-    there, kept = Path(resume).resolve(), _checkpoints_of(str(path))
+    there, kept = Path(resume).resolve(), checkpoints_of(str(path))
     inside = any(p.resolve() in (there, *there.parents) for p in (path, Path(kept)))
     return inside or f"{resume}/".startswith(f"{kept}/")  # a URL
 
@@ -187,7 +237,10 @@ def find_checkpoint(where: str, step: int | None = None, command: str = "") -> C
         if step not in (None, named):
             raise CheckpointError(f"{where!r} is not the checkpoint of step {step}: give the run, or that of the step")
         return Checkpoint(directory, named, command)
-    directory = Directory(_checkpoints_of(where))
+    try:
+        directory = Directory(checkpoints_of(where))
+    except ConfigError as e:
+        raise CheckpointError(str(e)) from None
     steps = [e.step for e in directory.entries()]
     if not steps or step not in (None, *steps):
         which = "checkpoint" if step is None else f"checkpoint of step {step}"
@@ -196,15 +249,3 @@ def find_checkpoint(where: str, step: int | None = None, command: str = "") -> C
             f"{where!r}: no complete {which} there (a run, its checkpoints, or one step-N of them){have}"
         )
     return Checkpoint(directory, steps[-1] if step is None else step, command)
-
-
-def _checkpoints_of(where: str) -> str:
-    """Where a run directory keeps its checkpoints; anything else is such a directory itself."""
-    config = Path(where) / "config.yaml"
-    if not config.is_file():
-        return where
-    try:
-        named = OmegaConf.select(OmegaConf.load(config), "checkpoint.dir")
-    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as e:
-        raise CheckpointError(f"{where!r}: its config.yaml is damaged: {str(e).splitlines()[0]}") from None
-    return str(named or Path(where) / "checkpoints")

@@ -1,6 +1,7 @@
-"""A run before it starts: what can be refused without a cluster is refused here; nothing is started or written.
+"""A run before it starts: what can be refused without a cluster is refused here; nothing is started.
 
-Reads the data, the model's config, the placement to begin with and the checkpoint to go on from.
+The run directory is taken first; of a run that is refused later nothing is left there. Reads the data, the model's
+config, the placement to begin with, and the checkpoint and configuration to go on from.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from datetime import datetime
 
 from transformers import PreTrainedConfig
 
+from ray_ep.config.changes import changes
+from ray_ep.config.runs import settings_of
 from ray_ep.config.schema import Config
-from ray_ep.driver.rundir import RunDir, checkpoint_url, choose, find_checkpoint
+from ray_ep.driver.rundir import RunDir, checkpoint_url, claimed, find_checkpoint
 from ray_ep.errors import CheckpointError, ConfigError
 from ray_ep.moe import find_experts
 from ray_ep.placement import Placement, contiguous, random
@@ -34,11 +37,23 @@ class Plan:
     checkpoint: Checkpoint | None  # to go on from
     expert_parameters: int  # of the largest expert
     notes: tuple[tuple[str, str], ...] = ()  # (kind, message) of events to tell when the run has started
+    nothing_to_do: str = ""  # why, if the run has all its steps
 
 
 def check(cfg: Config, now: datetime) -> Plan:
-    """Everything that can be refused without a cluster; starts and writes nothing. Raises BadInput."""
-    run = choose(cfg, now)
+    """Everything that can be refused without a cluster; starts nothing. Raises BadInput.
+
+    Whoever gets the plan calls `plan.run.release()` at the run's end.
+    """
+    run = claimed(cfg, now)
+    try:
+        return _checked(cfg, run)
+    except BaseException:
+        run.release()
+        raise
+
+
+def _checked(cfg: Config, run: RunDir) -> Plan:
     corpus = load_corpus(cfg.data, cfg.batch.length, cfg.seed)
     config = model_config(cfg.model, corpus.vocab_size)
     model = meta_model(config)
@@ -47,7 +62,12 @@ def check(cfg: Config, now: datetime) -> Plan:
     placement = _placement(cfg, run, len(modules), experts)
     signature = {n: list(p.shape) for n, p in model.named_parameters()}
     size = max(sum(p.numel() for p in m.parameters()) for m in modules.values()) // experts
-    return Plan(run, corpus, config, signature, placement, _resume(cfg, run, signature), size)
+    checkpoint = _earlier_checkpoint(cfg, run)
+    notes = [*_about_place(run), *_about_earlier(cfg, run, checkpoint)]
+    if checkpoint is not None:
+        _check_model(checkpoint, signature)
+    done = _nothing_to_do(cfg, run, checkpoint)
+    return Plan(run, corpus, config, signature, placement, checkpoint, size, tuple(notes), done)
 
 
 def _placement(cfg: Config, run: RunDir, layers: int, experts: int) -> Placement:
@@ -82,18 +102,19 @@ def _initial(cfg: Config, layers: int, experts: int) -> Placement:
     return placement
 
 
-def _resume(cfg: Config, run: RunDir, signature: dict[str, list[int]]) -> Checkpoint | None:
-    """The checkpoint to go on from, checked against the model; None to start anew. Raises CheckpointError."""
+def _earlier_checkpoint(cfg: Config, run: RunDir) -> Checkpoint | None:
+    """The checkpoint to go on from; None to start anew. Raises CheckpointError."""
     if cfg.resume == "no":
         return None
-    if cfg.resume == "auto":
-        directory = Directory(checkpoint_url(cfg, run))
-        step = directory.newest()
-        if step is None:
-            return None
-        checkpoint = Checkpoint(directory, step, f"ray-ep train {shlex.quote(f'run_dir={run.path}')} resume={{}}")
-    else:
-        checkpoint = find_checkpoint(cfg.resume)
+    if cfg.resume != "auto":
+        return find_checkpoint(cfg.resume)
+    directory = Directory(checkpoint_url(cfg, run))
+    step = directory.newest()
+    command = f"ray-ep train {shlex.quote(f'run_dir={run.path}')} resume={{}}"
+    return None if step is None else Checkpoint(directory, step, command)
+
+
+def _check_model(checkpoint: Checkpoint, signature: dict[str, list[int]]) -> None:
     other = checkpoint.manifest.get("signature")
     if other != signature:
         differ = next((n for n in {**signature, **(other or {})} if (other or {}).get(n) != signature.get(n)), "?")
@@ -102,4 +123,44 @@ def _resume(cfg: Config, run: RunDir, signature: dict[str, list[int]]) -> Checkp
             f"{(other or {}).get(differ)} there and {signature.get(differ)} here"
         )
     checkpoint.verify(QUICK)
-    return checkpoint
+
+
+def _about_place(run: RunDir) -> list[tuple[str, str]]:
+    notes = []
+    if run.claim is not None and not run.claim.locked:
+        notes.append(("run-dir", f"the file system of {run.path} has no locks: a second run there is not noticed"))
+    if "working_dir_files" in run.path.parts:
+        notes.append(
+            (
+                "run-dir",
+                f"{run.path} lies in the job's own copy of the working directory, which Ray removes: give run_dir",
+            )
+        )
+    return notes
+
+
+def _about_earlier(cfg: Config, run: RunDir, checkpoint: Checkpoint | None) -> list[tuple[str, str]]:
+    """What to tell about the run that this one goes on with. Raises ConfigError for a change that cannot be."""
+    if cfg.resume == "no":
+        return []
+    notes = []
+    earlier = settings_of(run.path) if cfg.resume == "auto" else {}
+    if checkpoint is None and earlier:
+        notes.append(("resume", f"{run.path} has no checkpoint yet: it starts anew, with its own configuration"))
+    elif checkpoint is None:
+        notes.append(("resume", f"nothing to resume in {cfg.run_dir or run.path.parent}: a new run starts"))
+    else:
+        earlier = earlier or checkpoint.manifest.get("config") or {}
+    said = changes(earlier, cfg, checkpoint is not None)
+    return notes + [("config-changed", sentence) for sentence in said]
+
+
+def _nothing_to_do(cfg: Config, run: RunDir, checkpoint: Checkpoint | None) -> str:
+    """Why the run has nothing left to do; "" if it has. Raises CheckpointError for a new run of that kind."""
+    steps = cfg.optim.steps
+    if checkpoint is None or checkpoint.step < steps:
+        return ""
+    said = f"nothing to do: {checkpoint.step} of {steps} steps are done; optim.steps={2 * checkpoint.step} trains on"
+    if not (run.path / "config.yaml").exists():
+        raise CheckpointError(f"checkpoint {checkpoint.name}: {said}")
+    return said

@@ -10,7 +10,7 @@ import difflib
 import inspect
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from ray_ep.errors import CheckpointError, ModelError
 from ray_ep.moe import find_experts, parallelize
 from ray_ep.moe.parallelize import keep_rows
 from ray_ep.placement import Placement
+from ray_ep.rank.overrides import typed
 
 
 def model_config(cfg: ModelConfig, vocab_size: int) -> PreTrainedConfig:
@@ -34,7 +35,7 @@ def model_config(cfg: ModelConfig, vocab_size: int) -> PreTrainedConfig:
     if cfg.path:
         config = _config_of_path(cfg.path)
     else:
-        config = _config_of_type(cfg.type, dict(cfg.overrides), vocab_size)
+        config = _config_of_type(cfg.type, cfg.overrides, vocab_size)
     text = config.get_text_config()
     if text.vocab_size < vocab_size:
         raise ModelError(f"the model's vocab_size={text.vocab_size} is smaller than the tokenizer's {vocab_size}")
@@ -223,7 +224,7 @@ def _config_of_path(path: str) -> PreTrainedConfig:
     return config
 
 
-def _config_of_type(kind: str, overrides: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
+def _config_of_type(kind: str, overrides: Mapping[str, Any], vocab_size: int) -> PreTrainedConfig:
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -243,7 +244,9 @@ def _config_of_type(kind: str, overrides: dict[str, Any], vocab_size: int) -> Pr
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ModelError(f"model.overrides.{key}: {cls.__name__} has no such field{hint}")
     try:
-        config: PreTrainedConfig = cls(**{"vocab_size": vocab_size, **overrides})
+        config: PreTrainedConfig = cls(**{"vocab_size": vocab_size, **typed(cls, overrides)})
+    except ModelError:
+        raise
     except Exception as e:
         raise ModelError(f"model.overrides: {cls.__name__} refuses them: {e}") from None
     return config

@@ -13,14 +13,15 @@ def test_defaults_load_and_are_read_only():
         cfg.cluster.ranks = 3
 
 
-def test_file_and_overrides_merge_and_the_override_wins(tmp_path):
+def test_file_and_overrides_merge_and_the_override_wins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     f = tmp_path / "c.yaml"
     f.write_text("optim: {steps: 7, learning_rate: 0.1}\nmodel: {overrides: {num_experts: 4}}\n")
     cfg = load_config(f, ["optim.steps=9", "model.overrides.num_hidden_layers=1", "data.files=[a.txt, b.txt]"])
     assert (cfg.optim.steps, cfg.optim.learning_rate) == (9, 0.1)
     assert (cfg.model.overrides.num_experts, cfg.model.overrides.num_hidden_layers) == (4, 1)
     assert cfg.model.overrides.hidden_size == 128
-    assert list(cfg.data.files) == ["a.txt", "b.txt"]
+    assert list(cfg.data.files) == [f"{tmp_path}/a.txt", f"{tmp_path}/b.txt"]
 
 
 @pytest.mark.parametrize(
@@ -36,9 +37,8 @@ def test_file_and_overrides_merge_and_the_override_wins(tmp_path):
         ("model.overrides=5", "expected a mapping"),
         ("batch.accumulation=3", "not a multiple"),
         ("data.held_out=0.9", "between 0 and 0.5"),
-        ("optim.learning_rate=nan", "at least 0"),
-        ("optim.learning_rate=.nan", "at least 0"),
-        ("optim.steps=[1", "not YAML"),
+        ("model.overrides={num_experts: [1", "not YAML"),
+        ("data.files=[a.txt", "a list that nothing closes"),
         ("exchange.kind=ring", "allowed are auto, flat, two_level, all_gather"),
         ("exchange.transport=mpi", "allowed are auto, gloo, nccl, torch_nccl"),
         ("exchange.chunks=0", "at least 1"),
@@ -46,8 +46,6 @@ def test_file_and_overrides_merge_and_the_override_wins(tmp_path):
     ],
 )
 def test_a_bad_override_is_named_with_what_is_allowed(override, says):
-    if override == "optim.learning_rate=nan":
-        override = "optim.learning_rate=.nan"
     with pytest.raises(ConfigError, match=says) as e:
         load_config(None, [override])
     assert override.split("=")[0].split(".")[-1] in str(e.value)

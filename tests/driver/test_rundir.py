@@ -33,7 +33,7 @@ def made(now, *overrides):
 
 def test_a_run_without_a_name_gets_a_new_directory_that_is_not_yet_made(place):
     run = choose(cfg(), NOW)
-    assert run.path == Path("runs/20260701-123005")
+    assert run.path == place / "runs/20260701-123005"
     assert list(place.iterdir()) == []
 
 
@@ -44,8 +44,8 @@ def test_runs_of_one_second_get_different_directories():
 
 def test_a_named_directory_may_be_new_or_empty(place):
     (place / "empty").mkdir()
-    assert choose(cfg("run_dir=new"), NOW).path == Path("new")
-    assert choose(cfg("run_dir=empty"), NOW).path == Path("empty")
+    assert choose(cfg("run_dir=new"), NOW).path == place / "new"
+    assert choose(cfg("run_dir=empty"), NOW).path == place / "empty"
     assert not (place / "new").exists()
 
 
@@ -53,7 +53,7 @@ def test_a_directory_that_holds_files_is_refused_unless_resumed(place):
     made(NOW, "run_dir=mine")
     with pytest.raises(ConfigError, match="already holds files"):
         choose(cfg("run_dir=mine"), NOW)
-    assert choose(cfg("run_dir=mine", "resume=auto"), NOW).path == Path("mine")
+    assert choose(cfg("run_dir=mine", "resume=auto"), NOW).path == place / "mine"
 
 
 def test_going_on_from_another_run_does_not_write_into_a_third_one(place):
@@ -62,10 +62,11 @@ def test_going_on_from_another_run_does_not_write_into_a_third_one(place):
         choose(cfg("run_dir=third", "resume=other/checkpoints/step-000005"), NOW)
 
 
-def test_auto_takes_the_newest_of_the_dated_runs():
+def test_auto_takes_the_newest_of_the_dated_runs_where_nothing_tells_which_was_started_last(place):
     made(NOW)
     newest = made(NOW + timedelta(days=1)).path
     made(NOW - timedelta(days=1))
+    (place / "runs" / ".newest").unlink()
     assert choose(cfg("resume=auto"), NOW + timedelta(days=9)).path == newest
 
 
@@ -83,7 +84,7 @@ def test_auto_takes_the_newest_also_when_an_older_one_was_named():
 
 def test_auto_without_an_earlier_run_starts_a_new_one(place):
     (place / "runs" / "no-run-at-all").mkdir(parents=True)
-    assert choose(cfg("resume=auto"), NOW).path == Path("runs/20260701-123005")
+    assert choose(cfg("resume=auto"), NOW).path == place / "runs/20260701-123005"
 
 
 def test_checkpoints_go_into_the_run_unless_told_otherwise():
