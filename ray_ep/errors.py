@@ -8,6 +8,7 @@ RayEPError
 │   ├── PlacementError   a placement, topology or statistics that do not fit
 │   ├── CheckpointError  a damaged checkpoint, or one of another model
 │   └── ClusterError     the cluster cannot give what was asked for
+├── DivergedError        training gave values that are not finite: stopped before they were applied or saved
 ├── GroupError           a collective failed: a peer died, timed out, or the group was aborted
 └── RankError            a rank raised or died; carries that rank's own traceback
 """
@@ -45,6 +46,10 @@ class CheckpointError(BadInput):
 
 class ClusterError(BadInput):
     """The cluster cannot give what was asked for."""
+
+
+class DivergedError(RayEPError):
+    """A loss, a gradient or a weight is not finite. Raised on every rank before the update; nothing was saved."""
 
 
 class GroupError(RayEPError):

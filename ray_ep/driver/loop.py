@@ -120,6 +120,8 @@ class Driver:
         self.done += 1
         if results[0].note:
             self._event("balance", results[0].note)
+        if results[0].warning:
+            self._event("random-draws", results[0].warning)
         metrics = step_metrics(self.done, results, seconds, self.topology, self.mover.placement)
         metrics |= self.mover.after_step(self.done, results, seconds)
         if self._due(self.cfg.eval.every) and len(self.plan.corpus.held_out):
