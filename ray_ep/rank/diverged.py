@@ -34,7 +34,7 @@ def locate(model: Any, group: Group, passes: list[Callable[[], tuple[torch.Tenso
             aux, z.
     """
     modules = [name for name, _ in model.named_modules()]
-    weights = list(reversed(list(model.named_parameters())))  # as backward meets them
+    weights = list(model.named_parameters())
     for forward in passes:
         with _watched(model) as seen:
             loss, figures = forward()
@@ -45,11 +45,9 @@ def locate(model: Any, group: Group, passes: list[Callable[[], tuple[torch.Tenso
         first, ranks = _first(model, group, found, found)
         if first >= 0:
             return f"every layer's output is finite, {LOSSES[first]} is not {ranks}"
-        loss.backward()
-        found = next((i for i, (_, p) in enumerate(weights) if p.grad is not None and not _all_finite(p.grad)), -1)
-        for _, p in weights:
-            p.grad = None
-        first, ranks = _first(model, group, found, found)
+        with _watched_gradients(weights) as seen:
+            loss.backward()
+        first, ranks = _first(model, group, *(seen[0] if seen else (-1, -1)))
         if first >= 0:
             name = _told(model, weights[first][0])
             return f"the forward is finite; the first in the backward are in the gradient of {name} {ranks}"
@@ -77,6 +75,29 @@ def _watched(model: torch.nn.Module) -> Iterator[list[tuple[int, int]]]:
         return after
 
     handles = [m.register_forward_hook(hook(i), with_kwargs=True) for i, m in enumerate(model.modules())]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _watched_gradients(weights: list[tuple[str, torch.nn.Parameter]]) -> Iterator[list[tuple[int, int]]]:
+    """Inside: the same of the first gradient that is not finite, in the order of backward. Gradients are dropped."""
+    seen: list[tuple[int, int]] = []
+    ran = [0]
+
+    def hook(number: int) -> Callable[[torch.Tensor], None]:
+        def after(p: torch.Tensor) -> None:
+            ran[0] += 1
+            if not seen and not _all_finite(p.grad):
+                seen.append((ran[0], number))
+            p.grad = None
+
+        return after
+
+    handles = [p.register_post_accumulate_grad_hook(hook(i)) for i, (_, p) in enumerate(weights) if p.requires_grad]
     try:
         yield seen
     finally:
