@@ -88,7 +88,7 @@ def check(cfg: DictConfig) -> None:
             raise ConfigError(f"{key}={value!r}: allowed are {', '.join(allowed)}{_nearest(str(value), allowed)}")
     for key, low in _AT_LEAST.items():
         value = OmegaConf.select(cfg, key)
-        if not value >= low:
+        if value is not None and not value >= low:
             raise ConfigError(f"{key}={value!r}: must be at least {low}")
     if not 0 <= cfg.data.held_out <= 0.5:
         raise ConfigError(f"data.held_out={cfg.data.held_out!r}: must be between 0 and 0.5")
@@ -226,6 +226,8 @@ def _set(base: DictConfig, key: str, value: Any, allowed: tuple[Any, ...]) -> No
         if OmegaConf.is_dict(default)
         else "a list"
         if OmegaConf.is_list(default)
+        else "a number or null"
+        if default is None
         else type(default).__name__
     )
     if isinstance(default, str) and isinstance(value, bool):  # YAML reads a bare no or off as false
@@ -236,7 +238,7 @@ def _set(base: DictConfig, key: str, value: Any, allowed: tuple[Any, ...]) -> No
     )
     if isinstance(default, str) and isinstance(value, (int, float)) and not isinstance(value, bool):
         value, bad_kind = str(value), False
-    if bad_kind or value is None:
+    if bad_kind or (value is None and default is not None) or (default is None and isinstance(value, bool)):
         raise ConfigError(f"{key}={value!r}: expected {kind}, such as {default!r}")
     try:
         if OmegaConf.is_dict(default):

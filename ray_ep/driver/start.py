@@ -15,6 +15,7 @@ from ray_ep.driver.rundir import RunDir, checkpoint_url, choose, find_checkpoint
 from ray_ep.errors import CheckpointError, ConfigError
 from ray_ep.moe import find_experts
 from ray_ep.placement import Placement, contiguous, random
+from ray_ep.rank.balancing import balancing
 from ray_ep.rank.checkpoint import Checkpoint, Directory
 from ray_ep.rank.data import Corpus, load_corpus
 from ray_ep.rank.model import meta_model, model_config
@@ -45,7 +46,8 @@ def check(cfg: Config, now: datetime) -> Plan:
     placement = _placement(cfg, run, len(modules), experts)
     signature = {n: list(p.shape) for n, p in model.named_parameters()}
     size = max(sum(p.numel() for p in m.parameters()) for m in modules.values()) // experts
-    return Plan(run, corpus, config, signature, placement, _resume(cfg, run, signature), size)
+    notes = (("router", balancing(cfg, config).words),)
+    return Plan(run, corpus, config, signature, placement, _resume(cfg, run, signature), size, notes)
 
 
 def _placement(cfg: Config, run: RunDir, layers: int, experts: int) -> Placement:

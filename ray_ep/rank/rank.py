@@ -33,6 +33,7 @@ from ray_ep.moe import (
     update_bias,
 )
 from ray_ep.placement import Placement, RoutingStatistics, Topology
+from ray_ep.rank.balancing import balancing
 from ray_ep.rank.checkpoint import Checkpoint, Directory, load_rank, save_rank
 from ray_ep.rank.data import Corpus, global_batch, held_out_batch
 from ray_ep.rank.diverged import bad_weight, locate
@@ -122,6 +123,8 @@ class Rank:
         self.optimizer = MasterOptimizer(self.model, cfg.optim, group)
         self.pays = Pays() if cfg.balance.in_step == "auto" and group.size > 1 else None
         self._told = False  # what balance costs
+        self.balancing = balancing(cfg, config)
+        self.top_k = int(getattr(config.get_text_config(), "num_experts_per_tok", None) or 1)
         self.ep.routing.draws = self.draws = Draws(cfg.seed, self.device)
         self._first_step: int | None = None  # of this process
 
@@ -249,7 +252,7 @@ class Rank:
 
     def _loss(self, part: np.ndarray, step: int, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's share of the loss of pass `number` over `part` [B, length + 1]; its figures main, aux, z."""
-        router, passes = self.cfg.router, self.cfg.batch.accumulation
+        passes, balancing = self.cfg.batch.accumulation, self.balancing
         mine, count = self._share(part), part[:, 1:].size
         first = number * len(part) + self.ep.routing.first_token // self.cfg.batch.length
         with self.draws.forward(step, first, len(mine), self.cfg.batch.length):
@@ -258,8 +261,9 @@ class Rank:
             raise self._never_called()
         routing = self.ep.routing
         load = self.ep.pass_load()
-        losses = router_losses(routing.logits, load, routing.routers, self.group, count, router.aux_loss)
-        loss = main + (router.aux_coefficient * losses.aux + router.z_coefficient * losses.z) / passes
+        how = balancing.form, self.top_k
+        losses = router_losses(routing.logits, load, routing.routers, self.group, count, *how)
+        loss = main + (balancing.coefficient * losses.aux + balancing.z * losses.z) / passes
         figures = torch.stack([main.double(), losses.aux.double() / passes, losses.z.double() / passes])
         return loss, figures.detach()
 
