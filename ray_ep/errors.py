@@ -9,6 +9,7 @@ RayEPError
 │   ├── CheckpointError  a damaged checkpoint, or one of another model
 │   └── ClusterError     the cluster cannot give what was asked for
 ├── SaveError            a checkpoint or an export cannot be written: disk full, no permission; exit status 1
+├── DivergedError        training gave values that are not finite: stopped before they were applied or saved
 ├── GroupError           a collective failed: a peer died, timed out, or the group was aborted
 └── RankError            a rank raised or died; carries that rank's own traceback
 """
@@ -50,6 +51,10 @@ class ClusterError(BadInput):
 
 class SaveError(RayEPError):
     """A checkpoint or an export cannot be written. What was there before it is as it was."""
+
+
+class DivergedError(RayEPError):
+    """A loss, a gradient or a weight is not finite. Raised on every rank before the update; nothing was saved."""
 
 
 class GroupError(RayEPError):

@@ -37,7 +37,7 @@ def reference() -> str:
 
 
 def _show(value: Any) -> str:
-    return "" if value == "" else str(value)
+    return "null" if value is None else str(value)
 
 
 if __name__ == "__main__":

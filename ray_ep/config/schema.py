@@ -114,12 +114,21 @@ class RouterConfig:
     """Balancing of the router, over the global batch (with accumulation: over each pass of it, then the mean)."""
 
     aux_loss: str = _opt(
-        "layer",
-        "load-balancing loss: layer: one term a layer; pooled: transformers' form, all layers pooled",
-        ("layer", "pooled", "off"),
+        "auto",
+        "load-balancing loss: layer: one term a layer; pooled: all layers pooled; auto: with model.path what the model "
+        "was trained with (transformers' own form, or none where a correction bias balances), else layer",
+        ("auto", "layer", "pooled", "off"),
     )
-    aux_coefficient: float = _opt(0.05, "weight of the load-balancing loss (a sum over layers for aux_loss=layer)")
-    z_coefficient: float = _opt(0.0, "weight of the router z-loss (mean squared logsumexp of the logits)")
+    aux_coefficient: float | None = _opt(
+        None,
+        "weight of the load-balancing loss (a sum over layers for aux_loss=layer); null: with model.path that of the "
+        "model's own config, else 0.05",
+    )
+    z_coefficient: float | None = _opt(
+        None,
+        "weight of the router z-loss (mean squared logsumexp of the logits); null: with model.path that of the model's "
+        "own config, else 0",
+    )
     bias_rate: float = _opt(0.001, "step of the auxiliary-loss-free update of a router's correction bias; 0: none")
     force: str = _opt("none", "replace the router's choice, for benchmarks only", ("none", "balanced", "skewed"))
     alarm_balancedness: float = _opt(0.25, "warn when mean/max expert load of a layer falls below; 0: never")

@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ray_ep.collective.probe import ProbeError
 from ray_ep.config.process import RANK
 from ray_ep.config.schema import ClusterConfig
-from ray_ep.errors import BadInput, ClusterError, GroupError, RankError
+from ray_ep.errors import BadInput, ClusterError, DivergedError, GroupError, RankError
 from ray_ep.placement import Topology
 from ray_ep.rank.actor import RankActor
 
@@ -99,7 +99,7 @@ class Ranks:
 
         Raises:
             RankError: a rank raised or died, with its own traceback; the other ranks are released first.
-            BadInput: a rank found the user's input wrong.
+            BadInput, DivergedError: a rank found the user's input wrong, or values that are not finite.
         """
         calls = {getattr(a, method).remote(*args): r for r, a in enumerate(self.actors)}
         results: list[Any] = [None] * len(self.actors)
@@ -269,7 +269,7 @@ def _root_cause(failed: dict[int, Exception], silent: list[int]) -> Exception:
         lost = unreachable({r: x.partner for r, x in failed.items() if isinstance(x, ProbeError)}, silent)
         rank = rank if lost is None else lost
         return RankError(rank, f"rank {rank} was unreachable while probing the links:\n{e}")
-    if isinstance(e, BadInput) and isinstance(e, RayTaskError):
+    if isinstance(e, (BadInput, DivergedError)) and isinstance(e, RayTaskError):
         return type(e.cause)(str(e.cause))
     if isinstance(e, RayActorError):
         return RankError(rank, f"rank {rank} died: {e}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from math import isfinite
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +18,7 @@ from ray_ep.driver.mover import Mover, check_survival, facts_of
 from ray_ep.driver.probe import measured
 from ray_ep.driver.rundir import checkpoint_url
 from ray_ep.driver.start import Plan
-from ray_ep.errors import SaveError
+from ray_ep.errors import DivergedError, SaveError
 from ray_ep.moe import Balance, Choice
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.placement.groups import contradictions
@@ -44,6 +45,7 @@ def drive(cfg: Config, plan: Plan, listeners: list[Listener], interrupt: Interru
     Raises:
         ClusterError: the cluster has no room; nothing was written.
         RankError: a rank failed; every process that was started is gone.
+        DivergedError: a loss, gradient or weight is not finite; what was saved before stays the newest.
     """
     interrupt.hold()
     with connected(cfg.cluster) as local:
@@ -106,11 +108,15 @@ class Driver:
 
     def run(self) -> str:
         """Step until the end or an interruption, then save."""
-        while self.done < self.cfg.optim.steps and not self.interrupt():
-            self.step()
-        if self.interrupt():
-            self._event("interrupted", f"saving after step {self.done}")
-        self.save()
+        try:
+            while self.done < self.cfg.optim.steps and not self.interrupt():
+                self.step()
+            if self.interrupt():
+                self._event("interrupted", f"saving after step {self.done}")
+            self.save()
+        except DivergedError as e:
+            self._event("diverged", str(e))
+            raise
         return "interrupted" if self.interrupt() else "done"
 
     def step(self) -> None:
@@ -121,10 +127,12 @@ class Driver:
         self.done += 1
         if results[0].note:
             self._event("balance", results[0].note)
+        if results[0].warning:
+            self._event("random-draws", results[0].warning)
         metrics = step_metrics(self.done, results, seconds, self.topology, self.mover.placement)
         metrics |= self.mover.after_step(self.done, results, seconds)
         if self._due(self.cfg.eval.every) and len(self.plan.corpus.held_out):
-            metrics["eval_loss"] = self._evaluate()
+            metrics |= self._evaluate()
         for listener in self.listeners:
             listener.step(metrics)
         self._watch(results[0].load)
@@ -163,10 +171,15 @@ class Driver:
         parts = parts if self.earlier is None else [self.earlier, *parts]
         return RoutingStatistics.merge(parts, self.cfg.statistics.sample, self.cfg.seed)
 
-    def _evaluate(self) -> float:
+    def _evaluate(self) -> dict[str, float]:
+        """eval_loss, if it is a number: one that is not is told and neither written nor drawn."""
         answers = self.ranks.call("evaluate", True)
         self.plan.run.provenance(self.done, [trace for _, trace in answers])
-        return float(answers[0][0])
+        loss = float(answers[0][0])
+        if isfinite(loss):
+            return {"eval_loss": loss}
+        self._event("evaluation", f"step {self.done}: the loss on the held-out split is {loss}: it is not drawn")
+        return {}
 
     def _watch(self, load: np.ndarray) -> None:
         """Warn once when routing collapses, and again only after it had recovered for as long as a window."""

@@ -19,6 +19,7 @@ from ray_ep.driver.rundir import RunDir, checkpoint_url, claimed, find_checkpoin
 from ray_ep.errors import CheckpointError, ConfigError
 from ray_ep.moe import find_experts
 from ray_ep.placement import Placement, contiguous, random
+from ray_ep.rank.balancing import balancing
 from ray_ep.rank.checkpoint import QUICK, Checkpoint
 from ray_ep.rank.data import Corpus, load_corpus
 from ray_ep.rank.directory import Directory
@@ -63,7 +64,7 @@ def _checked(cfg: Config, run: RunDir) -> Plan:
     signature = {n: list(p.shape) for n, p in model.named_parameters()}
     size = max(sum(p.numel() for p in m.parameters()) for m in modules.values()) // experts
     checkpoint = _earlier_checkpoint(cfg, run)
-    notes = [*_about_place(run), *_about_earlier(cfg, run, checkpoint)]
+    notes = [("router", balancing(cfg, config).words), *_about_place(run), *_about_earlier(cfg, run, checkpoint)]
     if checkpoint is not None:
         _check_model(checkpoint, signature)
     done = _nothing_to_do(cfg, run, checkpoint)

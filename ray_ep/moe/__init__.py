@@ -3,6 +3,7 @@
 from ray_ep.moe.balance import router_losses, update_bias
 from ray_ep.moe.balancer import Balance, Limits
 from ray_ep.moe.choose import Choice, choose, settle
+from ray_ep.moe.draws import Draws
 from ray_ep.moe.exchange import PHASES
 from ray_ep.moe.migrate import Moved, OwnedState, apply_placement
 from ray_ep.moe.parallelize import ExpertParallel, find_experts, parallelize
@@ -13,6 +14,7 @@ __all__ = [
     "PHASES",
     "Balance",
     "Choice",
+    "Draws",
     "ExpertParallel",
     "Limits",
     "Moved",

@@ -27,6 +27,7 @@ def router_losses(
     group: Group,
     tokens: int,
     kind: str = "layer",
+    top_k: int = 0,
 ) -> RouterLosses:
     """Losses of one forward pass (collective).
 
@@ -36,8 +37,12 @@ def router_losses(
         tokens: tokens of the pass over all ranks.
         kind: layer: sum over layers of E * sum_e f_e P_e, with f_e the share of tokens that chose e and P_e its mean
             probability, both over the global batch (Switch Transformer eq. 4, per layer; K at perfect balance);
-            pooled: the same over the tokens of all layers together, as transformers' load_balancing_loss_func; off.
+            pooled: the same over the tokens of all layers together; transformers: pooled, of the softmax and the
+            first `top_k` experts of the logits whatever the router does, as load_balancing_loss_func; off.
     """
+    if kind == "transformers":
+        load = torch.stack([_first_choices(x, load[i], top_k) for i, x in enumerate(logits)])
+        routers = [None] * len(routers)  # softmax for all
     load = load.to(torch.float32, copy=True)
     group.all_reduce(load)
     zero = load.new_zeros(())
@@ -48,9 +53,16 @@ def router_losses(
     experts = load.shape[1]
     mean_prob = torch.stack([probabilities(x, routers[i]).sum(0) / tokens for i, x in found])  # [L, E] this rank's part
     share = load[[i for i, _ in found]] / tokens  # [L, E]
-    if kind == "pooled":
+    if kind in ("pooled", "transformers"):
         return RouterLosses(experts * (share.mean(0) * mean_prob.mean(0)).sum(), z)
     return RouterLosses(experts * (share * mean_prob).sum(), z)
+
+
+def _first_choices(logits: torch.Tensor | None, load: torch.Tensor, top_k: int) -> torch.Tensor:
+    """[E] how many tokens have an expert among their `top_k` largest logits [T, E]; zeros like `load` without any."""
+    if logits is None:
+        return torch.zeros_like(load)
+    return torch.bincount(logits.detach().topk(top_k).indices.flatten(), minlength=len(load)).to(load)
 
 
 def probabilities(logits: torch.Tensor, router: torch.nn.Module | None) -> torch.Tensor:

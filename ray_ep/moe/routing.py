@@ -1,12 +1,14 @@
 """Around the router: logits for the balancing losses, recorded routes for recomputation, forced routes.
 
+With the routes, a recomputed block makes its random draws again (draws.py).
+
 Hooks on transformers' own router modules; nothing of them is replaced. T tokens, E experts, K top_k.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,12 +16,15 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
+from ray_ep.moe.draws import Draws
+
 
 @dataclass(slots=True)
 class Tape:
     """What one checkpointed block did in its forward, to be done again in its recomputation."""
 
     idle: bool
+    drawn: int | None  # random draws of the pass before this block; None: they are not watched
     routes: list[torch.Tensor] = field(default_factory=list)
     replaying: bool = False
     position: int = 0
@@ -34,6 +39,7 @@ class Routing:
         force: none, balanced or skewed; anything else than none is for benchmarks only.
         first_token: number that this rank's first token has in the global batch, so that forced routes do not depend
             on how the batch is divided.
+        draws: the random draws of training passes; None: they are torch's.
     """
 
     def __init__(self, layers: int):
@@ -42,6 +48,7 @@ class Routing:
         self.idle = False
         self.force = "none"
         self.first_token = 0
+        self.draws: Draws | None = None
         self._tape: Tape | None = None
 
     def attach(self, index: int, router: torch.nn.Module, num_experts: int, top_k: int) -> None:
@@ -81,7 +88,7 @@ class Routing:
 
     def _with_tape(self, inner: Callable[..., Any]) -> Callable[..., Any]:
         def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
-            tape = Tape(self.idle)
+            tape = Tape(self.idle, self.draws.count if self.draws and self.draws.watching else None)
 
             def run(*inputs: Any) -> Any:
                 with self._playing(tape):
@@ -99,8 +106,10 @@ class Routing:
         outer, outer_idle = self._tape, self.idle
         self._tape, self.idle = tape, tape.idle
         tape.replaying, tape.position = recomputing(), 0
+        again = self.draws.replay(tape.drawn) if tape.replaying and self.draws else nullcontext()
         try:
-            yield
+            with again:
+                yield
         finally:
             self._tape, self.idle = outer, outer_idle
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
@@ -78,14 +79,27 @@ class MasterOptimizer:
             w.param.grad = None
 
     @torch.no_grad()
-    def step(self, number: int) -> float:
-        """Sum gradients over ranks and replicas, clip, update, send to replicas; returns the norm before clipping."""
+    def step(self, number: int, figures: torch.Tensor | float = 0.0) -> float:
+        """Sum gradients over ranks and replicas, clip, update, send to replicas; returns the norm before clipping.
+
+        It is the same on every rank. Not finite: then nothing was updated, and the gradients are gone.
+
+        Args:
+            figures: losses of this rank; one that is not finite makes the norm so.
+        """
         self._sum_dense()
         for w in self._stacks():
             self.ep.replicas[w.layer].sum_to_owner(w.gradient.flatten(1))
         for w in self.weights:
             w.master.grad = w.gradient if w.layer is None else w.gradient[: len(w.master)]
-        norm = self._global_norm()
+        norm = self._global_norm(torch.as_tensor(figures))
+        if isfinite(norm):
+            self._update(number, norm)
+        for w in self.weights:
+            w.gradient = w.master.grad = None
+        return norm
+
+    def _update(self, number: int, norm: float) -> None:
         if self.cfg.clip_norm and norm > self.cfg.clip_norm:
             for w in self.weights:
                 w.master.grad.mul_(self.cfg.clip_norm / (norm + 1e-6))
@@ -94,9 +108,11 @@ class MasterOptimizer:
         self.torch.step()
         self.updates += 1
         self.publish()
-        for w in self.weights:
-            w.gradient = w.master.grad = None
-        return norm
+
+    def damaged(self) -> str:
+        """Name of a weight that is not finite here, or whose moments are not; empty if there is none."""
+        kept = ((w.name, t) for w in self.weights for t in (w.master.data, *self.moments(w).values()))
+        return next((name for name, t in kept if not t.isfinite().all()), "")
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -191,12 +207,12 @@ class MasterOptimizer:
                     b.copy_(part.view_as(b))
                 bucket = []
 
-    def _global_norm(self) -> float:
-        """L2 norm of the whole gradient, each expert counted once (at its primary), the same on every rank."""
+    def _global_norm(self, figures: torch.Tensor) -> float:
+        """L2 norm of the whole gradient, each expert counted once (at its primary); NaN if a figure is not finite."""
         squares = torch.zeros(2, dtype=torch.float64, device=self.weights[0].master.device)
         for w in self.weights:
             squares[int(w.layer is not None)] += w.master.grad.double().square().sum()
-        experts = squares[1:].clone()
+        experts = squares[1:] + 0 * figures.sum()
         self.group.all_reduce(experts)
         return float((squares[0] + experts[0]).sqrt())
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from dataclasses import astuple, dataclass, fields, replace
-from math import log
+from functools import partial
+from math import isfinite, log
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,11 @@ from transformers import PreTrainedConfig
 
 from ray_ep.collective import Group
 from ray_ep.config.schema import Config
-from ray_ep.errors import ModelError
+from ray_ep.errors import DivergedError, ModelError
 from ray_ep.moe import (
     KINDS,
     Choice,
+    Draws,
     ExpertParallel,
     Limits,
     Moved,
@@ -31,9 +33,11 @@ from ray_ep.moe import (
     update_bias,
 )
 from ray_ep.placement import Placement, RoutingStatistics, Topology
+from ray_ep.rank.balancing import balancing
 from ray_ep.rank.checkpoint import Checkpoint, load_rank, save_rank
 from ray_ep.rank.data import Corpus, global_batch, held_out_batch
 from ray_ep.rank.directory import Directory
+from ray_ep.rank.diverged import bad_weight, locate
 from ray_ep.rank.model import build
 from ray_ep.rank.optimizer import MasterOptimizer
 from ray_ep.rank.pays import Pays, uneven_ranks
@@ -41,6 +45,11 @@ from ray_ep.rank.trial import unseen
 
 CHOICE_S = 1.2
 """Time that the choice of the exchange may take, beside one forward pass and a first round of every way."""
+
+REMEDY = (
+    "Lower optim.learning_rate, raise optim.warmup_steps, set optim.clip_norm (1 is usual), or look at the data; "
+    "resume=auto goes on from the last checkpoint"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +72,7 @@ class Usage:
 class StepResult:
     """What one rank says about one step. All but `usage` is global and equal on every rank.
 
-    `note` is what there is to say of the balance inside the step, seldom anything.
+    `note` is what there is to say of the balance inside the step, `warning` of random draws; seldom anything.
     """
 
     step: int
@@ -76,6 +85,7 @@ class StepResult:
     load: np.ndarray  # [L, E] tokens each expert received in the step
     usage: Usage
     note: str = ""
+    warning: str = ""
 
 
 class Rank:
@@ -114,6 +124,10 @@ class Rank:
         self.optimizer = MasterOptimizer(self.model, cfg.optim, group)
         self.pays = Pays() if cfg.balance.in_step == "auto" and group.size > 1 else None
         self._told = False  # what balance costs
+        self.balancing = balancing(cfg, config)
+        self.top_k = int(getattr(config.get_text_config(), "num_experts_per_tok", None) or 1)
+        self.ep.routing.draws = self.draws = Draws(cfg.seed, self.device)
+        self._first_step: int | None = None  # of this process
 
     @torch.no_grad()
     def choose_exchange(self, step: int, groups: dict[str, Group]) -> Choice:
@@ -141,17 +155,25 @@ class Rank:
         return choice
 
     def train_step(self, step: int) -> StepResult:
-        """One optimizer step (step counts from 0) over this rank's share of the global batch."""
+        """One optimizer step (step counts from 0) over this rank's share of the global batch.
+
+        Raises:
+            DivergedError: a loss or a gradient is not finite, on every rank; the model is as it was before.
+        """
         cfg, began = self.cfg, self.usage()
         batch = global_batch(self.corpus.train, cfg.seed, step, cfg.batch.sequences, cfg.batch.length)
         losses = torch.zeros(4, dtype=torch.float64, device=self.device)  # main, aux, z; seconds
         self.model.train()
-        for part in np.split(batch, cfg.batch.accumulation):
-            loss, figures = self._loss(part, batch.shape[0] * cfg.batch.length)
+        passes = [partial(self._loss, part, step, n) for n, part in enumerate(np.split(batch, cfg.batch.accumulation))]
+        for forward in passes:
+            loss, figures = forward()
             loss.backward()
             self.optimizer.accumulate()
             losses[:3] += figures
-        norm = self.optimizer.step(step)
+        norm = self.optimizer.step(step, losses[:3])
+        self._first_step = step if self._first_step is None else self._first_step
+        if not isfinite(norm):
+            raise self._diverged(step, losses[:3], passes)
         losses[3] = time.perf_counter() - began.seconds
         self.group.all_reduce(losses)
         load = self.ep.counters.take_step()
@@ -160,8 +182,8 @@ class Rank:
         main, aux, z, seconds = losses.tolist()
         rate, tokens = self.optimizer.learning_rate(step), int(batch.shape[0] * cfg.batch.length)
         counts = load.cpu().numpy()
-        note = self._balance(seconds / self.group.size, counts)
-        return StepResult(step, main, aux, z, norm, rate, tokens, counts, self.usage() - began, note)
+        notes = self._balance(seconds / self.group.size, counts), self.draws.news()
+        return StepResult(step, main, aux, z, norm, rate, tokens, counts, self.usage() - began, *notes)
 
     @torch.no_grad()
     def evaluate(self, trace: bool = False) -> tuple[float, list[dict[str, np.ndarray]]]:
@@ -196,7 +218,16 @@ class Rank:
         return apply_placement(self.model, placement, buffer_mb=buffer_mb, state=self.optimizer)
 
     def save(self, url: str, step: int) -> dict[str, list[Any]]:
-        """Write what this rank owns into checkpoint `step`; returns its part of the manifest. Not collective."""
+        """Write what this rank owns into checkpoint `step`; returns its part of the manifest. Not collective.
+
+        Raises:
+            DivergedError: a weight or a moment is not finite; nothing was written here.
+        """
+        if name := self.optimizer.damaged():
+            raise DivergedError(
+                f"step {step} diverged: its update left values that are not finite in {name} on rank "
+                f"{self.group.rank}; it was not saved, earlier checkpoints stay. {REMEDY}"
+            )
         return save_rank(Directory(url), step, self.model, self.optimizer)
 
     def load(self, url: str, step: int) -> None:
@@ -220,20 +251,40 @@ class Rank:
             self.ep.balancer.active = self.pays.on
         return "; ".join(filter(None, notes))
 
-    def _loss(self, part: np.ndarray, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """This rank's share of the loss of one pass over `part` [B, length + 1]; its figures main, aux, z."""
-        router = self.cfg.router
-        mine = self._share(part)
-        main = self._cross_entropy(mine) / tokens
+    def _loss(self, part: np.ndarray, step: int, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's share of the loss of pass `number` over `part` [B, length + 1]; its figures main, aux, z."""
+        passes, balancing = self.cfg.batch.accumulation, self.balancing
+        mine, count = self._share(part), part[:, 1:].size
+        first = number * len(part) + self.ep.routing.first_token // self.cfg.batch.length
+        with self.draws.forward(step, first, len(mine), self.cfg.batch.length):
+            main = self._cross_entropy(mine) / (count * passes)
         if not any(layer.calls for layer in self.ep.layers):
             raise self._never_called()
-        routing, count = self.ep.routing, part[:, 1:].size
+        routing = self.ep.routing
         load = self.ep.pass_load()
-        losses = router_losses(routing.logits, load, routing.routers, self.group, count, router.aux_loss)
-        passes = self.cfg.batch.accumulation
-        loss = main + (router.aux_coefficient * losses.aux + router.z_coefficient * losses.z) / passes
+        how = balancing.form, self.top_k
+        losses = router_losses(routing.logits, load, routing.routers, self.group, count, *how)
+        loss = main + (balancing.coefficient * losses.aux + balancing.z * losses.z) / passes
         figures = torch.stack([main.double(), losses.aux.double() / passes, losses.z.double() / passes])
         return loss, figures.detach()
+
+    def _diverged(self, step: int, losses: torch.Tensor, passes: list[Any]) -> DivergedError:
+        """What to say of a step that is not finite: where it comes from, and what can be done (collective)."""
+        self.group.all_reduce(losses)
+        what = f"step {step + 1} diverged (loss {losses[0]:g}, auxiliary {losses[1]:g}, z {losses[2]:g})"
+        if weight := bad_weight(self.model, self.group):
+            if step == self._first_step:
+                return DivergedError(
+                    f"{what}: weights that this run started from are not finite, first {weight}; start from another "
+                    "checkpoint"
+                )
+            where = f"weights are not finite since the update of step {step}, first {weight}"
+        else:
+            self.ep.counters.enabled = False
+            where = f"values are not finite, {locate(self.model, self.group, passes)}"
+        return DivergedError(
+            f"{what}: {where}. This step was neither applied nor saved; earlier checkpoints stay. {REMEDY}"
+        )
 
     def _never_called(self) -> ModelError:
         return ModelError(f"{type(self.model).__name__} never called its experts through transformers' interface")

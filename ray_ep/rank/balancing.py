@@ -1,0 +1,111 @@
+"""Which losses balance the router, and by how much: what the configuration says, else what the model was trained with.
+
+A function of both configurations alone, so that the driver and every rank answer the same; no tensors here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from transformers import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ray_ep.config.schema import Config
+
+SCRATCH = 0.05
+"""Weight of the loss a layer where neither the configuration nor the model names one."""
+
+OWN = "router_aux_loss_coef"
+BY_LAYER = ("aux_loss_alpha", "moe_aux_loss_coeff", "moe_aux_loss_coef", "aux_loss_coef")
+"""Other families' names: a loss a layer that is 1, not K, at perfect balance (DeepSeek-V2, Megatron)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Balancing:
+    """Form of the load-balancing loss (`ray_ep.moe.router_losses`), its weight, that of the z-loss; all in words."""
+
+    form: str
+    coefficient: float
+    z: float
+    words: str
+
+
+def balancing(cfg: Config, config: PreTrainedConfig) -> Balancing:
+    """The balancing of a run: each key of the configuration that is set wins, the others are the model's own.
+
+    That is what it was trained with (model.path), or what model.overrides names; else the defaults.
+    """
+    router, text = cfg.router, config.get_text_config()
+    named = {OWN, *BY_LAYER} & set(cfg.model.overrides)
+    form, coefficient, source = _own(config) if cfg.model.path or named else ("layer", SCRATCH, "")
+    source = _where(cfg, config, source, bool(named))
+    if router.aux_coefficient is not None:
+        coefficient, source = float(router.aux_coefficient), "router.aux_coefficient"
+        form = "layer" if form == "off" and coefficient else form
+    if router.aux_loss != "auto":
+        if form == "off" and router.aux_loss != "off":
+            coefficient, source = SCRATCH, "the default where the model names none"
+        form, source = router.aux_loss, "router.aux_loss=off" if router.aux_loss == "off" else source
+    z, z_source = float(getattr(text, "router_z_loss_coef", None) or 0), "router_z_loss_coef"
+    if router.z_coefficient is not None or not cfg.model.path:
+        z, z_source = float(router.z_coefficient or 0), "router.z_coefficient"
+    coefficient = 0.0 if form == "off" else coefficient
+    kind = "auxiliary loss a layer" if form == "layer" else "pooled auxiliary loss"
+    words = f"balancing: {f'{kind} x {coefficient:g}' if coefficient else 'no auxiliary loss'} ({source})"
+    words += f"; z-loss x {z:g} ({z_source})" if z else ""
+    if _biased(config):
+        words += f"; correction bias by {router.bias_rate:g} a step (router.bias_rate)"
+    return Balancing(form, coefficient, z, words)
+
+
+def _own(config: PreTrainedConfig) -> tuple[str, float, str]:
+    """Form, weight and name of the loss that a model was trained with, by its transformers config."""
+    text = config.get_text_config()
+    coefficient = getattr(text, OWN, None)
+    if hasattr(_modeling(config), "load_balancing_loss_func") and coefficient is not None:
+        return "transformers", float(coefficient), OWN
+    if _biased(config):
+        return "off", 0.0, "balanced by its correction bias"
+    if coefficient is not None:
+        return "pooled", float(coefficient), OWN
+    for name in BY_LAYER:
+        if (coefficient := getattr(text, name, None)) is not None:
+            return "layer", float(coefficient) / int(getattr(text, "num_experts_per_tok", None) or 1), name
+    return "off", 0.0, ""
+
+
+def _where(cfg: Config, config: PreTrainedConfig, name: str, named: bool) -> str:
+    """Where a coefficient comes from, in words."""
+    if not cfg.model.path and not named:
+        return "the default without model.path"
+    if name not in (OWN, *BY_LAYER):
+        return name or "its config names none; router.aux_coefficient gives one"
+    share = "" if name == OWN else ", divided by the experts of a token"
+    if named:
+        return f"{name} of model.overrides{share}"
+    try:
+        tree = json.loads((Path(cfg.model.path) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        tree = {}
+    stated = name in tree or any(isinstance(v, dict) and name in v for v in tree.values())
+    return f"{name} of {cfg.model.path}/config.json{share}" if stated else f"{name}, default of {type(config).__name__}"
+
+
+def _biased(config: PreTrainedConfig) -> bool:
+    """Whether its routers choose by a bias that is balanced without a loss."""
+    module = _modeling(config)
+    return module is not None and bool(re.search(r"\w*correction_bias|expert_bias", inspect.getsource(module)))
+
+
+def _modeling(config: PreTrainedConfig) -> ModuleType | None:
+    """transformers' module of the model, None if it has none."""
+    try:
+        return sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__module__]
+    except KeyError:
+        return None
