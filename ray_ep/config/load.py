@@ -15,7 +15,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ray_ep.config.schema import Config
+from ray_ep.config.schema import Config, ModelConfig
 from ray_ep.errors import ConfigError
 
 
@@ -69,14 +69,25 @@ def from_dict(tree: dict[str, Any]) -> Config:
     base = OmegaConf.structured(Config)
     allowed = {key: f.metadata["allowed"] for key, f, _ in fields()}
     model = tree.get("model")
-    if isinstance(model, dict) and model.get("type", base.model.type) != base.model.type:
+    if isinstance(model, dict) and (model.get("path") or model.get("type", base.model.type) != base.model.type):
         base.model.overrides = {}  # the default sizes are those of the default type
+    if isinstance(model, dict) and model.get("path"):
+        tree = {**tree, "model": _beside_path(model)}
+        base.model.type = ""  # the checkpoint says it
     for key, value in _leaves(tree):
         _set(base, key, value, allowed[key])
     OmegaConf.resolve(base)
     check(base)
     OmegaConf.set_readonly(base, True)
     return cast(Config, base)
+
+
+def _beside_path(model: dict[str, Any]) -> dict[str, Any]:
+    """The model section of a run that starts from a checkpoint: the default model's type and sizes are none of it."""
+    default = ModelConfig()
+    if (model.get("type"), model.get("overrides")) == (default.type, default.overrides):  # as runs once wrote them down
+        return {k: v for k, v in model.items() if k not in ("type", "overrides")}
+    return model
 
 
 def check(cfg: DictConfig) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from datetime import datetime
+from pathlib import Path
 
 from transformers import PreTrainedConfig
 
@@ -18,6 +19,7 @@ from ray_ep.placement import Placement, contiguous, random
 from ray_ep.rank.checkpoint import Checkpoint, Directory
 from ray_ep.rank.data import Corpus, load_corpus
 from ray_ep.rank.model import meta_model, model_config
+from ray_ep.rank.pretrained import inspect
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,8 @@ def check(cfg: Config, now: datetime) -> Plan:
     placement = _placement(cfg, run, len(modules), experts)
     signature = {n: list(p.shape) for n, p in model.named_parameters()}
     size = max(sum(p.numel() for p in m.parameters()) for m in modules.values()) // experts
-    return Plan(run, corpus, config, signature, placement, _resume(cfg, run, signature), size)
+    notes = tuple(inspect(Path(cfg.model.path), model)) if cfg.model.path else ()
+    return Plan(run, corpus, config, signature, placement, _resume(cfg, run, signature), size, notes)
 
 
 def _placement(cfg: Config, run: RunDir, layers: int, experts: int) -> Placement:
