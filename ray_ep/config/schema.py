@@ -60,8 +60,8 @@ class ModelConfig:
             "tie_word_embeddings": True,
             "max_position_embeddings": 2048,
         },
-        "fields of the config class to override; without model.path, vocab_size follows the tokenizer unless given; the "
-        "default sizes belong to the default type",
+        "fields of the config class to override; the default sizes belong to the default type; without model.path, "
+        "vocab_size follows the tokenizer unless given",
     )
     path: str = _opt("", "directory of a transformers checkpoint to start from; overrides then change its own config")
     dtype: str = _opt("float32", "dtype of compute weights; master weights are float32", ("float32", "bfloat16"))

@@ -147,7 +147,7 @@ def _unwritten(t: torch.Tensor) -> torch.Tensor:
 
 
 def _config_of_path(path: str, kind: str, overrides: dict[str, Any]) -> PreTrainedConfig:
-    """A checkpoint's own config, as transformers' class of its type (or of `kind`) reads it; foreign code never runs."""
+    """A checkpoint's own config, as transformers' class of its type (or of `kind`) reads it."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     raw = {k: v for k, v in read_config(Path(path)).items() if k not in _NOT_TAKEN}

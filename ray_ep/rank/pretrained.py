@@ -67,13 +67,15 @@ def inspect(path: Path, model: PreTrainedModel) -> list[tuple[str, str]]:
     expected = model.state_dict()
     targets = _targets(source, model, expected, experts)
     _check_quantised(source, targets, expected)
-    _check_experts(say, targets, experts)
-    state = {k: _Shape(source.tensors[k]) for k, t in targets.items() if t is not None}
-    info = _load(model, state, "meta")
+    _check_experts(say, source, targets, experts)
+    for module in find_experts(model).values():  # one expert stands for all: they were found alike
+        keep_rows(module, [0])
+    part = _part(source, targets, {name: [0] for name in experts})
+    info = _load(model, {k: _Shape(t) for k, t in part.items()}, "meta")
     model.mark_tied_weights_as_initialized(info)
     model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
     model._adjust_missing_and_unexpected_keys(info)
-    _raise_for(say, model, info, experts)
+    _raise_for(say, model, info)
     notes = []
     if source.quantised:
         method = source.declared["quant_method"]
@@ -97,25 +99,15 @@ def load_pretrained(model: PreTrainedModel, path: Path, rows: dict[str, list[int
     for name, module in find_experts(model).items():
         keep_rows(module, sorted(rows[name]))
     targets = _targets(source, model, model.state_dict(), totals)
-    state = {}
-    for key, target in targets.items():
-        tensor = source.tensors[key]
-        if target is None or (target.expert is not None and target.expert not in rows[str(target.owner)]):
-            continue
-        if target.owner is not None and target.expert is None:
-            if tensor.get_shape()[0] != totals[target.owner]:
-                raise CheckpointError(
-                    f"checkpoint tensor {key} has shape {tensor.get_shape()}: expected {totals[target.owner]} experts"
-                )
-            tensor = _Rows(tensor, sorted(rows[target.owner]))
-        state[key] = tensor
+    _check_experts(f"model.path={path}", source, targets, totals)
+    state = _part(source, targets, {n: sorted(r) for n, r in rows.items()})
     load = LoadStateDictConfig(device_map={"": torch.device("cpu")}, dtype=model.dtype)
     info = _load(model, state, "cpu")
     try:
         info = PreTrainedModel._finalize_model_loading(model, load, info)
     except Exception as e:
         raise CheckpointError(f"model.path={path} does not fit {type(model).__name__}: {brief(e)}") from None
-    _raise_for(f"model.path={path}", model, info, totals)
+    _raise_for(f"model.path={path}", model, info)
     for name, module in find_experts(model).items():  # read in ascending order: bring into the placement's
         ascending = sorted(rows[name])
         for pname, p in list(module.named_parameters(recurse=False)):
@@ -179,6 +171,18 @@ def _targets(
     return found
 
 
+def _part(source: Source, targets: dict[str, Target | None], rows: dict[str, list[int]]) -> dict[str, Any]:
+    """The tensors of a model with these experts: dense ones, those of one expert each, and rows of stacks."""
+    part = {}
+    for key, target in targets.items():
+        tensor = source.tensors[key]
+        if target is None or (target.owner and target.expert is not None and target.expert not in rows[target.owner]):
+            continue
+        stacked = target.owner is not None and target.expert is None
+        part[key] = _Rows(tensor, rows[str(target.owner)]) if stacked else tensor
+    return part
+
+
 def _load(model: PreTrainedModel, state: dict[str, Any], device: str) -> Any:
     """transformers' loader over lazy tensors; returns what it found."""
     mapping = get_model_conversion_mapping(model)
@@ -214,21 +218,28 @@ def _check_quantised(source: Source, targets: dict[str, Target | None], expected
             raise source.refused(f"{key} is {name} without scales that are known{undeclared}")
 
 
-def _check_experts(say: str, targets: dict[str, Target | None], experts: dict[str, int]) -> None:
-    """Checkpoints with a tensor an expert: every experts module must have all of its own, and no others."""
-    held: dict[tuple[str, str], set[int]] = defaultdict(set)
+def _check_experts(say: str, source: Source, targets: dict[str, Target | None], experts: dict[str, int]) -> None:
+    """Every experts module must have all of its experts, and no others, alike."""
+    held: dict[tuple[str, str], dict[int, list[int]]] = defaultdict(dict)  # (module, name for all) -> expert -> shape
     for key, target in targets.items():
-        if target is not None and target.expert is not None:
-            held[str(target.owner), _SINGLE.sub("experts.*.", key)].add(target.expert)
-    for (owner, pattern), numbers in held.items():
-        want = experts[owner]
-        if numbers == set(range(want)):
+        if target is None or target.owner is None:
             continue
-        if numbers == set(range(len(numbers))):
-            raise CheckpointError(_other_count(say, owner, len(numbers), want))
-        lost = next((e for e in range(want) if e not in numbers), None)
-        what = f"{pattern.replace('*', str(lost))} is missing" if lost is not None else f"{owner} holds experts beyond"
-        raise CheckpointError(f"{say}: {what} (its config says {want} experts)")
+        shape = source.tensors[key].get_shape()
+        if target.expert is not None:
+            held[target.owner, _SINGLE.sub("experts.*.", key)][target.expert] = shape
+        elif not shape or shape[0] != experts[target.owner]:
+            raise CheckpointError(_other_count(say, target.owner, shape[0] if shape else 0, experts[target.owner]))
+    for (owner, name), shapes in held.items():
+        want = experts[owner]
+        if shapes.keys() != set(range(want)):
+            if shapes.keys() == set(range(len(shapes))):
+                raise CheckpointError(_other_count(say, owner, len(shapes), want))
+            lost = next((e for e in range(want) if e not in shapes), want)
+            raise CheckpointError(f"{say}: {name.replace('*', str(lost))} is missing (of {want} experts)")
+        if other := next((e for e, shape in shapes.items() if shape != shapes[0]), None):
+            raise CheckpointError(
+                f"{say}: {name.replace('*', str(other))} has shape {shapes[other]}, that of expert 0 {shapes[0]}"
+            )
 
 
 def _other_count(say: str, owner: str, count: int, want: int) -> str:
@@ -238,15 +249,12 @@ def _other_count(say: str, owner: str, count: int, want: int) -> str:
     )
 
 
-def _raise_for(say: str, model: PreTrainedModel, info: Any, experts: dict[str, int]) -> None:
+def _raise_for(say: str, model: PreTrainedModel, info: Any) -> None:
     """CheckpointError for weights that are missing or have another shape."""
     kind = type(model).__name__
     mismatched = sorted(info.mismatched_keys, key=lambda m: dot_natural_key(m[0]))
     if mismatched:
         name, got, want = mismatched[0]
-        owner = name.rpartition(".")[0]
-        if owner in experts and len(got) == len(want) and got[0] != want[0] and got[1:] == want[1:]:
-            raise CheckpointError(_other_count(say, owner, got[0], want[0]))
         raise CheckpointError(
             f"{say} is of another model than {kind} with the sizes of its config: {len(mismatched)} weights are of "
             f"another shape, first {name}: {list(got)} there, {list(want)} in the model"

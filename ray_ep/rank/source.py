@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
 
 from ray_ep.errors import CheckpointError, ModelError
 from ray_ep.rank.quantised import DEQUANTISED, FLOATS, Packed4, Scaled, declared, scales_of
@@ -139,7 +140,8 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ModelError(f"model.path={str(path)!r}: its config.json is {why}") from None
     if not isinstance(raw, dict):
         raise ModelError(f"model.path={str(path)!r}: its config.json holds a {type(raw).__name__}, not keys and values")
-    return raw
+    decoded: dict[str, Any] = PreTrainedConfig._decode_special_floats(raw)  # {"__float__": "Infinity"}
+    return decoded
 
 
 def _files(path: Path) -> dict[Path, Header]:
