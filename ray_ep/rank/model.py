@@ -150,11 +150,12 @@ def _config_of_path(path: str, kind: str, overrides: dict[str, Any]) -> PreTrain
     """A checkpoint's own config, as transformers' class of its type (or of `kind`) reads it."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    raw = {k: v for k, v in read_config(Path(path)).items() if k not in _NOT_TAKEN}
+    whole = read_config(Path(path))
+    raw = {k: v for k, v in whole.items() if k not in _NOT_TAKEN}
     says = raw.get("model_type")
     named = _ALIASES.get(says, says) if isinstance(says, str) else ""
     if not kind and named not in CONFIG_MAPPING:
-        raise ModelError(_unknown_type(path, raw))
+        raise ModelError(_unknown_type(path, whole))
     cls = _config_class(kind or named)
     _check_fields(cls, overrides, set(raw))
     for key, value in overrides.items():  # a nested config keeps what is not named
