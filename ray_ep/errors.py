@@ -70,3 +70,15 @@ class RankError(RayEPError):
     def __init__(self, rank: int, message: str):
         super().__init__(message)
         self.rank = rank
+
+
+_FOREIGN = ("trust_remote_code", "ignore_mismatched_sizes", "use_safetensors", "pip install", "http", "upgrade")
+
+
+def brief(e: BaseException) -> str:
+    """A library's words in one short line; only its type where they advise what cannot be done here."""
+    text = " ".join(str(e).split())
+    kind = type(e).__name__
+    if not text or any(word in text for word in _FOREIGN):
+        return kind
+    return text if len(text) <= 200 else f"{text[:200]}…"

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ray_ep.config.load import fields, old_values
+from ray_ep.config.load import beside_path, fields, old_values
 from ray_ep.config.schema import Config
 from ray_ep.errors import ConfigError
 
@@ -32,8 +32,7 @@ def changes(tree: dict[str, Any], cfg: Config, trained: bool) -> list[str]:
     """
     old, unknown = old_values(tree)
     new = {key: _plain(OmegaConf.select(OmegaConf.structured(cfg), key)) for key, _, _ in fields()}
-    if old.get("model.path") and new["model.path"]:  # type and overrides are then ignored
-        old = {k: v for k, v in old.items() if k not in ("model.type", "model.overrides")}
+    old = beside_path(old)
     said = [f"{key}: it was {value!r}; this version has no such key" for key, value in unknown.items()]
     for key, before in old.items():
         after = new[key]

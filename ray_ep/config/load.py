@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ray_ep.config.paths import absolute
 from ray_ep.config.runs import newest, settings_of, settings_of_checkpoint
-from ray_ep.config.schema import Config
+from ray_ep.config.schema import Config, ModelConfig
 from ray_ep.config.values import WrongValue, convert, flow_list, parse, scalar_or_tree
 from ray_ep.errors import ConfigError
 
@@ -72,9 +72,11 @@ def from_dict(tree: dict[str, Any]) -> Config:
 
 def _built(values: dict[str, Any]) -> Config:
     base = OmegaConf.structured(Config)
-    if values.get("model.type", base.model.type) != base.model.type:
+    if values.get("model.type", base.model.type) != base.model.type or values.get("model.path"):
         base.model.overrides = {}  # the default sizes are those of the default type
-    for key, value in values.items():
+    if values.get("model.path"):
+        base.model.type = ""  # the checkpoint says it
+    for key, value in beside_path(values).items():
         before = OmegaConf.to_container(base.model.overrides) if key == "model.overrides" else None
         OmegaConf.update(base, key, _joined(before, value), merge=False)
     check(base)
@@ -156,6 +158,15 @@ def _joined(before: Any, value: Any) -> Any:
 
 def _shown(value: Any) -> str:
     return repr(str(value) if isinstance(value, str) else value)
+
+
+def beside_path(values: dict[str, Any]) -> dict[str, Any]:
+    """Values by dotted key, but for the default model's type and sizes where a checkpoint says its own."""
+    default = ModelConfig()
+    type_and_sizes = values.get("model.type"), values.get("model.overrides")
+    if values.get("model.path") and type_and_sizes == (default.type, default.overrides):  # as runs once wrote them down
+        return {k: v for k, v in values.items() if k not in ("model.type", "model.overrides")}
+    return values
 
 
 def check(cfg: DictConfig) -> None:

@@ -41,7 +41,9 @@ class ModelConfig:
     """Which model: a transformers config class with overrides, or a checkpoint on disk."""
 
     type: str = _opt(
-        "qwen3_moe", "transformers model type (such as qwen3_moe, mixtral, deepseek_v3) or config class name"
+        "qwen3_moe",
+        "transformers model type (such as qwen3_moe, mixtral, deepseek_v3) or config class name; with model.path: only "
+        "to read the checkpoint as another type than its config says",
     )
     overrides: dict[str, Any] = _opt(
         {
@@ -58,9 +60,10 @@ class ModelConfig:
             "tie_word_embeddings": True,
             "max_position_embeddings": 2048,
         },
-        "fields of the config class to override; vocab_size follows the tokenizer unless given",
+        "fields of the config class to override; the default sizes belong to the default type; without model.path, "
+        "vocab_size follows the tokenizer unless given",
     )
-    path: str = _opt("", "directory of a transformers checkpoint to start from; type and overrides are then ignored")
+    path: str = _opt("", "directory of a transformers checkpoint to start from; overrides then change its own config")
     dtype: str = _opt("float32", "dtype of compute weights; master weights are float32", ("float32", "bfloat16"))
     gradient_checkpointing: bool = _opt(False, "recompute blocks in backward, with the recorded routes")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, replace
 from datetime import datetime
+from pathlib import Path
 
 from transformers import PreTrainedConfig
 
@@ -24,6 +25,7 @@ from ray_ep.rank.checkpoint import QUICK, Checkpoint
 from ray_ep.rank.data import Corpus, load_corpus
 from ray_ep.rank.directory import Directory
 from ray_ep.rank.model import meta_model, model_config
+from ray_ep.rank.pretrained import inspect
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,7 @@ def _checked(cfg: Config, run: RunDir) -> Plan:
     size = max(sum(p.numel() for p in m.parameters()) for m in modules.values()) // experts
     checkpoint = _earlier_checkpoint(cfg, run)
     notes = [("router", balancing(cfg, config).words), *_about_place(run), *_about_earlier(cfg, run, checkpoint)]
+    notes += inspect(Path(cfg.model.path), model) if cfg.model.path else []
     if checkpoint is not None:
         _check_model(checkpoint, signature)
     done = _nothing_to_do(cfg, run, checkpoint)

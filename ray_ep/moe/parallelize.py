@@ -44,7 +44,7 @@ class ExpertParallel:
         self.modules = list(modules.values())
         self.names = list(modules)
         self.group = group
-        self.num_experts = _same_count(modules)
+        self.num_experts = same_count(modules)
         self.routing = Routing(len(modules))
         self.counters = Counters(len(modules), self.num_experts, sample, seed + group.rank)
         self.meter = Meter(np.zeros(group.size, np.int64), np.zeros(len(modules), np.int64))
@@ -218,7 +218,8 @@ def _attach_routers(model: torch.nn.Module, ep: ExpertParallel) -> None:
             ep.routing.attach(i, router, ep.num_experts, int(top_k))
 
 
-def _same_count(modules: dict[str, torch.nn.Module]) -> int:
+def same_count(modules: dict[str, torch.nn.Module]) -> int:
+    """Experts of every layer; raises ModelError if that is not one number."""
     counts = {int(m.num_experts) for m in modules.values()}  # type: ignore[arg-type]
     if len(counts) > 1:
         raise ModelError(f"MoE layers have different numbers of experts: {sorted(counts)}; one number is supported")

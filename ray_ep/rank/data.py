@@ -16,6 +16,7 @@ import numpy as np
 from ray_ep.config.schema import DataConfig
 from ray_ep.errors import DataError
 from ray_ep.rank.documents import open_source
+from ray_ep.rank.tokenizer import load_tokenizer
 
 # A tokenizer takes 170 times the memory of what it gets at once (measured), so it gets 1 MB of whole lines.
 _PIECE = re.compile(r".{1,1000000}(?:\n|\Z)|.{1,1000000}", re.DOTALL)
@@ -27,7 +28,7 @@ class Corpus:
 
     train: np.ndarray  # [N] uint8 for bytes, else uint16 or uint32, whichever holds the vocabulary
     held_out: np.ndarray  # [M] of the same dtype; empty only if data.held_out=0, else at least one sequence
-    vocab_size: int  # 256 for bytes, len(tokenizer) otherwise
+    vocab_size: int  # 256 for bytes, else one more than the tokenizer's highest id
     documents: int
     source: str  # one line for people
 
@@ -101,20 +102,15 @@ def _tokenizer(name: str) -> tuple[Callable[[bytes], np.ndarray], int]:
     """(a document in UTF-8 -> its tokens and its separator, vocabulary size)."""
     if name == "bytes":
         return lambda document: np.frombuffer(document + b"\0", np.uint8), 256
-    try:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as e:  # its loaders raise nearly anything: OSError, KeyError, ImportError, bare Exception
-        raise DataError(f"data.tokenizer={name!r}: give bytes, or the name or directory of a tokenizer: {e}") from e
-    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    tokenizer, vocab_size = load_tokenizer(name)
+    dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
     end = np.array([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], dtype)
 
     def encode(document: bytes) -> np.ndarray:
         pieces = (tokenizer(p, add_special_tokens=False, verbose=False) for p in _PIECE.findall(document.decode()))
         return np.concatenate([*(np.array(p["input_ids"], dtype) for p in pieces), end])
 
-    return encode, len(tokenizer)
+    return encode, vocab_size
 
 
 def _limit(documents: Iterable[bytes], max_bytes: int) -> Iterator[bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -52,12 +53,12 @@ def export_checkpoint(checkpoint: Checkpoint, out: Path, dtype: str | None = Non
         dtype = dtype or manifest["config"]["model"]["dtype"]
     except (KeyError, ValueError, TypeError) as e:
         raise CheckpointError(f"checkpoint {checkpoint.name}: its model is not known: {e!r}") from None
-    model = meta_model(config)
+    model = meta_model(config, dtype)
     _count_experts(checkpoint, model)
     checkpoint.verify(QUICK)
     with _staged(out) as part:
         _check_room(part, model, getattr(torch, dtype))
-        done = _write_weights(checkpoint, _Writer(part, model, getattr(torch, dtype)), config, dtype)
+        done = _write_weights(checkpoint, _Writer(part, model), config, dtype)
         files, words = companions(manifest["config"])
         for name, data in files.items():
             (part / name).parent.mkdir(exist_ok=True)
@@ -89,15 +90,16 @@ def _write_weights(checkpoint: Checkpoint, writer: _Writer, config: Any, dtype: 
 class _Writer:
     """Shards of a transformers checkpoint and their index."""
 
-    def __init__(self, out: Path, model: PreTrainedModel, dtype: torch.dtype):
-        self.out, self.model, self.dtype = out, model, dtype
+    def __init__(self, out: Path, model: PreTrainedModel):
+        self.out, self.model = out, model
+        self.dtypes = {n: t.dtype for n, t in model.state_dict().items()}  # float32 where transformers keeps that
         self.files: dict[str, str] = {}
         self.bytes = 0
 
     def write(self, weights: dict[str, torch.Tensor], buffers: dict[str, torch.Tensor] | None = None) -> None:
-        """One shard, under the names that transformers and other engines read; buffers keep their dtype."""
-        cast = {k: t.to(self.dtype) for k, t in weights.items()}
-        plain = revert_weight_conversion(self.model, {**cast, **(buffers or {})})
+        """One shard, under the names that transformers and other engines read."""
+        cast = {k: t.to(self.dtypes.get(k, t.dtype)) for k, t in {**weights, **(buffers or {})}.items()}
+        plain = revert_weight_conversion(self.model, cast)
         name = _SHARD.format(len(set(self.files.values())) + 1)
         save_tensors({k: t.contiguous() for k, t in plain.items()}, self.out / name, {"format": "pt"})
         self.files |= dict.fromkeys(plain, name)
@@ -109,6 +111,7 @@ class _Writer:
         (self.out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
         config.architectures = [type(self.model).__name__]
         config.dtype = dtype
+        _promise_no_more(config, self.model)
         config.save_pretrained(self.out)
         return {"tensors": len(self.files), "bytes": self.bytes, "shards": len(set(self.files.values()))}
 
@@ -150,6 +153,18 @@ def _check_room(part: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
             f"{part.parent} has {free / 1e6:,.1f} MB free and the weights need {need / 1e6:,.1f} MB: nothing was "
             "written; make room, or give another directory"
         )
+
+
+def _promise_no_more(config: Any, model: PreTrainedModel) -> None:
+    """Multi-token prediction layers are neither trained nor exported: an engine must not look for them."""
+    kept = any(re.search(r"\bmtp|nextn", name) for name in model.state_dict())
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for key in ("quantization_config", "auto_map"):  # as checkpoints of earlier versions remember them
+            if hasattr(part, key):
+                delattr(part, key)
+        for key in ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules"):
+            if getattr(part, key, 0) and not kept:
+                setattr(part, key, 0)
 
 
 def _count_experts(checkpoint: Checkpoint, model: PreTrainedModel) -> None:

@@ -1,55 +1,69 @@
 """Build a rank's model: checked config, dense part whole, experts only where the placement puts them.
 
-Weights come from a seed or from a transformers checkpoint, layer by layer: a rank never holds experts that are not its
-own beyond one layer. Uses underscore methods of transformers' loader: pyproject pins the version range.
+Weights come from a seed or from a transformers checkpoint (pretrained.py), layer by layer: a rank never holds experts
+that are not its own beyond one layer. Code that comes with a checkpoint is never run.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
-import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-from transformers.modeling_utils import LoadStateDictConfig
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ray_ep.collective import Group
 from ray_ep.config.schema import ModelConfig
-from ray_ep.errors import CheckpointError, ModelError
+from ray_ep.errors import ModelError, brief
 from ray_ep.moe import find_experts, parallelize
-from ray_ep.moe.parallelize import keep_rows
+from ray_ep.moe.parallelize import keep_rows, same_count
 from ray_ep.placement import Placement
 from ray_ep.rank.overrides import typed
+from ray_ep.rank.pretrained import load_pretrained
+from ray_ep.rank.source import read_config
+
+_ALIASES = {"kimi_k2": "deepseek_v3"}
+"""Types that are another one underneath: the same code and names of weights, other sizes."""
+_NOT_TAKEN = {"auto_map", "quantization_config", "compression_config", "transformers_weights", "attn_implementation",
+              "_attn_implementation", "experts_implementation", "_experts_implementation"}  # fmt: skip
+"""What a config says of files beside it and of code to run: not of the model, and untrue of what is exported."""
 
 
 def model_config(cfg: ModelConfig, vocab_size: int) -> PreTrainedConfig:
     """The transformers config of a run; raises ModelError for an unknown type or field, or a vocabulary too small."""
+    overrides = OmegaConf.to_container(cfg.overrides) if OmegaConf.is_config(cfg.overrides) else dict(cfg.overrides)
     if cfg.path:
-        config = _config_of_path(cfg.path)
+        config = _config_of_path(cfg.path, cfg.type, overrides)
     else:
-        config = _config_of_type(cfg.type, cfg.overrides, vocab_size)
+        config = _config_of_type(cfg.type, overrides, vocab_size)
     text = config.get_text_config()
     if text.vocab_size < vocab_size:
-        raise ModelError(f"the model's vocab_size={text.vocab_size} is smaller than the tokenizer's {vocab_size}")
+        raise ModelError(
+            f"the model's vocab_size={text.vocab_size} is smaller than the tokenizer's {vocab_size} (one more than the "
+            "highest token id): give the tokenizer that belongs to the model as data.tokenizer"
+        )
     return config
 
 
 def meta_model(config: PreTrainedConfig, dtype: str = "float32") -> PreTrainedModel:
     """The model without storage; raises ModelError if transformers cannot build it or it has no experts."""
+    kind = type(config).__name__
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(f"transformers has no causal language model of {kind}: give a model that predicts tokens")
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
     except Exception as e:
-        raise ModelError(f"transformers cannot build a causal language model of {type(config).__name__}: {e}") from None
-    find_experts(model)
+        raise ModelError(f"transformers cannot build a causal language model of {kind}: {brief(e)}") from None
+    same_count(find_experts(model))
+    _keep_float32(model)
     model.train()  # from_config leaves dropout on; a rank decides by step kind
     return model
 
@@ -108,103 +122,22 @@ def draw_weights(model: PreTrainedModel, seed: int, rows: dict[str, list[int]]) 
             raise ModelError(f"{type(model).__name__} does not initialise {name}: start from a checkpoint (model.path)")
 
 
-def load_pretrained(model: PreTrainedModel, path: Path, rows: dict[str, list[int]]) -> None:
-    """Fill a meta model from a transformers checkpoint, reading only `rows` of each experts module.
+def _keep_float32(model: PreTrainedModel) -> None:
+    """Give a meta model's tensors the dtypes that transformers' loader gives them (its keep-in-float32 lists).
 
-    Raises:
-        CheckpointError: no safetensors there, unreadable, or keys missing: a checkpoint of another model.
+    Correction biases are float32 in any class: their updates are smaller than what bfloat16 can add.
     """
-    totals = {n: m.num_experts for n, m in find_experts(model).items()}
-    for name, module in find_experts(model).items():
-        keep_rows(module, sorted(rows[name]))
-    files = _Files(path)
-    mapping = get_model_conversion_mapping(model)
-    state = {k: v for k in files.keys if (v := _local(files, k, model, mapping, rows, totals)) is not None}
-    load = LoadStateDictConfig(device_map={"": torch.device("cpu")}, dtype=model.dtype, weight_mapping=mapping)
-    try:
-        info, _ = PreTrainedModel._load_pretrained_model(model, state, None, load)
-        info = PreTrainedModel._finalize_model_loading(model, load, info)
-    except Exception as e:
-        raise CheckpointError(f"checkpoint {path} does not fit {type(model).__name__}: {e}") from None
-    if info.missing_keys or info.mismatched_keys or info.conversion_errors:
-        wrong = sorted(map(str, [*info.missing_keys, *info.mismatched_keys, *info.conversion_errors]))
-        raise CheckpointError(
-            f"checkpoint {path} is of another model than {type(model).__name__}: {len(wrong)} weights are missing or "
-            f"of another shape, first {wrong[0]}"
-        )
-    for name, module in find_experts(model).items():  # read in ascending order: bring into the placement's
-        ascending = sorted(rows[name])
-        for pname, p in list(module.named_parameters(recurse=False)):
-            setattr(module, pname, torch.nn.Parameter(p.data[[ascending.index(e) for e in rows[name]]]))
-        module.ray_ep_rows = list(rows[name])
-
-
-class _Files:
-    """The safetensors files of a checkpoint directory, opened lazily."""
-
-    def __init__(self, path: Path):
-        if not path.is_dir():
-            raise CheckpointError(f"model.path={path}: no such directory")
-        index = path / "model.safetensors.index.json"
-        files = sorted(path.glob("*.safetensors"))
-        try:
-            if index.exists():
-                files = sorted({path / f for f in json.loads(index.read_text())["weight_map"].values()})
-            self.keys = {k: f for f in files for k in safe_open(f, "pt").keys()}  # noqa: SIM118 (not a dict)
-        except (OSError, ValueError, KeyError, SafetensorError) as e:
-            raise CheckpointError(f"model.path={path}: unreadable checkpoint: {e}") from None
-        if not self.keys:
-            raise CheckpointError(f"model.path={path}: no .safetensors files there")
-        self._open: dict[Path, Any] = {}
-
-    def slice(self, key: str) -> Any:
-        file = self.keys[key]
-        if file not in self._open:
-            self._open[file] = safe_open(file, "pt")
-        return self._open[file].get_slice(key)
-
-
-class _Rows:
-    """A checkpoint tensor [E, ...] of which only some rows are read; transformers materialises it by `[...]`."""
-
-    def __init__(self, source: Any, rows: list[int]):
-        self.source, self.rows = source, rows
-
-    def __getitem__(self, _: Any) -> torch.Tensor:
-        parts = [self.source[r : r + 1] for r in self.rows]
-        return torch.cat(parts) if parts else self.source[0:0]
-
-    def get_shape(self) -> list[int]:
-        return [len(self.rows), *self.source.get_shape()[1:]]
-
-    def get_dtype(self) -> str:
-        return str(self.source.get_dtype())
-
-
-def _local(
-    files: _Files,
-    key: str,
-    model: PreTrainedModel,
-    mapping: list[Any],
-    rows: dict[str, list[int]],
-    totals: dict[str, int],
-) -> Any:
-    """What of a checkpoint tensor this rank reads: all of a dense one, its experts' rows of a stacked one, or None."""
-    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-    converters = [m for m in mapping if isinstance(m, WeightConverter)]
-    target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, model.state_dict())
-    owner = next((n for n in rows if target.startswith(f"{n}.")), None)
-    source = files.slice(key)
-    if owner is None or "." in target[len(owner) + 1 :]:
-        return source  # dense, or a submodule that all experts share
-    single = re.search(r"experts\.(\d+)\.", key)
-    if single:
-        return source if int(single.group(1)) in rows[owner] else None
-    if source.get_shape()[0] != totals[owner]:
-        raise CheckpointError(
-            f"checkpoint tensor {key} has shape {source.get_shape()}: expected {totals[owner]} experts"
-        )
-    return _Rows(source, sorted(rows[owner]))
+    plan = {**model._get_dtype_plan(model.dtype), "e_score_correction_bias": torch.float32}
+    kept, _, _ = build_glob_alternation(list(plan))
+    loaded = set(model.state_dict())
+    for name, module in model.named_modules():
+        for tensors in (module._parameters, module._buffers):
+            for key, t in tensors.items():
+                full = f"{name}.{key}".lstrip(".")
+                if t is None or full not in loaded or not t.is_floating_point() or not kept.search(full):
+                    continue
+                wide = t.data.float()
+                tensors[key] = torch.nn.Parameter(wide, t.requires_grad) if tensors is module._parameters else wide
 
 
 def _unwritten(t: torch.Tensor) -> torch.Tensor:
@@ -214,42 +147,83 @@ def _unwritten(t: torch.Tensor) -> torch.Tensor:
     return torch.zeros(t.shape, dtype=t.dtype)
 
 
-def _config_of_path(path: str) -> PreTrainedConfig:
-    if not (Path(path) / "config.json").is_file():
-        raise ModelError(f"model.path={path!r}: no transformers checkpoint there (config.json is missing)")
+def _config_of_path(path: str, kind: str, overrides: dict[str, Any]) -> PreTrainedConfig:
+    """A checkpoint's own config, as transformers' class of its type (or of `kind`) reads it."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    whole = read_config(Path(path))
+    raw = {k: v for k, v in whole.items() if k not in _NOT_TAKEN}
+    says = raw.get("model_type")
+    named = _ALIASES.get(says, says) if isinstance(says, str) else ""
+    if not kind and named not in CONFIG_MAPPING:
+        raise ModelError(_unknown_type(path, whole))
+    cls = _config_class(kind or named)
+    _check_fields(cls, overrides, set(raw))
+    overrides = typed(cls, overrides)
+    for key, value in overrides.items():  # a nested config keeps what is not named
+        nested = key in cls.sub_configs and isinstance(value, dict) and isinstance(raw.get(key), dict)
+        raw[key] = {**raw[key], **value} if nested else value
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(path)
+        config: PreTrainedConfig = cls.from_dict({**raw, "model_type": cls.model_type})
     except Exception as e:
-        raise ModelError(f"model.path={path!r}: {e}") from None
+        what = f"model.overrides={overrides} and its config.json" if overrides else "its config.json"
+        raise ModelError(f"model.path={path!r}: {cls.__name__} refuses {what}: {brief(e)}") from None
     return config
 
 
-def _config_of_type(kind: str, overrides: Mapping[str, Any], vocab_size: int) -> PreTrainedConfig:
-    import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+def _unknown_type(path: str, raw: dict[str, Any]) -> str:
+    """Why a config.json is of no model that can be built, and what can be done."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    named = getattr(transformers, kind, None)
-    if isinstance(named, type) and issubclass(named, PreTrainedConfig):
-        cls = named
-    elif kind in CONFIG_MAPPING:
-        cls = CONFIG_MAPPING[kind]
+    architectures = raw.get("architectures")
+    named = architectures if isinstance(architectures, list) else []
+    known = next((t for t, c in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if c in named), "")
+    says = f"says model_type={raw['model_type']!r}, which" if raw.get("model_type") else "has no model_type, so it"
+    is_not = "is none of transformers' models" if raw.get("model_type") else "names no model"
+    code = "; the code that comes with it is never run" if "auto_map" in raw else ""
+    if known:
+        do = f"its architectures={named[0]} is transformers' {known}: give model.type={known}"
     else:
-        near = difflib.get_close_matches(kind, CONFIG_MAPPING.keys(), n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ModelError(f"model.type={kind!r} is neither a transformers model type nor a config class{hint}")
-    known = _fields_of(cls)
-    for key in overrides:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ModelError(f"model.overrides.{key}: {cls.__name__} has no such field{hint}")
+        do = "where it is another model underneath (as kimi_k2 is deepseek_v3), give that one as model.type"
+    return f"model.path={path!r}: its config.json {says} {is_not}{code}; {do}"
+
+
+def _config_of_type(kind: str, overrides: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
+    cls = _config_class(kind)
+    _check_fields(cls, overrides, set())
     try:
         config: PreTrainedConfig = cls(**{"vocab_size": vocab_size, **typed(cls, overrides)})
     except ModelError:
         raise
     except Exception as e:
-        raise ModelError(f"model.overrides: {cls.__name__} refuses them: {e}") from None
+        raise ModelError(f"model.overrides: {cls.__name__} refuses them: {brief(e)}") from None
     return config
+
+
+def _config_class(kind: str) -> type[PreTrainedConfig]:
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = _ALIASES.get(kind, kind)
+    named = getattr(transformers, kind, None) if kind else None
+    if isinstance(named, type) and issubclass(named, PreTrainedConfig):
+        return named
+    if kind in CONFIG_MAPPING:
+        cls: type[PreTrainedConfig] = CONFIG_MAPPING[kind]
+        return cls
+    near = difflib.get_close_matches(kind, CONFIG_MAPPING.keys(), n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise ModelError(f"model.type={kind!r} is neither a transformers model type nor a config class{hint}")
+
+
+def _check_fields(cls: type[PreTrainedConfig], overrides: dict[str, Any], own: set[str]) -> None:
+    """ModelError for an override that neither the class nor the checkpoint's own config knows."""
+    known = _fields_of(cls) | own
+    for key in overrides:
+        if key not in known or key in _NOT_TAKEN:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near and key not in _NOT_TAKEN else ""
+            raise ModelError(f"model.overrides.{key}: {cls.__name__} has no such field{hint}")
 
 
 def _fields_of(cls: type[PreTrainedConfig]) -> set[str]:
