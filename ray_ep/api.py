@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ from ray_ep.driver.loop import drive
 from ray_ep.driver.probe import probe_cluster
 from ray_ep.driver.rundir import RunDir, find_checkpoint
 from ray_ep.driver.start import check
+from ray_ep.observe.phases import Phases
 from ray_ep.observe.progress import Progress
 from ray_ep.observe.report import write_report
 from ray_ep.placement import Topology
@@ -47,17 +49,27 @@ def train(cfg: Config) -> Run:
     Raises:
         BadInput: something the user gave is wrong; nothing was started and nothing overwritten.
         RankError: a rank raised or died; carries its traceback.
+        SaveError: the last checkpoint could not be written.
     """
-    with Interrupt().caught() as interrupt:
+    prefix = "" if cfg.router.force == "none" else f"[router.force={cfg.router.force}] "
+    with Interrupt().caught() as interrupt, Phases(prefix) as phase:
+        phase("reading the data and the model's configuration")
         plan = check(cfg, datetime.now())
-        prefix = "" if cfg.router.force == "none" else f"[router.force={cfg.router.force}] "
         try:
             with Progress(cfg.optim.steps, prefix=prefix) as progress:
-                status = drive(cfg, plan, [progress], interrupt)
+                status = drive(cfg, plan, [progress], interrupt, phase)
         finally:
             if (plan.run.path / "config.yaml").exists():
-                write_report(plan.run.path)
+                _report(plan.run, prefix)
     return Run(plan.run.path, status, prefix)
+
+
+def _report(run: RunDir, prefix: str) -> None:
+    """The page of a run that has ended; one that cannot be written is said, and no more."""
+    try:
+        write_report(run.path)
+    except OSError as e:
+        print(f"{prefix}ray-ep: {run.path}/report.html cannot be written: {e.strerror or e}", file=sys.stderr)
 
 
 def probe(cfg: Config, budget_s: float = 20.0) -> Topology:
@@ -67,8 +79,8 @@ def probe(cfg: Config, budget_s: float = 20.0) -> Topology:
         BadInput: fewer than two ranks, or a cluster that has no room for them.
         RankError: a rank died or was unreachable while probing, which names it.
     """
-    with Interrupt().caught() as interrupt:
-        return probe_cluster(cfg, budget_s, interrupt)
+    with Interrupt().caught() as interrupt, Phases() as phase:
+        return probe_cluster(cfg, budget_s, interrupt, phase)
 
 
 def export(run: str, out: str, step: int | None = None, dtype: str | None = None) -> dict[str, Any]:

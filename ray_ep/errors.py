@@ -8,6 +8,7 @@ RayEPError
 │   ├── PlacementError   a placement, topology or statistics that do not fit
 │   ├── CheckpointError  a damaged checkpoint, or one of another model
 │   └── ClusterError     the cluster cannot give what was asked for
+├── SaveError            a checkpoint could not be written; older ones are whole
 ├── GroupError           a collective failed: a peer died, timed out, or the group was aborted
 └── RankError            a rank raised or died; carries that rank's own traceback
 """
@@ -45,6 +46,10 @@ class CheckpointError(BadInput):
 
 class ClusterError(BadInput):
     """The cluster cannot give what was asked for."""
+
+
+class SaveError(RayEPError):
+    """A checkpoint could not be written: the message says where and why. Those written before it are whole."""
 
 
 class GroupError(RayEPError):

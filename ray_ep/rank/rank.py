@@ -6,6 +6,7 @@ B sequences of the global batch, L MoE layers, E experts, R ranks.
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import astuple, dataclass, fields, replace
 from math import log
@@ -31,6 +32,7 @@ from ray_ep.moe import (
     update_bias,
 )
 from ray_ep.placement import Placement, RoutingStatistics, Topology
+from ray_ep.rank.broken_off import Before, evaluation_parts, leaving
 from ray_ep.rank.checkpoint import Checkpoint, Directory, load_rank, save_rank
 from ray_ep.rank.data import Corpus, global_batch, held_out_batch
 from ray_ep.rank.model import build
@@ -113,6 +115,7 @@ class Rank:
         self.optimizer = MasterOptimizer(self.model, cfg.optim, group)
         self.pays = Pays() if cfg.balance.in_step == "auto" and group.size > 1 else None
         self._told = False  # what balance costs
+        self.stop = threading.Event()  # set by another thread: leave at the next pass, once all ranks have agreed
 
     @torch.no_grad()
     def choose_exchange(self, step: int, groups: dict[str, Group]) -> Choice:
@@ -139,13 +142,22 @@ class Rank:
         self.group = self.optimizer.group = self.ep.group
         return choice
 
-    def train_step(self, step: int) -> StepResult:
-        """One optimizer step (step counts from 0) over this rank's share of the global batch."""
+    def train_step(self, step: int) -> StepResult | None:
+        """One optimizer step (step counts from 0) over this rank's share of the global batch.
+
+        Returns:
+            None: it was broken off between two passes (`stop`), on every rank, and nothing of it is left.
+        """
         cfg, began = self.cfg, self.usage()
         batch = global_batch(self.corpus.train, cfg.seed, step, cfg.batch.sequences, cfg.batch.length)
         losses = torch.zeros(4, dtype=torch.float64, device=self.device)  # main, aux, z; seconds
         self.model.train()
-        for part in np.split(batch, cfg.batch.accumulation):
+        before = Before(self.model) if cfg.batch.accumulation > 1 else None
+        for number, part in enumerate(np.split(batch, cfg.batch.accumulation)):
+            if before is not None and number and leaving(self.stop, self.group, self.device):
+                before.restore()
+                self.optimizer.discard()
+                return None
             loss, figures = self._loss(part, batch.shape[0] * cfg.batch.length)
             loss.backward()
             self.optimizer.accumulate()
@@ -163,10 +175,11 @@ class Rank:
         return StepResult(step, main, aux, z, norm, rate, tokens, counts, self.usage() - began, note)
 
     @torch.no_grad()
-    def evaluate(self, trace: bool = False) -> tuple[float, list[dict[str, np.ndarray]]]:
+    def evaluate(self, trace: bool = False) -> tuple[float, list[dict[str, np.ndarray]]] | None:
         """Mean loss on the held-out split, equal on every rank; with `trace` also which rank's expert answered.
 
-        The trace has one entry a MoE layer: experts and ranks [T, K] of this rank's tokens.
+        The trace has one entry a MoE layer: experts and ranks [T, K] of this rank's tokens. None: it was broken off
+        between two passes (`stop`), on every rank.
         """
         batch = held_out_batch(self.corpus.held_out, self.cfg.eval.sequences, self.cfg.batch.length)
         self.model.eval()
@@ -174,11 +187,18 @@ class Rank:
         for layer in self.ep.layers:
             layer.trace = [] if trace else None
         mine = self._share(batch)
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        total[0] = self._cross_entropy(mine)
+        first, total = self.ep.routing.first_token, torch.zeros(2, dtype=torch.float64, device=self.device)
         total[1] = mine[:, 1:].size
-        self.group.all_reduce(total)
+        left = False
+        for number, (row, rows) in enumerate(evaluation_parts(mine, len(batch), self.cfg.batch)):
+            if left := bool(number) and leaving(self.stop, self.group, self.device):
+                break
+            self.ep.routing.first_token = first + row * self.cfg.batch.length
+            total[0] += self._cross_entropy(rows)
         self.ep.counters.enabled = True
+        if left:
+            return None
+        self.group.all_reduce(total)
         found = [
             {"experts": torch.cat([e for e, _ in x]).cpu().numpy(), "ranks": torch.cat([r for _, r in x]).cpu().numpy()}
             for layer in self.ep.layers
