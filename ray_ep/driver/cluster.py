@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ray_ep.config.process import RANK
 from ray_ep.config.schema import ClusterConfig
 from ray_ep.driver.cause import for_memory, lost_peer, root_cause
-from ray_ep.driver.joining import NONE, is_ray, refusal
+from ray_ep.driver.joining import check_head, refusal
 from ray_ep.errors import ClusterError, RankError, SaveError
 from ray_ep.placement import Topology
 from ray_ep.rank.actor import RankActor
@@ -59,7 +58,7 @@ def connected(cfg: ClusterConfig, interrupted: Callable[[], bool] = bool) -> Ite
     source = "cluster.address" if cfg.address else "RAY_ADDRESS"
     address = cfg.address or os.environ.get("RAY_ADDRESS", "")
     local = address in ("", "local")
-    _check_answers(address, f"{source}={address!r}")
+    check_head(address, f"{source}={address!r}", os.environ)
     options: dict[str, Any] = {"include_dashboard": cfg.dashboard} if local else {}
     logging.getLogger("ray").setLevel(logging.ERROR)
     options |= {"address": "local" if local else address, "logging_level": "ERROR", "log_to_driver": False}
@@ -70,7 +69,7 @@ def connected(cfg: ClusterConfig, interrupted: Callable[[], bool] = bool) -> Ite
         wait([started], _SLICE_S)
     e = started.exception()
     if isinstance(e, (OSError, RuntimeError, ValueError, RayError)):
-        raise ClusterError(refusal(e, "" if local else f"{source}={address!r}", dict(os.environ))) from None
+        raise ClusterError(refusal(e, "" if local else f"{source}={address!r}", os.environ)) from None
     started.result()
     try:
         yield Joined(local, "a local Ray of its own" if local else f"the cluster at {_gcs()} ({source})")
@@ -79,7 +78,10 @@ def connected(cfg: ClusterConfig, interrupted: Callable[[], bool] = bool) -> Ite
 
 
 def _started(options: dict[str, Any]) -> Future[None]:
-    """`ray.init` in a thread: on the main one Ray takes SIGTERM over and leaves half a cluster behind when it comes."""
+    """`ray.init` in a thread: on the main one Ray takes SIGTERM over and leaves half a cluster behind when it comes.
+
+    The thread lives as long as the process does, for Ray's processes die with the thread that started them.
+    """
     started: Future[None] = Future()
 
     def start() -> None:
@@ -88,6 +90,7 @@ def _started(options: dict[str, Any]) -> Future[None]:
             started.set_result(None)
         except BaseException as e:
             started.set_exception(e)
+        threading.Event().wait()
 
     threading.Thread(target=start, name="ray-init", daemon=True).start()  # a second signal does not wait for it
     return started
@@ -234,20 +237,6 @@ def _by_host(group: PlacementGroup) -> list[int]:
             return 0, host, bundle
 
     return sorted(node_of, key=place)
-
-
-def _check_answers(address: str, named: str) -> None:
-    """Refuse HOST:PORT where no Ray listens: Ray itself would wait for minutes."""
-    host, _, port = address.rpartition(":")
-    if "/" in address or not port.isdigit():
-        return
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=10) as link:
-            answers = os.environ.get("RAY_USE_TLS", "0") not in ("", "0") or is_ray(link)
-    except (OSError, OverflowError) as e:
-        raise ClusterError(f"{named}: no Ray cluster answers there: {e}: {NONE}") from None
-    if not answers:
-        raise ClusterError(f"{named}: what listens there is no Ray cluster: {NONE}")
 
 
 def _check_room(cfg: ClusterConfig, local: bool) -> None:

@@ -1,4 +1,7 @@
-"""Why Ray could not be started or joined, in one line that names the key or variable. Starts nothing."""
+"""Why Ray could not be started or joined, in one line that names the key or variable. Starts nothing.
+
+Uses one private function of Ray, its gRPC channel with the client's token and TLS: pyproject pins the version range.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +11,38 @@ import socket
 from collections.abc import Mapping
 
 import ray
+from ray._private.grpc_utils import init_grpc_channel
+
+from ray_ep.errors import ClusterError
 
 NONE = "give the address that `ray start --head` printed (port 6379 by default), or none, to start a local Ray"
 
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-"""What every gRPC client says first: HTTP/2's preface and an empty SETTINGS frame (RFC 9113, 3.4)."""
 
+def check_head(address: str, named: str, environ: Mapping[str, str], limit_s: float = 10.0) -> None:
+    """Ask HOST:PORT for the id of its cluster: where no head of Ray answers, `ray.init` would try for minutes.
 
-def is_ray(link: socket.socket, limit_s: float = 10.0) -> bool:
-    """Whether a gRPC server, such as a Ray cluster, is at the other end of a new connection."""
-    link.settimeout(limit_s)
+    Args:
+        named: the key or variable with the address, for the message.
+
+    Raises:
+        ClusterError: nothing listens there, something else does, or it refuses this client's token.
+    """
+    host, _, port = address.rpartition(":")
+    if "/" in address or not port.isdigit():
+        return
     try:
-        link.sendall(_PREFACE)
-        head = b""
-        while len(head) < 4 and (more := link.recv(9)):
-            head += more
-    except OSError:
-        return False
-    return head[3:4] == b"\x04"  # a server answers with its own SETTINGS
+        socket.create_connection((host.strip("[]"), int(port)), timeout=limit_s).close()
+    except (OSError, OverflowError) as e:
+        raise ClusterError(f"{named}: no Ray cluster answers there: {e}: {NONE}") from None
+    try:
+        with init_grpc_channel(address) as channel:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=limit_s)
+    except Exception as e:  # grpc's, which tells its code; or Ray's of a token that cannot be read
+        code = e.code().name if hasattr(e, "code") else ""
+        if code == "UNAUTHENTICATED" or not code:
+            raise ClusterError(_token(named, environ)) from None
+        what = "another part of Ray than its head listens there" if code == "UNIMPLEMENTED" else "no Ray listens there"
+        raise ClusterError(f"{named}: {what}: {NONE}") from None
 
 
 def refusal(e: Exception, address: str, environ: Mapping[str, str]) -> str:
@@ -40,16 +57,21 @@ def refusal(e: Exception, address: str, environ: Mapping[str, str]) -> str:
     if "ersion mismatch" in text:
         return f"{address}: {_versions(text)}"
     if re.search(r"uthenticat|[Uu]nauthorized|auth token|\btoken\b", text):
-        return (
-            f"{address or 'a local Ray'}: the cluster does not take this client's token: give the cluster's own in "
-            "RAY_AUTH_TOKEN (or a file that RAY_AUTH_TOKEN_PATH names) with RAY_AUTH_MODE=token; if the cluster was "
-            f"started without tokens, RAY_AUTH_MODE=disabled (now RAY_AUTH_MODE={environ.get('RAY_AUTH_MODE', '')!r})"
-        )
+        return _token(address or "a local Ray", environ)
     if address:
         return f"{address}: no Ray cluster answers there: {first}: {NONE}"
     if isinstance(e, OSError):
         return _directory(e, first, environ)
     return f"a local Ray could not be started: {first}"
+
+
+def _token(named: str, environ: Mapping[str, str]) -> str:
+    mode = environ.get("RAY_AUTH_MODE", "")
+    return (
+        f"{named}: this client's token is missing or not the cluster's (RAY_AUTH_MODE={mode!r} here): set "
+        "RAY_AUTH_MODE=token, and the cluster's token in RAY_AUTH_TOKEN or in the file that RAY_AUTH_TOKEN_PATH names "
+        "(~/.ray/auth_token by default); for a cluster without tokens: RAY_AUTH_MODE=disabled"
+    )
 
 
 def _directory(e: OSError, first: str, environ: Mapping[str, str]) -> str:

@@ -44,9 +44,7 @@ def try_nodes(
             directory.fs.makedirs(directory.root, exist_ok=True)
             directory.fs.pipe_file(f"{directory.root}/{trial.file()}", trial.name.encode())
         except Exception as e:  # each file system has errors of its own
-            raise ClusterError(
-                f"checkpoints cannot be written into {url}: {words(e)}: give another checkpoint.dir"
-            ) from None
+            raise ClusterError(f"{url}: no checkpoint can be written there: {words(e)}: set checkpoint.dir") from None
         said = call("reach", trial)
         for rank in trial.ranks:
             found = said[rank]
