@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +18,7 @@ from ray_ep.driver.rundir import RunDir, find_checkpoint
 from ray_ep.driver.start import check
 from ray_ep.errors import BadInput, CheckpointError
 from ray_ep.observe.live import LivePage
+from ray_ep.observe.phases import Phases
 from ray_ep.observe.progress import Progress
 from ray_ep.observe.report import write_report
 from ray_ep.placement import Placement, RoutingStatistics, Topology
@@ -118,10 +120,12 @@ def train(cfg: Config) -> Run:
     Raises:
         BadInput: something the user gave is wrong; nothing was started and nothing overwritten.
         RankError: a rank raised or died; carries its traceback.
+        SaveError: the last checkpoint could not be written.
     """
-    with Interrupt().caught() as interrupt:
+    prefix = _mark(cfg)
+    with Interrupt().caught() as interrupt, Phases(prefix) as phase:
+        phase("reading the data and the model's configuration")
         plan = check(cfg, datetime.now())
-        prefix = _mark(cfg)
         try:
             with Progress(cfg.optim.steps, prefix=prefix) as progress:
                 if plan.nothing_to_do:
@@ -133,12 +137,20 @@ def train(cfg: Config) -> Run:
                     progress.event("report", why)
 
                 with LivePage(plan.run.path, no_page) as page:
-                    status = drive(cfg, plan, [progress, page], interrupt)
+                    status = drive(cfg, plan, [progress, page], interrupt, phase)
         finally:
             if (plan.run.path / "config.yaml").exists() and not plan.nothing_to_do:
-                write_report(plan.run.path)
+                _report(plan.run, prefix)
             plan.run.release()
     return Run(plan.run.path, status, prefix)
+
+
+def _report(run: RunDir, prefix: str) -> None:
+    """The page of a run that has ended; one that cannot be written is said, and no more."""
+    try:
+        write_report(run.path)
+    except OSError as e:
+        print(f"{prefix}ray-ep: {run.path}/report.html cannot be written: {e.strerror or e}", file=sys.stderr)
 
 
 def probe(cfg: Config, budget_s: float = 20.0) -> Topology:
@@ -148,8 +160,8 @@ def probe(cfg: Config, budget_s: float = 20.0) -> Topology:
         BadInput: fewer than two ranks, or a cluster that has no room for them.
         RankError: a rank died or was unreachable while probing, which names it.
     """
-    with Interrupt().caught() as interrupt:
-        return probe_cluster(cfg, budget_s, interrupt)
+    with Interrupt().caught() as interrupt, Phases() as phase:
+        return probe_cluster(cfg, budget_s, interrupt, phase)
 
 
 def export(run: str, out: str, step: int | None = None, dtype: str | None = None) -> dict[str, Any]:

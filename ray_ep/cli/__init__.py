@@ -15,6 +15,7 @@ import click
 
 import ray_ep
 from ray_ep.cli.bench_placement import bench_placement
+from ray_ep.cli.loading import loading
 from ray_ep.cli.plan import plan
 from ray_ep.cli.probe import probe
 from ray_ep.cli.rebalance import rebalance
@@ -31,18 +32,27 @@ class Cli(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         from ray_ep.errors import BadInput, RayEPError
+        from ray_ep.observe.phases import Phases
 
+        self.phases = Phases()
         try:
-            return super().invoke(ctx)
-        except BadInput as e:
-            click.echo(f"ray-ep: {e}", err=True)
-            sys.exit(BAD_INPUT)
+            with self.phases:
+                return super().invoke(ctx)
         except RayEPError as e:
-            click.echo(f"ray-ep: {e}", err=True)
-            sys.exit(FAILED)
+            for line in (e, *getattr(e, "__notes__", ())):  # a note says what is lost, and how to go on
+                click.echo(f"ray-ep: {line}", err=True)
+            sys.exit(BAD_INPUT if isinstance(e, BadInput) else FAILED)
         except KeyboardInterrupt:
             click.echo("ray-ep: interrupted", err=True)
             sys.exit(INTERRUPTED)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        if name in ("plan", "simulate", "bench"):  # they say nothing before they are done
+            self.phases(f"{name}: loading and computing")
+        return name, command, rest
 
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
@@ -89,6 +99,7 @@ def train(config: str | None, as_json: bool, overrides: tuple[str, ...]) -> None
       ray-ep train resume=auto              goes on with the newest run
     """
     cfg = ray_ep.load_config(config, overrides)
+    loading("train")
     run = ray_ep.train(cfg)
     last = (run.metrics() or [{}])[-1]
     if as_json:
@@ -111,6 +122,7 @@ def export(run: str, out: str, step: int | None, dtype: str | None, as_json: boo
     AutoModelForCausalLM.from_pretrained(DIR) then is the trained model. Tokenizer, chat template and generation
     settings are copied from data.tokenizer and model.path of the run.
     """
+    loading("export", "torch and transformers")
     done = ray_ep.export(run, out, step, dtype)
     if as_json:
         click.echo(json.dumps(done))
@@ -170,6 +182,7 @@ def bench_layer(
     rotating, burst. With --llep DIR also LLEP's tokens/s and ours over them. --brief leaves out the layer without
     balance, LLEP's own balanced ideal and our layer on LLEP's experts.
     """
+    loading("bench layer", "torch and transformers")
     from ray_ep.bench.layer import run
     from ray_ep.bench.table import cases, line, title
     from ray_ep.errors import BadInput
@@ -206,6 +219,7 @@ def bench_step(overrides: tuple[str, ...], warm: int, rounds: int, as_json: bool
 
     OVERRIDES are a run's, such as router.aux_coefficient=0 (then routing becomes skewed) or cluster.ranks=4.
     """
+    loading("bench step", "torch and transformers")
     from ray_ep.bench.step import TITLE, run_step
     from ray_ep.config import load_config
 

@@ -26,6 +26,7 @@ def probe(config: str | None, budget: float, out: str | None, as_json: bool, ove
       ray-ep plan runs/NAME --topology topology.json
     """
     import ray_ep
+    from ray_ep.cli.loading import loading
     from ray_ep.cli.table import table
     from ray_ep.errors import BadInput, ConfigError
     from ray_ep.placement.groups import contradictions
@@ -36,6 +37,7 @@ def probe(config: str | None, budget: float, out: str | None, as_json: bool, ove
     cfg = ray_ep.load_config(config, overrides)
     if out is not None and not Path(out).absolute().parent.is_dir():
         raise BadInput(f"--out {out}: no such directory")  # before a cluster is started
+    loading("probe")
     topology = ray_ep.probe(cfg, budget)
     found = contradictions(topology)
     if out is not None:

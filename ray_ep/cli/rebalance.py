@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from ray_ep.cli.loading import loading
+
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
@@ -18,6 +20,7 @@ def rebalance(run: Path) -> None:
     \b
       ray-ep rebalance runs/20260701-123005
     """
+    loading("rebalance", "torch")
     from ray_ep.driver.claim import holder, last_holder
     from ray_ep.driver.rundir import RunDir
     from ray_ep.errors import BadInput

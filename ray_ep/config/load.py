@@ -251,6 +251,7 @@ _AT_LEAST: dict[str, float] = {
     "exchange.tokens": 0,
     "topology.budget_s": 0.01,
     "checkpoint.every": 0,
+    "checkpoint.every_minutes": 0,
     "checkpoint.keep": 0,
     "eval.every": 0,
     "eval.sequences": 1,

@@ -209,7 +209,10 @@ class BalanceConfig:
 class CheckpointConfig:
     """Saving of weights, optimizer state and statistics in logical (layer, expert) form."""
 
-    every: int = _opt(0, "save every N steps; 0: only at the end and on interruption")
+    every: int = _opt(0, "save every N steps; 0: never by their number")
+    every_minutes: float = _opt(
+        10.0, "save when so many minutes have passed since the last save; 0: never by time. Always saved: the end"
+    )
     keep: int = _opt(2, "number of checkpoints kept; 0: all")
     dir: str = _opt("", "directory or fsspec URL; empty: 'checkpoints' in the run directory")
 

@@ -4,55 +4,100 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
+import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ray_ep.collective.probe import ProbeError
 from ray_ep.config.process import RANK
 from ray_ep.config.schema import ClusterConfig
-from ray_ep.errors import BadInput, ClusterError, DivergedError, GroupError, RankError
+from ray_ep.driver.cause import for_memory, lost_peer, root_cause
+from ray_ep.driver.joining import check_head, refusal
+from ray_ep.errors import ClusterError, RankError, SaveError
 from ray_ep.placement import Topology
 from ray_ep.rank.actor import RankActor
+from ray_ep.rank.memory import oom_kills
 
 _ROOT_CAUSE_S = 2.0
 """How long to wait for other ranks' words after one failed with a lost peer: the peer's own traceback says why."""
 
+_SLICE_S = 0.2
+"""How long a wait lasts before signals are looked at; one whose answer is there returns at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The Ray that a run uses: whether it was started for it, and what an operator should read of it."""
+
+    local: bool
+    words: str
+
 
 @contextmanager
-def connected(cfg: ClusterConfig) -> Iterator[bool]:
-    """Join the cluster that cfg or RAY_ADDRESS names, else start a local Ray; yields whether it was started here.
+def connected(cfg: ClusterConfig, interrupted: Callable[[], bool] = bool) -> Iterator[Joined]:
+    """Join the cluster that cfg or RAY_ADDRESS names, else start a local Ray, whatever else runs on the machine.
+
+    Args:
+        interrupted: asked while Ray starts, which is not broken off: half a cluster would be left behind.
 
     Raises:
-        ClusterError: no cluster answers at the address.
+        ClusterError: no cluster answers at the address, or Ray cannot start; the message names key or variable.
     """
     if ray.is_initialized():
-        yield False
+        yield Joined(False, f"the Ray of this process at {_gcs()}")
         return
+    source = "cluster.address" if cfg.address else "RAY_ADDRESS"
     address = cfg.address or os.environ.get("RAY_ADDRESS", "")
-    _check_answers(address)
-    options = {"address": address} if address else {"address": "local", "include_dashboard": cfg.dashboard}
+    local = address in ("", "local")
+    check_head(address, f"{source}={address!r}", os.environ)
+    options: dict[str, Any] = {"include_dashboard": cfg.dashboard} if local else {}
     logging.getLogger("ray").setLevel(logging.ERROR)
-    # In a thread of its own: on the main thread Ray takes SIGTERM over and leaves half a cluster behind when it comes.
-    starter = ThreadPoolExecutor(1, "ray-init")
+    options |= {"address": "local" if local else address, "logging_level": "ERROR", "log_to_driver": False}
+    started = _started(options)
+    while not started.done():
+        with suppress(KeyboardInterrupt):
+            interrupted()
+        wait([started], _SLICE_S)
+    e = started.exception()
+    if isinstance(e, (OSError, RuntimeError, ValueError, RayError)):
+        raise ClusterError(refusal(e, "" if local else f"{source}={address!r}", os.environ)) from None
+    started.result()
     try:
-        starter.submit(ray.init, logging_level="ERROR", log_to_driver=False, **options).result()
-    except (ConnectionError, RuntimeError, ValueError, RayError) as e:
-        raise ClusterError(f"cluster.address={address!r}: no Ray cluster answers there: {e}") from None
-    try:
-        yield not address
+        yield Joined(local, "a local Ray of its own" if local else f"the cluster at {_gcs()} ({source})")
     finally:
         ray.shutdown()
+
+
+def _started(options: dict[str, Any]) -> Future[None]:
+    """`ray.init` in a thread: on the main one Ray takes SIGTERM over and leaves half a cluster behind when it comes.
+
+    The thread lives as long as the process does, for Ray's processes die with the thread that started them.
+    """
+    started: Future[None] = Future()
+
+    def start() -> None:
+        try:
+            ray.init(**options)
+            started.set_result(None)
+        except BaseException as e:
+            started.set_exception(e)
+        threading.Event().wait()
+
+    threading.Thread(target=start, name="ray-init", daemon=True).start()  # a second signal does not wait for it
+    return started
+
+
+def _gcs() -> str:
+    return str(ray.get_runtime_context().gcs_address)
 
 
 class Ranks:
@@ -61,10 +106,14 @@ class Ranks:
     def __init__(self, cfg: ClusterConfig, name: str, local: bool, interrupted: Callable[[], bool]):
         """Place one actor a rank.
 
+        Args:
+            interrupted: asked every moment of every wait; may raise KeyboardInterrupt to leave it.
+
         Raises:
             ClusterError: the cluster has no room for them; the message says what it has.
         """
-        self.cfg, self.name = cfg, name
+        self.cfg, self.name, self._interrupted = cfg, name, interrupted
+        self.where: list[dict[str, Any]] = []
         self.device = device_of(cfg, ray.cluster_resources())
         _check_room(cfg, local)
         gpus = int(self.device == "cuda")
@@ -72,7 +121,7 @@ class Ranks:
         self._group = placement_group(bundles, strategy="PACK", name=name)
         self.actors: list[Any] = []
         try:
-            self._await_room(interrupted)
+            self._await_room()
             for rank, bundle in enumerate(_by_host(self._group)):
                 strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
                 options = {
@@ -100,26 +149,51 @@ class Ranks:
         Raises:
             RankError: a rank raised or died, with its own traceback; the other ranks are released first.
             BadInput, DivergedError: a rank found the user's input wrong, or values that are not finite.
+            SaveError: a rank could not write; all have answered.
         """
         calls = {getattr(a, method).remote(*args): r for r, a in enumerate(self.actors)}
         results: list[Any] = [None] * len(self.actors)
         pending, failed = list(calls), {}
         limit = None
         while pending:
-            wait = None if limit is None else max(0.0, limit - time.monotonic())
-            done, pending = ray.wait(pending, num_returns=1, timeout=wait)
-            if not done:
+            self._interrupted()
+            left = _SLICE_S if limit is None else limit - time.monotonic()
+            if left <= 0:
                 break
+            done, pending = ray.wait(pending, num_returns=1, timeout=min(left, _SLICE_S))
+            if not done:
+                continue
             try:
                 results[calls[done[0]]] = ray.get(done[0])
             except Exception as e:
                 failed[calls[done[0]]] = e
+                if isinstance(e, SaveError):  # not collective: the others end by themselves
+                    continue
                 limit = limit or time.monotonic() + _ROOT_CAUSE_S
-                if not _lost_peer(e):
+                if not lost_peer(e):
                     break
         if failed:
-            raise _root_cause(failed, [calls[c] for c in pending])
+            raise self._explained(root_cause(failed, [calls[c] for c in pending], self.where))
         return results
+
+    def stop(self) -> None:
+        """Ask all ranks, which may be computing, to leave an evaluation or a step of several passes early."""
+        for actor in self.actors:
+            actor.stop.remote()
+
+    def _explained(self, cause: Exception) -> Exception:
+        """Of a rank that is dead: whether the kernel killed processes of its node for memory meanwhile."""
+        if not (isinstance(cause, RankError) and isinstance(cause.__cause__, RayActorError) and self.where):
+            return cause
+        lost = self.where[cause.rank]
+        there = [r for r, w in enumerate(self.where) if w["node"] == lost["node"] and r != cause.rank]
+        killed = 0
+        with suppress(RayError):
+            if there:
+                killed = ray.get(self.actors[there[0]].oom_kills.remote(), timeout=2) - lost["oom_kills"]
+            elif lost["node"] == ray.get_runtime_context().get_node_id():
+                killed = oom_kills() - lost["oom_kills"]
+        return for_memory(cause, lost["host"], killed) if killed > 0 else cause
 
     def share(self, value: Any) -> Any:
         """Put a value where every rank of a node reads the same copy."""
@@ -134,10 +208,10 @@ class Ranks:
         self.actors = []
         remove_placement_group(self._group)
 
-    def _await_room(self, interrupted: Callable[[], bool]) -> None:
+    def _await_room(self) -> None:
         limit = time.monotonic() + self.cfg.wait_s
-        while not self._group.wait(1):
-            if interrupted():
+        while not self._group.wait(_SLICE_S):
+            if self._interrupted():
                 raise KeyboardInterrupt
             if time.monotonic() > limit:
                 each = f"{self.cfg.cpus_per_rank:g} CPUs{' and a GPU' if self.device == 'cuda' else ''}"
@@ -163,17 +237,6 @@ def _by_host(group: PlacementGroup) -> list[int]:
             return 0, host, bundle
 
     return sorted(node_of, key=place)
-
-
-def _check_answers(address: str) -> None:
-    """Refuse HOST:PORT where nothing listens: Ray itself would wait for minutes."""
-    host, _, port = address.rpartition(":")
-    if "/" in address or not port.isdigit():
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-    except OSError as e:
-        raise ClusterError(f"cluster.address={address!r}: no Ray cluster answers there: {e}") from None
 
 
 def _check_room(cfg: ClusterConfig, local: bool) -> None:
@@ -242,38 +305,6 @@ def _free() -> str:
         ", ".join(f"{k} {v:g}" for k, v in sorted(ray.available_resources().items()) if k in ("CPU", "GPU"))
         or "nothing"
     )
-
-
-def _lost_peer(e: Exception) -> bool:
-    """Whether a rank failed only since another did."""
-    return isinstance(e, GroupError)
-
-
-def unreachable(partners: dict[int, int | None], silent: list[int]) -> int | None:
-    """Which rank the others could not reach while probing; None: nothing tells.
-
-    Args:
-        partners: of each rank whose probing failed, the rank at the other end of the link then; None: it met all.
-        silent: ranks that have said nothing yet. Some only wait for others, so a partner is suspected first.
-    """
-    named = Counter(p for p in partners.values() if p is not None)
-    if named:  # the silent one first, then the one that most could not reach
-        return min(named, key=lambda r: (r not in silent, -named[r], r))
-    return silent[0] if len(silent) == 1 else None
-
-
-def _root_cause(failed: dict[int, Exception], silent: list[int]) -> Exception:
-    """Of several ranks' failures the one that explains the others, as an error of ours."""
-    rank, e = min(failed.items(), key=lambda item: (_lost_peer(item[1]), item[0]))
-    if isinstance(e, ProbeError):  # all are: a rank that died or raised would have come first
-        lost = unreachable({r: x.partner for r, x in failed.items() if isinstance(x, ProbeError)}, silent)
-        rank = rank if lost is None else lost
-        return RankError(rank, f"rank {rank} was unreachable while probing the links:\n{e}")
-    if isinstance(e, (BadInput, DivergedError)) and isinstance(e, RayTaskError):
-        return type(e.cause)(str(e.cause))
-    if isinstance(e, RayActorError):
-        return RankError(rank, f"rank {rank} died: {e}")
-    return RankError(rank, f"rank {rank} raised:\n{e}")
 
 
 def _await_gone(actor: Any) -> None:

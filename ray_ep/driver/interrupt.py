@@ -1,10 +1,10 @@
-"""SIGINT and SIGTERM as a wish that the step loop looks at. No Ray here."""
+"""SIGINT and SIGTERM as a wish that everybody who waits looks at, and the words that answer it. No Ray here."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,13 +12,26 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupt:
-    """SIGINT and SIGTERM ask for a stop at the next safe point; a second one stops at once."""
+    """SIGINT and SIGTERM ask for a stop; a second one stops at once. Before `hold` the first does, too.
+
+    The handler only notes the wish, since it may come in the middle of anything, of printing too. Whoever waits calls
+    the object every moment: the first call after the signal says what will happen, through `tell`.
+
+    Attributes:
+        tell: called once, with the signal's name; raises KeyboardInterrupt where there is nothing to finish.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = ""  # the signal's name
+        self.tell: Callable[[str], None] = _leave
+        self._told = self._held = False
 
     def __call__(self) -> bool:
-        return self.asked
+        """Whether a stop was asked for."""
+        if self.asked and not self._told:
+            self._told = True
+            self.tell(self.asked)
+        return bool(self.asked)
 
     @contextmanager
     def caught(self) -> Iterator[Interrupt]:
@@ -27,7 +40,7 @@ class Interrupt:
             yield self
             return
         before = {s: signal.getsignal(s) for s in _SIGNALS}
-        self.hold()
+        self._take()
         try:
             yield self
         finally:
@@ -35,14 +48,34 @@ class Interrupt:
                 signal.signal(s, handler)
 
     def hold(self) -> None:
-        """Take the signals (again: `ray.init` installs handlers of its own); raise if a stop was asked for."""
+        """From now on a first signal waits until somebody looks; takes the signals again, for `ray.init` does, too."""
+        self._held = True
+        self._take()
+
+    def _take(self) -> None:
         if threading.current_thread() is threading.main_thread():
             for s in _SIGNALS:
                 signal.signal(s, self._ask)
-        if self.asked:
-            raise KeyboardInterrupt
 
     def _ask(self, number: int, frame: Any) -> None:
-        if self.asked:
+        again, self.asked = self.asked, signal.Signals(number).name
+        if again or not self._held:
             raise KeyboardInterrupt
-        self.asked = True
+
+
+def farewell(name: str, doing: str, left_s: float | None, saving: str) -> str:
+    """What follows a signal, for who waits for the end.
+
+    Args:
+        doing: what is finished or broken off first, such as "step 12 is finished first"; empty: nothing is under way.
+        left_s: seconds that this should still take; None: not known.
+        saving: such as "saving takes about 3 s".
+    """
+    if not doing:
+        return f"{name}: {saving}"
+    left = "it is not known how long that takes" if left_s is None else f"about {max(left_s, 1):.0f} s"
+    return f"{name}: {doing} ({left}), then {saving}"
+
+
+def _leave(name: str) -> None:
+    raise KeyboardInterrupt

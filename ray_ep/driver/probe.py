@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from ray_ep.config.schema import Config
 from ray_ep.driver.cluster import Ranks, connected, transports
+from ray_ep.driver.interrupt import Interrupt
 from ray_ep.errors import ConfigError
 from ray_ep.placement import Topology
 from ray_ep.placement.gpu_links import joined
@@ -32,13 +33,16 @@ def measured(ranks: Ranks, budget_s: float) -> Topology:
     return topology
 
 
-def probe_cluster(cfg: Config, budget_s: float, interrupted: Callable[[], bool]) -> Topology:
+def probe_cluster(
+    cfg: Config, budget_s: float, interrupt: Interrupt, phase: Callable[[str], None] = lambda name: None
+) -> Topology:
     """Start or join Ray as a run does, place the ranks, measure the links between them, and leave nothing behind.
 
     Args:
         cfg: `cluster` is read.
         budget_s: about how long the measuring may take.
-        interrupted: asked while the cluster places the ranks.
+        interrupt: looked at in every wait; what was started is taken away first.
+        phase: told what it is at.
 
     Raises:
         ConfigError: fewer than two ranks have no link.
@@ -47,9 +51,16 @@ def probe_cluster(cfg: Config, budget_s: float, interrupted: Callable[[], bool])
     """
     if cfg.cluster.ranks < 2:
         raise ConfigError(f"cluster.ranks={cfg.cluster.ranks}: links are between ranks, so at least 2 are needed")
-    with connected(cfg.cluster) as local:
-        ranks = Ranks(cfg.cluster, f"ray_ep-probe-{time.time_ns() % 10**9}", local, interrupted)
+    interrupt.hold()
+    phase("joining the cluster" if cfg.cluster.address else "starting Ray")
+    with connected(cfg.cluster, interrupt) as joined:
+        interrupt.hold()
+        if interrupt():
+            raise KeyboardInterrupt
+        phase(f"placing {cfg.cluster.ranks} ranks")
+        ranks = Ranks(cfg.cluster, f"ray_ep-probe-{time.time_ns() % 10**9}", joined.local, interrupt)
         try:
+            phase("measuring the links")
             ways = transports(cfg.exchange.transport, ranks.device, ranks.call("transports"))[:1]
             ranks.call("join", ranks.name, 0, cfg.cluster.collective_timeout_s, ways)
             return measured(ranks, budget_s)

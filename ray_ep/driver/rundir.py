@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import suppress
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -28,11 +30,21 @@ REQUEST = "rebalance"
 
 
 class RunDir:
-    """One run's directory; also a listener that keeps `metrics.jsonl` and `events.jsonl`."""
+    """One run's directory; also a listener that keeps `metrics.jsonl` and `events.jsonl`.
+
+    Once the run has begun, a record that cannot be written does not end it: that is said once.
+
+    Attributes:
+        begun: `create` was called.
+        say: who is told what could not be written.
+    """
 
     def __init__(self, path: Path, claim: Claim | None = None):
         self.path, self.claim = path, claim
         self.done = 0  # steps behind the run, which its events tell
+        self.begun = False
+        self.say: Callable[[str], None] = lambda message: print(message, file=sys.stderr)
+        self._silent = False  # it was said
 
     def create(self, cfg: Config) -> None:
         """Make the directory and write the resolved configuration: from here on the run is there.
@@ -55,6 +67,7 @@ class RunDir:
             raise ConfigError(f"run_dir={str(self.path)!r}: cannot write there: {e.strerror or e}") from None
         if self.claim is not None:
             self.claim.began = True
+        self.begun = True
         remember(self.path)
 
     def release(self) -> None:
@@ -67,6 +80,18 @@ class RunDir:
         part = self.path / f"{name}.part"
         part.write_text(text, encoding="utf-8")
         os.replace(part, self.path / name)
+
+    @contextmanager
+    def _spared(self, name: str) -> Iterator[None]:
+        """Inside: `name` is written; if it cannot be, the run goes on without it."""
+        try:
+            yield
+        except OSError as e:
+            if not self._silent:
+                self._silent = True
+                self.say(
+                    f"{self.path / name} cannot be written: {e.strerror or e}: the run goes on without its records"
+                )
 
     def start(self, description: str) -> None:
         """Listener: the run begins."""
@@ -84,7 +109,9 @@ class RunDir:
 
     def placement(self, placement: Placement) -> None:
         """Keep a placement under its version."""
-        self.write(f"placements/{placement.version:04d}.json", placement.to_json())
+        name = f"placements/{placement.version:04d}.json"
+        with self._spared(name):
+            self.write(name, placement.to_json())
 
     def newest_placement(self) -> Placement | None:
         """The placement that the run had last; None: none that can be read."""
@@ -107,15 +134,23 @@ class RunDir:
 
     def exchange(self, choice: dict[str, Any]) -> None:
         """Keep how tokens travel, and the timings of the ways that it was chosen from."""
-        self.write("exchange.json", json.dumps(choice, indent=1))
+        with self._spared("exchange.json"):
+            self.write("exchange.json", json.dumps(choice, indent=1))
 
     def topology(self, topology: Topology) -> None:
         """Keep the topology."""
-        self.write("topology.json", topology.to_json())
+        with self._spared("topology.json"):
+            self.write("topology.json", topology.to_json())
 
     def statistics(self, statistics: RoutingStatistics) -> None:
         """Keep the routing statistics so far."""
-        statistics.save(self.path / "statistics" / "routing.npz")
+        part, name = self.path / "statistics" / "routing.part.npz", "statistics/routing.npz"
+        with self._spared(name):
+            try:
+                statistics.save(part)
+                os.replace(part, self.path / name)
+            finally:
+                part.unlink(missing_ok=True)
 
     def provenance(self, step: int, parts: list[list[dict[str, np.ndarray]]]) -> None:
         """Keep which expert on which rank answered for which held-out token: experts, ranks [L, T, K]."""
@@ -125,7 +160,13 @@ class RunDir:
         arrays = {
             k: np.stack([np.concatenate([r[k] for r in layer]) for layer in layers]) for k in ("experts", "ranks")
         }
-        np.savez_compressed(self.path / "provenance" / f"step-{step:06d}.npz", **arrays)
+        name = f"provenance/step-{step:06d}.npz"
+        with self._spared(name):
+            try:
+                np.savez_compressed(self.path / name, **arrays)
+            except OSError:
+                (self.path / name).unlink(missing_ok=True)
+                raise
 
     def metrics(self) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl, one a step: of a step that was repeated after a resume the last one counts."""
@@ -143,8 +184,14 @@ class RunDir:
                 yield json.loads(line)
 
     def _append(self, name: str, tree: dict[str, Any]) -> None:
-        with open(self.path / name, "a", encoding="utf-8") as f:
-            f.write(json.dumps(tree) + "\n")
+        with self._spared(name), open(self.path / name, "ab", buffering=0) as f:
+            whole, line = f.tell(), (json.dumps(tree) + "\n").encode()
+            try:
+                if f.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                f.truncate(whole)  # half a line would spoil the next one
+                raise
 
 
 def claimed(cfg: Config, now: datetime) -> RunDir:

@@ -133,13 +133,6 @@ def _about_place(run: RunDir) -> list[tuple[str, str]]:
     notes = []
     if run.claim is not None and not run.claim.locked:
         notes.append(("run-dir", f"the file system of {run.path} has no locks: a second run there is not noticed"))
-    if "working_dir_files" in run.path.parts:
-        notes.append(
-            (
-                "run-dir",
-                f"{run.path} lies in the job's own copy of the working directory, which Ray removes: give run_dir",
-            )
-        )
     return notes
 
 

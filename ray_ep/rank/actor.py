@@ -19,13 +19,15 @@ from ray_ep.collective.nvml import gpu_links, library
 from ray_ep.collective.probe import measure, measure_links
 from ray_ep.collective.ray_backend import join, leave, usable
 from ray_ep.config import from_dict
-from ray_ep.errors import SaveError
+from ray_ep.errors import RayEPError, SaveError
 from ray_ep.moe import Choice, Moved
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.placement.gpu_links import GpuLinks
 from ray_ep.placement.groups import groups_of
 from ray_ep.rank.data import Corpus
+from ray_ep.rank.memory import oom_kills
 from ray_ep.rank.rank import Rank, StepResult
+from ray_ep.rank.reach import Trial
 
 
 @ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"control": 1})
@@ -47,7 +49,17 @@ class RankActor:
     def where(self) -> dict[str, Any]:
         """Host, Ray node and process of this rank."""
         context = ray.get_runtime_context()
-        return {"rank": self.rank, "node": context.get_node_id(), "host": socket.gethostname(), "pid": os.getpid()}
+        who = {"rank": self.rank, "node": context.get_node_id(), "host": socket.gethostname(), "pid": os.getpid()}
+        return {**who, "oom_kills": oom_kills()}
+
+    @ray.method(concurrency_group="control")
+    def oom_kills(self) -> int:
+        """`ray_ep.rank.memory.oom_kills` on this node."""
+        return oom_kills()
+
+    def reach(self, trial: Trial) -> list[str]:
+        """What this rank's node cannot read or write of what the run needs there, in words."""
+        return trial.on_rank(self.rank)
 
     def transports(self) -> list[str]:
         """Transports that this process could use."""
@@ -101,20 +113,32 @@ class RankActor:
             self._leave(transport)
         return choice
 
-    def train_step(self, step: int) -> StepResult:
+    def train_step(self, step: int) -> StepResult | None:
         """`Rank.train_step`."""
         return self.work.train_step(step)
 
-    def evaluate(self, trace: bool = False) -> tuple[float, list[dict[str, np.ndarray]]]:
+    @ray.method(concurrency_group="control")
+    def stop(self) -> None:
+        """Have an evaluation, or a step of several passes, broken off at its next pass."""
+        self.work.stop.set()
+
+    def evaluate(self, trace: bool = False) -> tuple[float, list[dict[str, np.ndarray]]] | None:
         """`Rank.evaluate`."""
         return self.work.evaluate(trace)
 
     def save(self, url: str, step: int) -> dict[str, list[Any]] | SaveError:
         """`Rank.save`; an error that it meets is returned, so that the driver hears all ranks and none writes on."""
+        where = f"rank {self.rank} on {socket.gethostname()}"
         try:
             return self.work.save(url, step)
-        except SaveError as e:
-            return e
+        except RayEPError as e:
+            if isinstance(e, SaveError):
+                return e
+            raise
+        except OSError as e:
+            return SaveError(f"{where}: {e}")
+        except Exception as e:  # each remote file system has errors of its own
+            return SaveError(f"{where}: {type(e).__name__}: {e}")
 
     def load(self, url: str, step: int) -> None:
         """`Rank.load`."""

@@ -78,6 +78,11 @@ class MasterOptimizer:
                 w.gradient += g
             w.param.grad = None
 
+    def discard(self) -> None:
+        """Forget the gradients that were accumulated for a step that will not be made."""
+        for w in self.weights:
+            w.gradient = w.param.grad = None
+
     @torch.no_grad()
     def step(self, number: int, figures: torch.Tensor | float = 0.0) -> float:
         """Sum gradients over ranks and replicas, clip, update, send to replicas; returns the norm before clipping.

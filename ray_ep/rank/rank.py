@@ -6,6 +6,7 @@ B sequences of the global batch, L MoE layers, E experts, R ranks.
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import astuple, dataclass, fields, replace
 from functools import partial
@@ -34,6 +35,7 @@ from ray_ep.moe import (
 )
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.rank.balancing import balancing
+from ray_ep.rank.broken_off import Before, evaluation_parts, leaving
 from ray_ep.rank.checkpoint import Checkpoint, load_rank, save_rank
 from ray_ep.rank.data import Corpus, global_batch, held_out_batch
 from ray_ep.rank.directory import Directory
@@ -128,6 +130,7 @@ class Rank:
         self.top_k = int(getattr(config.get_text_config(), "num_experts_per_tok", None) or 1)
         self.ep.routing.draws = self.draws = Draws(cfg.seed, self.device)
         self._first_step: int | None = None  # of this process
+        self.stop = threading.Event()  # set by another thread: leave at the next pass, once all ranks have agreed
 
     @torch.no_grad()
     def choose_exchange(self, step: int, groups: dict[str, Group]) -> Choice:
@@ -154,8 +157,11 @@ class Rank:
         self.group = self.optimizer.group = self.ep.group
         return choice
 
-    def train_step(self, step: int) -> StepResult:
+    def train_step(self, step: int) -> StepResult | None:
         """One optimizer step (step counts from 0) over this rank's share of the global batch.
+
+        Returns:
+            None: it was broken off between two passes (`stop`), on every rank, and nothing of it is left.
 
         Raises:
             DivergedError: a loss or a gradient is not finite, on every rank; the model is as it was before.
@@ -165,7 +171,12 @@ class Rank:
         losses = torch.zeros(4, dtype=torch.float64, device=self.device)  # main, aux, z; seconds
         self.model.train()
         passes = [partial(self._loss, part, step, n) for n, part in enumerate(np.split(batch, cfg.batch.accumulation))]
-        for forward in passes:
+        before = Before(self.model) if len(passes) > 1 else None
+        for number, forward in enumerate(passes):
+            if before is not None and number and leaving(self.stop, self.group, self.device):
+                before.restore()
+                self.optimizer.discard()
+                return None
             loss, figures = forward()
             loss.backward()
             self.optimizer.accumulate()
@@ -186,10 +197,11 @@ class Rank:
         return StepResult(step, main, aux, z, norm, rate, tokens, counts, self.usage() - began, *notes)
 
     @torch.no_grad()
-    def evaluate(self, trace: bool = False) -> tuple[float, list[dict[str, np.ndarray]]]:
+    def evaluate(self, trace: bool = False) -> tuple[float, list[dict[str, np.ndarray]]] | None:
         """Mean loss on the held-out split, equal on every rank; with `trace` also which rank's expert answered.
 
-        The trace has one entry a MoE layer: experts and ranks [T, K] of this rank's tokens.
+        The trace has one entry a MoE layer: experts and ranks [T, K] of this rank's tokens. None: it was broken off
+        between two passes (`stop`), on every rank.
         """
         batch = held_out_batch(self.corpus.held_out, self.cfg.eval.sequences, self.cfg.batch.length)
         self.model.eval()
@@ -197,11 +209,18 @@ class Rank:
         for layer in self.ep.layers:
             layer.trace = [] if trace else None
         mine = self._share(batch)
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        total[0] = self._cross_entropy(mine)
+        first, total = self.ep.routing.first_token, torch.zeros(2, dtype=torch.float64, device=self.device)
         total[1] = mine[:, 1:].size
-        self.group.all_reduce(total)
+        left = False
+        for number, (row, rows) in enumerate(evaluation_parts(mine, len(batch), self.cfg.batch)):
+            if left := bool(number) and leaving(self.stop, self.group, self.device):
+                break
+            self.ep.routing.first_token = first + row * self.cfg.batch.length
+            total[0] += self._cross_entropy(rows)
         self.ep.counters.enabled = True
+        if left:
+            return None
+        self.group.all_reduce(total)
         found = [
             {"experts": torch.cat([e for e, _ in x]).cpu().numpy(), "ranks": torch.cat([r for _, r in x]).cpu().numpy()}
             for layer in self.ep.layers

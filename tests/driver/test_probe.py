@@ -3,7 +3,7 @@
 import pytest
 
 import ray_ep
-from ray_ep.driver.cluster import unreachable
+from ray_ep.driver.cause import unreachable
 from ray_ep.driver.probe import probe_cluster
 from ray_ep.errors import ConfigError
 

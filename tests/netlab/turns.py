@@ -92,9 +92,9 @@ def main(run, out, rounds, overrides):
     cfg = ray_ep.load_config(str(run / "config.yaml"), [f"run_dir={out.with_suffix('')}", *overrides])
     checked = check(cfg, datetime.now())
     recorded = read_recorded(run, None)
-    with connected(cfg.cluster) as local:
+    with connected(cfg.cluster) as joined:
         address = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes()}
-        ranks = Ranks(cfg.cluster, f"turns-{time.time_ns()}", local, lambda: False)
+        ranks = Ranks(cfg.cluster, f"turns-{time.time_ns()}", joined.local, lambda: False)
         try:
             ranks.call("join", ranks.name, 0, 60.0, ["gloo"])
             topology = measured(ranks, cfg.topology.budget_s)

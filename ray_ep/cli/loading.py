@@ -1,0 +1,16 @@
+"""The first words of a command that takes longer than a moment: on stderr, before torch and Ray are imported."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+
+def loading(verb: str, what: str = "torch, transformers and Ray") -> None:
+    """Say that `verb` loads what it needs; on a cold machine that takes most of a minute. Silent once it is loaded.
+
+    At once, not after a while: loading a library keeps every other thread of Python from running.
+    """
+    if "torch" not in sys.modules:
+        click.echo(f"ray-ep {verb}: loading {what} ...", err=True)

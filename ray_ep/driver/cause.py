@@ -1,0 +1,68 @@
+"""Why ranks failed: of several failures the one that explains the others, in words that help. Calls nobody."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
+
+from ray_ep.collective.probe import ProbeError
+from ray_ep.errors import BadInput, DivergedError, GroupError, RankError, SaveError
+
+LOWER = (
+    "lower batch.sequences or batch.length (or raise batch.accumulation), balance.guest_mb, placement.slots_per_rank "
+    "or the ranks of that node, or give the node more memory"
+)
+
+
+def lost_peer(e: Exception) -> bool:
+    """Whether a rank failed only since another did."""
+    return isinstance(e, GroupError)
+
+
+def unreachable(partners: dict[int, int | None], silent: list[int]) -> int | None:
+    """Which rank the others could not reach while probing; None: nothing tells.
+
+    Args:
+        partners: of each rank whose probing failed, the rank at the other end of the link then; None: it met all.
+        silent: ranks that have said nothing yet. Some only wait for others, so a partner is suspected first.
+    """
+    named = Counter(p for p in partners.values() if p is not None)
+    if named:  # the silent one first, then the one that most could not reach
+        return min(named, key=lambda r: (r not in silent, -named[r], r))
+    return silent[0] if len(silent) == 1 else None
+
+
+def root_cause(failed: dict[int, Exception], silent: list[int], where: list[dict[str, Any]]) -> Exception:
+    """Of several ranks' failures the one that explains the others, as an error of ours.
+
+    Args:
+        silent: ranks that have not answered.
+        where: host, node and process of each rank; empty before they are known.
+    """
+    rank, e = min(failed.items(), key=lambda item: (lost_peer(item[1]), item[0]))
+    if isinstance(e, ProbeError):  # all are: a rank that died or raised would have come first
+        lost = unreachable({r: x.partner for r, x in failed.items() if isinstance(x, ProbeError)}, silent)
+        rank = rank if lost is None else lost
+        return RankError(rank, f"rank {rank} was unreachable while probing the links:\n{e}")
+    if isinstance(e, (BadInput, DivergedError, SaveError)) and isinstance(e, RayTaskError):
+        return type(e.cause)(str(e.cause))
+    place = f" on {where[rank]['host']}" if where else ""
+    if isinstance(e, OutOfMemoryError):  # Ray's monitor, which ends a process before the node has none left
+        return RankError(rank, f"rank {rank}{place} was killed for memory (Ray's memory monitor): {LOWER}:\n{e}")
+    if isinstance(e, RayActorError):
+        died = RankError(rank, f"rank {rank}{place} died: {e}")
+        died.__cause__ = e
+        return died
+    return RankError(rank, f"rank {rank} raised:\n{e}")
+
+
+def for_memory(error: RankError, host: str, killed: int) -> RankError:
+    """The error of a rank that died while the kernel killed `killed` processes of its node for memory."""
+    words = str(error).partition("\n")[2]
+    return RankError(
+        error.rank,
+        f"rank {error.rank} on {host} died, most likely killed for memory: meanwhile the kernel's OOM killer ended "
+        f"{killed} process(es) there: {LOWER}:\n{words}",
+    )
