@@ -204,10 +204,14 @@ def dispatch_layer(
     share = 1.0 if placement.shares is None else placement.shares[layer]
     np.add.at(weight, (slots, ranks), share)
     nodes = int(node_of.max()) + 1
-    sources = int(np.clip(DRAWS // max(len(sample), 1), 1, placement.num_ranks))
-    dealt = deal(sample, placement.num_experts, placement.num_ranks, sources)
+    dealt = deal(sample, placement.num_experts, placement.num_ranks, sources_of(sample, placement.num_ranks))
     part, to_rank, to_node = simulate(dealt, held(placement, layer), weight[:-1], node_of, nodes)
     return part, (to_rank, to_node)
+
+
+def sources_of(sample: Ints, ranks: int) -> int:
+    """Ranks that each sampled token starts from, so that a layer plays DRAWS dispatches through."""
+    return int(np.clip(DRAWS // max(len(sample), 1), 1, ranks))
 
 
 def token_sets(statistics: RoutingStatistics, limit: int = 4096, top_k: int | None = None, seed: int = 0) -> Ints:
