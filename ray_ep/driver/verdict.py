@@ -113,7 +113,7 @@ def decide(q: Question) -> Verdict:
 
 
 def _without_idle(q: Question, new: Placement) -> Placement:
-    """The plan with the layers that gain next to nothing as they are: to fill a slot for its own sake is no reason to move."""
+    """The plan, layers that gain next to nothing as they are: no slot is worth filling for its own sake."""
     now, then = (predict(p, q.statistics, q.topology, q.costs, q.level) for p in (q.current, new))
     least = (1 - WORTH) * (now.compute + now.traffic)
     return with_layers_of(q.current, new, then.compute + then.traffic >= least)

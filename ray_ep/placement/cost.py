@@ -7,7 +7,7 @@ L layers, E experts, R ranks, N nodes, K top_k.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -87,6 +87,11 @@ class Prediction:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "step_seconds", float(self.compute.sum() + self.traffic.sum()))
+
+    def of_compute_alone(self) -> Prediction:
+        """The same without what only token sets tell: no traffic counted, visits not a number."""
+        unknown = np.full(len(self.compute), np.nan)
+        return replace(self, traffic=np.zeros(len(self.compute)), remote_nodes=unknown, remote_ranks=unknown)
 
 
 def predict(
