@@ -17,7 +17,7 @@ import yaml
 from ray_ep.cli.engine_files import text_of, yaml_file
 from ray_ep.cli.engines import read_placement, read_record
 from ray_ep.errors import BadInput, PlacementError
-from ray_ep.placement import Placement, StepCosts, Topology
+from ray_ep.placement import Placement, RoutingStatistics, StepCosts, Topology
 from ray_ep.placement.cluster_description import describe
 from ray_ep.placement.engines import Recorded
 from ray_ep.placement.survive import fewest_slots
@@ -130,6 +130,56 @@ def read_costs(
     return Costs(figures, source, "expert_bytes" not in defaults)
 
 
+def read_level(given: str | None, run: Path | None, own: bool) -> tuple[str, str]:
+    """What must be even, node or rank, and why: as given, as the run balances, else as engines do.
+
+    Args:
+        own: ray_ep recorded and will run it; others even nothing out in a step.
+    """
+    if given is not None:
+        return given, "as given"
+    if not own:
+        return "rank", "nothing evens ranks out in a step there"
+    if run is None:
+        return "node", "ranks of a node are evened out in each step (--level rank where balance.in_step is off)"
+    config = _mapping(run / "config.yaml")
+    said = _section(config, "placement").get("level")
+    if said in ("node", "rank"):
+        return said, f"the run's placement.level is {said}"
+    mode = _section(config, "balance").get("in_step", "auto")
+    if mode in ("off", False):  # YAML's own reading of a bare off
+        return "rank", "the run's balance.in_step is off: nothing evens the ranks of a node out in a step"
+    if mode == "auto" and _went_without(run):
+        return "rank", "the run's balance.in_step is auto, and its last steps went without: it did not pay"
+    return "node", f"the run's balance.in_step is {mode}: ranks of a node are evened out in each step"
+
+
+def _went_without(run: Path, steps: int = 10) -> bool:
+    """Whether the run's last steps were not balanced: their imbalance is then that of the places alone."""
+    last = [x for x in _lines(run / "metrics.jsonl") if isinstance(x, Mapping)][-steps:]
+    try:
+        return bool(last) and all(
+            not x["guests"] and abs(x["imbalance_before"] * x["balancedness"] - 1) < 1e-9 for x in last
+        )
+    except (KeyError, TypeError):
+        return False
+
+
+def unknown(statistics: RoutingStatistics) -> list[str]:
+    """What counts alone do not tell, in a sentence; none where token sets were recorded."""
+    if statistics.tells_visits:
+        return []
+    return [
+        "of counts alone: which experts a token visits together, and how many, is not known, so traffic and remote "
+        "nodes are left out (-), and a step is its compute, for one expert a token"
+    ]
+
+
+def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = config.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
 def run_costs(run: Path, recorded: Recorded, ranks: int) -> dict[str, float]:
     """What a run's directory tells about its steps; figures that it does not tell are left out.
 
@@ -137,8 +187,7 @@ def run_costs(run: Path, recorded: Recorded, ranks: int) -> dict[str, float]:
     """
     config = _mapping(run / "config.yaml")
     model = _model(run, config)
-    batch = config.get("batch") if isinstance(config.get("batch"), Mapping) else {}
-    settings = config.get("model") if isinstance(config.get("model"), Mapping) else {}
+    batch, settings = _section(config, "batch"), _section(config, "model")
     size = 2 if settings.get("dtype") == "bfloat16" else 4
     hidden, ffn = model.get("hidden_size"), model.get("moe_intermediate_size") or model.get("intermediate_size")
     found: dict[str, float] = {}
@@ -168,8 +217,7 @@ def _model(run: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
         model = _mapping(path).get("model")
         if isinstance(model, Mapping):
             return model
-    settings = config.get("model")
-    overrides = settings.get("overrides") if isinstance(settings, Mapping) else None
+    overrides = _section(config, "model").get("overrides")
     return overrides if isinstance(overrides, Mapping) else {}
 
 

@@ -13,10 +13,12 @@ from ray_ep.cli.engines import write_placement
 from ray_ep.cli.table import table
 from ray_ep.cli.units import in_bytes, in_seconds
 from ray_ep.errors import BadInput, PlacementError
+from ray_ep.placement import Placement
 from ray_ep.placement.advice import advice_words
 from ray_ep.placement.compare import PLAN, Candidate, Case, candidates, compare, pays_back, safety
 from ray_ep.placement.cost import Prediction
 from ray_ep.placement.engines import Recorded
+from ray_ep.placement.placement import Floats
 from ray_ep.placement.survive import Price, survives
 
 HEAD = ("placement", "step", "of now", "compute", "traffic", "ranks", "nodes", "remote", "moved", "bytes", "pays back")
@@ -35,7 +37,8 @@ class Planned:
     Args:
         now: name of the candidate that the others are compared with.
         words: the advice, a sentence each. notes: what was read and assumed.
-        written: the plan's file; None: nowhere. safety: what outliving lost nodes costs; None: not asked for.
+        written: the plan's file; None: nowhere. numbers: what that holds.
+        safety: what outliving lost nodes costs; None: not asked for.
     """
 
     case: Case
@@ -46,6 +49,7 @@ class Planned:
     words: tuple[str, ...]
     notes: tuple[str, ...]
     written: str | None
+    numbers: str | None
     safety: Price | None
 
 
@@ -66,7 +70,7 @@ def planned(path: Path, options: dict[str, Any]) -> Planned:
     current = plan_inputs.read_current(options["current"], run, ranks, recorded)
     costs = plan_inputs.read_costs(options["costs"], run, recorded, ranks, speed)
     slots = plan_inputs.slots_of(options["slots"], current, ranks)
-    level = options["level"] or ("node" if recorded.engine == engine == "ray_ep" else "rank")
+    level, why = plan_inputs.read_level(options["level"], run, recorded.engine == engine == "ray_ep")
     lost = options["survive_nodes"]
     safe = plan_inputs.safe_slots(slots, recorded.statistics.load.shape[1], topology, lost)
     case = Case(
@@ -83,12 +87,27 @@ def planned(path: Path, options: dict[str, Any]) -> Planned:
     size = round(costs.figures.expert_bytes) if costs.sized else None
     nearest = recorded.engine in NEAREST and engine in NEAREST
     words = advice_words(recorded.statistics, told, topology.node_of, size, now, nearest, level)
+    notes = _notes(recorded, case, costs, why)
+    where = numbers = None
     if out is not None:
-        write_placement(placements[PLAN], engine, out, recorded.layer_ids, recorded.num_layers)
+        written = placements[PLAN]
+        write_placement(written, engine, out, recorded.layer_ids, recorded.num_layers)
+        where, numbers = f"{out} ({engine})", _in_numbers(written)
     price = safety(case, placements)
     words = [_move(found, now, case), *_safety_in_words(price, lost), *words]
-    where = None if out is None else f"{out} ({engine})"
-    return Planned(case, recorded, costs, now, found, tuple(words), _notes(recorded, case, costs), where, price)
+    return Planned(case, recorded, costs, now, found, tuple(words), notes, where, numbers, price)
+
+
+def _in_numbers(placement: Placement) -> str:
+    """Of a written plan: layers, slots, replicas."""
+    slots, (layers, ranks, width) = placement.slots, placement.slots.shape
+    filled = (slots >= 0).sum(2)
+    each = f"{width}" if (filled == width).all() else f"{filled.min()} to {filled.max()}"
+    replicas = int(filled.sum()) - layers * placement.num_experts
+    return (
+        f"{layers} layers, {ranks} ranks x {each} slots, {placement.num_experts} experts and "
+        f"{replicas / max(layers, 1):g} replicas a layer"
+    )
 
 
 def _safety_in_words(price: Price | None, lost: int) -> list[str]:
@@ -98,7 +117,7 @@ def _safety_in_words(price: Price | None, lost: int) -> list[str]:
     return [f"{nodes} may go and every expert keeps a replica; that costs, against the unprotected plan: {price}"]
 
 
-def _notes(recorded: Recorded, case: Case, costs: plan_inputs.Costs) -> tuple[str, ...]:
+def _notes(recorded: Recorded, case: Case, costs: plan_inputs.Costs, why: str) -> tuple[str, ...]:
     """What was read and assumed."""
     topology, (layers, experts) = case.topology, case.statistics.load.shape
     slots = "as many slots as experts" if case.slots is None else f"{case.slots} slots a rank"
@@ -107,9 +126,14 @@ def _notes(recorded: Recorded, case: Case, costs: plan_inputs.Costs) -> tuple[st
     notes = [
         f"{layers} layers x {experts} experts on {topology.num_ranks} ranks of {len(np.unique(topology.node_of))} "
         f"node(s), {slots}; level {case.level}; recorded by {recorded.engine}, {tokens} sampled tokens",
+        f"level {case.level}: {why}",
         f"costs: {costs.source}",
         *recorded.notes,
+        *plan_inputs.unknown(case.statistics),
     ]
+    most = max([case.slots] if isinstance(case.slots, int) else case.slots or [0])
+    if most > experts:
+        notes.append(f"{most} slots for {experts} experts: {experts} are filled, more would hold an expert twice")
     known = topology.bandwidth[~np.eye(topology.num_ranks, dtype=bool)]
     if len(known) and not np.isfinite(known).all():
         notes.append("links are not all measured: those count as infinitely fast (ray-ep probe measures them)")
@@ -141,7 +165,7 @@ def text(planned: Planned) -> str:
     old = by_name[planned.now].prediction
     rows = [_row(c, old) for c in planned.found]
     lines = [*planned.notes, "", table(HEAD, rows), LEGEND, "", *planned.words]
-    return "\n".join([*lines, f"written: {planned.written}"] if planned.written else lines)
+    return "\n".join([*lines, f"{planned.numbers}", f"written: {planned.written}"] if planned.written else lines)
 
 
 def _row(c: Candidate, old: Prediction) -> tuple[str, ...]:
@@ -157,11 +181,18 @@ def _row(c: Candidate, old: Prediction) -> tuple[str, ...]:
             in_bytes(c.moving_bytes),
             f"{steps:.3g} steps" if np.isfinite(steps) else "never",
         )
+    remote = _known(p.remote_nodes)
     return (
         c.name, in_seconds(p.step_seconds), f"{of_now:.2f}", in_seconds(float(p.compute.sum())),
-        in_seconds(float(p.traffic.sum())), f"{p.balancedness:.3f}", f"{p.node_balancedness:.3f}",
-        f"{float(np.mean(p.remote_nodes)):.2f}", *moved,
+        "-" if remote is None else in_seconds(float(p.traffic.sum())), f"{p.balancedness:.3f}",
+        f"{p.node_balancedness:.3f}", "-" if remote is None else f"{remote:.2f}", *moved,
     )  # fmt: skip
+
+
+def _known(remote_nodes: Floats) -> float | None:
+    """Mean [L] of what a token visits; None where it is not known."""
+    mean = float(np.mean(remote_nodes)) if len(remote_nodes) else 0.0
+    return None if np.isnan(mean) else mean
 
 
 def tree(planned: Planned) -> dict[str, Any]:
@@ -183,20 +214,21 @@ def tree(planned: Planned) -> dict[str, Any]:
         "advice": list(planned.words),
         "notes": list(planned.notes),
         "written": planned.written,
+        "wrote": planned.numbers,
     }
 
 
 def _figures(c: Candidate, old: Prediction) -> dict[str, Any]:
     p = c.prediction
-    steps = None if c.moving is None else pays_back(c.moving, old, p)
+    steps, remote = None if c.moving is None else pays_back(c.moving, old, p), _known(p.remote_nodes)
     return {
         "name": c.name,
         "step_seconds": p.step_seconds,
         "compute_seconds": float(p.compute.sum()),
-        "traffic_seconds": float(p.traffic.sum()),
+        "traffic_seconds": None if remote is None else float(p.traffic.sum()),
         "balancedness": p.balancedness,
         "node_balancedness": p.node_balancedness,
-        "remote_nodes": float(np.mean(p.remote_nodes)),
+        "remote_nodes": remote,
         "moved_slots": None if c.moving is None else c.moving.replicas,
         "moved_owners": None if c.moving is None else c.moving.primaries,
         "migration_bytes": c.moving_bytes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,15 +55,17 @@ def simulated(path: Path | None, options: Mapping[str, Any]) -> Simulated:
     clusters = simulate_inputs.clusters(options, run, statistics.load.shape[1])
     if options["tokens"] and any(c.startswith("tokens_per_rank=") for c in options["costs"]):
         raise BadInput("--tokens and --cost tokens_per_rank: give one of them")
-    level = options["level"] or ("node" if recorded.engine in ("ray_ep", "synthetic") else "rank")
+    level, why = plan_inputs.read_level(options["level"], run, recorded.engine in ("ray_ep", "synthetic"))
     most = options["layers"] or affordable_layers(clusters, len(statistics.load), len(placements))
     rows = []
     for kind, cluster in clusters.found:
         costs, source = _costs(options, run, recorded, cluster.ranks)
         found = simulate(cluster, statistics, placements, costs, level, options["seed"], most)
         rows += [Option(kind, row) for row in found]
-    notes = [*_notes(recorded, rows, level, most, placements), f"costs: {source}", *clusters.notes]
-    return Simulated(tuple(rows), answer(rows), tuple(notes))
+    notes = [*_notes(recorded, rows, level, most, placements), f"level {level}: {why}", f"costs: {source}"]
+    notes += [*plan_inputs.unknown(statistics), *clusters.notes]
+    said = answer(rows) if statistics.tells_visits else f"Of compute alone, whatever links take: {answer(rows)}"
+    return Simulated(tuple(rows), said, tuple(notes))
 
 
 def affordable_layers(clusters: Clusters, layers: int, placements: int) -> int:
@@ -139,10 +142,12 @@ def _cells(o: Option, priced: bool) -> tuple[str, ...]:
     r = o.row
     per_node = r.cluster.ranks / r.cluster.nodes
     kind = "" if o.gpu is None else f" {o.gpu.name}"
+    unknown = math.isnan(r.remote_nodes)
     cells = (
         f"{r.cluster.nodes} x {per_node:g}{kind}", str(r.slots_per_rank), r.placement.replace("_", "-"),
-        in_seconds(r.step_seconds), in_seconds(r.compute_seconds), in_seconds(r.traffic_seconds),
-        f"{r.balancedness:.3f}", f"{r.node_balancedness:.3f}", f"{r.remote_nodes:.2f}", in_bytes(r.bytes_across),
+        in_seconds(r.step_seconds), in_seconds(r.compute_seconds),
+        "-" if unknown else in_seconds(r.traffic_seconds), f"{r.balancedness:.3f}", f"{r.node_balancedness:.3f}",
+        "-" if unknown else f"{r.remote_nodes:.2f}", "-" if unknown else in_bytes(r.bytes_across),
         in_bytes(r.memory_bytes) + ("" if o.fits else " (!)"), f"{r.tokens_per_second:,.0f}",
         f"{o.tokens_per_gpu:,.0f}",
     )  # fmt: skip
@@ -152,6 +157,7 @@ def _cells(o: Option, priced: bool) -> tuple[str, ...]:
 
 def _figures(o: Option) -> dict[str, Any]:
     r = o.row
+    unknown = math.isnan(r.remote_nodes)
     return {
         "gpu": None if o.gpu is None else o.gpu.name,
         "nodes": r.cluster.nodes,
@@ -161,13 +167,13 @@ def _figures(o: Option) -> dict[str, Any]:
         "placement": r.placement.replace("_", "-"),
         "step_seconds": r.step_seconds,
         "compute_seconds": r.compute_seconds,
-        "traffic_seconds": r.traffic_seconds,
+        "traffic_seconds": None if unknown else r.traffic_seconds,
         "balancedness": r.balancedness,
         "node_balancedness": r.node_balancedness,
-        "remote_nodes": r.remote_nodes,
-        "remote_ranks": r.remote_ranks,
-        "bytes_across": r.bytes_across,
-        "bytes_inside": r.bytes_inside,
+        "remote_nodes": None if unknown else r.remote_nodes,
+        "remote_ranks": None if unknown else r.remote_ranks,
+        "bytes_across": None if unknown else r.bytes_across,
+        "bytes_inside": None if unknown else r.bytes_inside,
         "memory_bytes": r.memory_bytes,
         "fits": o.fits,
         "tokens_per_second": r.tokens_per_second,

@@ -16,6 +16,8 @@ from ray_ep.placement import (
     plan,
     predict,
 )
+from ray_ep.placement.fill import with_layers_of
+from ray_ep.placement.replan import WORTH
 from ray_ep.placement.survive import survives
 
 LEAST = 0.01
@@ -80,6 +82,8 @@ def decide(q: Question) -> Verdict:
     new = plan(
         q.statistics, q.topology, q.slots, q.current, q.horizon_steps, q.level, q.seed, q.costs, q.survive_nodes
     )  # fmt: skip
+    if (q.current.slots < 0).any() and not q.survive_nodes:
+        new = _without_idle(q, new)
     found = moves(q.current, new)
     if not found:
         return Verdict(None, f"stay: no other places are worth a move (step {_ms(q.step_seconds)})", q.step_seconds)
@@ -106,6 +110,13 @@ def decide(q: Question) -> Verdict:
         words = f"stay: to move {count} does not pay back: {step}, costs {_s(cost)}, pays back in {steps:.0f} steps"
         return _with(verdict, f"{words}, {within}", stays=True)
     return _with(verdict, f"move {count}: {step}, costs {_s(cost)}, pays back in {max(steps, 1):.0f} steps")
+
+
+def _without_idle(q: Question, new: Placement) -> Placement:
+    """The plan, layers that gain next to nothing as they are: no slot is worth filling for its own sake."""
+    now, then = (predict(p, q.statistics, q.topology, q.costs, q.level) for p in (q.current, new))
+    least = (1 - WORTH) * (now.compute + now.traffic)
+    return with_layers_of(q.current, new, then.compute + then.traffic >= least)
 
 
 def room_of(current: Placement, slots_per_rank: int) -> int | list[int]:

@@ -31,6 +31,8 @@ def figures(case: Case, found: Sequence[Candidate], now: str) -> list[Map]:
     ratios = {c.name: _over_mean(c.prediction.rank_load / case.costs.speeds(case.topology.num_ranks)) for c in shown}
     reach = max(map(_reach, ratios.values()))
     maps = [(f"load-{n}", f"Load of ranks, {n}", rank_load(r, reach, f"load-{n}")) for n, r in ratios.items()]
+    if not case.statistics.tells_visits:
+        return maps
     traffic = {c.name: link_bytes(case, c.placement) for c in shown}
     drawn = {name: _by_node(case, sent) for name, sent in traffic.items()}
     top = max(float(sent.max(initial=0.0)) for sent in drawn.values())

@@ -6,7 +6,7 @@ L layers, R ranks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -84,6 +84,8 @@ def candidates(case: Case, current: Placement | None) -> dict[str, Placement]:
 def compare(case: Case, placements: Mapping[str, Placement], now: str) -> list[Candidate]:
     """Predict each of the placements, and the move to it from the one named `now`.
 
+    Of counts alone, without token sets: the compute of a step alone, see `Prediction.of_compute_alone`.
+
     Raises:
         PlacementError: a name that is not there, placements that do not fit the case.
     """
@@ -92,6 +94,8 @@ def compare(case: Case, placements: Mapping[str, Placement], now: str) -> list[C
     found = []
     for name, placement in placements.items():
         prediction = predict(placement, case.statistics, case.topology, case.costs, case.level)
+        if not case.statistics.tells_visits:
+            prediction = prediction.of_compute_alone()
         moving = None if name == now else migration(placements[now], placement, case.topology, case.costs)
         size = 0.0 if moving is None else moving_bytes(moving, case.costs)
         found.append(Candidate(name, placement, prediction, moving, size))
@@ -113,7 +117,8 @@ def safety(case: Case, placements: Mapping[str, Placement]) -> Price | None:
     """What it costs that the plan survives the loss of nodes; None where it need not."""
     if not case.survive_nodes:
         return None
-    return price(placements[PLAN], placements[FREE], case.statistics, case.topology, case.costs, case.level)
+    found = price(placements[PLAN], placements[FREE], case.statistics, case.topology, case.costs, case.level)
+    return found if case.statistics.tells_visits else replace(found, remote_nodes=None, step_seconds=None)
 
 
 def link_bytes(case: Case, placement: Placement) -> Floats:

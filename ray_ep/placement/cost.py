@@ -7,7 +7,7 @@ L layers, E experts, R ranks, N nodes, K top_k.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -87,6 +87,11 @@ class Prediction:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "step_seconds", float(self.compute.sum() + self.traffic.sum()))
+
+    def of_compute_alone(self) -> Prediction:
+        """The same without what only token sets tell: no traffic counted, visits not a number."""
+        unknown = np.full(len(self.compute), np.nan)
+        return replace(self, traffic=np.zeros(len(self.compute)), remote_nodes=unknown, remote_ranks=unknown)
 
 
 def predict(
@@ -204,10 +209,14 @@ def dispatch_layer(
     share = 1.0 if placement.shares is None else placement.shares[layer]
     np.add.at(weight, (slots, ranks), share)
     nodes = int(node_of.max()) + 1
-    sources = int(np.clip(DRAWS // max(len(sample), 1), 1, placement.num_ranks))
-    dealt = deal(sample, placement.num_experts, placement.num_ranks, sources)
+    dealt = deal(sample, placement.num_experts, placement.num_ranks, sources_of(sample, placement.num_ranks))
     part, to_rank, to_node = simulate(dealt, held(placement, layer), weight[:-1], node_of, nodes)
     return part, (to_rank, to_node)
+
+
+def sources_of(sample: Ints, ranks: int) -> int:
+    """Ranks that each sampled token starts from, so that a layer plays DRAWS dispatches through."""
+    return int(np.clip(DRAWS // max(len(sample), 1), 1, ranks))
 
 
 def token_sets(statistics: RoutingStatistics, limit: int = 4096, top_k: int | None = None, seed: int = 0) -> Ints:

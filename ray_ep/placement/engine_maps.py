@@ -62,7 +62,8 @@ def document(
         raise PlacementError(f"engine {engine!r}: allowed are {', '.join(ENGINES)}")
     if engine == "vllm":
         raise PlacementError(NO_VLLM)
-    flat = _filled(placement, engine)
+    slots = _filled(placement, engine)
+    flat = slots.reshape(len(slots), -1) if slots.size else np.zeros((len(slots), 0), np.int64)
     numbers = _numbers(placement, layer_ids)
     if engine == "tensorrt-llm":
         return {
@@ -78,7 +79,7 @@ def document(
         rows = np.tile(np.arange(flat.shape[1]) % placement.num_experts, (total, 1))
         rows[list(numbers)] = flat
         return {"physical_to_logical_map": rows.tolist()}
-    return _ascend(placement)
+    return _ascend(slots)
 
 
 def from_document(
@@ -109,16 +110,17 @@ def from_document(
 
 
 def _filled(placement: Placement, engine: str) -> Ints:
-    """[L, X] slots of all ranks in a row; every one must be filled."""
-    empty = np.argwhere(placement.slots < 0)
-    if len(empty):
-        layer, rank = int(empty[0, 0]), int(empty[0, 1])
-        held = int((placement.slots[layer, rank] >= 0).sum())
+    """[L, R, S] slots; every one must be filled, those aside that no rank fills in any layer."""
+    filled = placement.slots >= 0
+    count = filled.sum(2)
+    most = int(count.max(initial=0))
+    if (count < most).any():
+        layer, rank = (int(x) for x in np.argwhere(count < most)[0])
         raise PlacementError(
-            f"placement: rank {rank} fills {held} of {placement.slots.shape[2]} slots in layer {layer}: {engine} wants "
-            "every slot of every rank filled; plan with the same slots_per_rank for all ranks"
+            f"placement: rank {rank} fills {int(count[layer, rank])} slots in layer {layer}, others {most}: {engine} "
+            f"wants as many on every rank, all filled: plan with one number of slots, such as --slots {most}"
         )
-    return placement.slots.reshape(placement.num_layers, -1)
+    return placement.slots[filled].reshape(*placement.slots.shape[:2], most)
 
 
 def _numbers(placement: Placement, layer_ids: Sequence[int] | None) -> tuple[int, ...]:
@@ -131,9 +133,9 @@ def _numbers(placement: Placement, layer_ids: Sequence[int] | None) -> tuple[int
     return numbers
 
 
-def _ascend(placement: Placement) -> dict[str, Any]:
-    """vllm-ascend's map; it counts MoE layers only and keeps an expert at most once on a device."""
-    for layer, ranks in enumerate(placement.slots):
+def _ascend(slots: Ints) -> dict[str, Any]:
+    """vllm-ascend's map of slots [L, R, S]; it counts MoE layers only and keeps an expert at most once on a device."""
+    for layer, ranks in enumerate(slots):
         for rank, row in enumerate(ranks):
             if len(np.unique(row)) != len(row):
                 raise PlacementError(
@@ -142,12 +144,12 @@ def _ascend(placement: Placement) -> dict[str, Any]:
     layers = [
         {
             "layer_id": layer,
-            "device_count": placement.num_ranks,
+            "device_count": len(ranks),
             "device_list": [{"device_id": r, "device_expert": row.tolist()} for r, row in enumerate(ranks)],
         }
-        for layer, ranks in enumerate(placement.slots)
+        for layer, ranks in enumerate(slots)
     ]
-    return {"moe_layer_count": placement.num_layers, "layer_list": layers}
+    return {"moe_layer_count": len(slots), "layer_list": layers}
 
 
 def _read_ascend(tree: Mapping[str, Any], where: str, layer_ids: Sequence[int] | None) -> Ints:

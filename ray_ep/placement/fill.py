@@ -2,7 +2,7 @@
 
 A search leaves a slot empty where every expert that it would put there is on that rank already, or where a replica
 gains nothing. Here each such slot gets the replica after which a step is predicted to be shortest, ranks to be evenest.
-Where any that takes its part of the tokens would make a step longer, it takes its own ranks' alone (its share is 0).
+Where one that takes its part of the tokens would make a step longer, it takes fewer, or its own ranks' alone (share 0).
 Pure NumPy. E experts, R ranks, S slots.
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from ray_ep.placement import replan
 from ray_ep.placement.layer import Traffic
@@ -22,6 +23,8 @@ FEW = 24
 """Empty slots of a layer up to which each is tried by itself; of more, all are filled by load and tried together."""
 LOOKED_AT = 3
 """Experts and ranks that are tried of a kind."""
+ROUNDS = 16
+"""Most times that a share of the busiest rank is lessened."""
 SAME = 1e-9
 """Times that differ by this share are the same."""
 
@@ -58,19 +61,42 @@ def empty_slots(problem: Problem, slots: Ints) -> Ints:
 
 def fill_layer(problem: Problem, traffic: Traffic, layer: Layer, free: bool) -> Layer:
     """The layer with every slot filled; free: experts may change places for it where that makes a step shorter."""
-    left = int(empty_slots(problem, layer.slots).sum())
+    left, before = int(empty_slots(problem, layer.slots).sum()), _value(problem, traffic, layer)[0]
     found = [_by_load(problem, traffic.load, layer, *how) for how in ((False, 1.0), (False, 0.0), (True, 0.0))]
     if left <= FEW:
         for _ in range(left):
             layer = _one_more(problem, traffic, layer, free)
         found.append(layer)
-    return min(found, key=lambda x: _value(problem, traffic, x))
+    best = min(found, key=lambda x: _value(problem, traffic, x))
+    return best if _value(problem, traffic, best)[0] <= before * (1 + SAME) else _relieved(problem, traffic, best)
 
 
 def _value(problem: Problem, traffic: Traffic, layer: Layer) -> tuple[float, float]:
     """Predicted seconds, and how uneven ranks are: the first counts, the other where that is the same."""
     seconds, load = replan.layer_figures(problem, traffic, layer.slots, layer.shares)
     return float(f"{seconds:.9g}"), float(np.square(load / problem.speed).sum())
+
+
+def _relieved(problem: Problem, traffic: Traffic, layer: Layer) -> Layer:
+    """The layer with less for the busiest rank's replicas and more for those elsewhere, while that gains."""
+    value = _value(problem, traffic, layer)
+    for _ in range(ROUNDS):
+        _, load = replan.layer_figures(problem, traffic, layer.slots, layer.shares)
+        busiest = int(np.argmax(load / problem.speed))
+        count = np.bincount(layer.slots[layer.slots >= 0], minlength=problem.experts)
+        found = [(value, layer)]
+        for slot, expert in enumerate(layer.slots[busiest]):
+            if expert >= 0 and count[expert] > 1 and layer.shares[busiest, slot] > 0:
+                for part in (0.0, 0.5, 0.8, 0.95):
+                    shares = layer.shares.copy()
+                    shares[busiest, slot] *= part
+                    other = Layer(layer.slots, shares)
+                    found.append((_value(problem, traffic, other), other))
+        best = min(found, key=lambda x: x[0])
+        if best[1] is layer:
+            return layer
+        value, layer = best
+    return layer
 
 
 def _by_load(problem: Problem, load: Floats, layer: Layer, coldest: bool, share: float) -> Layer:
@@ -124,17 +150,39 @@ def _exchanges(load: Floats, layer: Layer, rank: int, busy: Floats) -> Iterator[
         cold = theirs[np.argsort(each[theirs], kind="stable")][:LOOKED_AT]
         for goes in np.setdiff1d(hot, layer.slots[other]):
             for comes in cold:
-                for share in (1.0, 0.25, 0.5, 0.75):
+                for share in (1.0, 0.5, 0.75):
                     yield layer.put_by_way_of(int(other), int(goes), rank, int(comes), share)
+
+
+def shares_table(current: Placement, layer: int) -> Floats | None:
+    """[E, R] share of each replica of a layer of the current placement, 1 where it has none; None: all even."""
+    if current.shares is None or (current.shares[layer] == 1).all():
+        return None
+    table = np.ones((current.num_experts + 1, current.num_ranks))
+    table[current.slots[layer], np.arange(current.num_ranks)[:, None]] = current.shares[layer]
+    return table[:-1]
 
 
 def shares_kept(current: Placement, slots: Ints) -> Floats | None:
     """[L, R, S] shares that the current placement gives what it has, 1 for what is new; None: even, as there."""
     if current.shares is None:
         return None
-    layers, ranks = current.slots.shape[:2]
-    table = np.ones((layers, ranks, current.num_experts + 1))
-    np.put_along_axis(table, np.where(current.slots < 0, current.num_experts, current.slots), current.shares, 2)
-    table[:, :, -1] = 1.0
-    kept: Floats = np.take_along_axis(table, np.where(slots < 0, current.num_experts, slots), 2)
-    return kept
+    kept = np.ones(slots.shape)
+    ranks = np.broadcast_to(np.arange(slots.shape[1])[:, None], slots.shape[1:])
+    for i, row in enumerate(slots):
+        table = shares_table(current, i)
+        if table is not None:
+            kept[i] = np.where(row < 0, 1.0, table[row, ranks])
+    return None if (kept == 1).all() else kept
+
+
+def with_layers_of(current: Placement, new: Placement, kept: npt.NDArray[np.bool_]) -> Placement:
+    """The new placement with the `kept` [L] layers of the current one."""
+    layers, ranks = new.slots.shape[:2]
+    width = max(current.slots.shape[2], new.slots.shape[2])
+    slots, shares = np.full((layers, ranks, width), -1, np.int64), np.ones((layers, ranks, width))
+    for p, mine in ((current, kept), (new, ~kept)):
+        slots[mine, :, : p.slots.shape[2]] = p.slots[mine]
+        shares[mine, :, : p.slots.shape[2]] = 1.0 if p.shares is None else p.shares[mine]
+    owner = np.where(kept[:, None], current.owner, new.owner)
+    return Placement(slots, new.num_experts, new.version, owner, None if (shares == 1).all() else shares)

@@ -9,13 +9,14 @@ E experts, R ranks, S slots, N nodes, I items (replicas that are placed on their
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ray_ep.placement import packing, relief, search, small, swaps
+from ray_ep.placement.cost import sources_of
 from ray_ep.placement.dispatch import deal
 from ray_ep.placement.forecast import expected_load
 from ray_ep.placement.placement import Floats, Ints
@@ -76,6 +77,13 @@ class Traffic:
         cov = search.covariance(sets, share)
         dealt = deal(sets, len(counts), ranks, max(1, ranks // CROWD))
         return Traffic(expected_load(share, sets, cov), bits, sets, dealt, RISK * cov, total / max(sets.shape[1], 1))
+
+    def as_predicted(self, load: Floats) -> Traffic:
+        """What `cost.predict` goes by, for counts [E]: those as they are, and more draws of the tokens' sources."""
+        ranks = len(self.dealt[2])
+        dealt = deal(self.sets, len(load), ranks, sources_of(self.sets, ranks))
+        share = load / max(load.sum(), 1) * self.sets.shape[1]
+        return replace(self, load=share, dealt=dealt)
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,8 @@ def plan(
     are turned into drawn sets. At most 4,096 sampled tokens a layer are used.
 
     Args:
-        slots_per_rank: slots of a rank and layer, one number or one per rank; None: just enough for every expert.
+        slots_per_rank: slots of a rank and layer, one number or one per rank; None: just enough for every expert. Every
+            slot is filled, but for those beyond the number of experts: a rank has no use for an expert twice.
         current: the placement to start from. A layer where nothing is gained comes back unchanged. None: the plan is
             never predicted slower than `contiguous` (unless it must survive, or no link is known).
         horizon_steps: steps over which moving pays back.
@@ -110,7 +111,8 @@ def _planned(
         traffic = Traffic.of(np.asarray(statistics.load[i], np.float64), sets[i], problem.ranks)
         now = None if start is None else _fitted(start[i], problem)
         if now is not None:
-            return best_change(problem, traffic, now, seed), False
+            table = None if current is None or survive_nodes else fill.shares_table(current, i)
+            return best_change(replace(problem, shares=table), traffic, now, seed), False
         slots, seconds = settled(problem, traffic, fresh_slots(problem, traffic, seed), seed)
         doubtful = plain is not None and _doubtful(problem, traffic, seconds, plain.slots[i])
         return Change(slots, slots, 0.0, 0.0, 0.0), doubtful
@@ -155,7 +157,8 @@ def _filled(
     sets = np.asarray(statistics.sample, np.int64)
 
     def one(i: int) -> fill.Layer:
-        traffic = Traffic.of(np.asarray(statistics.load[i], np.float64), sets[i], problem.ranks)
+        load = np.asarray(statistics.load[i], np.float64)
+        traffic = Traffic.of(load, sets[i], problem.ranks).as_predicted(load)
         return fill.fill_layer(problem, traffic, fill.Layer(slots[i], shares[i]), current is None and not survive_nodes)
 
     for i, layer in zip(short, _by_layer(one, short), strict=True):

@@ -32,6 +32,7 @@ class Problem:
         node_of: [R] numbers 0 to N - 1. room: [R] slots. speed: [R], their mean 1.
         costs, links: for predictions; `links.node_of` are the groups, whatever the search takes for a node.
         prices: in the search's units.
+        shares: [E, R] of one layer, how much of an expert's far tokens a replica there takes; None: even.
     """
 
     experts: int
@@ -44,6 +45,7 @@ class Problem:
     costs: StepCosts
     links: Links
     prices: Prices
+    shares: Floats | None = None
 
     @property
     def ranks(self) -> int:

@@ -228,6 +228,8 @@ def layer_figures(
     held = np.zeros((problem.experts + 1, ranks), bool)
     held[slots, np.arange(ranks)[:, None]] = True
     weight = held.astype(np.float64)
+    if problem.shares is not None:
+        weight[:-1] *= problem.shares
     if shares is not None:
         weight[slots, np.arange(ranks)[:, None]] = shares
     groups = problem.links.node_of

@@ -55,6 +55,12 @@ class RoutingStatistics:
                 f"statistics: sample has shape {np.shape(self.sample)}: expected [{layers}, tokens, top_k]"
             )
 
+    @property
+    def tells_visits(self) -> bool:
+        """Whether it is known which experts a token chose together: without, traffic can only be guessed."""
+        sampled = self.sample is not None and self.sample.shape[1] > 0
+        return sampled or self.coactivation is not None
+
     def max_over_mean(self) -> npt.NDArray[np.float64]:
         """[L] load of the busiest expert over the mean load (1 is perfect; 1 too where nothing was counted)."""
         mean = self.load.mean(1)

@@ -174,19 +174,20 @@ class Price:
     Args:
         slots: filled slots more, all layers. bytes: memory of them on the ranks together (weights alone).
         remote_nodes: other nodes that a token visits more, mean over layers. step_seconds: predicted step longer by.
+            None: not known of counts alone.
     """
 
     slots: int
     bytes: float
-    remote_nodes: float
-    step_seconds: float
+    remote_nodes: float | None
+    step_seconds: float | None
 
     def __str__(self) -> str:
         """One sentence for a report."""
-        return (
-            f"{self.slots:+d} replicas ({self.bytes / 2**30:+.2f} GiB of weights), {self.remote_nodes:+.3f} remote "
-            f"nodes a token, {self.step_seconds * 1e3:+.3f} ms a step"
-        )
+        words = f"{self.slots:+d} replicas ({self.bytes / 2**30:+.2f} GiB of weights)"
+        if self.remote_nodes is None or self.step_seconds is None:
+            return words
+        return f"{words}, {self.remote_nodes:+.3f} remote nodes a token, {self.step_seconds * 1e3:+.3f} ms a step"
 
 
 def price(

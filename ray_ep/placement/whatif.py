@@ -36,7 +36,8 @@ class Row:
             search, load_only is what was predicted and what is named.
         step_seconds, compute_seconds, traffic_seconds: of all MoE layers of a step.
         balancedness, node_balancedness: mean / max speed-weighted load (1 is perfect).
-        remote_nodes, remote_ranks: others that a token visits in a layer, mean.
+        remote_nodes, remote_ranks: others that a token visits in a layer, mean; NaN, as bytes are, of counts alone:
+            then a step is its compute.
         bytes_across: that a rank's tokens send to other nodes in a step, both ways, a copy a node; bytes_inside: the
             further copies inside nodes, one a rank visited beyond the first of each other node.
         tokens_per_second: of the whole cluster, if the MoE layers were all.
@@ -106,6 +107,8 @@ def simulate(
         chosen = "load_only" if large else name
         placement = known[chosen]()
         p = predict(placement, statistics, topology, costs, level)
+        if not statistics.tells_visits:
+            p = p.of_compute_alone()
         out.append(_row(cluster, chosen, placement, p, costs, stand_for))
     return out
 
