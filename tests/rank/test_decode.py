@@ -70,6 +70,35 @@ def test_what_is_not_valid_utf8_is_refused_with_file_and_offset(tmp_path, name, 
     assert message.startswith(f"data.files, {tmp_path}/{name}: ")
 
 
+class Trickle:
+    """A file that gives ``size`` bytes at most, as a network does."""
+
+    def __init__(self, content, size):
+        self.file, self.size = io.BytesIO(content), size
+
+    def read(self, _):
+        return self.file.read(self.size)
+
+
+@settings(deadline=None)
+@given(
+    text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufeff\0")),
+    bad=st.booleans(),
+    size=st.integers(1, 7),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "gb18030"]),
+)
+def test_text_and_offsets_do_not_depend_on_how_a_file_is_read(text, bad, size, encoding):
+    content = text.encode(encoding)
+    if bad:
+        content += b"\xd8" if "16" in encoding else b"\xff\xff"  # the half of a character
+    pieces = decoded(Trickle(content, size), content[:512], encoding, "here")
+    if not bad:
+        assert "".join(pieces) == text
+        return
+    with pytest.raises(DataError, match=rf"here: byte {len(content) - (1 if '16' in encoding else 2)} \("):
+        list(pieces)
+
+
 @pytest.mark.parametrize(
     "encoding", ["utf-8", "utf-16", "utf-16-le", "utf-32", "gb18030", "UTF8", "utf-8-sig", "utf-7"]
 )
