@@ -28,7 +28,13 @@ _LONGEST_CELL = 2**30  # csv's own limit of 131,072 characters is short of a boo
 def text_of(row: Any, field: str, where: str, encoding: str = "utf-8") -> bytes:
     """The text of one row in UTF-8; null is an empty document. Raises DataError: no such field, or no text in it."""
     if not isinstance(row, dict) or field not in row:
-        has = f"it has {_some(row)}" if isinstance(row, dict) else f"it is a {type(row).__name__}, not an object"
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: is a {type(row).__name__}, not an object with data.text_field={field!r}")
+        has = f"it has {_some(row)}"
+        if lists := [name for name, value in row.items() if isinstance(value, list)]:
+            has += (
+                f" (rows are the file's outermost array, or stand one after the other: {lists[0]!r} is not looked into)"
+            )
         raise DataError(f"{where}: no field data.text_field={field!r}; {has}")
     text = row[field]
     if isinstance(text, bytes):
@@ -114,22 +120,29 @@ class _Json:
 
     def __init__(self, chunks: Iterator[str], where: str) -> None:
         self._chunks, self._where = chunks, where
-        self._text, self._at, self.line = "", 0, 1
+        self._text, self._at, self._line, self._element = "", 0, 1, 0
+
+    @property
+    def place(self) -> str:
+        """Where the value at hand begins."""
+        return f"{self._where}, line {self._line}" + (f", element {self._element}" if self._element else "")
 
     def values(self) -> Iterator[Any]:
-        """Each value, while ``line`` is the line in which it begins."""
+        """Each value, while ``place`` is where it begins."""
         while mark := self._next():
             if mark != "[":
                 yield from self._value()
                 continue
             self._skip(self._at + 1)
             while self._next() != "]":
+                self._element += 1
                 yield from self._value()
                 if self._next() == ",":
                     self._skip(self._at + 1)
                 elif self._next() != "]":
                     raise self._wrong("a comma or ] must follow")
             self._skip(self._at + 1)
+            self._element = 0
 
     def _next(self) -> str:
         """The next character that is not blank, '' at the end."""
@@ -149,7 +162,9 @@ class _Json:
                 raise self._wrong("nested too deeply") from None
             except ValueError as e:
                 if not (_may_go_on(e, self._text) and self._more()):
-                    raise self._wrong(getattr(e, "msg", str(e))) from None
+                    line = self._line + self._text.count("\n", self._at, getattr(e, "pos", self._at))
+                    problem = getattr(e, "msg", str(e)) + (f" in line {line}" if line > self._line else "")
+                    raise self._wrong(problem) from None
         yield value
         self._skip(end)
 
@@ -161,18 +176,18 @@ class _Json:
         return bool(more)
 
     def _skip(self, to: int) -> None:
-        self.line += self._text.count("\n", self._at, to)
+        self._line += self._text.count("\n", self._at, to)
         self._at = to
 
     def _wrong(self, problem: str) -> DataError:
-        return DataError(f"{self._where}, line {self.line}: not JSON: {problem}")
+        return DataError(f"{self.place}: not JSON: {problem}")
 
 
 def read_json(chunks: Iterator[str], where: str, field: str) -> Iterator[bytes]:
     """Objects in arrays or one after the other, each a document."""
     reader = _Json(chunks, where)
     for row in reader.values():
-        yield text_of(row, field, f"{where}, line {reader.line}")
+        yield text_of(row, field, reader.place)
 
 
 def csv_mark(text: str, field: str, usual: str | None) -> str | None:

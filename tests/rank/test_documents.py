@@ -24,6 +24,7 @@ from ray_ep.config.schema import DataConfig
 from ray_ep.errors import DataError
 from ray_ep.rank.data import load_corpus
 from ray_ep.rank.documents import open_source
+from ray_ep.rank.rows import read_csv, read_json
 
 ROWS = [{"id": i, "text": f"grüße {i}, {'word ' * (i % 5)}\nsaid “{i}”"} for i in range(300)]
 TEXTS = [row["text"] for row in ROWS]
@@ -223,7 +224,8 @@ def test_rows_without_the_text_field_are_refused_and_not_trained_on_with_their_b
     for name in ["a.json", "a.jsonl", "a.txt", "a"]:
         for content in [as_lines(rows), json.dumps(rows)]:
             (tmp_path / name).write_text(content)
-            assert "line 1: no field data.text_field='text'; it has id, content" in refusal(tmp_path / name)
+            assert "line 1" in refusal(tmp_path / name)
+            assert ": no field data.text_field='text'; it has id, content" in refusal(tmp_path / name)
     assert refusal(tmp_path / "a").endswith("by its content this is JSON array: data.format=text reads it as it stands")
     assert read(tmp_path / "a", "format=text") == [json.dumps(rows)]
     assert read(tmp_path / "a", "text_field=content") == ["row 0", "row 1", "row 2"]
@@ -231,16 +233,17 @@ def test_rows_without_the_text_field_are_refused_and_not_trained_on_with_their_b
 
 BAD_ROWS = {
     "a.json": [
-        ('{"rows": [{"text": "x"}]}', "a.json, line 1: no field data.text_field='text'; it has rows"),
-        ('[{"text": "x"},\n{"text": "y"}\n', "line 3: not JSON: a comma or ] must follow"),
-        ('[{"text": "x"}\n{"text": "y"}]', "line 2: not JSON: a comma or ] must follow"),
-        ('[{"text": "x"},\n"y"]', "line 2: no field data.text_field='text'; it is a str, not an object"),
+        ('{"rows": [{"text": "x"}]}', "line 1: no field data.text_field='text'; it has rows (rows are the file's"),
+        ('{"text": "x"}\n{\n"id": 5,\n"text": y}', "a.json, line 2: not JSON: Expecting value in line 4"),
+        ('[{"text": "x"},\n{"text": "y"}\n', "line 3, element 2: not JSON: a comma or ] must follow"),
+        ('[{"text": "x"}\n{"text": "y"}]', "line 2, element 1: not JSON: a comma or ] must follow"),
+        ('[{"text": "x"},\n"y"]', "line 2, element 2: is a str, not an object"),
         ('[{"text": "x"}] and more', "line 1: not JSON: Expecting value"),
         ("not json at all", "line 1: not JSON: Expecting value"),
         ('{"text": "cut', "line 1: not JSON: Unterminated string"),
         ('{"text": ["a", "b"]}', "line 1: data.text_field='text' holds a list, not text"),
         ('{"text": "x"}\n\n{"text": "y \\ud800 z"}', r"line 3: data.text_field='text' holds \ud800 alone"),
-        ("[" * 200_000, "line 1: "),
+        ("[" * 200_000, "line 1, element 1: not JSON: nested too deeply"),
         ('{"text": ' + "[" * 200_000, "line 1: not JSON: nested too deeply"),
     ],
     "a.csv": [
@@ -344,6 +347,24 @@ def test_any_texts_come_back_from_every_format(drawn_dir, texts):
         (drawn_dir / name).write_bytes(content)
         source = open_source(DataConfig(files=[f"{drawn_dir}/{name}"]))
         assert [document.decode() for document in source.documents] == texts
+
+
+@settings(deadline=None)
+@given(
+    texts=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufeff"), max_size=9)),
+    size=st.integers(1, 30),
+    indent=st.sampled_from([None, 1]),
+    escape=st.booleans(),
+)
+def test_a_row_is_the_same_wherever_the_file_is_cut_into_pieces(texts, size, indent, escape):
+    rows = [{"n": -1.5e-7, "text": t, "x": [True, None, {}]} for t in texts]
+    array = json.dumps(rows, ensure_ascii=escape, indent=indent)
+    lines = "\n".join(json.dumps(row, ensure_ascii=escape, indent=indent) for row in rows)
+    table = as_csv([{"text": "", "n": 0}, *({"text": t, "n": 0} for t in texts)], quoting=csv.QUOTE_ALL)
+    for read, text, drop in [(read_json, array, 0), (read_json, lines, 0), (read_csv, table, 1)]:
+        pieces = (text[at : at + size] for at in range(0, len(text), size))
+        arguments = ("here", "text", ",")[: 3 if read is read_csv else 2]
+        assert [document.decode() for document in read(pieces, *arguments)][drop:] == texts
 
 
 def test_a_saved_dataset_of_several_splits_takes_the_split_that_is_named(tmp_path):
