@@ -1,6 +1,8 @@
 """What `ray_ep.Run` offers to Python users, read from a run directory: no Ray, no model."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,6 +43,13 @@ def test_a_run_is_opened_from_its_directory_with_everything_that_it_left(run):
     assert opened.report == run.path / "report.html"
     assert opened.checkpoint is None
     assert opened.mark == "[router.force=balanced] "
+
+
+def test_what_getting_started_says_about_a_run_can_be_done(run):
+    text = (Path(__file__).parents[1] / "docs" / "getting-started.md").read_text()
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "ray_ep.open_run" in b]
+    assert len(block.splitlines()) > 9
+    exec(block, {"ray_ep": ray_ep, "run": ray_ep.Run(run.path, "done")})
 
 
 def test_the_newest_placement_is_the_runs(run):

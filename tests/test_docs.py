@@ -1,5 +1,7 @@
 """Docs say what is there: folders, functions, configuration, versions."""
 
+import ast
+import json
 import pkgutil
 import re
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 import ray_ep
 from ray_ep.config import load_config
 from ray_ep.config.docs import reference
+from ray_ep.placement import Placement
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,6 +51,40 @@ def test_each_test_that_the_docs_name_exists():
         assert file in sources, file
     for name in names:
         assert any(f"def {name}(" in s for s in sources.values()), name
+
+
+def words_of(path):
+    """Texts of a source file, as a reader of its output sees them: `…` for what is filled in."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.JoinedStr):
+            yield "".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values)
+
+
+def test_each_message_in_troubleshooting_md_is_one_that_the_code_says():
+    source = ROOT / "ray_ep"
+    words = "\n".join(w.replace("\n", " ") for path in source.rglob("*.py") for w in words_of(path))
+    words += (source / "observe" / "report.html").read_text()
+    rows = re.findall(r"^\| ([^|]*) \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.M)
+    messages = [m for row in rows for m in re.findall(r"`([^`]*)`", row)]
+    assert len(messages) > 30
+    for message in messages:
+        parts = [re.escape(part) for part in message.split("…")]
+        assert re.search(".*".join(parts), words), message
+
+
+def test_each_heading_that_a_link_between_docs_names_exists():
+    for doc in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for file, heading in re.findall(r"\]\(((?!http)[^)#]*)#([^)]+)\)", doc.read_text()):
+            headings = re.findall(r"^#+ (.*)", (doc.parent / file if file else doc).read_text(), re.M)
+            assert heading in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], (doc, heading)
+
+
+def test_the_placement_file_in_placement_md_is_one():
+    (text,) = re.findall(r"```json\n(.*?)```", (ROOT / "docs" / "placement.md").read_text(), re.S)
+    assert Placement.from_json(text).slots.shape == (1, 2, 3)
+    assert json.loads(Placement.from_json(text).to_json()) == json.loads(text)
 
 
 def test_the_changelog_has_the_version():
