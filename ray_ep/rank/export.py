@@ -163,7 +163,6 @@ def _count_experts(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
     have = {k for k in checkpoint.tensors if k.startswith("weight/") and k.count("/") == 2}
     if want != have:
         example = sorted(want ^ have)[0]
-        raise CheckpointError(
-            f"checkpoint {checkpoint.name} holds {len(have)} expert weights, the model has {len(want)}: first that "
-            f"differs is {example}"
+        raise checkpoint.damaged(
+            f"it holds {len(have)} expert weights, the model has {len(want)}: first that differs is {example}"
         )
