@@ -131,7 +131,8 @@ def _staged(out: Path) -> Iterator[Path]:
         part.rmdir()
     except BaseException as e:
         for path in (part, *moved):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            with suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         for path in new:
             with suppress(OSError):
                 path.rmdir()
