@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ray_ep.collective.probe import ProbeError
 from ray_ep.config.process import RANK
 from ray_ep.config.schema import ClusterConfig
-from ray_ep.errors import BadInput, ClusterError, GroupError, RankError
+from ray_ep.errors import BadInput, ClusterError, GroupError, RankError, SaveError
 from ray_ep.placement import Topology
 from ray_ep.rank.actor import RankActor
 
@@ -269,7 +269,7 @@ def _root_cause(failed: dict[int, Exception], silent: list[int]) -> Exception:
         lost = unreachable({r: x.partner for r, x in failed.items() if isinstance(x, ProbeError)}, silent)
         rank = rank if lost is None else lost
         return RankError(rank, f"rank {rank} was unreachable while probing the links:\n{e}")
-    if isinstance(e, BadInput) and isinstance(e, RayTaskError):
+    if isinstance(e, BadInput | SaveError) and isinstance(e, RayTaskError):
         return type(e.cause)(str(e.cause))
     if isinstance(e, RayActorError):
         return RankError(rank, f"rank {rank} died: {e}")

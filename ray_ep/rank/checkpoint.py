@@ -28,7 +28,8 @@ from safetensors import SafetensorError, safe_open
 from ray_ep.errors import CheckpointError, PlacementError
 from ray_ep.moe import ExpertParallel
 from ray_ep.placement import RoutingStatistics
-from ray_ep.rank.directory import STATISTICS, Directory, OtherStep, checksum
+from ray_ep.rank.directory import STATISTICS, Directory, OtherStep
+from ray_ep.rank.disk import checksum
 from ray_ep.rank.optimizer import MasterOptimizer, Weight
 
 CHUNK = 1 << 28

@@ -18,7 +18,7 @@ from ray_ep.errors import BadInput, CheckpointError, SaveError
 from ray_ep.moe import find_experts
 from ray_ep.rank.checkpoint import QUICK, Checkpoint
 from ray_ep.rank.companions import companions
-from ray_ep.rank.directory import save_tensors
+from ray_ep.rank.disk import save_tensors
 from ray_ep.rank.model import meta_model
 
 _SHARD = "model-{:05d}.safetensors"
