@@ -28,7 +28,8 @@ from safetensors import SafetensorError, safe_open
 from ray_ep.errors import CheckpointError, PlacementError
 from ray_ep.moe import ExpertParallel
 from ray_ep.placement import RoutingStatistics
-from ray_ep.rank.directory import STATISTICS, Directory, OtherStep, checksum
+from ray_ep.rank.directory import STATISTICS, Directory, OtherStep
+from ray_ep.rank.disk import checksum
 from ray_ep.rank.optimizer import MasterOptimizer, Weight
 
 CHUNK = 1 << 28
@@ -72,13 +73,13 @@ class Checkpoint:
         try:
             self.manifest = directory.manifest(step)
         except FileNotFoundError:
-            raise self._damaged(
+            raise self.damaged(
                 "there is no complete checkpoint: manifest.json, which is written last, is missing"
             ) from None
         except OtherStep as e:
             raise CheckpointError(f"checkpoint {self.name}: its manifest is of another one: {e}") from None
         except (OSError, ValueError) as e:
-            raise self._damaged(f"unreadable manifest: {e}") from None
+            raise self.damaged(f"unreadable manifest: {e}") from None
         self.tensors: dict[str, list[Any]] = self.manifest["tensors"]
 
     def read(self, key: str) -> torch.Tensor:
@@ -91,9 +92,9 @@ class Checkpoint:
                 self._open[name] = safe_open(self._local(name), "pt")
             tensor: torch.Tensor = self._open[name].get_tensor(key)
         except (OSError, SafetensorError) as e:
-            raise self._damaged(f"{name} is damaged or missing: {e}") from None
+            raise self.damaged(f"{name} is damaged or missing: {e}") from None
         if checksum(tensor) != want:
-            raise self._damaged(f"{key} in {name} is damaged (checksum differs)")
+            raise self.damaged(f"{key} in {name} is damaged (checksum differs)")
         return tensor
 
     def statistics(self) -> RoutingStatistics:
@@ -102,7 +103,7 @@ class Checkpoint:
         try:
             return RoutingStatistics.load_file(self._local(name))
         except (OSError, PlacementError) as e:
-            raise self._damaged(f"{name} is damaged or missing: {e}") from None
+            raise self.damaged(f"{name} is damaged or missing: {e}") from None
 
     def verify(self, most: int | None = None) -> None:
         """Everything that can be seen in the files: all are there, whole, with the tensors that the manifest names.
@@ -114,7 +115,7 @@ class Checkpoint:
             CheckpointError: at the first damage.
         """
         if fault := self.directory.fault(self.step, self.manifest):
-            raise self._damaged(self._pointer(fault.partition(" ")[0]) or fault)
+            raise self.damaged(self._pointer(fault.partition(" ")[0]) or fault)
         self.statistics()
         self._check_complete()
         files: dict[str, list[str]] = defaultdict(list)
@@ -137,7 +138,7 @@ class Checkpoint:
                 key = f"{kind}/{name}"
                 parts = [key] if key in self.tensors or not shape else [f"{key}/{e}" for e in range(shape[0])]
                 if lost := [k for k in parts if k not in self.tensors]:
-                    raise self._damaged(f"its manifest lacks {key if len(lost) == len(parts) else lost[0]}")
+                    raise self.damaged(f"its manifest lacks {key if len(lost) == len(parts) else lost[0]}")
 
     def _header(self, name: str) -> dict[str, tuple[list[int], int]]:
         """(shape, bytes) of each tensor of a file, from its first bytes alone: those of a store are not fetched."""
@@ -153,18 +154,18 @@ class Checkpoint:
                 raise ValueError(f"it has {fs.size(path):,} bytes instead of {8 + length + end:,}")
             return {k: (shape, int(o[1]) - int(o[0])) for k, (shape, o) in offsets.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
-            raise self._damaged(self._pointer(name) or f"{name} is damaged: {e}") from None
+            raise self.damaged(self._pointer(name) or f"{name} is damaged: {e}") from None
 
     def _check_header(self, name: str, keys: list[str], header: dict[str, tuple[list[int], int]]) -> None:
         if other := sorted(header.keys() ^ set(keys)):
             where = "not in it" if other[0] in keys else "not in the manifest"
-            raise self._damaged(f"{name} is damaged or of another checkpoint: {other[0]} is {where}")
+            raise self.damaged(f"{name} is damaged or of another checkpoint: {other[0]} is {where}")
         signature = self.manifest.get("signature") or {}
         for key, (shape, _) in header.items():
             parameter, _, expert = key.partition("/")[2].partition("/")
             want = signature.get(parameter)
             if want is not None and shape != (want[1:] if expert else want):
-                raise self._damaged(f"{key} in {name} has shape {shape}, the model {want[1:] if expert else want}")
+                raise self.damaged(f"{key} in {name} has shape {shape}, the model {want[1:] if expert else want}")
 
     def _check_tensors(self, keys: list[str]) -> None:
         """Checksums of one file; CRC-32 lets other threads run."""
@@ -181,7 +182,7 @@ class Checkpoint:
                 return f"{name} is a pointer of git-lfs, not the file: `git lfs pull` there fetches it"
         return ""
 
-    def _damaged(self, what: str) -> CheckpointError:
+    def damaged(self, what: str) -> CheckpointError:
         """The error, with the command that takes the newest whole checkpoint beside this one."""
         with suppress(Exception):  # it is only advice
             steps = [e.step for e in self.directory.entries()]
@@ -215,7 +216,7 @@ class Checkpoint:
 class _Candidate(Checkpoint):
     """One that may be advised in place of another: what is wrong with it needs no advice."""
 
-    def _damaged(self, what: str) -> CheckpointError:
+    def damaged(self, what: str) -> CheckpointError:
         return CheckpointError(what)
 
 

@@ -15,7 +15,6 @@ import re
 import tempfile
 import time
 import uuid
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,11 +23,10 @@ from typing import Any
 
 import fsspec
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from ray_ep.errors import CheckpointError, SaveError
 from ray_ep.placement import RoutingStatistics
+from ray_ep.rank.disk import checksum, remedy, save_tensors, sync, temporary, words
 
 MANIFEST = "manifest.json"
 STATISTICS = "statistics.npz"
@@ -38,8 +36,6 @@ PATIENCE_S = 10.0
 _NAME = re.compile(r"(dense-\d+|experts-L\d+-r\d+|statistics)(-[0-9a-f]{8})?\.(safetensors|npz)|manifest\.json\.part")
 _CUT_SHORT = re.compile(r"\.tmp\w{6}")
 """What safetensors calls a file that it has not finished."""
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +167,7 @@ class Directory:
             except OSError as e:
                 failed = failed or SaveError(
                     f"checkpoint {self.url}/step-{step:06d} is not needed any more (checkpoint.keep={keep}) and could "
-                    f"not be removed: {_words(e)}"
+                    f"not be removed: {words(e)}"
                 )
         if failed:
             raise failed
@@ -207,9 +203,9 @@ class Directory:
         with self._told(step, MANIFEST):
             if self.local:
                 Path(part).write_text(json.dumps(whole))
-                _sync(part)
+                sync(part)
                 os.replace(part, part.removesuffix(".part"))
-                _sync(self.path(step))
+                sync(self.path(step))
             else:
                 self.fs.pipe_file(part, json.dumps(whole).encode())
                 self.fs.mv(part, part.removesuffix(".part"))
@@ -290,9 +286,9 @@ class Directory:
         if self.local:
             with self._told(step, name, size):
                 write(target)
-                _sync(target)
+                sync(target)
                 return os.path.getsize(target)
-        with self._told(step, name, size, where := _temporary()):
+        with self._told(step, name, size, where := temporary()):
             tmp = tempfile.TemporaryDirectory()
         with tmp:
             with self._told(step, name, size, where):
@@ -326,8 +322,8 @@ class Directory:
             place = where or f"{self.root if self.local else self.url}"
             what = f"{what}, {size / 1e6:,.1f} MB" if size else what
             raise SaveError(
-                f"the checkpoint of step {step} could not be saved in {place}: {_words(e)} (writing {what})"
-                f"{self._untouched(step)}; {_remedy(e, bool(where))}"
+                f"the checkpoint of step {step} could not be saved in {place}: {words(e)} (writing {what})"
+                f"{self._untouched(step)}; {remedy(e, bool(where))}"
             ) from None
 
     def _untouched(self, step: int) -> str:
@@ -341,24 +337,6 @@ class OtherStep(ValueError):
     """A manifest that lies in the directory of another step than its own."""
 
 
-def checksum(t: torch.Tensor) -> int:
-    """CRC-32 of a tensor's bytes."""
-    return zlib.crc32(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-
-
-def save_tensors(tensors: dict[str, torch.Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file as readable as its directory; raises OSError, also for what safetensors meets on the disk."""
-    try:
-        save_file(tensors, path, metadata)
-    except SafetensorError as e:
-        found = re.search(r"os error (\d+)", str(e))
-        if not found:
-            raise
-        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
-    with suppress(OSError):  # it makes files that nobody else can read
-        os.chmod(path, os.stat(Path(path).parent).st_mode & 0o666)
-
-
 def _plain(name: Any) -> bool:
     """Whether it is a name of a file, not a path."""
     return isinstance(name, str) and re.fullmatch(r"\w[\w.-]*", name) is not None
@@ -366,32 +344,3 @@ def _plain(name: Any) -> bool:
 
 def _is_cut(name: str) -> bool:
     return _CUT_SHORT.fullmatch(name) is not None
-
-
-def _temporary() -> str:
-    try:
-        return f"the temporary directory {tempfile.gettempdir()} (TMPDIR)"
-    except OSError:
-        return "any temporary directory (TMPDIR)"
-
-
-def _sync(path: str) -> None:
-    """To the disk: what a manifest names must be there after a power cut, and a full network disk says so only now."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _words(e: Exception) -> str:
-    words = (e.strerror if isinstance(e, OSError) else None) or str(e) or type(e).__name__
-    return " ".join(words.split())[:300]
-
-
-def _remedy(e: Exception, temporary: bool) -> str:
-    other = "another directory with TMPDIR" if temporary else "another place with checkpoint.dir"
-    number = e.errno if isinstance(e, OSError) else None
-    if number in _FULL:
-        return f"make room there, or name {other}"
-    return f"make it writable, or name {other}" if number in _CLOSED else f"see to that, or name {other}"

@@ -19,7 +19,7 @@ from ray_ep.errors import BadInput, CheckpointError, SaveError
 from ray_ep.moe import find_experts
 from ray_ep.rank.checkpoint import QUICK, Checkpoint
 from ray_ep.rank.companions import companions
-from ray_ep.rank.directory import save_tensors
+from ray_ep.rank.disk import save_tensors
 from ray_ep.rank.model import meta_model
 
 _SHARD = "model-{:05d}.safetensors"
@@ -134,7 +134,8 @@ def _staged(out: Path) -> Iterator[Path]:
         part.rmdir()
     except BaseException as e:
         for path in (part, *moved):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            with suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         for path in new:
             with suppress(OSError):
                 path.rmdir()
@@ -178,7 +179,6 @@ def _count_experts(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
     have = {k for k in checkpoint.tensors if k.startswith("weight/") and k.count("/") == 2}
     if want != have:
         example = sorted(want ^ have)[0]
-        raise CheckpointError(
-            f"checkpoint {checkpoint.name} holds {len(have)} expert weights, the model has {len(want)}: first that "
-            f"differs is {example}"
+        raise checkpoint.damaged(
+            f"it holds {len(have)} expert weights, the model has {len(want)}: first that differs is {example}"
         )

@@ -62,6 +62,15 @@ def test_going_on_from_another_run_does_not_write_into_a_third_one(place):
         choose(cfg("run_dir=third", "resume=other/checkpoints/step-000005"), NOW)
 
 
+@pytest.mark.parametrize("kept", ["{}/kept", "memory://kept"])
+def test_a_run_goes_on_from_its_checkpoints_wherever_it_keeps_them(place, kept):
+    kept = kept.format(place)
+    made(NOW, "run_dir=mine", f"checkpoint.dir={kept}")
+    assert choose(cfg("run_dir=mine", f"resume={kept}/step-000005"), NOW).path == Path("mine")
+    with pytest.raises(ConfigError, match="already holds files"):
+        choose(cfg("run_dir=mine", f"resume={kept}-of-others/step-000005"), NOW)
+
+
 def test_auto_takes_the_newest_of_the_dated_runs_where_nothing_tells_which_was_started_last(place):
     made(NOW)
     newest = made(NOW + timedelta(days=1)).path

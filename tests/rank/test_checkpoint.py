@@ -11,7 +11,8 @@ from ray_ep.errors import CheckpointError, SaveError
 from ray_ep.placement import RoutingStatistics, contiguous, random
 from ray_ep.rank import checkpoint as module
 from ray_ep.rank.checkpoint import Checkpoint
-from ray_ep.rank.directory import Directory, checksum
+from ray_ep.rank.directory import Directory
+from ray_ep.rank.disk import checksum
 from tests.conftest import run_ranks
 from tests.rank.test_optimizer import LAYOUTS, state
 from tests.rank.test_training import EXPERTS, LAYERS, QWEN, SIZES, configure, make_rank
