@@ -244,10 +244,13 @@ class TopologyConfig:
 class Config:
     """One run."""
 
-    run_dir: str = _opt("", "directory of the run; empty: a new one under runs/")
+    run_dir: str = _opt("", "directory of the run, on this machine; empty: a new one under runs/")
     resume: str = _opt(
         "no",
-        "no; auto: go on from the newest checkpoint of run_dir (or of the newest run in runs/); or a directory",
+        "no; auto: go on with the run in run_dir (empty: with the newest one started from this directory), from its "
+        "newest checkpoint and with its own configuration, or start it where there is none; or the directory of a run, "
+        "of its checkpoints, or one step-N: a new run from there, with that configuration. What is given beside it "
+        "changes that configuration, and is told",
     )
     seed: int = _opt(0, "seed of weights, data order and everything drawn")
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -57,6 +57,9 @@ def check(cfg: Config, now: datetime) -> Plan:
 
 
 def _checked(cfg: Config, run: RunDir) -> Plan:
+    checkpoint = _earlier_checkpoint(cfg, run)
+    notes = [*_about_place(run), *_about_earlier(cfg, run, checkpoint)]
+    done = _nothing_to_do(cfg, run, checkpoint)
     corpus = load_corpus(cfg.data, cfg.batch.length, cfg.seed)
     config = model_config(cfg.model, corpus.vocab_size)
     model = meta_model(config)
@@ -65,12 +68,10 @@ def _checked(cfg: Config, run: RunDir) -> Plan:
     placement = _placement(cfg, run, len(modules), experts)
     signature = {n: list(p.shape) for n, p in model.named_parameters()}
     size = max(sum(p.numel() for p in m.parameters()) for m in modules.values()) // experts
-    checkpoint = _earlier_checkpoint(cfg, run)
-    notes = [("router", balancing(cfg, config).words), *_about_place(run), *_about_earlier(cfg, run, checkpoint)]
+    notes += [("router", balancing(cfg, config).words)]
     notes += inspect(Path(cfg.model.path), model) if cfg.model.path else []
     if checkpoint is not None:
         _check_model(checkpoint, signature)
-    done = _nothing_to_do(cfg, run, checkpoint)
     return Plan(run, corpus, config, signature, placement, checkpoint, size, tuple(notes), done)
 
 
