@@ -42,6 +42,7 @@ class Draws:
         self.seed, self.device = seed, device
         self.watching, self.count = True, 0
         self._drawn = self._escaped = self._told = False
+        self._alone = False  # inside fused attention of one sequence
         self._pass = (0, 0, 1, 1)  # step, number of the first sequence, B, L
 
     @contextmanager
@@ -82,7 +83,7 @@ class Draws:
             try:
                 rows = self._rows(func, args, kwargs)
                 if rows is None:  # not of the batch: the same on every rank
-                    self._seed(step, first if sequences == 1 else -2)
+                    self._seed(step, first if self._alone else -2)
                     return func(*args, **kwargs)
                 parts, total = [], rows * sequences
                 for i in range(sequences):
@@ -97,16 +98,24 @@ class Draws:
     def attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         """Fused attention with dropout: sequence by sequence, since its backward draws the same mask again."""
         step, first, sequences, length = self._pass
-        rows = (args[0] if args else kwargs["query"]).shape[0]
-        count, out = self.count, []
+        query = args[0] if args else kwargs["query"]
+        total = query.shape[0]
+        if total % sequences:  # not divided by sequence
+            self._escaped = True
+            return scaled_dot_product_attention(*args, **kwargs)
+
+        def cut(value: Any, i: int) -> Any:
+            of_batch = isinstance(value, torch.Tensor) and value.dim() == query.dim()  # a mask may be of all
+            return _part(value, i * total // sequences, total // sequences, total) if of_batch else value
+
+        count, out, self._alone = self.count, [], True
         try:
             for i in range(sequences):
-                self.count, self._pass = count, (step, first + i if first >= 0 else first, 1, length)
-                cut = [_part(a, i * rows // sequences, rows // sequences, rows) for a in args]
-                named = {k: _part(a, i * rows // sequences, rows // sequences, rows) for k, a in kwargs.items()}
-                out.append(scaled_dot_product_attention(*cut, **named))
+                self.count, self._pass = count, (step, first + i, 1, length)
+                parts = [cut(a, i) for a in args], {k: cut(a, i) for k, a in kwargs.items()}
+                out.append(scaled_dot_product_attention(*parts[0], **parts[1]))
         finally:
-            self._pass = (step, first, sequences, length)
+            self._pass, self._alone = (step, first, sequences, length), False
         return torch.cat(out)
 
     def _rows(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
@@ -118,7 +127,7 @@ class Draws:
         whole = shape[0] in (sequences, sequences * length) or (shape[0] % sequences == 0 and length in shape[1:])
         if whole and (len(func._schema.returns) == 1 or func._schema.name == "aten::native_dropout"):
             return shape[0] // sequences
-        if first >= 0 and (sequences > 1 or not whole) and {length, sequences * length} & set(shape):
+        if first >= 0 and not self._alone and {length, sequences * length} & set(shape):
             self._escaped = True  # of the batch, but in another order
         return None
 

@@ -21,6 +21,8 @@ from ray_ep.config.schema import Config
 SCRATCH = 0.05
 """Weight of the loss a layer where neither the configuration nor the model names one."""
 
+SOURCE = "the default without model.path"
+
 OWN = "router_aux_loss_coef"
 BY_LAYER = ("aux_loss_alpha", "moe_aux_loss_coeff", "moe_aux_loss_coef", "aux_loss_coef")
 """Other families' names: a loss a layer that is 1, not K, at perfect balance (DeepSeek-V2, Megatron)."""
@@ -42,14 +44,14 @@ def balancing(cfg: Config, config: PreTrainedConfig) -> Balancing:
     That is what it was trained with (model.path), or what model.overrides names; else the defaults.
     """
     router, text = cfg.router, config.get_text_config()
-    named = {OWN, *BY_LAYER} & set(cfg.model.overrides)
-    form, coefficient, source = _own(config) if cfg.model.path or named else ("layer", SCRATCH, "")
-    source = _where(cfg, config, source, bool(named))
+    named = any(name in cfg.model.overrides for name in (OWN, *BY_LAYER))
+    form, coefficient, source = _own(config) if cfg.model.path or named else ("layer", SCRATCH, SOURCE)
+    source = _where(cfg, config, source) if source in (OWN, *BY_LAYER) else source
     if router.aux_coefficient is not None:
         coefficient, source = float(router.aux_coefficient), "router.aux_coefficient"
         form = "layer" if form == "off" and coefficient else form
     if router.aux_loss != "auto":
-        if form == "off" and router.aux_loss != "off":
+        if form == "off" != router.aux_loss and router.aux_coefficient is None:
             coefficient, source = SCRATCH, "the default where the model names none"
         form, source = router.aux_loss, "router.aux_loss=off" if router.aux_loss == "off" else source
     z, z_source = float(getattr(text, "router_z_loss_coef", None) or 0), "router_z_loss_coef"
@@ -59,8 +61,6 @@ def balancing(cfg: Config, config: PreTrainedConfig) -> Balancing:
     kind = "auxiliary loss a layer" if form == "layer" else "pooled auxiliary loss"
     words = f"balancing: {f'{kind} x {coefficient:g}' if coefficient else 'no auxiliary loss'} ({source})"
     words += f"; z-loss x {z:g} ({z_source})" if z else ""
-    if _biased(config):
-        words += f"; correction bias by {router.bias_rate:g} a step (router.bias_rate)"
     return Balancing(form, coefficient, z, words)
 
 
@@ -77,17 +77,13 @@ def _own(config: PreTrainedConfig) -> tuple[str, float, str]:
     for name in BY_LAYER:
         if (coefficient := getattr(text, name, None)) is not None:
             return "layer", float(coefficient) / int(getattr(text, "num_experts_per_tok", None) or 1), name
-    return "off", 0.0, ""
+    return "off", 0.0, "its config names none; router.aux_coefficient gives one"
 
 
-def _where(cfg: Config, config: PreTrainedConfig, name: str, named: bool) -> str:
-    """Where a coefficient comes from, in words."""
-    if not cfg.model.path and not named:
-        return "the default without model.path"
-    if name not in (OWN, *BY_LAYER):
-        return name or "its config names none; router.aux_coefficient gives one"
+def _where(cfg: Config, config: PreTrainedConfig, name: str) -> str:
+    """Where a coefficient of the model comes from, in words."""
     share = "" if name == OWN else ", divided by the experts of a token"
-    if named:
+    if cfg.model.overrides.get(name) == getattr(config.get_text_config(), name):
         return f"{name} of model.overrides{share}"
     try:
         tree = json.loads((Path(cfg.model.path) / "config.json").read_text(encoding="utf-8"))
@@ -100,7 +96,7 @@ def _where(cfg: Config, config: PreTrainedConfig, name: str, named: bool) -> str
 def _biased(config: PreTrainedConfig) -> bool:
     """Whether its routers choose by a bias that is balanced without a loss."""
     module = _modeling(config)
-    return module is not None and bool(re.search(r"\w*correction_bias|expert_bias", inspect.getsource(module)))
+    return module is not None and bool(re.search("correction_bias|expert_bias", inspect.getsource(module)))
 
 
 def _modeling(config: PreTrainedConfig) -> ModuleType | None:
