@@ -1,4 +1,4 @@
-"""Checkpoints are read as transformers reads them: the files that count, dequantised weights, nothing dropped unsaid."""
+"""Checkpoints are read as transformers reads them: the files that count, dequantised, nothing dropped unsaid."""
 
 import json
 import shutil
@@ -202,7 +202,7 @@ def test_overrides_change_the_config_of_a_checkpoint_and_the_default_ones_do_not
     assert model_config(cfg, VOCAB).num_experts_per_tok == 3
     with pytest.raises(ModelError, match=r"model\.overrides\.num_expert_per_tok: .*did you mean 'num_experts_per_tok'"):
         look(tmp_path, "model.overrides.num_expert_per_tok=3")
-    with pytest.raises(CheckpointError, match="2 experts of|holds 8 experts, its config says 4"):
+    with pytest.raises(CheckpointError, match="holds 8 experts, its config says 4"):
         look(tmp_path, "model.overrides.n_routed_experts=4")
 
 
