@@ -17,6 +17,7 @@ from ray_ep.moe import find_experts
 from ray_ep.placement import contiguous, random
 from ray_ep.rank import pretrained
 from ray_ep.rank.model import build, meta_model, model_config
+from ray_ep.rank.quantised import declared
 from ray_ep.rank.source import Source, Stored
 from tests.models import VOCAB
 from tests.rank.quantise import FP8, fp8, mxfp4, tiny, write
@@ -227,3 +228,9 @@ def test_kimi_k2_and_any_type_that_the_user_names_are_read_as_that_one(tmp_path)
     with pytest.raises(ModelError, match=r"model_type='nobody_knows'.*never run; .*give model\.type=deepseek_v3"):
         look(tmp_path)
     same(loaded(tmp_path, "model.type=deepseek_v3"), want)
+
+
+def test_a_quantisation_is_found_in_the_config_of_the_text_model_too(tmp_path):
+    assert declared({"text_config": {"quantization_config": {"quant_method": "gptq"}}})["quant_method"] == "gptq"
+    assert declared({"quantization_config": {"load_in_8bit": True}})["quant_method"] == "bitsandbytes"
+    assert declared({"quantization_config": None}) == {}
