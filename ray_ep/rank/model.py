@@ -43,10 +43,14 @@ def model_config(cfg: ModelConfig, vocab_size: int) -> PreTrainedConfig:
         config = _config_of_path(cfg.path, cfg.type, overrides)
     else:
         config = _config_of_type(cfg.type, overrides, vocab_size)
-    text = config.get_text_config()
-    if text.vocab_size < vocab_size:
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    if not isinstance(size, int):
         raise ModelError(
-            f"the model's vocab_size={text.vocab_size} is smaller than the tokenizer's {vocab_size} (one more than the "
+            f"{type(config).__name__} with vocab_size={size!r} is no language model: it predicts no tokens"
+        )
+    if size < vocab_size:
+        raise ModelError(
+            f"the model's vocab_size={size} is smaller than the tokenizer's {vocab_size} (one more than the "
             "highest token id): give the tokenizer that belongs to the model as data.tokenizer"
         )
     return config

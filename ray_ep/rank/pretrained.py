@@ -202,18 +202,20 @@ def _load(model: PreTrainedModel, state: dict[str, Any], device: str) -> Any:
 def _check_quantised(source: Source, targets: dict[str, Target | None], expected: dict[str, Any]) -> None:
     """Whatever quantisation is left is refused: by what the tensors are called, and by their dtypes."""
     undeclared = "" if source.declared else "; config.json declares no quantization_config"
+    for key in [k for k, target in targets.items() if target is None]:
+        if ACTIVATION_SCALE.search(key) or not (name := looks_like(key)):
+            continue
+        hint = ""
+        if name == "fp8" and not source.declared:
+            hint = (
+                'if it was made in blocks, add quantization_config={"quant_method": "fp8", "weight_block_size": '
+                "[128, 128]} to its config.json"
+            )
+        raise source.refused(f"{name}: {key}{undeclared}", hint)
     for key, target in targets.items():
         tensor = source.tensors[key]
-        if target is None:
-            if not ACTIVATION_SCALE.search(key) and (name := looks_like(key)):
-                hint = ""
-                if name == "fp8" and not source.declared:
-                    hint = (
-                        "if that is how it was made, add quantization_config="
-                        '{"quant_method": "fp8", "weight_block_size": [128, 128]} to its config.json'
-                    )
-                raise source.refused(f"{name}: {key}{undeclared}", hint)
-        elif isinstance(tensor, Stored) and tensor.dtype not in FLOATS and expected[target.name].is_floating_point():
+        wide = not isinstance(tensor, Stored) or tensor.dtype in FLOATS
+        if target is not None and not wide and expected[target.name].is_floating_point():
             name = "float8" if tensor.dtype.startswith("F8") else tensor.dtype
             raise source.refused(f"{key} is {name} without scales that are known{undeclared}")
 
