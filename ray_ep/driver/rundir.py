@@ -190,7 +190,8 @@ class RunDir:
                 if f.write(line) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError:
-                f.truncate(whole)  # half a line would spoil the next one
+                with suppress(OSError):
+                    f.truncate(whole)  # half a line would spoil the next one
                 raise
 
 

@@ -1,7 +1,9 @@
 """What is left after an interruption or a lost rank: exit status, words that help, a checkpoint, and no process."""
 
 import os
+import re
 import signal
+import time
 
 import pytest
 
@@ -10,7 +12,7 @@ from ray_ep.rank.directory import Directory
 
 PROBE = """
 # Put on PYTHONPATH as sitecustomize. The hook waits for the module, so nothing is imported early.
-import importlib.abc, importlib.util, os, sys
+import importlib.abc, importlib.util, os, sys, time
 
 class Hook(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
@@ -30,6 +32,8 @@ def patch(Rank):
             open(f"{os.environ['RAY_EP_TEST_PIDS']}/rank-{self.group.rank}.pid", "w").write(str(os.getpid()))
         if self.group.rank == 1 and step == 3 and os.environ.get("RAY_EP_TEST_FAULT") == "1":
             raise ValueError("boom from rank 1")
+        if step >= 3:
+            time.sleep(float(os.environ.get("RAY_EP_TEST_SLOW_S", 0)))
         return train_step(self, step, *more)
 
     Rank.train_step = probed_step
@@ -82,11 +86,17 @@ def test_control_c_saves_leaves_nothing_behind_and_a_restart_goes_on_at_the_next
     assert [m["step"] for m in lines(here.path / "run" / "metrics.jsonl")] == list(range(1, done + 3))
 
 
-def test_termination_saves_and_leaves_nothing_behind(here, lines, running):
-    command = running()
+def test_termination_in_a_long_step_is_answered_at_once_saves_and_leaves_nothing_behind(here, lines, running):
+    command = running(RAY_EP_TEST_SLOW_S="4")
     command.until(lambda: (here.path / "run" / "report.html").exists(), 60, "a page")
     assert "In progress at" in (here.path / "run" / "report.html").read_text()
     command.process.terminate()  # as Kubernetes and Slurm do: to the command alone
+    events = here.path / "run" / "events.jsonl"
+    sent = time.monotonic()
+    said = command.until(lambda: [e for e in lines(events) if e["kind"] == "signal"], 20, "an answer")
+    assert time.monotonic() - sent < 2  # of which the event takes 0.2 s, and this machine the rest
+    assert re.fullmatch(r"SIGTERM: step 4 is finished first \(about \d+ s\), then .* saved.*", said[0]["message"])
+    assert said[0]["message"] in command.err
     check_interrupted(here, lines, command)
 
 
@@ -98,13 +108,17 @@ def test_a_command_that_is_terminated_while_it_starts_leaves_nothing_behind(here
     assert command.left(15) == {}
 
 
-def test_a_killed_rank_is_named_and_ends_the_run_without_orphans(here, running):
+def test_a_killed_rank_is_named_and_ends_the_run_without_orphans(here, lines, running):
     command = running()
     os.kill(pid_of(here, 1), signal.SIGKILL)
     assert command.wait(20) == 1, command.err
-    assert "rank 1 died" in command.err
+    assert re.search(r"rank 1 on \S+ died", command.err)
     assert len(command.err.splitlines()) < 40
     assert command.left() == {}
+    failed = lines(here.path / "run" / "events.jsonl")[-1]
+    assert failed["kind"] == "failed"
+    for words in (failed["message"], command.err.splitlines()[-1]):  # the last line is what to do
+        assert re.search(r"nothing was saved: \d+ steps are lost; .*: ray-ep train run_dir=\S*run resume=auto", words)
     assert (here.path / "run" / "report.html").exists()
 
 

@@ -39,7 +39,7 @@ def test_a_directory_that_another_node_does_not_share_is_refused_with_what_is_ne
     for part in (
         "rank 2",
         "beta",
-        str(tmp_path / "run"),
+        str(tmp_path / "other"),
         "checkpoint.dir must be a path that all nodes share",
         "s3://",
     ):

@@ -163,7 +163,7 @@ def test_a_record_that_cannot_be_written_ends_no_run_and_is_said_once(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
-def test_half_a_line_is_taken_back_when_the_disk_is_full(tmp_path, monkeypatch):
+def test_half_a_line_is_taken_back_when_the_disk_is_full(tmp_path):
     run, said = RunDir(tmp_path), []
     run.say = said.append
     run.create(load_config(None, []))
