@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,22 @@ import yaml
 
 from ray_ep.errors import PlacementError
 
+ALLOWED = (
+    "ray_ep's own statistics (.npz); SGLang's expert-distribution records (.pt, or the directory with one a rank) or "
+    "logical_count (.json); routed experts of vLLM or SGLang (responses as .json, .jsonl, or a directory of them; of "
+    "vLLM also .npy, .npz of [tokens, layers, top_k]); TensorRT-LLM's EXPERT_STATISTIC_PATH (a directory with "
+    "meta_info.json)"
+)
+"""Records of routing that are read."""
+
+
+def holds(tree: Any) -> str:
+    """What a document is, for a message."""
+    if isinstance(tree, Mapping):
+        return f"a mapping with the keys {', '.join(sorted(map(str, tree))[:8])}" if tree else "an empty mapping"
+    names = {list: "a list", str: "a text", bool: "a truth value", int: "a number", float: "a number"}
+    return "nothing" if tree is None else names.get(type(tree), "something else")
+
 
 def head_of(file: Path) -> bytes:
     """The first bytes, blanks before them left out."""
@@ -19,7 +36,7 @@ def head_of(file: Path) -> bytes:
         with open(file, "rb") as f:
             return f.read(64).lstrip()
     except OSError as e:
-        raise PlacementError(f"{file}: {e}") from None
+        raise PlacementError(f"{file}: {e.strerror or 'cannot be read'}") from None
 
 
 def numpy_file(file: Path, load: Callable[..., Any]) -> Any:
@@ -56,7 +73,9 @@ def _plain(value: Any) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """What a library says, without the names of Python's exceptions."""
+    line = next(iter(str(error).splitlines()), "")
+    return "its content is damaged" if not line or re.search(r"\b\w+(Error|Exception)\b", line) else line
 
 
 def torch_bytes(tree: Mapping[str, Any]) -> bytes:
@@ -72,16 +91,18 @@ def text_of(file: Path) -> str:
     """The whole file as UTF-8."""
     try:
         return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise PlacementError(f"{file}: {e}") from None
+    except OSError as e:
+        raise PlacementError(f"{file}: {e.strerror or 'cannot be read'}") from None
+    except UnicodeDecodeError as e:
+        raise PlacementError(f"{file}: not text: byte {e.start} is not UTF-8") from None
 
 
 def json_file(file: Path) -> Any:
     """One JSON document."""
     try:
         return json.loads(text_of(file))
-    except ValueError as e:
-        raise PlacementError(f"{file}: not JSON: {e}") from None
+    except (ValueError, RecursionError) as e:
+        raise PlacementError(f"{file}: not JSON: {_first_line(e)}") from None
 
 
 def json_values(file: Path) -> Any:
@@ -89,16 +110,17 @@ def json_values(file: Path) -> Any:
     text = text_of(file)
     try:
         return json.loads(text)
-    except ValueError as whole:
-        lines = [line for line in text.splitlines() if line.strip()]
-        if len(lines) < 2 or not lines[0].rstrip().endswith("}"):
-            raise PlacementError(f"{file}: not JSON: {whole}") from None
+    except (ValueError, RecursionError) as whole:
+        lines = [line for line in text.split("\n") if line.strip()]
+        if len(lines) < 2 or not lines[0].rstrip().endswith(("}", "]")):
+            raise PlacementError(f"{file}: not JSON: {_first_line(whole)}") from None
     values = []
     for number, line in enumerate(lines, 1):
         try:
-            values.append(json.loads(line))
-        except ValueError as e:
-            raise PlacementError(f"{file}, line {number}: not JSON: {e}") from None
+            value = json.loads(line)
+        except (ValueError, RecursionError) as e:
+            raise PlacementError(f"{file}, line {number}: not JSON: {_first_line(e)}") from None
+        values += value if isinstance(value, list) else [value]
     return values
 
 
@@ -107,9 +129,13 @@ def yaml_file(file: Path) -> Any:
     text = text_of(file)
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     try:
         return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError as e:
-        raise PlacementError(f"{file}: neither JSON nor YAML: {e}") from None
+    except yaml.MarkedYAMLError as e:
+        at = "" if e.problem_mark is None else f", line {e.problem_mark.line + 1}"
+        raise PlacementError(f"{file}{at}: neither JSON nor YAML: {e.problem or 'damaged'}") from None
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError, AttributeError, IndexError) as e:
+        # PyYAML makes dates, numbers and keys of what looks like one, and raises what those raise.
+        raise PlacementError(f"{file}: neither JSON nor YAML: {_first_line(e)}") from None

@@ -6,33 +6,37 @@ A .pt file is loaded with weights_only=True: a record cannot run code.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import contextlib
-import io
 import json
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
-from ray_ep.cli.engine_files import head_of, json_file, json_values, numpy_file, torch_bytes, torch_file, yaml_file
+from ray_ep.cli.engine_files import (
+    ALLOWED,
+    head_of,
+    holds,
+    json_file,
+    json_values,
+    numpy_file,
+    torch_bytes,
+    torch_file,
+    yaml_file,
+)
+from ray_ep.cli.responses import NO_ROUTING, Routed, shaped
+from ray_ep.cli.twice import copies, twice, without_copies
 from ray_ep.errors import PlacementError
 from ray_ep.placement import Placement, RoutingStatistics
-from ray_ep.placement.engine_maps import ENGINES, document, from_document
+from ray_ep.placement.engine_maps import ENGINES, document, map_of, what_it_is
 from ray_ep.placement.engines import Recorded, sglang_record, tensorrt_record, vllm_record
 
-ALLOWED = (
-    "ray_ep's own statistics (.npz); SGLang's expert-distribution records (.pt, or the directory with one a rank) or "
-    "logical_count (.json); vLLM's routed experts (.npy, .npz of [tokens, layers, top_k], or responses as .json, "
-    ".jsonl, or a directory of them); TensorRT-LLM's EXPERT_STATISTIC_PATH (a directory with meta_info.json)"
-)
 SUFFIXES = (".pt", ".npy", ".npz", ".json", ".jsonl")
 """Files of a directory that are looked at; the rest of it is nobody's record."""
 
@@ -42,11 +46,12 @@ def read_statistics(path: str | Path, num_experts: int | None = None) -> Routing
     return read_record(path, num_experts).statistics
 
 
-def read_record(path: str | Path, num_experts: int | None = None) -> Recorded:
+def read_record(path: str | Path, num_experts: int | None = None, shape: tuple[int, int] | None = None) -> Recorded:
     """Statistics with the engine's name and its layer numbers, of a file or a directory of one run's files.
 
     Args:
-        num_experts: experts of a layer; needed where vLLM's output is too short to name the last of them.
+        num_experts: experts of a layer; needed where a short output does not name the last of them.
+        shape: layers and top_k of SGLang's routed experts, where its responses do not tell.
 
     Raises:
         PlacementError: naming the file, what was found and what is allowed.
@@ -55,14 +60,21 @@ def read_record(path: str | Path, num_experts: int | None = None) -> Recorded:
     if not path.exists():
         raise PlacementError(f"{path}: no such file or directory")
     if not path.is_dir():
-        return _record([path], path, num_experts)
+        return _record([path], path, num_experts, shape)
+    try:
+        there = sorted(path.iterdir())
+    except OSError as e:
+        raise PlacementError(f"{path}: {e.strerror or 'cannot be read'}") from None
+    files = [p for p in there if p.suffix in SUFFIXES and p.is_file()]
     if (path / "meta_info.json").exists():
-        return _tensorrt(path)
-    files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
+        beside = [p.name for p in files if p.name != "meta_info.json"]
+        found = _tensorrt(path)
+        words = f"TensorRT-LLM's statistics are read; {', '.join(beside[:5])} beside them are not"
+        return replace(found, notes=(*found.notes, words)) if beside else found
     if not files:
-        names = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
+        names = ", ".join(p.name for p in there[:5]) or "nothing"
         raise PlacementError(f"{path}: holds {names}; allowed are {ALLOWED}")
-    return _record(files, path, num_experts)
+    return _record(files, path, num_experts, shape)
 
 
 def read_placement(path: str | Path, ranks: int | None = None, layer_ids: Sequence[int] | None = None) -> Placement:
@@ -75,17 +87,47 @@ def read_placement(path: str | Path, ranks: int | None = None, layer_ids: Sequen
     Raises:
         PlacementError: naming the file, what was found and what is allowed.
     """
+    return read_map(path, ranks, layer_ids)[0]
+
+
+def read_map(
+    path: str | Path, ranks: int | None = None, layer_ids: Sequence[int] | None = None, layers: int | None = None
+) -> tuple[Placement, tuple[str, ...]]:
+    """`read_placement`, and what of the file was left out, in sentences.
+
+    Args:
+        layers: where layer_ids is None: how many to take, the first ones; None: all.
+    """
     path = Path(path)
     head = head_of(path)
     tree = torch_file(path) if head.startswith(b"PK\x03\x04") else yaml_file(path)
+    tree, path = _load_balancer(tree, path)
     if not isinstance(tree, Mapping):
-        raise PlacementError(f"{path}: holds a {type(tree).__name__}: expected a placement as a JSON or YAML mapping")
+        raise PlacementError(f"{path}: holds {holds(tree)}: expected a placement as a JSON or YAML mapping")
     if "slots" in tree:
         try:
-            return Placement.from_json(json.dumps(tree, default=str))
+            return Placement.from_json(json.dumps(tree, default=str)), ()
         except PlacementError as e:
             raise PlacementError(f"{path}: {e}") from None
-    return from_document(tree, str(path), ranks, layer_ids)
+        except (TypeError, ValueError, RecursionError):
+            raise PlacementError(f"{path}: a placement whose keys or values are no plain numbers") from None
+    return map_of(tree, str(path), ranks, layer_ids, layers)
+
+
+def _load_balancer(tree: Any, path: Path) -> tuple[Any, Path]:
+    """TensorRT-LLM's load balancer out of its LLM API options: given there as it is, or as the path of its file."""
+    if not isinstance(tree, Mapping):
+        return tree, path
+    options = tree.get("moe_config")
+    inner = options.get("load_balancer") if isinstance(options, Mapping) else tree.get("moe_load_balancer")
+    if isinstance(inner, Mapping):
+        return inner, path
+    if not isinstance(inner, str):
+        return tree, path
+    for file in (path.parent / inner, Path(inner)):
+        if file.is_file() and not file.samefile(path):
+            return yaml_file(file), file
+    raise PlacementError(f"{path}: its load_balancer is the file {inner}, which is not there: give that file")
 
 
 def write_placement(
@@ -127,33 +169,67 @@ def write_placement(
     except OSError as e:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise PlacementError(f"{path}: {e}") from None
+        raise PlacementError(f"{path}: {e.strerror or 'cannot be written'}") from None
 
 
-def _record(files: Sequence[Path], where: Path, num_experts: int | None) -> Recorded:
-    """All files of one engine and run."""
+def _record(files: Sequence[Path], where: Path, num_experts: int | None, shape: tuple[int, int] | None) -> Recorded:
+    """All files of one engine and run, a file that is there twice once."""
     sglang: list[tuple[str, Mapping[str, Any]]] = []
-    vllm: list[tuple[str, Any]] = []
+    routed, same = Routed(), copies(files)
+    notes = [f"{file.name} is the same as {first.name} and is counted once" for file, first in same.items()]
     for file in files:
+        if file in same:
+            continue
         tree = _open(file)
         if isinstance(tree, RoutingStatistics):
             if len(files) > 1:
-                raise PlacementError(f"{file}: ray_ep's statistics among other files in {where}: give one file")
+                raise PlacementError(
+                    f"{file}: ray_ep's statistics among other files in {where}, which may be records of the same "
+                    "tokens: give one file"
+                )
             layers = len(tree.load)
             return Recorded(tree, "ray_ep", tuple(range(layers)), layers)
         if isinstance(tree, Mapping) and tree.keys() & {"logical_count", "records"}:
             sglang.append((str(file), tree))
+        elif isinstance(tree, Mapping) and (what := what_it_is(tree)):
+            raise PlacementError(f"{file}: {what}, not a routing record: allowed are {ALLOWED}")
         else:
-            vllm += _routed(tree, str(file))
-    if sglang and vllm:
-        raise PlacementError(f"{where}: SGLang's {sglang[0][0]} and vLLM's {vllm[0][0]} together: give one engine's")
-    if sglang:
-        return sglang_record(sglang, num_experts)
-    if not vllm:
+            routed.add(tree, str(file))
+    found = _together(sglang, routed, where, num_experts, shape)
+    return replace(found, notes=(*found.notes, *routed.notes(), *notes))
+
+
+def _together(
+    sglang: list[tuple[str, Mapping[str, Any]]],
+    routed: Routed,
+    where: Path,
+    num_experts: int | None,
+    shape: tuple[int, int] | None,
+) -> Recorded:
+    """One engine's documents as statistics."""
+    kinds = [
+        ("SGLang's", [name for name, _ in sglang]),
+        ("vLLM's", [name for name, _ in routed.arrays]),
+        ("SGLang's responses", [f.where for f in routed.flat]),
+    ]
+    have = [(kind, names[0]) for kind, names in kinds if names]
+    if len(have) > 1:
+        (a, first), (b, second) = have[:2]
         raise PlacementError(
-            f"{where}: responses without routed experts: start vLLM with --enable-return-routed-experts"
+            f"{where}: {a} {first} and {b} {second} together, which may be records of the same tokens: give one kind"
         )
-    return vllm_record(vllm, num_experts)
+    if sglang:
+        once, notes = without_copies(sglang)
+        found = sglang_record(once, num_experts)
+        return replace(found, notes=(*found.notes, *notes))
+    if routed.flat:
+        arrays, words = shaped(routed.flat, shape)
+        found = replace(vllm_record(arrays, num_experts), engine="sglang")
+        return replace(found, notes=(words, *found.notes, *twice(arrays)))
+    if not routed.arrays:
+        raise PlacementError(f"{where}: {NO_ROUTING}")
+    found = vllm_record(routed.arrays, num_experts)
+    return replace(found, notes=(*found.notes, *twice(routed.arrays)))
 
 
 def _tensorrt(path: Path) -> Recorded:
@@ -168,8 +244,8 @@ def _tensorrt(path: Path) -> Recorded:
     for file in sorted(p for p in path.iterdir() if re.fullmatch(r"rank\d+\.safetensors", p.name)):
         try:
             ranks.append((str(file), load_file(file)))
-        except (SafetensorError, OSError, ValueError) as e:
-            raise PlacementError(f"{file}: not a safetensors file: {e}") from None
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise PlacementError(f"{file}: not a safetensors file, or of a type that NumPy lacks") from None
     return tensorrt_record(str(path), meta, ranks)
 
 
@@ -181,8 +257,8 @@ def _open(file: Path) -> Any:
     if head.startswith(b"PK\x03\x04"):
         try:
             names = zipfile.ZipFile(file).namelist()
-        except (zipfile.BadZipFile, OSError) as e:
-            raise PlacementError(f"{file}: a damaged zip archive (.pt or .npz): {e}") from None
+        except Exception:  # damaged bytes raise struct.error, BadZipFile and more
+            raise PlacementError(f"{file}: a damaged zip archive (.pt or .npz)") from None
         if any(name.endswith("data.pkl") for name in names):
             return torch_file(file)
         arrays = numpy_file(file, lambda f, allow_pickle: dict(np.load(f, allow_pickle=allow_pickle)))
@@ -191,6 +267,8 @@ def _open(file: Path) -> Any:
         return [{"routed_experts": a} for a in arrays.values()]
     if head[:1] in (b"{", b"["):
         return json_values(file)
+    if file.suffix in (".yaml", ".yml") and (tree := yaml_file(file)):
+        return tree
     found = "an empty file" if not head else f"content that starts with {head[:8]!r}"
     raise PlacementError(f"{file}: {found}; allowed are {ALLOWED}")
 
@@ -199,33 +277,7 @@ def _own(file: Path, arrays: Mapping[str, Any]) -> RoutingStatistics:
     """What RoutingStatistics.save wrote."""
     try:
         return RoutingStatistics(**{f.name: arrays[f.name] for f in fields(RoutingStatistics) if f.name in arrays})
-    except (TypeError, PlacementError) as e:
+    except PlacementError as e:
         raise PlacementError(f"{file}: {e}") from None
-
-
-def _routed(tree: Any, where: str) -> Iterator[tuple[str, Any]]:
-    """vLLM's arrays [T, L, K] in a response, a list of responses, or an array; prompts and completions alike."""
-    if isinstance(tree, np.ndarray):
-        yield where, tree
-    elif isinstance(tree, list) and all(isinstance(x, Mapping) for x in tree):
-        for i, item in enumerate(tree):
-            yield from _routed(item, where if len(tree) == 1 else f"{where}: [{i}]")
-    elif isinstance(tree, Mapping) and tree.keys() & {"choices", "outputs", "routed_experts", "prompt_routed_experts"}:
-        for key in ("prompt_routed_experts", "routed_experts"):
-            if tree.get(key) is not None:  # null: the request was aborted, or the server does not capture
-                yield f"{where}: {key}", _array(tree[key], f"{where}: {key}")
-        for key in ("choices", "outputs"):
-            yield from _routed(tree.get(key) or [], f"{where}: {key}")
-    else:
-        found = f"keys {sorted(map(str, tree))[:8]}" if isinstance(tree, Mapping) else f"a {type(tree).__name__}"
-        raise PlacementError(f"{where}: not a routing record, it holds {found}; allowed are {ALLOWED}")
-
-
-def _array(value: Any, where: str) -> Any:
-    """Nested lists (v0.21) as they are; base64 of .npy bytes (later) decoded."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return np.load(io.BytesIO(base64.b64decode(value, validate=True)), allow_pickle=False)
-    except (binascii.Error, ValueError, EOFError, OSError) as e:
-        raise PlacementError(f"{where}: expected base64 of a .npy file: {e}") from None
+    except (TypeError, ValueError):
+        raise PlacementError(f"{file}: statistics that do not hold numbers") from None

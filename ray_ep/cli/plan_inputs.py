@@ -6,6 +6,7 @@ Imports neither torch nor Ray (a .pt record imports torch).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import yaml
 
 from ray_ep.cli.engine_files import text_of, yaml_file
-from ray_ep.cli.engines import read_placement, read_record
+from ray_ep.cli.engines import read_map, read_placement, read_record
 from ray_ep.errors import BadInput, PlacementError
 from ray_ep.placement import Placement, RoutingStatistics, StepCosts, Topology
 from ray_ep.placement.cluster_description import describe
@@ -41,13 +42,22 @@ def run_of(path: Path) -> Path | None:
     return path if path.is_dir() and (path / "config.yaml").is_file() else None
 
 
-def read_recorded(path: Path, num_experts: int | None) -> Recorded:
-    """Statistics of a run directory, ray_ep's file, or another engine's record."""
+def read_recorded(path: Path, num_experts: int | None, routed: str | None = None) -> Recorded:
+    """Statistics of a run directory, ray_ep's file, or another engine's record; routed: LAYERSxTOP_K of --routed."""
     if run_of(path) is None:
-        return read_record(path, num_experts)
+        return read_record(path, num_experts, _routed_shape(routed))
     if not (path / STATISTICS).is_file():
         raise PlacementError(f"{path}: the run has no {STATISTICS} yet: it is written with each checkpoint")
     return read_record(path / STATISTICS, num_experts)
+
+
+def _routed_shape(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,2})", text.strip())
+    if match is None:
+        raise BadInput(f"--routed {text!r}: expected LAYERSxTOP_K, all layers of the model, such as 61x8")
+    return int(match[1]), int(match[2])
 
 
 def read_topology(path: Path | None, run: Path | None) -> tuple[Topology, tuple[float, ...] | None]:
@@ -78,31 +88,37 @@ def read_topology(path: Path | None, run: Path | None) -> tuple[Topology, tuple[
         raise PlacementError(f"{path}: {e}") from None
 
 
-def read_current(path: Path | None, run: Path | None, ranks: int, recorded: Recorded) -> Placement | None:
-    """The placement that runs now: of the file, else the newest of the run; None where neither is there.
+def read_current(
+    path: Path | None, run: Path | None, ranks: int, recorded: Recorded
+) -> tuple[Placement | None, tuple[str, ...]]:
+    """The placement that runs now, and what of its file was left out, in sentences.
 
-    A run's own placement is left out where another cluster is planned for.
+    Of the file, else the newest of the run; None where neither is there. A run's own placement is left out where
+    another cluster is planned for.
     """
+    notes: tuple[str, ...] = ()
+    layers, experts = recorded.statistics.load.shape
     if path is not None:
         if not path.is_file():
             raise PlacementError(f"{path}: no such file: expected a placement")
-        placement = read_placement(path, ranks, None if recorded.engine == "ray_ep" else recorded.layer_ids)
+        ids = None if recorded.engine == "ray_ep" else recorded.layer_ids
+        placement, notes = read_map(path, ranks, ids, layers)
     else:
         files = [] if run is None else sorted((run / "placements").glob("*.json"))
         if not files:
-            return None
+            return None, ()
         path, placement = files[-1], read_placement(files[-1])
         if placement.num_ranks != ranks:
-            return None
-    have, want = (placement.num_layers, placement.num_experts), recorded.statistics.load.shape
-    if have != want:
+            return None, ()
+    have = placement.num_layers, placement.num_experts
+    if have != (layers, experts):
         raise PlacementError(
-            f"{path}: a placement of {have[0]} layers x {have[1]} experts, the statistics are of {want[0]} x {want[1]}:"
+            f"{path}: a placement of {have[0]} layers x {have[1]} experts, the statistics are of {layers} x {experts}:"
             " they must be of one model"
         )
     if placement.num_ranks != ranks:
         raise PlacementError(f"{path}: a placement on {placement.num_ranks} ranks, the topology has {ranks}")
-    return placement
+    return placement, notes
 
 
 def read_costs(

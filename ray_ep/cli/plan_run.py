@@ -60,14 +60,14 @@ def planned(path: Path, options: dict[str, Any]) -> Planned:
         BadInput: something given is wrong; nothing was written.
     """
     run = plan_inputs.run_of(path)
-    recorded = plan_inputs.read_recorded(path, options["experts"])
+    recorded = plan_inputs.read_recorded(path, options["experts"], options["routed"])
     engine = options["engine"] or (recorded.engine if recorded.engine != "vllm" else "ray_ep")
     out: Path | None = options["out"]
     if out is None and options["engine"] is not None:
         raise BadInput(f"--engine {engine}: give --out FILE, too")
     topology, speed = plan_inputs.read_topology(options["topology"], run)
     ranks = topology.num_ranks
-    current = plan_inputs.read_current(options["current"], run, ranks, recorded)
+    current, left = plan_inputs.read_current(options["current"], run, ranks, recorded)
     costs = plan_inputs.read_costs(options["costs"], run, recorded, ranks, speed)
     slots = plan_inputs.slots_of(options["slots"], current, ranks)
     level, why = plan_inputs.read_level(options["level"], run, recorded.engine == engine == "ray_ep")
@@ -87,7 +87,7 @@ def planned(path: Path, options: dict[str, Any]) -> Planned:
     size = round(costs.figures.expert_bytes) if costs.sized else None
     nearest = recorded.engine in NEAREST and engine in NEAREST
     words = advice_words(recorded.statistics, told, topology.node_of, size, now, nearest, level)
-    notes = _notes(recorded, case, costs, why)
+    notes = (*_notes(recorded, case, costs, why), *left)
     where = numbers = None
     if out is not None:
         written = placements[PLAN]

@@ -40,8 +40,8 @@ class Clusters:
     notes: tuple[str, ...]
 
 
-def routing(path: Path | None, given: str | None, experts: int | None) -> Recorded:
-    """Recorded statistics, or invented ones.
+def routing(path: Path | None, given: str | None, experts: int | None, routed: str | None = None) -> Recorded:
+    """Recorded statistics, or invented ones; see `plan_inputs.read_recorded`.
 
     Raises:
         BadInput: neither or both are given, a key or value that is not what it should be.
@@ -52,7 +52,7 @@ def routing(path: Path | None, given: str | None, experts: int | None) -> Record
             "layers=58,experts=256,top_k=8, one of them"
         )
     if path is not None:
-        return plan_inputs.read_recorded(path, experts)
+        return plan_inputs.read_recorded(path, experts, routed)
     values: dict[str, Any] = {}
     for item in str(given).split(","):
         key, sep, text = (x.strip() for x in item.partition("="))

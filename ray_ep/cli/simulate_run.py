@@ -49,7 +49,7 @@ def simulated(path: Path | None, options: Mapping[str, Any]) -> Simulated:
         BadInput: something given is wrong.
     """
     placements = simulate_inputs.placements(options["placements"])
-    recorded = simulate_inputs.routing(path, options["synthetic"], options["experts"])
+    recorded = simulate_inputs.routing(path, options["synthetic"], options["experts"], options["routed"])
     run = None if path is None else plan_inputs.run_of(path)
     statistics = recorded.statistics
     clusters = simulate_inputs.clusters(options, run, statistics.load.shape[1])

@@ -19,12 +19,14 @@ Sources of the formats (commits of public repositories, read in 2026):
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ray_ep.errors import PlacementError
+from ray_ep.placement.engines import MOST_EXPERTS
 from ray_ep.placement.placement import Ints, Placement
 
 ENGINES = ("ray_ep", "sglang", "vllm", "vllm-ascend", "tensorrt-llm")
@@ -85,28 +87,82 @@ def document(
 def from_document(
     tree: Mapping[str, Any], where: str, ranks: int | None = None, layer_ids: Sequence[int] | None = None
 ) -> Placement:
+    """The placement of `map_of`."""
+    return map_of(tree, where, ranks, layer_ids)[0]
+
+
+def map_of(
+    tree: Mapping[str, Any],
+    where: str,
+    ranks: int | None = None,
+    layer_ids: Sequence[int] | None = None,
+    layers: int | None = None,
+) -> tuple[Placement, tuple[str, ...]]:
     """The placement in an engine's document (sglang, tensorrt-llm or vllm-ascend, told apart by its keys).
 
     Args:
         ranks: R; the documents of sglang and tensorrt-llm do not say it.
         layer_ids: which of the engine's layers to take, in order (to leave dense ones out); None: all.
+        layers: where layer_ids is None: how many to take, the first ones; None: all.
+
+    Returns:
+        the placement, and what of the document was left out, in sentences.
 
     Raises:
         PlacementError: naming `where`, what was found and what is allowed.
     """
     if "layer_list" in tree:
-        slots = _read_ascend(tree, where, layer_ids)
+        slots, notes = _read_ascend(tree, where, len(layer_ids) if layer_ids is not None else layers)
     elif "physical_to_logical_map" in tree or "initial_global_assignments" in tree:
-        slots = _by_rank(_read_flat(tree, where, layer_ids), where, ranks)
+        flat, notes = _read_flat(tree, where, layer_ids, layers)
+        slots = _by_rank(flat, where, ranks)
     else:
+        what = what_it_is(tree) or f"not a placement: its keys are {sorted(map(str, tree))[:8]}"
+        more = ""
+        if _is_online(tree):
+            each = tree.get("num_slots")
+            slots_each = f" ({each} slots on {ranks} ranks)" if isinstance(each, int) and ranks else ""
+            more = (
+                f". There is nothing in it that tells where experts are{slots_each}: leave it out, and what is "
+                "compared with is the order that it starts from"
+            )
         raise PlacementError(
-            f"{where}: not a placement: its keys are {sorted(map(str, tree))}; expected slots (ray_ep), "
-            "physical_to_logical_map (sglang), initial_global_assignments (tensorrt-llm) or layer_list (vllm-ascend)"
+            f"{where}: {what}{more}; expected slots (ray_ep), physical_to_logical_map (sglang), "
+            "initial_global_assignments (tensorrt-llm) or layer_list (vllm-ascend)"
         )
+    if slots.size and slots.max() >= MOST_EXPERTS:
+        raise PlacementError(f"{where}: names expert {slots.max()}: ids below {MOST_EXPERTS} are expected")
     try:
-        return Placement(slots, int(slots.max(initial=-1)) + 1)
+        return Placement(slots, int(slots.max(initial=-1)) + 1), notes
     except PlacementError as e:
         raise PlacementError(f"{where}: {e}") from None
+
+
+def what_it_is(tree: Mapping[str, Any]) -> str:
+    """A document that is no record of routing, in words; "" where it is none that is known."""
+    if "initial_global_assignments" in tree:
+        return "TensorRT-LLM's load balancer configuration with a placement (--current takes it)"
+    if _is_online(tree):
+        said = ", ".join(f"{k} {tree[k]}" for k in ("num_slots", "layer_updates_per_iter") if k in tree)
+        return (
+            f"TensorRT-LLM's load balancer configuration ({said}) without initial_global_assignments: the engine "
+            "places experts by itself while it serves"
+        )
+    if "moe_config" in tree or "moe_load_balancer" in tree:
+        return "TensorRT-LLM's LLM API options, with no placement under moe_config.load_balancer"
+    if "physical_to_logical_map" in tree:
+        return "a placement of SGLang (--current takes it)"
+    if "layer_list" in tree:
+        return "a placement of vllm-ascend (--current takes it)"
+    if "slots" in tree and "num_experts" in tree:
+        return "a placement of ray_ep (--current takes it)"
+    if tree.keys() & {"logical_count", "records"}:
+        return "a record of routing, not a placement"
+    return ""
+
+
+def _is_online(tree: Mapping[str, Any]) -> bool:
+    return bool(tree.keys() & {"num_slots", "layer_updates_per_iter"}) and "initial_global_assignments" not in tree
 
 
 def _filled(placement: Placement, engine: str) -> Ints:
@@ -152,29 +208,67 @@ def _ascend(slots: Ints) -> dict[str, Any]:
     return {"moe_layer_count": len(slots), "layer_list": layers}
 
 
-def _read_ascend(tree: Mapping[str, Any], where: str, layer_ids: Sequence[int] | None) -> Ints:
-    try:
-        by_number = {int(x["layer_id"]): [d["device_expert"] for d in x["device_list"]] for x in tree["layer_list"]}
-    except (TypeError, KeyError, ValueError) as e:
-        raise PlacementError(f"{where}: layer_list is not a list of layers with device_list: {e!r}") from None
-    return _ints(f"{where}: layer_list", _pick(by_number, where, layer_ids), 3)
+def _read_ascend(tree: Mapping[str, Any], where: str, layers: int | None) -> tuple[Ints, tuple[str, ...]]:
+    """Slots [L, R, S]. It counts MoE layers only, in order: where layer_id is missing, that is their number."""
+    found = tree["layer_list"]
+    rows: dict[int, Any] = {}
+    for i, layer in enumerate(found if isinstance(found, list) else []):
+        number = layer.get("layer_id", i) if isinstance(layer, Mapping) else None
+        devices = layer.get("device_list") if isinstance(layer, Mapping) else None
+        each = [d.get("device_expert") for d in devices or [] if isinstance(d, Mapping)] if _lists(devices) else []
+        if not isinstance(number, int) or number < 0 or not each or not all(map(_lists, each)):
+            raise PlacementError(
+                f"{where}: layer_list is not a list of layers: number {i} is no mapping with device_list, a list of "
+                "mappings with device_expert (a list of expert ids), and layer_id, a number that may be left out"
+            )
+        if number in rows:
+            raise PlacementError(f"{where}: layer_list[{i}]: layer_id {number} is there twice")
+        rows[number] = each
+    if not rows:
+        raise PlacementError(f"{where}: layer_list is not a list of layers: it holds none")
+    numbers, notes = _first(sorted(rows), layers, where)
+    return _ints(f"{where}: layer_list", [rows[n] for n in numbers], 3), notes
 
 
-def _read_flat(tree: Mapping[str, Any], where: str, layer_ids: Sequence[int] | None) -> Ints:
+def _lists(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _first(numbers: list[int], layers: int | None, where: str) -> tuple[list[int], tuple[str, ...]]:
+    """The first `layers` of a map's layers: what a model has beyond its own layers (MTP) comes after them."""
+    if layers is None or len(numbers) == layers:
+        return numbers, ()
+    if len(numbers) < layers:
+        raise PlacementError(f"{where}: a placement of {len(numbers)} MoE layers, the statistics are of {layers}")
+    rest = ", ".join(map(str, numbers[layers:][:8]))
+    return numbers[:layers], (
+        f"{where}: a placement of {len(numbers)} layers, the statistics are of {layers}: its last ({rest}), as an MTP "
+        "layer is, are left out",
+    )
+
+
+def _read_flat(
+    tree: Mapping[str, Any], where: str, layer_ids: Sequence[int] | None, layers: int | None
+) -> tuple[Ints, tuple[str, ...]]:
     """[L, X] of sglang or tensorrt-llm."""
     if "physical_to_logical_map" in tree:
         key = "physical_to_logical_map"
-        rows = _ints(f"{where}: {key}", tree[key], 2)
-        by_number: dict[int, Any] = dict(enumerate(rows))
+        by_number: dict[int, Any] = dict(enumerate(_ints(f"{where}: {key}", tree[key], 2)))
     else:
         key = "initial_global_assignments"
-        if not isinstance(tree[key], Mapping) or not all(str(n).isdigit() for n in tree[key]):
+        if not isinstance(tree[key], Mapping) or not all(re.fullmatch("[0-9]{1,6}", str(n)) for n in tree[key]):
             raise PlacementError(f"{where}: {key}: expected a list of experts under each layer number")
-        by_number = {int(n): row for n, row in tree[key].items()}  # JSON makes numbers of keys into text
-    flat = _ints(f"{where}: {key}", _pick(by_number, where, layer_ids), 2)
+        by_number = {int(str(n)): row for n, row in tree[key].items()}  # JSON makes numbers of keys into text
+    if layer_ids is None:
+        wanted, notes = _first(sorted(by_number), layers, where)
+    else:
+        wanted = [int(n) for n in layer_ids]
+        left = len(set(by_number) - set(wanted)) if key == "initial_global_assignments" else 0
+        notes = (f"{where}: {left} of its layers are not among the statistics' and are left out",) if left else ()
+    flat = _ints(f"{where}: {key}", _pick(by_number, where, wanted), 2)
     if tree.get("num_slots", flat.shape[1]) != flat.shape[1]:
         raise PlacementError(f"{where}: num_slots is {tree['num_slots']}, but a layer lists {flat.shape[1]} slots")
-    return flat
+    return flat, notes
 
 
 def _by_rank(flat: Ints, where: str, ranks: int | None) -> Ints:
@@ -187,18 +281,17 @@ def _by_rank(flat: Ints, where: str, ranks: int | None) -> Ints:
     return flat.reshape(len(flat), ranks, -1)
 
 
-def _pick(by_number: Mapping[int, Any], where: str, layer_ids: Sequence[int] | None) -> list[Any]:
-    wanted = sorted(by_number) if layer_ids is None else layer_ids
+def _pick(by_number: Mapping[int, Any], where: str, wanted: Sequence[int]) -> list[Any]:
     missing = [n for n in wanted if n not in by_number]
     if missing or not by_number:
-        raise PlacementError(f"{where}: layers {missing} are missing: it has {sorted(by_number)}")
+        raise PlacementError(f"{where}: layers {missing[:8]} are missing: it has {sorted(by_number)[:8]}")
     return [by_number[n] for n in wanted]
 
 
 def _ints(what: str, value: Any, dims: int) -> Ints:
     try:
         array = np.asarray(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise PlacementError(f"{what}: layers or ranks with different numbers of slots: expected the same") from None
     if array.ndim != dims or array.dtype.kind not in "iu":
         raise PlacementError(f"{what} has shape {array.shape} and type {array.dtype}: expected expert ids, {dims}-D")

@@ -154,8 +154,11 @@ class Placement:
                 tree.get("primary"),
                 tree.get("shares"),
             )
-        except (ValueError, KeyError, TypeError, OverflowError) as e:
-            raise PlacementError(f"{where}: not a placement: {e!r}") from None
+        except (ValueError, KeyError, TypeError, OverflowError, AttributeError, IndexError, RecursionError):
+            raise PlacementError(
+                f"{where}: not a placement: expected JSON with slots, expert ids as [layers, ranks, slots] with -1 for "
+                "an empty one, and num_experts"
+            ) from None
 
     @staticmethod
     def load(path: str | Path) -> Placement:
