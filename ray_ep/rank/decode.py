@@ -47,7 +47,7 @@ def decoded(file: Any, head: bytes, encoding: str, where: str) -> Iterator[str]:
         except UnicodeDecodeError as e:  # e.object: what was left of the chunk before, and this one
             raise _invalid(e, read - len(e.object), head, encoding, where) from None
         except UnicodeError as e:
-            raise DataError(f"{where}: cannot be read as data.encoding={encoding}: {e}") from None
+            raise DataError(f"{where}: cannot be read as {encoding}: {e}{_hint(head, encoding)}") from None
         if first and text:
             if "\0" in text[:8192]:
                 raise DataError(f"{where}: has NUL bytes, so it is no {encoding} text{_hint(head, encoding)}")

@@ -21,8 +21,9 @@ from ray_ep.errors import DataError
 from ray_ep.rank.decode import text_of_bytes
 
 _BLANK = re.compile("[ \t\r\n\ufeff]*")  # a byte order mark stands in the middle where files were put together
+_LINE_END = re.compile("\r\n?|\n")
 _DECODER = json.JSONDecoder()
-_LONGEST_CELL = 2**30  # csv's own limit of 131,072 characters is short of a book
+_LONGEST_CELL = 2**28  # csv's own limit of 131,072 characters is short of a book
 
 
 def text_of(row: Any, field: str, where: str, encoding: str = "utf-8") -> bytes:
@@ -170,9 +171,9 @@ class _Json:
 
     def _more(self) -> bool:
         """Read on: as much as is there already, so that a long value is not tried too often."""
-        rest = self._text[self._at :]
-        more = _take(self._chunks, len(rest) or 1)
-        self._text, self._at = rest + more, 0
+        more = _take(self._chunks, len(self._text) - self._at or 1)
+        if more:
+            self._text, self._at = self._text[self._at :] + more, 0
         return bool(more)
 
     def _skip(self, to: int) -> None:
@@ -246,11 +247,12 @@ def read_csv(chunks: Iterator[str], where: str, field: str, mark: str) -> Iterat
 def _lines(chunks: Iterator[str]) -> Iterator[str]:
     parts: list[str] = []
     for chunk in chunks:
-        *lines, rest = chunk.split("\n")
-        for line in lines:
-            yield "".join((*parts, line, "\n"))
+        begin = 0
+        for end in _LINE_END.finditer(chunk):
+            yield "".join((*parts, chunk[begin : end.end()]))
             parts.clear()
-        parts.append(rest)
+            begin = end.end()
+        parts.append(chunk[begin:])
     if last := "".join(parts):
         yield last
 

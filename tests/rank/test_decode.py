@@ -109,6 +109,12 @@ def test_text_json_and_csv_are_read_in_the_encoding_that_is_told(tmp_path, encod
     assert read(tmp_path / name, f"encoding={encoding}") == expected
 
 
+def test_utf16_without_its_mark_is_told_by_its_zeros(tmp_path):
+    (tmp_path / "a.txt").write_bytes("plain text".encode("utf-16-le"))
+    for told in ["utf-8", "utf-16"]:
+        assert "looks like UTF-16-LE: data.encoding=utf-16-le" in refusal(tmp_path / "a.txt", f"encoding={told}")
+
+
 def test_a_single_byte_encoding_is_read_and_a_byte_order_mark_of_utf8_is_believed(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
     (tmp_path / "b.txt").write_bytes(codecs.BOM_UTF8 + "café".encode())

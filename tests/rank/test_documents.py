@@ -99,6 +99,7 @@ FORMATS = {
     "concatenated": "".join(json.dumps(row, indent=1) for row in ROWS).encode(),
     "csv": as_csv(ROWS).encode(),
     "csv-crlf": as_csv(ROWS, end="\r\n").encode(),
+    "csv-cr": as_csv(ROWS, end="\r").encode(),
     "csv-semicolon": as_csv(ROWS, ";").encode(),
     "tsv": as_csv(ROWS, "\t").encode(),
     "parquet": as_parquet(TABLE),
@@ -117,7 +118,7 @@ def test_rows_of_json_are_read_under_any_name(tmp_path, form, name, mark):
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.txt", "a", "part-00000.data"])
 @pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8], ids=["", "marked"])
-@pytest.mark.parametrize("form", ["csv", "csv-crlf", "csv-semicolon", "tsv"])
+@pytest.mark.parametrize("form", ["csv", "csv-crlf", "csv-cr", "csv-semicolon", "tsv"])
 def test_csv_with_a_text_column_is_read_under_any_name(tmp_path, form, name, mark):
     (tmp_path / name).write_bytes(mark + FORMATS[form])
     assert read(tmp_path / name) == TEXTS
@@ -238,6 +239,7 @@ BAD_ROWS = {
         ('[{"text": "x"},\n{"text": "y"}\n', "line 3, element 2: not JSON: a comma or ] must follow"),
         ('[{"text": "x"}\n{"text": "y"}]', "line 2, element 1: not JSON: a comma or ] must follow"),
         ('[{"text": "x"},\n"y"]', "line 2, element 2: is a str, not an object"),
+        ('{"text": "a"}{"text": "b"}garbage\n', "line 1: not JSON: Expecting value"),
         ('[{"text": "x"}] and more', "line 1: not JSON: Expecting value"),
         ("not json at all", "line 1: not JSON: Expecting value"),
         ('{"text": "cut', "line 1: not JSON: Unterminated string"),
@@ -272,6 +274,7 @@ def test_broken_rows_are_refused_with_their_line(tmp_path, name, content, says):
     (tmp_path / name).write_text(content)
     message = refusal(tmp_path / name)
     assert says in message
+    assert "in line 2" not in message
     assert message.startswith(f"data.files, {tmp_path}/{name}")
 
 
