@@ -92,6 +92,8 @@ class LivePage:
 def write(run_dir: str) -> None:
     """What the process of its own does."""
     os.nice(19)
+    with suppress(OSError):  # Linux may give each session an equal share of the CPUs, whatever its processes' priority
+        Path("/proc/self/autogroup").write_text("19")
     if hasattr(os, "SCHED_IDLE"):  # Linux: runs only where nobody else wants to
         with suppress(OSError):
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
