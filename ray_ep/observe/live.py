@@ -21,7 +21,7 @@ NEWS_S = 10.0
 """or this long where an evaluation or an event is to be shown."""
 
 _ROOT = Path(__file__).parents[2]  # of the package, which the other process may not find by itself
-_CHILD = "import sys; sys.path.append(sys.argv[1]); from ray_ep.observe.live import write; write(sys.argv[2])"
+_CHILD = "import sys; sys.path.append(sys.argv[1]); from ray_ep.observe.live import write; write(*sys.argv[2:])"
 
 
 class LivePage:
@@ -30,10 +30,13 @@ class LivePage:
     Args:
         failed: told once, with the reason, if a page could not be written.
         clock: seconds, for tests.
+        nice: of the writer; less than 19, the lowest priority, only where somebody waits for the page.
     """
 
-    def __init__(self, run_dir: Path, failed: Callable[[str], None], clock: Callable[[], float] = time.monotonic):
-        self._run_dir, self._failed, self._clock = run_dir.absolute(), failed, clock
+    def __init__(
+        self, run_dir: Path, failed: Callable[[str], None], clock: Callable[[], float] = time.monotonic, nice: int = 19
+    ):
+        self._run_dir, self._failed, self._clock, self._nice = run_dir.absolute(), failed, clock, nice
         self._writer: subprocess.Popen[str] | None = None
         self._began = -EVERY_S  # of the last page
         self._news = self._told = False
@@ -74,7 +77,7 @@ class LivePage:
         if self._clock() - self._began < (NEWS_S if self._news else EVERY_S):
             return
         self._began, self._news = self._clock(), False
-        command = [sys.executable, "-c", _CHILD, str(_ROOT), str(self._run_dir)]
+        command = [sys.executable, "-c", _CHILD, str(_ROOT), str(self._run_dir), str(self._nice)]
         try:  # a session of its own: a terminal's Ctrl-C is for the driver
             self._writer = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
@@ -89,10 +92,12 @@ class LivePage:
             self._failed(f"the page could not be written, the run goes on: {why[0]}")
 
 
-def write(run_dir: str) -> None:
+def write(run_dir: str, nice: str) -> None:
     """What the process of its own does."""
-    os.nice(19)
-    if hasattr(os, "SCHED_IDLE"):  # Linux: runs only where nobody else wants to
+    os.nice(int(nice))
+    with suppress(OSError):  # Linux may give each session an equal share of the CPUs, whatever its processes' priority
+        Path("/proc/self/autogroup").write_text(nice)
+    if int(nice) == 19 and hasattr(os, "SCHED_IDLE"):  # Linux: runs only where nobody else wants to
         with suppress(OSError):
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     from ray_ep.observe.report import write_report

@@ -15,7 +15,7 @@ class Watched:
 
     def __init__(self, path):
         self.now, self.told, self.path = 0.0, [], path
-        self.page = LivePage(path, self.told.append, lambda: self.now)
+        self.page = LivePage(path, self.told.append, lambda: self.now, nice=0)
 
     def step(self, n, after_s, **figures):
         """A step that ends so many seconds later; whether it began a new page, which is then written."""
