@@ -25,7 +25,7 @@ ALLOWED = (
 def holds(tree: Any) -> str:
     """What a document is, for a message."""
     if isinstance(tree, Mapping):
-        return f"a mapping with the keys {', '.join(sorted(map(str, tree))[:8])}" if tree else "an empty mapping"
+        return f"keys {sorted(map(str, tree))[:8]}"
     names = {list: "a list", str: "a text", bool: "a truth value", int: "a number", float: "a number"}
     return "nothing" if tree is None else names.get(type(tree), "something else")
 
@@ -94,7 +94,7 @@ def text_of(file: Path) -> str:
     except OSError as e:
         raise PlacementError(f"{file}: {e.strerror or 'cannot be read'}") from None
     except UnicodeDecodeError as e:
-        raise PlacementError(f"{file}: not text: byte {e.start} is not UTF-8") from None
+        raise PlacementError(f"{file}: {e}") from None
 
 
 def json_file(file: Path) -> Any:
@@ -135,7 +135,7 @@ def yaml_file(file: Path) -> Any:
         return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.MarkedYAMLError as e:
         at = "" if e.problem_mark is None else f", line {e.problem_mark.line + 1}"
-        raise PlacementError(f"{file}{at}: neither JSON nor YAML: {e.problem or 'damaged'}") from None
+        raise PlacementError(f"{file}: neither JSON nor YAML: {e.problem or 'damaged'}{at}") from None
     except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError, AttributeError, IndexError) as e:
         # PyYAML makes dates, numbers and keys of what looks like one, and raises what those raise.
         raise PlacementError(f"{file}: neither JSON nor YAML: {_first_line(e)}") from None

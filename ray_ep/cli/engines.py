@@ -192,7 +192,7 @@ def _record(files: Sequence[Path], where: Path, num_experts: int | None, shape: 
         if isinstance(tree, Mapping) and tree.keys() & {"logical_count", "records"}:
             sglang.append((str(file), tree))
         elif isinstance(tree, Mapping) and (what := what_it_is(tree)):
-            raise PlacementError(f"{file}: {what}, not a routing record: allowed are {ALLOWED}")
+            raise PlacementError(f"{file}: {what}, not a routing record; {holds(tree)}; allowed are {ALLOWED}")
         else:
             routed.add(tree, str(file))
     found = _together(sglang, routed, where, num_experts, shape)

@@ -217,7 +217,9 @@ def _bytes(text: str, where: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise PlacementError(f"{where}: not base64 (it begins with {text[:12]!r})") from None
+        raise PlacementError(
+            f"{where}: expected base64 of a .npy file (vLLM) or of int32 (SGLang); it begins with {text[:12]!r}"
+        ) from None
 
 
 def _npy(data: bytes, where: str) -> Any:

@@ -85,8 +85,11 @@ def _content(value: Any, summed: bool = False) -> bytes | None:
     if value is None:
         return None
     try:
-        array = np.asarray(value).astype(np.int64)
+        array = np.asarray(value)
     except (ValueError, TypeError, OverflowError):
-        return None  # what is wrong with it is said by who reads it
+        return None
+    if array.dtype.kind not in "iu":  # what is wrong with it is said by who reads it
+        return None
+    array = array.astype(np.int64)
     array = array.sum(0) if summed and array.ndim == 3 else array
     return hashlib.sha256(repr(array.shape).encode() + array.tobytes()).digest()

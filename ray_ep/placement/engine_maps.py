@@ -173,7 +173,7 @@ def _filled(placement: Placement, engine: str) -> Ints:
     if (count < most).any():
         layer, rank = (int(x) for x in np.argwhere(count < most)[0])
         raise PlacementError(
-            f"placement: rank {rank} fills {int(count[layer, rank])} slots in layer {layer}, others {most}: {engine} "
+            f"placement: rank {rank} fills {int(count[layer, rank])} of {most} slots in layer {layer}: {engine} "
             f"wants as many on every rank, all filled: plan with one number of slots, such as --slots {most}"
         )
     return placement.slots[filled].reshape(*placement.slots.shape[:2], most)
