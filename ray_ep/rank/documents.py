@@ -56,7 +56,7 @@ _PACKED_NAMES = {"gz", "gzip", "bz2", "xz", "lzma", "zst", "zstd", "lz4"}
 
 _UNPACK: dict[bytes, Callable[[Any], Any]] = {
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
-    **{b"BZh%d1AY&SY" % level: bz2.BZ2File for level in range(1, 10)},
+    **{b"BZh%d%s" % (level, then): bz2.BZ2File for level in range(1, 10) for then in (b"1AY&SY", b"\x17rE8P")},
     b"\xfd7zXZ\0": lzma.LZMAFile,
     b"\x5d\0\0": lzma.LZMAFile,  # the .lzma format has no better mark
     b"\x28\xb5\x2f\xfd": lambda file: pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd"),

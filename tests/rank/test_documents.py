@@ -300,6 +300,8 @@ def test_empty_files_and_hidden_files_of_a_glob_are_passed_over(tmp_path):
     for name, content in {
         "a.parquet": FORMATS["parquet"], "b.parquet": b"", "_SUCCESS": b"",
         "_metadata": FORMATS["parquet"], "c.csv": b"", "d.gz": gzip.compress(b""),
+        "d.bz2": bz2.compress(b""), "d.xz": lzma.compress(b""), "d.zst": packed(b"", "zstd"),
+        "d.zip": as_zip({}),
         ".DS_Store": b"\0\1", ".cache/x.jsonl": b"junk", ".e/f.txt": b"hidden",
     }.items():  # fmt: skip
         (tmp_path / name).parent.mkdir(exist_ok=True)
