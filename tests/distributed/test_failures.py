@@ -88,7 +88,6 @@ def test_control_c_saves_leaves_nothing_behind_and_a_restart_goes_on_at_the_next
 
 def test_termination_in_a_long_step_is_answered_at_once_saves_and_leaves_nothing_behind(here, lines, running):
     command = running(RAY_EP_TEST_SLOW_S="4")
-    assert "In progress at" in (here.path / "run" / "report.html").read_text()
     command.process.terminate()  # as Kubernetes and Slurm do: to the command alone
     events = here.path / "run" / "events.jsonl"
     sent = time.monotonic()
