@@ -155,7 +155,10 @@ class Driver:
             self.directory.commit(self.done, manifest, statistics)
         self.saved = self.done
         self._event("checkpoint", f"{self.directory.url}/step-{self.done:06d}")
-        self.directory.prune(self.cfg.checkpoint.keep)
+        try:
+            self.directory.prune(self.cfg.checkpoint.keep)
+        except SaveError as e:  # the new one is safe, so the run goes on
+            self._event("checkpoint-kept", str(e))
 
     def statistics(self) -> RoutingStatistics:
         """Routing statistics of all ranks, those before a resume included."""
