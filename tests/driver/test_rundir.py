@@ -66,7 +66,7 @@ def test_going_on_from_another_run_does_not_write_into_a_third_one(place):
 def test_a_run_goes_on_from_its_checkpoints_wherever_it_keeps_them(place, kept):
     kept = kept.format(place)
     made(NOW, "run_dir=mine", f"checkpoint.dir={kept}")
-    assert choose(cfg("run_dir=mine", f"resume={kept}/step-000005"), NOW).path == Path("mine")
+    assert choose(cfg("run_dir=mine", f"resume={kept}/step-000005"), NOW).path == place / "mine"
     with pytest.raises(ConfigError, match="already holds files"):
         choose(cfg("run_dir=mine", f"resume={kept}-of-others/step-000005"), NOW)
 

@@ -1,11 +1,11 @@
 """A run that goes on is the run it was: its configuration, its directory; what is changed is told, or refused."""
 
-import json
 import shutil
 from datetime import datetime
-from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from omegaconf import OmegaConf
 
@@ -14,6 +14,8 @@ from ray_ep.cli import main
 from ray_ep.config import load_config
 from ray_ep.driver.start import check
 from ray_ep.errors import BadInput, CheckpointError, ConfigError
+from ray_ep.placement import RoutingStatistics
+from ray_ep.rank.directory import Directory
 
 NOW = datetime(2026, 7, 1, 12, 30, 5)
 OWN = [
@@ -42,12 +44,15 @@ def ran(*overrides, step=3):
 
 
 def save(plan, cfg, step):
-    folder = Path(cfg.checkpoint.dir or plan.run.path / "checkpoints") / f"step-{step:06d}"
-    folder.mkdir(parents=True)
-    manifest = {
-        "format": 1, "step": step, "tensors": {}, "signature": plan.signature, "config": OmegaConf.to_container(cfg),
-    }  # fmt: skip
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    """A whole checkpoint of zeros."""
+    directory = Directory(cfg.checkpoint.dir or str(plan.run.path / "checkpoints"))
+    zeros = {f"weight/{name}": torch.zeros(shape) for name, shape in plan.signature.items()}
+    with directory.saving(step):
+        manifest = {
+            "format": 1, "step": step, "serial": directory.next_serial(), "signature": plan.signature,
+            "config": OmegaConf.to_container(cfg), "tensors": directory.write_tensors(step, "dense.safetensors", zeros),
+        }  # fmt: skip
+        directory.commit(step, manifest, RoutingStatistics(np.zeros((2, 8)), np.zeros((2, 8, 8))))
 
 
 def resumed(*overrides):
@@ -81,7 +86,7 @@ def test_a_resume_goes_on_with_the_configuration_of_the_run(how, place):
     plan, cfg = resumed(*how)
     assert settings(cfg) == settings(load_config(None, OWN))
     assert plan.checkpoint.step == 3
-    assert plan.notes == ()
+    assert {kind for kind, _ in plan.notes} == {"router"}
     assert (plan.run.path == place / "r") == ("resume=auto" in how)
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -160,15 +159,23 @@ with directory.saving(4):
     assert (value(directory, 4), len(tree(directory))) == (3, 3)
 
 
-def test_a_save_into_a_directory_that_holds_another_step_puts_that_aside(tmp_path):
-    directory = Directory(str(tmp_path))
+def test_a_save_into_a_directory_that_holds_another_step_puts_that_aside(directory):
     write(directory, 4, 1.0)
-    shutil.move(tmp_path / "step-000004", tmp_path / "step-000005")
+    directory.fs.mv(directory.path(4), directory.path(5), recursive=True)
     write(directory, 5, 2.0)
     assert value(directory, 5) == 2
-    (aside,) = tmp_path.glob("step-000005.moved-*")
-    aside.rename(tmp_path / "step-000004")
+    (aside,) = directory.fs.glob(f"{directory.path(5)}.moved-*")
+    directory.fs.mv(aside, directory.path(4), recursive=True)
     assert value(directory, 4) == 1
+
+
+def test_a_save_over_a_damaged_one_of_its_step_destroys_nothing(tmp_path):
+    directory = Directory(str(tmp_path))
+    write(directory, 4, 1.0)
+    (tmp_path / "step-000004" / "statistics.npz").write_bytes(b"")
+    write(directory, 4, 2.0)
+    (aside,) = tmp_path.glob("step-000004.moved-*")
+    assert (value(directory, 4), len(list(aside.iterdir()))) == (2, 3)
 
 
 @contextmanager
