@@ -96,7 +96,7 @@ def train(config: str | None, as_json: bool, overrides: tuple[str, ...]) -> None
       ray-ep train cluster.ranks=4 cluster.cpus_per_rank=0.5
       ray-ep train model.type=mixtral model.overrides='{num_local_experts: 8, hidden_size: 256}'
       ray-ep train model.path=/models/my-moe data.files='[corpus/*.jsonl]' data.tokenizer=/models/my-moe
-      ray-ep train resume=auto              goes on with the newest run
+      ray-ep train resume=auto              goes on with the newest run, as it was
     """
     cfg = ray_ep.load_config(config, overrides)
     loading("train")

@@ -15,9 +15,8 @@ def reference() -> str:
         "",
         "Generated from `ray_ep/config/schema.py` by `make docs`. Keys go into a YAML file (`--config FILE`) or on the",
         "command line as `key=value`; the command line wins. A key's own type decides how its text is read: text is",
-        "taken as typed (`run_dir=007`, `data.files=*.jsonl`), a list is `[one, two]` or a single element, a number is",
-        "finite.",
-        "Paths are seen from the directory where the command is given, also those in a file.",
+        "taken as typed (`run_dir=007`, `data.files=*.jsonl`), a list is `[one, two]` or a single element, numbers are",
+        "finite. Paths are seen from the directory where the command is given, also those in a file.",
     ]
     section = None
     for key, f, default in fields():

@@ -26,12 +26,19 @@ NEWEST = ".newest"
 
 
 def remember(path: Path) -> None:
-    """Note that the run in `path` is the newest one started from the current directory, if that can be written."""
+    """Note that the run in `path` is the newest one started from the current directory, if that can be written.
+
+    Nothing is noted where its name says so already.
+    """
+    note = Path(RUNS) / NEWEST
     with suppress(OSError):
+        if _newest_dated() == path.absolute():
+            note.unlink(missing_ok=True)
+            return
         Path(RUNS).mkdir(exist_ok=True)
-        part = Path(RUNS) / f"{NEWEST}.{os.getpid()}"
+        part = note.with_name(f"{NEWEST}.{os.getpid()}")
         part.write_text(str(path.absolute()), encoding="utf-8")
-        part.replace(Path(RUNS) / NEWEST)
+        part.replace(note)
 
 
 def newest() -> Path | None:
@@ -40,6 +47,10 @@ def newest() -> Path | None:
         path = Path((Path(RUNS) / NEWEST).read_text(encoding="utf-8"))
         if (path / "config.yaml").is_file():
             return path
+    return _newest_dated()
+
+
+def _newest_dated() -> Path | None:
     old = [p.parent for p in Path(RUNS).glob("*/config.yaml") if re.match(r"\d{8}-\d{6}", p.parent.name)]
     return max(old, key=lambda p: (p.name[:15], len(p.name), p.name)).absolute() if old else None
 

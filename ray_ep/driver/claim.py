@@ -30,14 +30,14 @@ class Claim:
     Children do not inherit the lock: Python's descriptors are closed on exec.
     """
 
-    def __init__(self, path: Path, now: datetime, new: bool = False):
-        """Take the directory, made if it is not there; with `new` it must not be there yet.
+    def __init__(self, path: Path, now: datetime, new: bool = False, key: str = "run_dir"):
+        """Take the directory that `key` names, made if it is not there; with `new` it must not be there yet.
 
         Raises:
             ConfigError: another process has it, or it cannot be written to. Nothing is left behind then.
             FileExistsError: it is there, and should not be.
         """
-        self.path, self.began, self.locked = path, False, True
+        self.path, self.began, self.locked, self._key = path, False, True, key
         self._made: list[Path] = []  # directories that this claim made, the outermost first
         self._before: bytes | None = None  # what was in the lock's file
         self._file = -1
@@ -49,11 +49,11 @@ class Claim:
             self.release()
             if new:
                 raise
-            raise ConfigError(f"run_dir={str(path)!r} is not a directory: give another run_dir") from None
+            raise ConfigError(f"{key}={str(path)!r} is not a directory: give another {key}") from None
         except (OSError, ValueError) as e:
             self.release()
             reason = getattr(e, "strerror", None) or e
-            raise ConfigError(f"run_dir={str(path)!r}: cannot write there: {reason}; give another run_dir") from None
+            raise ConfigError(f"{key}={str(path)!r}: cannot write there: {reason}; give another {key}") from None
         except BaseException:
             self.release()
             raise
@@ -102,7 +102,7 @@ class Claim:
                 os.close(self._file)
                 self._file = -1
                 if time.monotonic() > limit:
-                    raise ConfigError(in_use(self.path, last_holder(self.path))) from None
+                    raise ConfigError(in_use(self.path, last_holder(self.path), self._key)) from None
                 time.sleep(0.02)
                 continue
             with suppress(FileNotFoundError):
@@ -162,7 +162,7 @@ def _who(text: bytes) -> dict[str, Any]:
     return tree if isinstance(tree, dict) else {}
 
 
-def in_use(path: Path, who: dict[str, Any]) -> str:
+def in_use(path: Path, who: dict[str, Any], key: str = "run_dir") -> str:
     """The sentence about a directory that another process has."""
     by = f"process {who['pid']} on host {who.get('host')} since {who.get('since')}" if "pid" in who else "another run"
-    return f"run_dir={str(path)!r} is in use by {by}: wait for its end, or give another run_dir"
+    return f"{key}={str(path)!r} is in use by {by}: wait for its end, or give another {key}"

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
+from ray_ep.config.paths import is_url
 from ray_ep.config.runs import RUNS, checkpoints_of, newest, remember
 from ray_ep.config.schema import Config
 from ray_ep.driver.claim import LOCK, Claim, holder, in_use
@@ -39,8 +40,9 @@ class RunDir:
         say: who is told what could not be written.
     """
 
-    def __init__(self, path: Path, claim: Claim | None = None):
-        self.path, self.claim = path, claim
+    def __init__(self, path: Path):
+        self.path = path
+        self.claims: list[Claim] = []  # of this directory, and of a checkpoint.dir elsewhere on this machine
         self.done = 0  # steps behind the run, which its events tell
         self.begun = False
         self.say: Callable[[str], None] = lambda message: print(message, file=sys.stderr)
@@ -65,15 +67,15 @@ class RunDir:
             for name in (".gitignore.part", "config.yaml.part", *([".gitignore"] if fresh else [])):
                 (self.path / name).unlink(missing_ok=True)
             raise ConfigError(f"run_dir={str(self.path)!r}: cannot write there: {e.strerror or e}") from None
-        if self.claim is not None:
-            self.claim.began = True
+        for claim in self.claims:
+            claim.began = True
         self.begun = True
         remember(self.path)
 
     def release(self) -> None:
         """Let others have the directory; of a run that was never created nothing is left."""
-        if self.claim is not None:
-            self.claim.release()
+        for claim in self.claims[::-1]:
+            claim.release()
 
     def write(self, name: str, text: str) -> None:
         """Replace a file whole: a reader never sees half of it."""
@@ -204,12 +206,15 @@ def claimed(cfg: Config, now: datetime) -> RunDir:
     while True:
         run = choose(cfg, now)
         try:
-            run.claim = Claim(run.path, now, new=not cfg.run_dir and not (run.path / "config.yaml").exists())
-        except FileExistsError:  # by another run of this second
-            continue
-        try:
+            new = not cfg.run_dir and not (run.path / "config.yaml").exists()
+            run.claims.append(Claim(run.path, now, new))
             if cfg.run_dir:
                 choose(cfg, now)  # another run may have filled it, and ended, before it was taken
+            saves = Path(cfg.checkpoint.dir or run.path)
+            if not is_url(cfg.checkpoint.dir) and saves.resolve() != run.path.resolve():
+                run.claims.append(Claim(saves, now, key="checkpoint.dir"))
+        except FileExistsError:  # by another run of this second
+            continue
         except BaseException:
             run.release()
             raise

@@ -132,7 +132,7 @@ def _check_model(checkpoint: Checkpoint, signature: dict[str, list[int]]) -> Non
 
 def _about_place(run: RunDir) -> list[tuple[str, str]]:
     notes = []
-    if run.claim is not None and not run.claim.locked:
+    if not all(claim.locked for claim in run.claims):
         notes.append(("run-dir", f"the file system of {run.path} has no locks: a second run there is not noticed"))
     return notes
 

@@ -89,7 +89,7 @@ def run(shared):
     """(command, run directory) of twenty steps on two ranks in a Ray of its own."""
     command = shared.start("ray-ep", "train", "--json", *shared.tiny("optim.steps=20", "optim.learning_rate=0.01"))
     assert command.wait(90) == 0, command.err
-    (path,) = (shared.path / "runs").iterdir()
+    (path,) = (shared.path / "runs").glob("[!.]*")
     return command, path
 
 
@@ -283,7 +283,12 @@ def again(cluster, run, shared):
     """(command, metrics before) of a second start that goes on with the finished run, now with a forced router."""
     before = (run[1] / "metrics.jsonl").read_text()
     command = shared.train(
-        "optim.steps=23", "resume=auto", "router.force=balanced", RAY_ADDRESS=cluster["driver"], **AUTH
+        "optim.steps=23",
+        f"run_dir={run[1]}",
+        "resume=auto",
+        "router.force=balanced",
+        RAY_ADDRESS=cluster["driver"],
+        **AUTH,
     )
     assert command.wait(90) == 0, command.err
     return command, before
@@ -291,7 +296,7 @@ def again(cluster, run, shared):
 
 def test_a_second_start_goes_on_at_the_next_step_in_the_same_directory(again, run, shared, lines):
     before, path = again[1], run[1]
-    assert [p.name for p in (shared.path / "runs").iterdir()] == [path.name]
+    assert [p.name for p in (shared.path / "runs").glob("[!.]*")] == [path.name]
     assert (path / "metrics.jsonl").read_text().startswith(before)
     assert [m["step"] for m in lines(path / "metrics.jsonl")] == list(range(1, 24))
     load = next(v for v in np.load(path / "statistics" / "routing.npz").values() if v.shape == (2, 8))

@@ -75,7 +75,7 @@ def test_auto_takes_the_newest_of_the_dated_runs_where_nothing_tells_which_was_s
     made(NOW)
     newest = made(NOW + timedelta(days=1)).path
     made(NOW - timedelta(days=1))
-    (place / "runs" / ".newest").unlink()
+    (place / "runs" / ".newest").unlink()  # which the third one left, since its name does not tell
     assert choose(cfg("resume=auto"), NOW + timedelta(days=9)).path == newest
 
 
