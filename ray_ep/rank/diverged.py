@@ -130,7 +130,7 @@ def _told(model: Any, name: str) -> str:
 
 def _all_finite(values: Any) -> bool:
     if isinstance(values, torch.Tensor):
-        return not values.is_floating_point() or bool(values.isfinite().all())
+        return not values.is_floating_point() or bool(values.detach().isfinite().all())
     if isinstance(values, dict):
         return all(map(_all_finite, values.values()))
     return not isinstance(values, (list, tuple)) or all(map(_all_finite, values))

@@ -30,7 +30,8 @@ GPT_OSS = ("model.type=gpt_oss", f"model.overrides={{{SIZES}, num_local_experts:
 # All that a curve depends on, so that new defaults leave it alone. Some gradient norms are above clip_norm, some below.
 TINY = ["batch.sequences=4", "batch.length=32", "optim.steps=30", "optim.warmup_steps=4", "optim.clip_norm=1.5",
         "optim.learning_rate=0.01", "optim.weight_decay=0.1", "optim.beta2=0.95", "optim.schedule=cosine",
-        "router.aux_loss=layer", "router.aux_coefficient=0.02", "seed=0", "statistics.sample=64"]  # fmt: skip
+        "router.aux_loss=layer", "router.aux_coefficient=0.02", "router.z_coefficient=0", "seed=0",
+        "statistics.sample=64"]  # fmt: skip
 FIGURES = ("loss", "aux_loss", "z_loss", "grad_norm")
 MAKING = threading.Lock()  # a Rank draws its weights from torch's global generator, and ranks here are threads
 
