@@ -142,6 +142,7 @@ CASES = {
         lambda d: replace(d, **{O_PROJ: torch.ones(32, 32, dtype=torch.int8), **rows({"weight_scale": ONE})}),
         ["o_proj", "quantised", "no quantization_config"],
     ),
+    "a scale beside a weight": (lambda d: replace(d, **rows({"scales": ONE})), ["scaled weights", "o_proj.scales"]),
     "int8 without": (lambda d: replace(d, **{O_PROJ: torch.ones(32, 32, dtype=torch.int8)}), [O_PROJ, "I8"]),
     "bitsandbytes, 8 bits": (lambda d: replace(d, **rows({"SCB": ONE})), ["bitsandbytes, 8 bits"]),
     "bitsandbytes, 4 bits": (lambda d: replace(d, **rows({"weight.absmax": ONE})), ["bitsandbytes, 4 bits"]),
