@@ -206,6 +206,11 @@ def test_overrides_change_the_config_of_a_checkpoint_and_the_default_ones_do_not
     assert model_config(cfg, VOCAB).num_experts_per_tok == 3
     with pytest.raises(ModelError, match=r"model\.overrides\.num_expert_per_tok: .*did you mean 'num_experts_per_tok'"):
         look(tmp_path, "model.overrides.num_expert_per_tok=3")
+    with pytest.raises(ModelError, match=r"rope_theta: .*; give it inside rope_parameters"):
+        look(tmp_path, "model.overrides.rope_theta=5.0")
+    for name in ("n_routed_experts", "num_local_experts"):  # an alias in the class
+        with pytest.raises(CheckpointError, match="holds 8 experts, its config says 4"):
+            look(tmp_path, f"model.overrides.{name}=4")
     with pytest.raises(CheckpointError, match="holds 8 experts, its config says 4"):
         look(tmp_path, "model.overrides.n_routed_experts=4")
 
