@@ -162,17 +162,38 @@ def _config_of_path(path: str, kind: str, overrides: dict[str, Any]) -> PreTrain
     if not kind and named not in CONFIG_MAPPING:
         raise ModelError(_unknown_type(path, whole))
     cls = _config_class(kind or named)
-    _check_fields(cls, overrides, set(raw))
-    overrides = typed(cls, overrides)
-    for key, value in overrides.items():  # a nested config keeps what is not named
-        nested = key in cls.sub_configs and isinstance(value, dict) and isinstance(raw.get(key), dict)
-        raw[key] = {**raw[key], **value} if nested else value
+    _check_fields(cls, overrides, raw)
+    for alias, value in typed(cls, overrides).items():
+        key = cls.attribute_map.get(alias, alias)
+        own = raw.get(key)
+        raw = {k: v for k, v in raw.items() if cls.attribute_map.get(k, k) != key}
+        nested = isinstance(value, dict) and isinstance(own, dict)
+        raw[key] = {**own, **value} if nested else value  # nested fields that are not named stay
     try:
         config: PreTrainedConfig = cls.from_dict({**raw, "model_type": cls.model_type})
     except Exception as e:
         what = f"model.overrides={overrides} and its config.json" if overrides else "its config.json"
         raise ModelError(f"model.path={path!r}: {cls.__name__} refuses {what}: {brief(e)}") from None
+    _check_taken(path, config, overrides)
     return config
+
+
+def _check_taken(path: str, config: PreTrainedConfig, overrides: dict[str, Any]) -> None:
+    """ModelError for an override that the config's class passes over: it has the value elsewhere, or nested."""
+    text = config.get_text_config()
+    for key, value in overrides.items():
+        if isinstance(value, dict) or key in ("dtype", "torch_dtype"):
+            continue
+        got = [getattr(c, key) for c in (config, text) if hasattr(c, key)]
+        if not got or any((list(g) if isinstance(g, tuple) else g) != value for g in got):
+            hint = _inside(key, config.to_dict())
+            raise ModelError(f"model.path={path!r}: model.overrides.{key}={value!r} has no effect on its config{hint}")
+
+
+def _inside(key: str, config: dict[str, Any]) -> str:
+    """Where in a config a field is that was looked for at its top; empty: nowhere."""
+    inside = next((k for k, v in config.items() if isinstance(v, dict) and key in v), None)
+    return f"; give it inside {inside}, as {inside}={{{key}: …}}" if inside else ""
 
 
 def _unknown_type(path: str, raw: dict[str, Any]) -> str:
@@ -181,12 +202,12 @@ def _unknown_type(path: str, raw: dict[str, Any]) -> str:
 
     architectures = raw.get("architectures")
     named = architectures if isinstance(architectures, list) else []
-    known = next((t for t, c in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if c in named), "")
+    known, name = next(((t, c) for t, c in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if c in named), ("", ""))
     says = f"says model_type={raw['model_type']!r}, which" if raw.get("model_type") else "has no model_type, so it"
     is_not = "is none of transformers' models" if raw.get("model_type") else "names no model"
     code = "; the code that comes with it is never run" if "auto_map" in raw else ""
     if known:
-        do = f"its architectures={named[0]} is transformers' {known}: give model.type={known}"
+        do = f"its architectures={name} is transformers' {known}: give model.type={known}"
     else:
         do = "where it is another model underneath (as kimi_k2 is deepseek_v3), give that one as model.type"
     return f"model.path={path!r}: its config.json {says} {is_not}{code}; {do}"
@@ -194,7 +215,7 @@ def _unknown_type(path: str, raw: dict[str, Any]) -> str:
 
 def _config_of_type(kind: str, overrides: dict[str, Any], vocab_size: int) -> PreTrainedConfig:
     cls = _config_class(kind)
-    _check_fields(cls, overrides, set())
+    _check_fields(cls, overrides, {})
     try:
         config: PreTrainedConfig = cls(**{"vocab_size": vocab_size, **typed(cls, overrides)})
     except ModelError:
@@ -220,13 +241,14 @@ def _config_class(kind: str) -> type[PreTrainedConfig]:
     raise ModelError(f"model.type={kind!r} is neither a transformers model type nor a config class{hint}")
 
 
-def _check_fields(cls: type[PreTrainedConfig], overrides: dict[str, Any], own: set[str]) -> None:
+def _check_fields(cls: type[PreTrainedConfig], overrides: dict[str, Any], own: dict[str, Any]) -> None:
     """ModelError for an override that neither the class nor the checkpoint's own config knows."""
-    known = _fields_of(cls) | own
+    known = _fields_of(cls) | set(own)
     for key in overrides:
         if key not in known or key in _NOT_TAKEN:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near and key not in _NOT_TAKEN else ""
+            hint = _inside(key, own) or hint
             raise ModelError(f"model.overrides.{key}: {cls.__name__} has no such field{hint}")
 
 

@@ -31,7 +31,6 @@ from ray_ep.rank.source import Source, Stored
 
 # What families are known to carry beside a causal language model's weights, the first that fits counts.
 _BESIDE = {
-    r"(^|\.)(mtp|mtp_layers|mtp_block|nextn)[._]|\.(eh_proj|enorm|hnorm|shared_head)\.": "multi-token prediction (MTP)",
     r"(^|\.)(visual|vision|vision_tower|vision_model|vpm|vit|image_\w+|mm_projector|multi_modal_projector|patch_\w+)\.":
         "a vision tower",
     r"(^|\.)(audio|audio_tower|audio_model|speech|thinker_audio|talker|code2wav|token2wav)[._]": "an audio tower",
@@ -40,6 +39,7 @@ _BESIDE = {
     r"\b(lora_|adapter)": "an adapter",
     r"\b(score|v_head|value_head|reward_head|classifier)\.": "another head",
 }  # fmt: skip
+_MTP = re.compile(r"(^|\.)(mtp|nextn)[._]|\.(eh_proj|enorm|hnorm|shared_head)\.")
 _SINGLE = re.compile(r"experts\.(\d+)\.")
 
 
@@ -203,7 +203,7 @@ def _check_quantised(source: Source, targets: dict[str, Target | None], expected
     """Whatever quantisation is left is refused: by what the tensors are called, and by their dtypes."""
     undeclared = "" if source.declared else "; config.json declares no quantization_config"
     for key in [k for k, target in targets.items() if target is None]:
-        if ACTIVATION_SCALE.search(key) or not (name := looks_like(key)):
+        if ACTIVATION_SCALE.search(key) or not (name := looks_like(key, source.tensors)):
             continue
         hint = ""
         if name == "fp8" and not source.declared:
@@ -271,16 +271,20 @@ def _raise_for(say: str, model: PreTrainedModel, info: Any) -> None:
 
 def _leftovers(keys: list[str], model: PreTrainedModel, dequantised: bool) -> str:
     """Tensors without a place, grouped by what they are known to be; empty: none."""
-    layers = int(getattr(model.config.get_text_config(), "num_hidden_layers", 0) or 0)
+    text = model.config.get_text_config()
+    layers = int(getattr(text, "num_hidden_layers", 0) or 0)
+    promised = any(getattr(text, key, 0) for key in ("num_nextn_predict_layers", "num_mtp_layers", "num_mtp_modules"))
+    beyond = "multi-token prediction (MTP), " if promised or any(map(_MTP.search, keys)) else ""
     groups: dict[str, list[str]] = defaultdict(list)
     for key in keys:
         number = re.match(r"(?:\w+\.)*?layers\.(\d+)\.", key)
+        what = next((w for pattern, w in _BESIDE.items() if re.search(pattern, key)), "")
         if ACTIVATION_SCALE.search(key) and dequantised:
             what = "scales of activations (not needed)"
-        elif number and layers and int(number.group(1)) >= layers:
-            what = f"multi-token prediction (MTP), layers from {layers} on"
-        else:
-            what = next((w for pattern, w in _BESIDE.items() if re.search(pattern, key)), "unknown")
+        elif not what and number and layers and int(number.group(1)) >= layers:
+            what = f"{beyond}layers from {layers} on"
+        elif not what:
+            what = "multi-token prediction (MTP)" if _MTP.search(key) else "unknown"
         groups[what].append(key)
     parts = []
     for what, names in groups.items():

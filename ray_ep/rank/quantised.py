@@ -6,6 +6,7 @@ Tensors here are lazy, like safetensors' slices: `[...]` reads all, `[a:b]` rows
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -28,8 +29,11 @@ _LOOKS = {
     r"(_weight_qdata|:qdata|_weight_scale|:scale)$": "torchao",
     r"\.weight_scale_2$": "NVIDIA ModelOpt",
     r"(_scale_inv|\.qscale_weight)$": "fp8",
-    r"\.(weight_scale|weight_scales|scales|scale|weight_global_scale|input_global_scale)$": "scaled weights",
+    r"\.(weight_scale|weight_scales|weight_global_scale|input_global_scale)$": "scaled weights",
 }
+_MAYBE = re.compile(
+    r"\.(scale|scales)$"
+)  # of a weight, if there is one beside it; else of a norm, or of a tower's layer
 ACTIVATION_SCALE = re.compile(r"\.(activation_scale|input_scale|qscale_act)$|_activation_scale$")
 """Scales of activations: a dequantised model has no use for them."""
 
@@ -44,8 +48,10 @@ def declared(raw: dict[str, Any]) -> dict[str, Any]:
     return {**found, "quant_method": str(found.get("quant_method") or ("bitsandbytes" if bits else "unnamed"))}
 
 
-def looks_like(key: str) -> str:
-    """Which quantisation a tensor's name speaks of; empty: none."""
+def looks_like(key: str, keys: Container[str]) -> str:
+    """Which quantisation the name of a tensor among `keys` speaks of; empty: none."""
+    if _MAYBE.search(key) and f"{key.rpartition('.')[0]}.weight" in keys:
+        return "scaled weights"
     return next((name for pattern, name in _LOOKS.items() if re.search(pattern, key)), "")
 
 

@@ -142,6 +142,7 @@ CASES = {
         lambda d: replace(d, **{O_PROJ: torch.ones(32, 32, dtype=torch.int8), **rows({"weight_scale": ONE})}),
         ["o_proj", "quantised", "no quantization_config"],
     ),
+    "a scale beside a weight": (lambda d: replace(d, **rows({"scales": ONE})), ["scaled weights", "o_proj.scales"]),
     "int8 without": (lambda d: replace(d, **{O_PROJ: torch.ones(32, 32, dtype=torch.int8)}), [O_PROJ, "I8"]),
     "bitsandbytes, 8 bits": (lambda d: replace(d, **rows({"SCB": ONE})), ["bitsandbytes, 8 bits"]),
     "bitsandbytes, 4 bits": (lambda d: replace(d, **rows({"weight.absmax": ONE})), ["bitsandbytes, 4 bits"]),
@@ -224,4 +225,15 @@ def test_a_bad_tokenizer_is_refused_in_one_sentence(place, name):  # noqa: F811
     message = refused(place, ["data.tokenizer=t", "data.files=[text.txt]", "batch.length=32"])
     assert [s for s in ["data.tokenizer='t'", *says] if s not in message] == [], message
     assert not FOREIGN.search(message), message
+    assert not (place / "ran").exists()
+
+
+def test_a_tokenizer_beside_a_config_with_code_is_read_without_that_code(place):  # noqa: F811
+    make_tokenizer(place / "t")
+    (place / "t" / "config.json").write_text(
+        '{"model_type": "kimi_k3", "auto_map": {"AutoConfig": "configuration_k.X"}}'
+    )
+    (place / "t" / "configuration_k.py").write_text("open('ran', 'w')\n")
+    message = refused(place, ["model.path=nope", "data.tokenizer=t", "data.files=[text.txt]", "batch.length=32"])
+    assert "nope" in message, "the tokenizer was read"
     assert not (place / "ran").exists()

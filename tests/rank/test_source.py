@@ -182,16 +182,19 @@ def test_what_a_family_carries_beside_is_named_as_such_and_the_rest_too(tmp_path
     tensors = tiny(tmp_path)
     extra = {k.replace("layers.2.", "layers.3."): t for k, t in tensors.items() if "layers.2." in k}
     extra |= {"model.layers.3.eh_proj.weight": torch.ones(4, 4), "visual.blocks.0.weight": torch.ones(2)}
+    extra |= {"visual.layers.9.ls1.scale": torch.ones(2)}
     extra |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(2) for i in range(3)}
     extra |= {"model.layers.1.self_attn.q_a_proj.bias": torch.ones(16)}
     write(tmp_path, tensors | extra, num_nextn_predict_layers=1)
     text = look(tmp_path)["checkpoint-leftovers"]
     mtp = sum(k.startswith("model.layers.3.") for k in extra)
     assert f"multi-token prediction (MTP), layers from 3 on: {mtp} (" in text
-    assert "a vision tower: 1 (visual.blocks.0.weight)" in text
+    assert "a vision tower: 2 (visual.blocks.0.weight, visual.layers.9.ls1.scale)" in text
     assert "rotary buffers: 3 (" in text
     assert "unknown: 1 (model.layers.1.self_attn.q_a_proj.bias)" in text
     same(loaded(tmp_path), transformers_reads(tmp_path))
+    cut = look(tmp_path, "model.overrides={num_hidden_layers: 2, num_nextn_predict_layers: 0}")["checkpoint-leftovers"]
+    assert "layers from 2 on: " in cut
 
 
 def test_overrides_change_the_config_of_a_checkpoint_and_the_default_ones_do_not(tmp_path):
@@ -203,6 +206,11 @@ def test_overrides_change_the_config_of_a_checkpoint_and_the_default_ones_do_not
     assert model_config(cfg, VOCAB).num_experts_per_tok == 3
     with pytest.raises(ModelError, match=r"model\.overrides\.num_expert_per_tok: .*did you mean 'num_experts_per_tok'"):
         look(tmp_path, "model.overrides.num_expert_per_tok=3")
+    with pytest.raises(ModelError, match=r"rope_theta: .*; give it inside rope_parameters"):
+        look(tmp_path, "model.overrides.rope_theta=5.0")
+    for name in ("n_routed_experts", "num_local_experts"):  # an alias in the class
+        with pytest.raises(CheckpointError, match="holds 8 experts, its config says 4"):
+            look(tmp_path, f"model.overrides.{name}=4")
     with pytest.raises(CheckpointError, match="holds 8 experts, its config says 4"):
         look(tmp_path, "model.overrides.n_routed_experts=4")
 
