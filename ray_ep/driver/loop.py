@@ -187,7 +187,7 @@ class Driver:
         for listener in self.listeners:
             listener.step(metrics)
         self._watch(results[0].load)
-        if self.saver.due(self.done) and not self.interrupt():
+        if self.done < self.cfg.optim.steps and self.saver.due(self.done) and not self.interrupt():
             self.doing = "saving"
             statistics = self.statistics()
             self.plan.run.statistics(statistics)
@@ -236,7 +236,7 @@ class Driver:
             if not self.plan.run.begun:
                 raise
             lost = what_is_lost(str(self.plan.run.path), self.saver.saved, self.done)
-            self.plan.run.event("failed", f"step {self.done}: {cause_of(e)}; {lost}")
+            self.plan.run.event("failed", f"{cause_of(e)}, after step {self.done}; {lost}")
             e.add_note(lost)
             raise
         except KeyboardInterrupt:

@@ -27,7 +27,7 @@ from ray_ep.placement.groups import groups_of
 from ray_ep.rank.data import Corpus
 from ray_ep.rank.memory import oom_kills
 from ray_ep.rank.rank import Rank, StepResult
-from ray_ep.rank.reach import Trial
+from ray_ep.rank.reach import Trial, words
 
 
 @ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"control": 1})
@@ -136,10 +136,8 @@ class RankActor:
             return self.work.save(url, step)
         except SaveError:
             raise
-        except OSError as e:
-            raise SaveError(f"rank {self.rank} on {socket.gethostname()}: {e}") from None
-        except Exception as e:  # each remote file system has errors of its own
-            raise SaveError(f"rank {self.rank} on {socket.gethostname()}: {type(e).__name__}: {e}") from None
+        except Exception as e:  # each file system has errors of its own
+            raise SaveError(f"rank {self.rank} on {socket.gethostname()}: {words(e)}") from None
 
     def load(self, url: str, step: int) -> None:
         """`Rank.load`."""
