@@ -99,7 +99,7 @@ def train(config: str | None, as_json: bool, overrides: tuple[str, ...]) -> None
       ray-ep train resume=auto              goes on with the newest run, as it was
     """
     cfg = ray_ep.load_config(config, overrides)
-    loading("train")
+    loading("train", mark="" if cfg.router.force == "none" else f"[router.force={cfg.router.force}] ")
     run = ray_ep.train(cfg)
     last = (run.metrics() or [{}])[-1]
     if as_json:

@@ -7,10 +7,11 @@ import sys
 import click
 
 
-def loading(verb: str, what: str = "torch, transformers and Ray") -> None:
+def loading(verb: str, what: str = "torch, transformers and Ray", mark: str = "") -> None:
     """Say that `verb` loads what it needs; on a cold machine that takes most of a minute. Silent once it is loaded.
 
-    At once, not after a while: loading a library keeps every other thread of Python from running.
+    At once, not after a while: loading a library keeps every other thread of Python from running. `mark` goes before
+    it, as before every line of a run with a forced router.
     """
     if "torch" not in sys.modules:
-        click.echo(f"ray-ep {verb}: loading {what} ...", err=True)
+        click.echo(f"{mark}ray-ep {verb}: loading {what} ...", err=True)

@@ -50,7 +50,8 @@ def root_cause(failed: dict[int, Exception], silent: list[int], where: list[dict
         return type(e.cause)(str(e.cause))
     place = f" on {where[rank]['host']}" if where else ""
     if isinstance(e, OutOfMemoryError):  # Ray's monitor, which ends a process before the node has none left
-        return RankError(rank, f"rank {rank}{place} was killed for memory (Ray's memory monitor): {LOWER}:\n{e}")
+        told = str(e).strip().partition("\n")[0]  # its table of the node's processes follows
+        return RankError(rank, f"rank {rank}{place} was killed for memory (Ray's memory monitor): {LOWER}; {told}")
     if isinstance(e, RayActorError):
         died = RankError(rank, f"rank {rank}{place} died: {e}")
         died.__cause__ = e

@@ -192,7 +192,7 @@ class Driver:
         for listener in self.listeners:
             listener.step(metrics)
         self._watch(results[0].load)
-        if self.saver.due(self.done) and not self.interrupt():
+        if self.done < self.cfg.optim.steps and self.saver.due(self.done) and not self.interrupt():
             self.doing = "saving"
             statistics = self.statistics()
             self.plan.run.statistics(statistics)
@@ -246,7 +246,7 @@ class Driver:
                 raise
             lost = what_is_lost(str(self.plan.run.path), self.saver.saved, self.done)
             kind = "diverged" if isinstance(e, DivergedError) else "failed"
-            self.plan.run.event(kind, f"step {self.done}: {cause_of(e)}; {lost}")
+            self.plan.run.event(kind, f"{cause_of(e)}, after step {self.done}; {lost}")
             e.__notes__ = [*getattr(e, "__notes__", ()), lost]  # as add_note of Python 3.11
             raise
         except KeyboardInterrupt:

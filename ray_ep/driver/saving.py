@@ -99,7 +99,6 @@ class Saver:
             SaveError: it failed; the message says which checkpoint is the newest good one.
         """
         if why := self.save(done, statistics):
-            self.event("checkpoint-failed", why)
             raise SaveError(why)
 
     def newest(self) -> str:

@@ -27,7 +27,7 @@ from ray_ep.placement.groups import groups_of
 from ray_ep.rank.data import Corpus
 from ray_ep.rank.memory import oom_kills
 from ray_ep.rank.rank import Rank, StepResult
-from ray_ep.rank.reach import Trial
+from ray_ep.rank.reach import Trial, words
 
 
 @ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"control": 1})
@@ -128,17 +128,14 @@ class RankActor:
 
     def save(self, url: str, step: int) -> dict[str, list[Any]] | SaveError:
         """`Rank.save`; an error that it meets is returned, so that the driver hears all ranks and none writes on."""
-        where = f"rank {self.rank} on {socket.gethostname()}"
         try:
             return self.work.save(url, step)
-        except RayEPError as e:
-            if isinstance(e, SaveError):
-                return e
+        except SaveError as e:
+            return e
+        except RayEPError:
             raise
-        except OSError as e:
-            return SaveError(f"{where}: {e}")
-        except Exception as e:  # each remote file system has errors of its own
-            return SaveError(f"{where}: {type(e).__name__}: {e}")
+        except Exception as e:  # each file system has errors of its own
+            return SaveError(f"rank {self.rank} on {socket.gethostname()}: {words(e)}")
 
     def load(self, url: str, step: int) -> None:
         """`Rank.load`."""
