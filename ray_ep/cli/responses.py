@@ -229,9 +229,9 @@ def _npy(data: bytes, where: str) -> Any:
         raise PlacementError(f"{where}: expected base64 of a .npy file (vLLM)") from None
 
 
-def _ragged(value: Any, where: str) -> Any:
-    """The value as an array; PlacementError where rows differ in length."""
+def _size(value: Any, where: str) -> int:
+    """How many numbers there are; PlacementError where rows differ in length."""
     try:
-        return np.asarray(value)
+        return int(np.size(value))
     except (ValueError, OverflowError):
         raise PlacementError(f"{where}: rows of different lengths: expected [tokens, layers, top_k]") from None
