@@ -111,9 +111,8 @@ class Routed:
     def _array(self, value: Any, where: str) -> None:
         """vLLM's; null: the request was aborted, or the server does not capture. Empty: it had no token to route."""
         found = _npy(_bytes(value, where), where) if isinstance(value, str) and value else value
-        if found is not None and not (
-            isinstance(found, list | str | np.ndarray) and not np.size(_ragged(found, where))
-        ):
+        there = _size(found, where) > 0 if isinstance(found, list | np.ndarray) else found not in (None, "")
+        if there:
             self.arrays.append((where, found))
 
     def _sglang(self, inner: Mapping[str, Any], where: str, tokens: int) -> None:
