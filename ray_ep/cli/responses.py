@@ -111,9 +111,8 @@ class Routed:
     def _array(self, value: Any, where: str) -> None:
         """vLLM's; null: the request was aborted, or the server does not capture. Empty: it had no token to route."""
         found = _npy(_bytes(value, where), where) if isinstance(value, str) and value else value
-        if found is not None and not (
-            isinstance(found, list | str | np.ndarray) and not np.size(_ragged(found, where))
-        ):
+        there = _size(found, where) > 0 if isinstance(found, list | np.ndarray) else found not in (None, "")
+        if there:
             self.arrays.append((where, found))
 
     def _sglang(self, inner: Mapping[str, Any], where: str, tokens: int) -> None:
@@ -229,9 +228,9 @@ def _npy(data: bytes, where: str) -> Any:
         raise PlacementError(f"{where}: expected base64 of a .npy file (vLLM)") from None
 
 
-def _ragged(value: Any, where: str) -> Any:
-    """The value as an array; PlacementError where rows differ in length."""
+def _size(value: Any, where: str) -> int:
+    """How many numbers there are; PlacementError where rows differ in length."""
     try:
-        return np.asarray(value)
+        return int(np.size(value))
     except (ValueError, OverflowError):
         raise PlacementError(f"{where}: rows of different lengths: expected [tokens, layers, top_k]") from None

@@ -59,13 +59,18 @@ def empty_slots(problem: Problem, slots: Ints) -> Ints:
     return np.asarray(np.maximum(problem.room - (slots >= 0).sum(-1), 0), np.int64)
 
 
-def fill_layer(problem: Problem, traffic: Traffic, layer: Layer, free: bool) -> Layer:
-    """The layer with every slot filled; free: experts may change places for it where that makes a step shorter."""
+def fill_layer(problem: Problem, traffic: Traffic, layer: Layer, free: bool, safe: bool = False) -> Layer:
+    """The layer with every slot filled.
+
+    Args:
+        free: experts may change places for it where that makes a step shorter; else only where a step would be longer.
+        safe: they never may, for the nodes that an expert is on outlive the loss of others.
+    """
     left, before = int(empty_slots(problem, layer.slots).sum()), _value(problem, traffic, layer)[0]
     found = [_by_load(problem, traffic.load, layer, *how) for how in ((False, 1.0), (False, 0.0), (True, 0.0))]
     if left <= FEW:
         for _ in range(left):
-            layer = _one_more(problem, traffic, layer, free)
+            layer = _one_more(problem, traffic, layer, free, safe)
         found.append(layer)
     best = min(found, key=lambda x: _value(problem, traffic, x))
     return best if _value(problem, traffic, best)[0] <= before * (1 + SAME) else _relieved(problem, traffic, best)
@@ -83,10 +88,12 @@ def _relieved(problem: Problem, traffic: Traffic, layer: Layer) -> Layer:
     for _ in range(ROUNDS):
         _, load = replan.layer_figures(problem, traffic, layer.slots, layer.shares)
         busiest = int(np.argmax(load / problem.speed))
-        count = np.bincount(layer.slots[layer.slots >= 0], minlength=problem.experts)
+        filled = layer.slots >= 0
+        total = np.bincount(layer.slots[filled], layer.shares[filled], problem.experts)
         found = [(value, layer)]
         for slot, expert in enumerate(layer.slots[busiest]):
-            if expert >= 0 and count[expert] > 1 and layer.shares[busiest, slot] > 0:
+            mine = layer.shares[busiest, slot]
+            if expert >= 0 and 0 < mine < total[expert]:  # others that take some are left
                 for part in (0.0, 0.5, 0.8, 0.95):
                     shares = layer.shares.copy()
                     shares[busiest, slot] *= part
@@ -116,14 +123,14 @@ def _by_load(problem: Problem, load: Floats, layer: Layer, coldest: bool, share:
     return Layer(slots, shares)
 
 
-def _one_more(problem: Problem, traffic: Traffic, layer: Layer, free: bool) -> Layer:
+def _one_more(problem: Problem, traffic: Traffic, layer: Layer, free: bool, safe: bool) -> Layer:
     """The layer with one more slot filled, on the rank that has least to do of those with room."""
     seconds, load = replan.layer_figures(problem, traffic, layer.slots, layer.shares)
     each = load / problem.speed
     rank = int(np.argmin(np.where(empty_slots(problem, layer.slots) > 0, each, np.inf)))
     found = [(_value(problem, traffic, x), x) for x in _replicas(traffic.load, layer, rank, int(np.argmax(each)))]
     best = min(found, key=lambda x: x[0])
-    if free or best[0][0] > seconds * (1 + SAME):
+    if not safe and (free or best[0][0] > seconds * (1 + SAME)):
         others = _exchanges(traffic.load, layer, rank, each)
         best = min([best, *((_value(problem, traffic, x), x) for x in others)], key=lambda x: x[0])
     return best[1]

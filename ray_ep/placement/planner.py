@@ -159,7 +159,7 @@ def _filled(
     def one(i: int) -> fill.Layer:
         load = np.asarray(statistics.load[i], np.float64)
         traffic = Traffic.of(load, sets[i], problem.ranks).as_predicted(load)
-        return fill.fill_layer(problem, traffic, fill.Layer(slots[i], shares[i]), current is None and not survive_nodes)
+        return fill.fill_layer(problem, traffic, fill.Layer(slots[i], shares[i]), current is None, survive_nodes > 0)
 
     for i, layer in zip(short, _by_layer(one, short), strict=True):
         slots[i], shares[i] = layer.slots, layer.shares
