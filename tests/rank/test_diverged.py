@@ -7,7 +7,7 @@ import torch
 from ray.exceptions import RayTaskError
 
 from ray_ep.collective import SoloGroup
-from ray_ep.driver.cluster import _root_cause
+from ray_ep.driver.cause import root_cause
 from ray_ep.errors import BadInput, DivergedError
 from ray_ep.placement import random
 from ray_ep.rank.checkpoint import Directory
@@ -157,7 +157,7 @@ def test_what_an_update_broke_is_not_saved(tmp_path):
 
 def test_the_driver_tells_a_rank_that_diverged_as_the_ranks_own_words():
     error = RayTaskError("train_step", "a traceback", DivergedError("step 3 diverged")).as_instanceof_cause()
-    told = _root_cause({1: error}, [0])
+    told = root_cause({1: error}, [0], [])
     assert type(told) is DivergedError
     assert str(told) == "step 3 diverged"
     assert not isinstance(told, BadInput), "exit status 1"
