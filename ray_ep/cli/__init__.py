@@ -50,7 +50,7 @@ class Cli(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)
-        if name in ("plan", "simulate", "bench"):  # they say nothing before they are done
+        if name in ("plan", "simulate"):  # they say nothing before they are done
             self.phases(f"{name}: loading and computing")
         return name, command, rest
 

@@ -27,6 +27,7 @@ def bench_placement(shapes: str, seeds: str, drift: float, slow: str, repeats: i
       v3-256 and v3-1024: 8x256 top-8, on 32 and 128 nodes of 8 ranks, 2 and 1 slots
       olmoe-8 8x64 top-8, 8 on 1, 8
     """
+    click.echo("ray-ep bench placement: planning ...", err=True)
     from ray_ep.bench.placement import SHAPES, TITLE, run_balance, run_placement
     from ray_ep.errors import BadInput
 

@@ -61,8 +61,8 @@ def connected(cfg: ClusterConfig, interrupted: Callable[[], bool] = bool) -> Ite
     check_head(address, f"{source}={address!r}", os.environ)
     options: dict[str, Any] = {"include_dashboard": cfg.dashboard} if local else {}
     logging.getLogger("ray").setLevel(logging.ERROR)
-    options |= {"address": "local" if local else address, "logging_level": "ERROR", "log_to_driver": False}
-    started = _started(options)
+    options |= {"logging_level": "ERROR", "log_to_driver": False}
+    started = _started("local" if local else address, options)
     while not started.done():
         with suppress(KeyboardInterrupt):
             interrupted()
@@ -77,7 +77,7 @@ def connected(cfg: ClusterConfig, interrupted: Callable[[], bool] = bool) -> Ite
         ray.shutdown()
 
 
-def _started(options: dict[str, Any]) -> Future[None]:
+def _started(address: str, options: dict[str, Any]) -> Future[None]:
     """`ray.init` in a thread: on the main one Ray takes SIGTERM over and leaves half a cluster behind when it comes.
 
     The thread lives as long as the process does, for Ray's processes die with the thread that started them.
@@ -86,7 +86,7 @@ def _started(options: dict[str, Any]) -> Future[None]:
 
     def start() -> None:
         try:
-            ray.init(**options)
+            ray.init(address=address, **options)
             started.set_result(None)
         except BaseException as e:
             started.set_exception(e)

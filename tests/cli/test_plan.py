@@ -329,4 +329,4 @@ def test_neither_torch_nor_ray_is_loaded(place):
     arguments = [sys.executable, "-c", program, "plan", *BASE, "--html", "p.html"]
     done = subprocess.run(arguments, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.strip() == "[]"
+    assert done.stderr.splitlines()[-1] == "[]"  # before it, on a slow machine, what it is at

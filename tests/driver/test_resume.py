@@ -133,10 +133,11 @@ DAMAGE = {
 def test_a_damaged_newest_checkpoint_is_refused_with_the_command_that_takes_the_one_before(newest, damage, says):
     damage(newest)
     before = tree(".")
-    advice = f"step 1 is whole: ray-ep train 'run_dir={RUN}' resume='{RUN}/checkpoints/step-000001'"
+    run = Path(RUN).absolute()
+    advice = f"step 1 is whole: ray-ep train 'run_dir={run}' resume='{run}/checkpoints/step-000001'"
     for resume in ("auto", RUN, str(newest)):
         with pytest.raises(CheckpointError) as e:
-            check(ray_ep.load_config(None, [*TINY, f"run_dir={RUN}", f"resume='{resume}'"]), NOW)
+            check(ray_ep.load_config(None, [*TINY, f"run_dir={RUN}", f"resume={resume}"]), NOW)
         assert [w for w in ["step-000002", *says, advice] if w not in str(e.value)] == [], str(e.value)
         assert len(str(e.value).splitlines()) == 1
     result = CliRunner().invoke(main, ["export", RUN, "out dir"])
@@ -144,7 +145,7 @@ def test_a_damaged_newest_checkpoint_is_refused_with_the_command_that_takes_the_
     assert f"step 1 is whole: ray-ep export '{RUN}/checkpoints/step-000001' 'out dir'" in result.stderr
     assert tree(".") == before
     assert not Path("out dir").exists()
-    plan = check(ray_ep.load_config(None, [*TINY, f"run_dir={RUN}", f"resume='{newest.parent}/step-000001'"]), NOW)
+    plan = check(ray_ep.load_config(None, [*TINY, f"run_dir={RUN}", f"resume={newest.parent}/step-000001"]), NOW)
     assert plan.checkpoint.step == 1
 
 
@@ -159,8 +160,9 @@ def test_a_save_cut_short_is_passed_over_and_named_when_it_is_asked_for(newest):
     (newest / "manifest.json").unlink()
     plan = check(ray_ep.load_config(None, [*TINY, f"run_dir={RUN}", "resume=auto"]), NOW)
     assert plan.checkpoint.step == 1
+    plan.run.release()
     with pytest.raises(CheckpointError, match=r"step-000002: there is no complete checkpoint.*step 1 is whole"):
-        check(ray_ep.load_config(None, [*TINY, f"run_dir={RUN}", f"resume='{newest}'"]), NOW)
+        check(ray_ep.load_config(None, [*TINY, f"run_dir={RUN}", f"resume={newest}"]), NOW)
 
 
 def test_a_checkpoint_of_before_sizes_were_kept_is_checked_and_taken(newest):

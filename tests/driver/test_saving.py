@@ -26,7 +26,7 @@ class FakeRanks:
     def call(self, method, url, step):
         assert method == "save"
         directory = Directory(url)
-        directory.fs.pipe_file(f"{directory.path(step)}/half", b"half of it")
+        directory.fs.pipe_file(f"{directory.path(step)}/dense-0000.safetensors", b"half of it")
         if self.fails is not None:
             raise self.fails
         return [{}]

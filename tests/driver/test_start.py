@@ -272,12 +272,3 @@ def test_a_directory_whose_name_looks_like_a_pattern_is_none(place, monkeypatch)
     for files in ("a.txt", "*.txt"):
         plan, _ = resumed(*OWN, f"data.files={files}")
         assert plan.corpus.documents == 1
-
-
-def test_a_job_that_keeps_its_run_in_its_own_copy_of_the_directory_is_told(place, monkeypatch):
-    copy = place / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
-    copy.mkdir(parents=True)
-    shutil.copy("text.txt", copy)
-    monkeypatch.chdir(copy)
-    plan, _ = resumed(*OWN)
-    assert "the job's own copy of the working directory, which Ray removes: give run_dir" in told(plan, "run-dir")[0]

@@ -28,7 +28,7 @@ STEPS, CHECKPOINTED = 4, "model.gradient_checkpointing=true"
 
 def losses(size, *overrides, model, resume=None):
     """Loss of every step; with `resume`, a directory, by ranks that end after half of them and others that go on."""
-    cfg, config = configure("router.aux_loss='off'", "batch.sequences=4", *overrides, model=model)
+    cfg, config = configure("router.aux_loss=off", "batch.sequences=4", *overrides, model=model)
     half = STEPS // 2
 
     def work(steps, load, group):

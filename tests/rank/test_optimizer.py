@@ -172,7 +172,7 @@ def test_biases_norms_and_vectors_of_experts_do_not_decay():
 
 
 def test_frozen_parameters_are_left_alone_and_out_of_the_norm():
-    cfg, config = configure("optim.clip_norm=0", "router.aux_loss='off'")
+    cfg, config = configure("optim.clip_norm=0", "router.aux_loss=off")
     frozen = ("model.embed_tokens.weight", "model.layers.0.mlp.experts.down_proj", "model.layers.1.mlp.gate.weight")
     plain = Reference(cfg, config)
     plain.backward(0)

@@ -146,10 +146,10 @@ def assert_follows(results, want, rel=1e-4):
 
 
 CASES = {
-    "auxiliary loss off": ("router.aux_loss='off'",),
+    "auxiliary loss off": ("router.aux_loss=off",),
     "pooled": ("router.aux_loss=pooled", "router.aux_coefficient=0.2", "router.z_coefficient=0.01"),
     "a layer": ("router.aux_loss=layer", "router.aux_coefficient=0.2"),
-    "sgd": ("router.aux_loss='off'", "optim.kind=sgd", "optim.learning_rate=0.3", "optim.weight_decay=0.01"),
+    "sgd": ("router.aux_loss=off", "optim.kind=sgd", "optim.learning_rate=0.3", "optim.weight_decay=0.01"),
 }
 
 
@@ -167,7 +167,7 @@ def test_thirty_steps_follow_the_single_process_trainer(case, size, sequences):
 def test_balance_inside_the_step_keeps_thirty_losses_to_1e_5_and_evens_skewed_ranks(size, monkeypatch):
     free = lambda self, *_: (np.ones(self.group.size), 1e12)  # noqa: E731 so that a tiny layer has guests
     monkeypatch.setattr(Balancer, "_measure", free)
-    overrides = ("router.aux_loss='off'", "batch.sequences=8", "batch.length=64")
+    overrides = ("router.aux_loss=off", "batch.sequences=8", "batch.length=64")
     skewed = contiguous(LAYERS, EXPERTS, size)
     without, _ = train(size, 30, *overrides, "balance.in_step=off", placement=skewed)
     results, ranks = train(size, 30, *overrides, "balance.in_step=always", placement=skewed)
@@ -213,7 +213,7 @@ def test_logged_figures_do_not_depend_on_the_layout(layout, accumulation):
 
 
 def test_accumulation_changes_no_figure_but_the_auxiliary_loss_which_is_the_mean_over_passes():
-    off = ("router.aux_loss='off'", "router.z_coefficient=0.02")
+    off = ("router.aux_loss=off", "router.z_coefficient=0.02")
     results, _ = train(2, 10, *off, "batch.accumulation=2")
     assert_follows(results, train(2, 10, *off)[0][0])
     one, two = (reference(5, *BALANCED, f"batch.accumulation={n}")[0][0] for n in (1, 2))
