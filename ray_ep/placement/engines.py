@@ -89,7 +89,7 @@ def sglang_record(dumps: Sequence[Source], num_experts: int | None = None) -> Re
     tokens: list[Array] = []
     for (name, tree), to_logical in zip(dumps, maps, strict=True):
         if not isinstance(tree["records"], Sequence):
-            raise PlacementError(f"{name}: records is a {type(tree['records']).__name__}: expected a list")
+            raise PlacementError(f"{name}: records is not a list")
         for i, record in enumerate(tree["records"]):
             where = f"{name}: records[{i}]"
             load += _logical(where, record, to_logical, experts)

@@ -49,7 +49,7 @@ def test_the_balance_inside_a_step_evens_ranks_out_and_is_timed():
 def test_the_command_prints_a_json_line_a_row():
     done = CliRunner().invoke(main, ["bench", "placement", "--shape=mixtral-8", "--repeats=1", "--json"])
     assert done.exit_code == 0
-    found = [json.loads(line) for line in done.output.splitlines()]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["shape"] for row in found} == {"mixtral-8"}
     assert "milliseconds" in found[-1]
 

@@ -17,7 +17,8 @@ from tests.conftest import run_ranks
 from tests.rank.test_optimizer import LAYOUTS, state
 from tests.rank.test_training import EXPERTS, LAYERS, QWEN, SIZES, configure, make_rank
 
-DEEPSEEK = ("model.type=deepseek_v3", f"model.overrides={{{SIZES.replace('heads: 2', 'heads: 4')}, n_routed_experts: 8, moe_intermediate_size: 16, \
+HEADS = SIZES.replace("value_heads: 2", "value_heads: 4")
+DEEPSEEK = ("model.type=deepseek_v3", f"model.overrides={{{HEADS}, n_routed_experts: 8, moe_intermediate_size: 16, \
 first_k_dense_replace: 0, q_lora_rank: 16, kv_lora_rank: 16, qk_rope_head_dim: 8, n_group: 2, \
 qk_nope_head_dim: 8, v_head_dim: 8, topk_group: 1, n_shared_experts: 1}}")  # fmt: skip
 ADAM = {"weight", "exp_avg", "exp_avg_sq"}
