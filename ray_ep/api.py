@@ -22,7 +22,7 @@ from ray_ep.observe.phases import Phases
 from ray_ep.observe.progress import Progress
 from ray_ep.observe.report import write_report
 from ray_ep.placement import Placement, RoutingStatistics, Topology
-from ray_ep.rank.export import export_checkpoint
+from ray_ep.rank.saved.export import export_checkpoint
 
 
 @dataclass(frozen=True, slots=True)

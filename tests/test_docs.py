@@ -96,7 +96,7 @@ def test_every_configuration_file_loads_and_steps(path, ranks):
     import threading
 
     from ray_ep.placement import contiguous
-    from ray_ep.rank.data import load_corpus
+    from ray_ep.rank.data.corpus import load_corpus
     from ray_ep.rank.model import meta_model, model_config
     from ray_ep.rank.rank import Rank
 

@@ -25,8 +25,8 @@ from ray_ep.errors import DivergedError
 from ray_ep.moe import Balance, Choice
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.placement.groups import contradictions
-from ray_ep.rank.directory import MANIFEST
 from ray_ep.rank.rank import StepResult
+from ray_ep.rank.saved.directory import MANIFEST
 
 JOB_COPY = (
     "lies in the job's own copy of its working directory, which Ray deletes with the job's files: give run_dir=/a/path "

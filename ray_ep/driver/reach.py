@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ray_ep.errors import ClusterError
-from ray_ep.rank.directory import Directory
 from ray_ep.rank.reach import PATIENCE_S, Trial, seen, words
+from ray_ep.rank.saved.directory import Directory
 
 SHARED = "checkpoint.dir must be a path that all nodes share, or a URL such as s3://bucket/run"
 

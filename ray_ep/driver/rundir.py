@@ -22,8 +22,8 @@ from ray_ep.config.schema import Config
 from ray_ep.driver.claim import LOCK, Claim, holder, in_use
 from ray_ep.errors import CheckpointError, ConfigError, PlacementError
 from ray_ep.placement import Placement, RoutingStatistics, Topology
-from ray_ep.rank.checkpoint import Checkpoint
-from ray_ep.rank.directory import Directory
+from ray_ep.rank.saved.checkpoint import Checkpoint
+from ray_ep.rank.saved.directory import Directory
 
 _PARTS = ("placements", "statistics", "provenance")
 REQUEST = "rebalance"

@@ -14,7 +14,7 @@ from ray_ep.driver.rundir import checkpoint_url
 from ray_ep.driver.start import Plan
 from ray_ep.errors import DivergedError, RankError, SaveError
 from ray_ep.placement import RoutingStatistics
-from ray_ep.rank.directory import Directory
+from ray_ep.rank.saved.directory import Directory
 
 
 class Ranks(Protocol):

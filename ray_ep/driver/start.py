@@ -21,11 +21,11 @@ from ray_ep.errors import CheckpointError, ConfigError
 from ray_ep.moe import find_experts
 from ray_ep.placement import Placement, contiguous, random
 from ray_ep.rank.balancing import balancing
-from ray_ep.rank.checkpoint import QUICK, Checkpoint
-from ray_ep.rank.data import Corpus, load_corpus
-from ray_ep.rank.directory import Directory
+from ray_ep.rank.data.corpus import Corpus, load_corpus
 from ray_ep.rank.model import meta_model, model_config
-from ray_ep.rank.pretrained import inspect
+from ray_ep.rank.pretrained.load import inspect
+from ray_ep.rank.saved.checkpoint import QUICK, Checkpoint
+from ray_ep.rank.saved.directory import Directory
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from ray_ep.moe import Choice, Moved
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.placement.gpu_links import GpuLinks
 from ray_ep.placement.groups import groups_of
-from ray_ep.rank.data import Corpus
+from ray_ep.rank.data.corpus import Corpus
 from ray_ep.rank.memory import oom_kills
 from ray_ep.rank.rank import Rank, StepResult
 from ray_ep.rank.reach import Trial, words

@@ -26,8 +26,8 @@ from ray_ep.moe import find_experts, parallelize
 from ray_ep.moe.parallelize import keep_rows, same_count
 from ray_ep.placement import Placement
 from ray_ep.rank.overrides import typed
-from ray_ep.rank.pretrained import load_pretrained
-from ray_ep.rank.source import read_config
+from ray_ep.rank.pretrained.load import load_pretrained
+from ray_ep.rank.pretrained.source import read_config
 
 _ALIASES = {"kimi_k2": "deepseek_v3"}
 """Types that are another one underneath: the same code and names of weights, other sizes."""

@@ -36,13 +36,13 @@ from ray_ep.moe import (
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.rank.balancing import balancing
 from ray_ep.rank.broken_off import Before, evaluation_parts, leaving
-from ray_ep.rank.checkpoint import Checkpoint, load_rank, save_rank
-from ray_ep.rank.data import Corpus, global_batch, held_out_batch
-from ray_ep.rank.directory import Directory
+from ray_ep.rank.data.corpus import Corpus, global_batch, held_out_batch
 from ray_ep.rank.diverged import bad_weight, locate
 from ray_ep.rank.model import build
 from ray_ep.rank.optimizer import MasterOptimizer
 from ray_ep.rank.pays import Pays, uneven_ranks
+from ray_ep.rank.saved.checkpoint import Checkpoint, load_rank, save_rank
+from ray_ep.rank.saved.directory import Directory
 from ray_ep.rank.trial import unseen
 
 CHOICE_S = 1.2

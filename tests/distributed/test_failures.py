@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from ray_ep.rank.checkpoint import Checkpoint
-from ray_ep.rank.directory import Directory
+from ray_ep.rank.saved.checkpoint import Checkpoint
+from ray_ep.rank.saved.directory import Directory
 
 PROBE = """
 # Put on PYTHONPATH as sitecustomize. The hook waits for the module, so nothing is imported early.

@@ -13,8 +13,8 @@ from ray_ep.driver.interrupt import Interrupt
 from ray_ep.driver.loop import Driver
 from ray_ep.driver.rundir import RunDir
 from ray_ep.errors import RankError
-from ray_ep.rank.checkpoint import Directory
 from ray_ep.rank.rank import StepResult, Usage
+from ray_ep.rank.saved.checkpoint import Directory
 from tests.driver.scenes import NOWHERE, RANKS, statistics, step, topology
 
 SECONDS = {"migration_seconds": 0.0, "rebalance_seconds": 0.0}

@@ -19,8 +19,8 @@ from ray_ep.collective import SoloGroup
 from ray_ep.driver.rundir import find_checkpoint
 from ray_ep.driver.start import check
 from ray_ep.errors import CheckpointError
-from ray_ep.rank.directory import Directory
 from ray_ep.rank.rank import Rank
+from ray_ep.rank.saved.directory import Directory
 
 NOW = datetime(2026, 7, 1, 12, 30, 5)
 TINY = [

@@ -13,7 +13,7 @@ from ray_ep.config import load_config
 from ray_ep.driver.rundir import RunDir
 from ray_ep.driver.saving import Saver, cause_of, what_is_lost, when
 from ray_ep.errors import RankError, SaveError
-from ray_ep.rank.checkpoint import Checkpoint, Directory
+from ray_ep.rank.saved.checkpoint import Checkpoint, Directory
 from tests.driver.scenes import Clock, statistics
 
 

@@ -15,7 +15,7 @@ from ray_ep.config import load_config
 from ray_ep.driver.start import check
 from ray_ep.errors import BadInput, CheckpointError, ConfigError
 from ray_ep.placement import RoutingStatistics
-from ray_ep.rank.directory import Directory
+from ray_ep.rank.saved.directory import Directory
 
 NOW = datetime(2026, 7, 1, 12, 30, 5)
 OWN = [

@@ -10,8 +10,8 @@ import pytest
 
 from ray_ep.collective import SoloGroup
 from ray_ep.placement import contiguous
-from ray_ep.rank.directory import Directory
 from ray_ep.rank.rank import Rank
+from ray_ep.rank.saved.directory import Directory
 from tests.rank.test_training import CORPUS, EXPERTS, LAYERS, configure
 
 

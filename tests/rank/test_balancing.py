@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from ray_ep.moe import find_experts
 from ray_ep.placement import random
 from ray_ep.rank.balancing import balancing
-from ray_ep.rank.data import global_batch
+from ray_ep.rank.data.corpus import global_batch
 from ray_ep.rank.model import model_config
 from ray_ep.rank.rank import Rank
 from tests import models

@@ -9,10 +9,10 @@ import torch
 from ray_ep.collective import SoloGroup
 from ray_ep.errors import CheckpointError, SaveError
 from ray_ep.placement import RoutingStatistics, contiguous, random
-from ray_ep.rank import checkpoint as module
-from ray_ep.rank.checkpoint import Checkpoint
-from ray_ep.rank.directory import Directory
-from ray_ep.rank.disk import checksum
+from ray_ep.rank.saved import checkpoint as module
+from ray_ep.rank.saved.checkpoint import Checkpoint
+from ray_ep.rank.saved.directory import Directory
+from ray_ep.rank.saved.disk import checksum
 from tests.conftest import run_ranks
 from tests.rank.test_optimizer import LAYOUTS, state
 from tests.rank.test_training import EXPERTS, LAYERS, QWEN, SIZES, configure, make_rank

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ray_ep.config import load_config
 from ray_ep.errors import DataError
-from ray_ep.rank.data import global_batch, held_out_batch, load_corpus
+from ray_ep.rank.data.corpus import global_batch, held_out_batch, load_corpus
 
 DOCUMENTS = [f"document {i} says {'word ' * (i % 7 + 3)}\n" for i in range(400)]
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from ray_ep.config import load_config
 from ray_ep.config.schema import DataConfig
 from ray_ep.errors import DataError
-from ray_ep.rank.decode import decoded
-from ray_ep.rank.documents import open_source
+from ray_ep.rank.data.decode import decoded
+from ray_ep.rank.data.documents import open_source
 
 TEXTS = [f"grüße {i}, {'word ' * (i % 5)}" for i in range(300)]
 FORMATS = {

@@ -15,9 +15,9 @@ import torch
 
 from ray_ep.errors import CheckpointError, SaveError
 from ray_ep.placement import RoutingStatistics
-from ray_ep.rank import directory as module
-from ray_ep.rank.checkpoint import Checkpoint
-from ray_ep.rank.directory import Directory
+from ray_ep.rank.saved import directory as module
+from ray_ep.rank.saved.checkpoint import Checkpoint
+from ray_ep.rank.saved.directory import Directory
 
 NOTHING = RoutingStatistics(np.zeros((1, 2), np.int64))
 
@@ -146,7 +146,7 @@ def test_a_save_killed_over_an_older_one_of_its_step_leaves_that_whole(tmp_path)
     write(directory, 4, 1.0)
     program = f"""
 import os, signal, torch
-from ray_ep.rank.directory import Directory
+from ray_ep.rank.saved.directory import Directory
 directory = Directory({str(tmp_path)!r})
 with directory.saving(4):
     directory.write_tensors(4, "dense-0000.safetensors", {{"weight/a": torch.full((100,), 2.0)}})

@@ -10,7 +10,7 @@ from ray_ep.collective import SoloGroup
 from ray_ep.driver.cause import root_cause
 from ray_ep.errors import BadInput, DivergedError
 from ray_ep.placement import random
-from ray_ep.rank.checkpoint import Directory
+from ray_ep.rank.saved.checkpoint import Directory
 from tests.conftest import run_ranks
 from tests.rank.test_training import EXPERTS, LAYERS, configure, make_rank
 

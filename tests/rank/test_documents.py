@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from ray_ep.config import load_config
 from ray_ep.config.schema import DataConfig
 from ray_ep.errors import DataError
-from ray_ep.rank.data import load_corpus
-from ray_ep.rank.documents import open_source
-from ray_ep.rank.rows import read_csv, read_json
+from ray_ep.rank.data.corpus import load_corpus
+from ray_ep.rank.data.documents import open_source
+from ray_ep.rank.data.rows import read_csv, read_json
 
 ROWS = [{"id": i, "text": f"grüße {i}, {'word ' * (i % 5)}\nsaid “{i}”"} for i in range(300)]
 TEXTS = [row["text"] for row in ROWS]

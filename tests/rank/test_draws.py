@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ray_ep.collective import SoloGroup
 from ray_ep.moe import Draws
 from ray_ep.placement import random
-from ray_ep.rank.checkpoint import Directory
+from ray_ep.rank.saved.checkpoint import Directory
 from tests.conftest import run_ranks
 from tests.rank.test_training import EXPERTS, LAYERS, QWEN, SIZES, configure, make_rank
 

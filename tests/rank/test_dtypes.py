@@ -11,10 +11,10 @@ from ray_ep.collective import SoloGroup
 from ray_ep.config import load_config
 from ray_ep.moe import find_experts, update_bias
 from ray_ep.placement import RoutingStatistics, contiguous
-from ray_ep.rank.checkpoint import Checkpoint, Directory
-from ray_ep.rank.export import export_checkpoint
 from ray_ep.rank.model import build, meta_model, model_config
 from ray_ep.rank.rank import Rank
+from ray_ep.rank.saved.checkpoint import Checkpoint, Directory
+from ray_ep.rank.saved.export import export_checkpoint
 from tests.models import BASE, DEEPSEEK, VOCAB
 from tests.rank.quantise import tiny, write
 from tests.rank.test_training import CORPUS

@@ -13,9 +13,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from ray_ep.errors import BadInput, CheckpointError, SaveError
-from ray_ep.rank import export
-from ray_ep.rank.companions import BYTES, companions
-from ray_ep.rank.export import export_checkpoint
+from ray_ep.rank.saved import export
+from ray_ep.rank.saved.companions import BYTES, companions
+from ray_ep.rank.saved.export import export_checkpoint
 from tests.rank.test_directory import files_up_to
 from tests.rank.test_export import saved
 
@@ -144,9 +144,9 @@ def test_an_export_that_was_killed_does_not_refuse_the_next_one(checkpoint, tmp_
     program = f"""
 import os, signal
 from pathlib import Path
-from ray_ep.rank import export
-from ray_ep.rank.checkpoint import Checkpoint
-from ray_ep.rank.directory import Directory
+from ray_ep.rank.saved import export
+from ray_ep.rank.saved.checkpoint import Checkpoint
+from ray_ep.rank.saved.directory import Directory
 export._Writer.finish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 export.export_checkpoint(Checkpoint(Directory({str(tmp_path / "ours")!r}), 3), Path({str(tmp_path / "out")!r}))
 """

@@ -9,7 +9,7 @@ import torch
 from ray_ep.errors import ModelError, PlacementError
 from ray_ep.moe import Balance
 from ray_ep.placement import Placement, contiguous, random
-from ray_ep.rank.directory import Directory
+from ray_ep.rank.saved.directory import Directory
 from tests.conftest import run_ranks
 from tests.rank.test_checkpoint import commit
 from tests.rank.test_optimizer import copies, state, together

@@ -15,10 +15,10 @@ from ray_ep.config import load_config
 from ray_ep.errors import CheckpointError, ModelError
 from ray_ep.moe import find_experts
 from ray_ep.placement import contiguous, random
-from ray_ep.rank import pretrained
 from ray_ep.rank.model import build, meta_model, model_config
-from ray_ep.rank.quantised import declared
-from ray_ep.rank.source import Source, Stored
+from ray_ep.rank.pretrained import load as pretrained
+from ray_ep.rank.pretrained.quantised import declared
+from ray_ep.rank.pretrained.source import Source, Stored
 from tests.models import VOCAB
 from tests.rank.quantise import FP8, fp8, mxfp4, tiny, write
 from tests.rank.test_model import Rank, experts_by_name

@@ -17,7 +17,7 @@ from ray_ep.collective import SoloGroup
 from ray_ep.config import load_config
 from ray_ep.moe.balancer import Balancer
 from ray_ep.placement import contiguous, random
-from ray_ep.rank.data import Corpus, global_batch
+from ray_ep.rank.data.corpus import Corpus, global_batch
 from ray_ep.rank.model import model_config
 from ray_ep.rank.rank import Rank
 from tests.conftest import run_ranks

@@ -30,8 +30,8 @@ import pyarrow as pa
 
 from ray_ep.config.schema import DataConfig
 from ray_ep.errors import DataError
-from ray_ep.rank import rows
-from ray_ep.rank.decode import checked_encoding, decoded
+from ray_ep.rank.data import rows
+from ray_ep.rank.data.decode import checked_encoding, decoded
 
 _FILES_ARE = (
     "give paths, globs (** for any depth) or URLs of text, JSON, CSV, Parquet or Arrow files, "

@@ -26,7 +26,7 @@ import torch
 
 from ray_ep.errors import CheckpointError, SaveError
 from ray_ep.placement import RoutingStatistics
-from ray_ep.rank.disk import checksum, remedy, save_tensors, sync, temporary, words
+from ray_ep.rank.saved.disk import checksum, remedy, save_tensors, sync, temporary, words
 
 MANIFEST = "manifest.json"
 STATISTICS = "statistics.npz"

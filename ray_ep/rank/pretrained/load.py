@@ -26,8 +26,8 @@ from transformers.utils import logging
 from ray_ep.errors import CheckpointError, brief
 from ray_ep.moe import find_experts
 from ray_ep.moe.parallelize import keep_rows
-from ray_ep.rank.quantised import ACTIVATION_SCALE, FLOATS, looks_like
-from ray_ep.rank.source import Source, Stored
+from ray_ep.rank.pretrained.quantised import ACTIVATION_SCALE, FLOATS, looks_like
+from ray_ep.rank.pretrained.source import Source, Stored
 
 # What families are known to carry beside a causal language model's weights, the first that fits counts.
 _BESIDE = {

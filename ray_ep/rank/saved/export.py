@@ -17,10 +17,10 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from ray_ep.errors import BadInput, CheckpointError, SaveError
 from ray_ep.moe import find_experts
-from ray_ep.rank.checkpoint import QUICK, Checkpoint
-from ray_ep.rank.companions import companions
-from ray_ep.rank.disk import save_tensors
 from ray_ep.rank.model import meta_model
+from ray_ep.rank.saved.checkpoint import QUICK, Checkpoint
+from ray_ep.rank.saved.companions import companions
+from ray_ep.rank.saved.disk import save_tensors
 
 _SHARD = "model-{:05d}.safetensors"
 _PART = ".export.part"

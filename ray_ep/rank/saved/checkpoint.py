@@ -4,7 +4,7 @@
         dense-0000.safetensors          weights and moments of the dense part, buffers
         experts-L003-r001.safetensors   what rank 1 owns of layer 3, one tensor per (expert, parameter, kind)
         statistics.npz                  routing statistics counted so far
-        manifest.json                   which tensor is where, checksums, sizes of files; see `ray_ep.rank.directory`
+        manifest.json                   which tensor is where, checksums, sizes; see `ray_ep.rank.saved.directory`
 Keys: `<kind>/<parameter>` and `<kind>/<parameter>/<expert>`, kind weight, exp_avg, exp_avg_sq, momentum_buffer, buffer.
 Nothing is stacked: memory stays at one file (a layer of a rank, or CHUNK dense bytes).
 """
@@ -28,9 +28,9 @@ from safetensors import SafetensorError, safe_open
 from ray_ep.errors import CheckpointError, PlacementError
 from ray_ep.moe import ExpertParallel
 from ray_ep.placement import RoutingStatistics
-from ray_ep.rank.directory import STATISTICS, Directory, OtherStep
-from ray_ep.rank.disk import checksum
 from ray_ep.rank.optimizer import MasterOptimizer, Weight
+from ray_ep.rank.saved.directory import STATISTICS, Directory, OtherStep
+from ray_ep.rank.saved.disk import checksum
 
 CHUNK = 1 << 28
 """Bytes of dense tensors in one file, unless a single tensor is larger."""

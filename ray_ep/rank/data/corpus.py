@@ -15,8 +15,8 @@ import numpy as np
 
 from ray_ep.config.schema import DataConfig
 from ray_ep.errors import DataError
-from ray_ep.rank.documents import open_source
-from ray_ep.rank.tokenizer import load_tokenizer
+from ray_ep.rank.data.documents import open_source
+from ray_ep.rank.data.tokenizer import load_tokenizer
 
 # A tokenizer takes 170 times the memory of what it gets at once (measured), so it gets 1 MB of whole lines.
 _PIECE = re.compile(r".{1,1000000}(?:\n|\Z)|.{1,1000000}", re.DOTALL)

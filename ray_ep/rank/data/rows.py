@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 
 from ray_ep.errors import DataError
-from ray_ep.rank.decode import text_of_bytes
+from ray_ep.rank.data.decode import text_of_bytes
 
 _BLANK = re.compile("[ \t\r\n\ufeff]*")  # a byte order mark stands in the middle where files were put together
 _LINE_END = re.compile("\r\n?|\n")

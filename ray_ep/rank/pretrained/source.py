@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
 from ray_ep.errors import CheckpointError, ModelError
-from ray_ep.rank.quantised import DEQUANTISED, FLOATS, Packed4, Scaled, declared, scales_of
+from ray_ep.rank.pretrained.quantised import DEQUANTISED, FLOATS, Packed4, Scaled, declared, scales_of
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,

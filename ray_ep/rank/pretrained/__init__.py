@@ -1,0 +1,1 @@
+"""transformers checkpoints as they come: which files count, what is quantised, each rank's own experts."""
