@@ -66,14 +66,19 @@ def fill_layer(problem: Problem, traffic: Traffic, layer: Layer, free: bool, saf
         free: experts may change places for it where that makes a step shorter; else only where a step would be longer.
         safe: they never may, for the nodes that an expert is on outlive the loss of others.
     """
-    left, before = int(empty_slots(problem, layer.slots).sum()), _value(problem, traffic, layer)[0]
+    left, start = int(empty_slots(problem, layer.slots).sum()), layer
     found = [_by_load(problem, traffic.load, layer, *how) for how in ((False, 1.0), (False, 0.0), (True, 0.0))]
     if left <= FEW:
         for _ in range(left):
             layer = _one_more(problem, traffic, layer, free, safe)
         found.append(layer)
     best = min(found, key=lambda x: _value(problem, traffic, x))
-    return best if _value(problem, traffic, best)[0] <= before * (1 + SAME) else _relieved(problem, traffic, best)
+    return _relieved(problem, traffic, best) if slower(problem, traffic, best, start) else best
+
+
+def slower(problem: Problem, traffic: Traffic, layer: Layer, before: Layer) -> bool:
+    """Whether a step is predicted to be longer than it was."""
+    return _value(problem, traffic, layer)[0] > _value(problem, traffic, before)[0] * (1 + SAME)
 
 
 def _value(problem: Problem, traffic: Traffic, layer: Layer) -> tuple[float, float]:

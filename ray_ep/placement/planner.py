@@ -53,8 +53,9 @@ def plan(
     are turned into drawn sets. At most 4,096 sampled tokens a layer are used.
 
     Args:
-        slots_per_rank: slots of a rank and layer, one number or one per rank; None: just enough for every expert. Every
-            slot is filled, but for those beyond the number of experts: a rank has no use for an expert twice.
+        slots_per_rank: slots of a rank and layer, one number or one per rank; None: just enough for every expert. Of
+            one number every slot is filled, but for those beyond the number of experts: a rank has no use for an expert
+            twice. Of one per rank those stay empty where a replica would make a step longer.
         current: the placement to start from. A layer where nothing is gained comes back unchanged. None: the plan is
             never predicted slower than `contiguous` (unless it must survive, or no link is known).
         horizon_steps: steps over which moving pays back.
@@ -82,8 +83,11 @@ def plan(
     survive.check_room(problem.room, experts, topology.node_of, survive_nodes)
     known = RoutingStatistics(statistics.load, sample=sets.astype(np.int32))
 
+    asked = np.ndim(slots_per_rank or 0) == 0
+
     def planned(now: Placement | None) -> Placement:
-        return _filled(_planned(known, topology, problem, now, seed, survive_nodes), now, known, problem, survive_nodes)
+        made = _planned(known, topology, problem, now, seed, survive_nodes)
+        return _filled(made, now, known, problem, survive_nodes, asked)
 
     found = planned(current)
     if current is None and (survive_nodes or found.version):
@@ -143,9 +147,17 @@ def _by_layer(one: Callable[[int], T], layers: Sequence[int]) -> list[T]:
 
 
 def _filled(
-    made: Placement, current: Placement | None, statistics: RoutingStatistics, problem: Problem, survive_nodes: int
+    made: Placement,
+    current: Placement | None,
+    statistics: RoutingStatistics,
+    problem: Problem,
+    survive_nodes: int,
+    asked: bool,
 ) -> Placement:
-    """The plan with every slot filled, `made` itself where all are; its version then is one up on the current one's."""
+    """The plan with every slot filled, `made` itself where all are; its version then is one up on the current one's.
+
+    asked: one number of slots was given, so all are wanted full; else a layer stays as it is where that is slower.
+    """
     assert statistics.sample is not None
     short = np.flatnonzero(fill.empty_slots(problem, made.slots).any(1)).tolist()
     if not short:
@@ -159,10 +171,14 @@ def _filled(
     def one(i: int) -> fill.Layer:
         load = np.asarray(statistics.load[i], np.float64)
         traffic = Traffic.of(load, sets[i], problem.ranks).as_predicted(load)
-        return fill.fill_layer(problem, traffic, fill.Layer(slots[i], shares[i]), current is None, survive_nodes > 0)
+        before = fill.Layer(slots[i], shares[i])
+        full = fill.fill_layer(problem, traffic, before, current is None, survive_nodes > 0)
+        return full if asked or not fill.slower(problem, traffic, full, before) else before
 
     for i, layer in zip(short, _by_layer(one, short), strict=True):
         slots[i], shares[i] = layer.slots, layer.shares
+    if (slots[:, :, : made.slots.shape[2]] == made.slots).all() and (slots[:, :, made.slots.shape[2] :] < 0).all():
+        return made
     primary = _primaries(slots, made.num_experts, made.owner)
     version = 1 if current is None else current.version + 1
     return Placement(slots, made.num_experts, version, primary, None if (shares == 1).all() else shares)
