@@ -94,7 +94,7 @@ def train(config: str | None, as_json: bool, overrides: tuple[str, ...]) -> None
     \b
     Overrides are dotted keys of the configuration (docs/configuration.md), such as:
       ray-ep train cluster.ranks=4 cluster.cpus_per_rank=0.5
-      ray-ep train model.type=mixtral model.overrides='{num_local_experts: 8, hidden_size: 256}'
+      ray-ep train model.type=mixtral model.overrides='{hidden_size: 128, intermediate_size: 256, num_hidden_layers: 4}'
       ray-ep train model.path=/models/my-moe data.files='[corpus/*.jsonl]' data.tokenizer=/models/my-moe
       ray-ep train resume=auto              goes on with the newest run, as it was
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -30,10 +31,8 @@ def rebalance(run: Path) -> None:
     if holder(run, unknown={}) is None:
         who = last_holder(run)
         by = f" (it was process {who['pid']} on host {who.get('host')})" if "pid" in who else ""
-        raise BadInput(
-            f"{str(run)!r}: this run has ended{by}: nobody is there to ask; to go on with it: ray-ep train "
-            f"run_dir={run} resume=auto"
-        )
+        command = shlex.join(["ray-ep", "train", f"run_dir={run}", "resume=auto"])
+        raise BadInput(f"{str(run)!r}: this run has ended{by}: nobody is there to ask; to go on with it: {command}")
     try:
         RunDir(run).request()
     except OSError as e:

@@ -271,12 +271,16 @@ def _read(path: Path) -> dict[str, Any]:
     if tree is None or tree == "":
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"configuration file {path}: expected keys and values, found {type(tree).__name__}")
+        raise ConfigError(f"configuration file {path}: expected keys and values, found {_form(tree)}")
     pairs = [k for k, _ in _flat(tree, str(path)) if k != "model.overrides"]
     twice = [k for k in dict.fromkeys(pairs) if pairs.count(k) > 1]
     if twice:
         raise ConfigError(f"configuration file {path} has {twice[0]} twice: give it once")
     return tree
+
+
+def _form(tree: Any) -> str:
+    return "a list" if isinstance(tree, list) else "text without a colon"
 
 
 def _flat(

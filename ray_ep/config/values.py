@@ -25,6 +25,7 @@ _BOOL = {
 _NULL = ("null", "Null", "NULL", "~")
 _KNOWN = ("null", "bool", "int", "float", "str", "timestamp", "map", "seq", "value")
 _TAGS = [f"tag:yaml.org,2002:{tag}" for tag in _KNOWN]
+_TAB = "lines are indented with spaces, not with tabs"
 _QUOTE = "text that begins with one of * & ! % @ ` needs quotes there"
 
 
@@ -48,7 +49,9 @@ def parse(text: str) -> Any:
         node = yaml.compose(text, yaml.SafeLoader)
         return None if node is None else _plain(node)
     except yaml.YAMLError as e:
-        hint = f" ({_QUOTE})" if "alias" in str(e) or "cannot start any token" in str(e) or "anchor" in str(e) else ""
+        said = str(e)
+        hint = f" ({_QUOTE})" if "alias" in said or "cannot start any token" in said or "anchor" in said else ""
+        hint = f" ({_TAB})" if "character '\\t'" in said else hint
         raise WrongValue(f"is not YAML{hint}: {e}") from None
     except RecursionError:
         raise WrongValue("is not YAML that ends: an alias within its own anchor") from None

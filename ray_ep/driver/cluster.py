@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ray_ep.config.process import RANK
 from ray_ep.config.schema import ClusterConfig
 from ray_ep.driver.cause import for_memory, lost_peer, root_cause
-from ray_ep.driver.joining import check_head, refusal
+from ray_ep.driver.joining import check_head, check_temporary, refusal
 from ray_ep.errors import ClusterError, RankError, SaveError
 from ray_ep.placement import Topology
 from ray_ep.rank.actor import RankActor
@@ -58,7 +58,10 @@ def connected(cfg: ClusterConfig, interrupted: Callable[[], bool] = bool) -> Ite
     source = "cluster.address" if cfg.address else "RAY_ADDRESS"
     address = cfg.address or os.environ.get("RAY_ADDRESS", "")
     local = address in ("", "local")
-    check_head(address, f"{source}={address!r}", os.environ)
+    if local:
+        check_temporary(os.environ)
+    else:
+        check_head(address, f"{source}={address!r}", os.environ)
     options: dict[str, Any] = {"include_dashboard": cfg.dashboard} if local else {}
     logging.getLogger("ray").setLevel(logging.ERROR)
     options |= {"logging_level": "ERROR", "log_to_driver": False}

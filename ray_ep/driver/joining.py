@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import platform
 import re
+import shutil
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 
 import ray
 from ray._private.grpc_utils import init_grpc_channel
@@ -16,6 +18,8 @@ from ray._private.grpc_utils import init_grpc_channel
 from ray_ep.errors import ClusterError
 
 NONE = "give the address that `ray start --head` printed (port 6379 by default), or none, to start a local Ray"
+_LEAST = 2_000_000
+"""Bytes that a local Ray's logs take in a short run, with some to spare."""
 
 
 def check_head(address: str, named: str, environ: Mapping[str, str], limit_s: float = 10.0) -> None:
@@ -43,6 +47,22 @@ def check_head(address: str, named: str, environ: Mapping[str, str], limit_s: fl
             raise ClusterError(_token(named, environ)) from None
         what = "another part of Ray than its head listens there" if code == "UNIMPLEMENTED" else "no Ray listens there"
         raise ClusterError(f"{named}: {what}: {NONE}") from None
+
+
+def check_temporary(environ: Mapping[str, str]) -> None:
+    """Whether a local Ray has room for logs: where it has none its processes die one by one, with other reasons.
+
+    Raises:
+        ClusterError: it has not.
+    """
+    named, where = _temporary(environ)
+    with suppress(OSError):  # Ray meets it again
+        free = shutil.disk_usage(where).free
+        if free < _LEAST:
+            raise ClusterError(
+                f"{named} has {free / 1e6:.1f} MB free: Ray's logs and sockets are there, and need {_LEAST / 1e6:.0f} "
+                "MB: make room there, or set RAY_TMPDIR to another directory"
+            )
 
 
 def refusal(e: Exception, address: str, environ: Mapping[str, str]) -> str:
@@ -76,8 +96,7 @@ def _token(named: str, environ: Mapping[str, str]) -> str:
 
 def _directory(e: OSError, first: str, environ: Mapping[str, str]) -> str:
     """Ray's temporary directory is at fault: sockets, logs and, where /dev/shm is small, objects lie in it."""
-    name = next((n for n in ("RAY_TMPDIR", "TMPDIR") if n in environ), "")
-    named = f"{name}={environ[name]}" if name else "/tmp"
+    named, _ = _temporary(environ)
     if "AF_UNIX" in str(e):
         return (
             f"{named} is too long for Ray's sockets, whose whole path may have 107 characters: set RAY_TMPDIR to a "
@@ -85,6 +104,12 @@ def _directory(e: OSError, first: str, environ: Mapping[str, str]) -> str:
         )
     what = e.strerror or first
     return f"{named} cannot be Ray's temporary directory: {what}: set RAY_TMPDIR to a directory one can write to"
+
+
+def _temporary(environ: Mapping[str, str]) -> tuple[str, str]:
+    """(what the user set, the directory) for what Ray writes."""
+    name = next((n for n in ("RAY_TMPDIR", "TMPDIR") if n in environ), "")
+    return (f"{name}={environ[name]}", environ[name]) if name else ("/tmp", "/tmp")
 
 
 def _versions(text: str) -> str:

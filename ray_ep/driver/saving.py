@@ -78,7 +78,9 @@ class Saver:
         except Exception as e:  # each file system has errors of its own
             self._since = self.clock()
             why = (str(e).strip().splitlines() or [type(e).__name__])[0]
-            return f"step {done} could not be saved into {self.directory.url}: {why}; {self.newest()}"
+            if self.directory.url not in why:
+                why = f"step {done} could not be saved into {self.directory.url}: {why}"
+            return f"{why}; {self.newest()}"
         self.saved, self._since, self.seconds = done, self.clock(), self.clock() - began
         self.event("checkpoint", f"{self.directory.url}/step-{done:06d}")
         try:

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -244,6 +245,12 @@ def test_rebalance_asks_a_living_run_and_says_that_another_has_ended(place):
     (place / "r" / LOCK).unlink()
     assert "'r': this run has ended: nobody is there" in CliRunner().invoke(main, ["rebalance", "r"]).stderr
     assert "expected a run directory" in CliRunner().invoke(main, ["rebalance", "nowhere"]).stderr
+
+
+def test_the_command_that_goes_on_with_an_ended_run_can_be_pasted(place):
+    begun("run_dir=my run").release()
+    ended = CliRunner().invoke(main, ["rebalance", "my run"]).stderr
+    assert shlex.split(ended.partition("go on with it: ")[2]) == ["ray-ep", "train", "run_dir=my run", "resume=auto"]
 
 
 def test_what_is_in_the_lock_can_be_read_by_people(place):

@@ -8,7 +8,7 @@ import threading
 import pytest
 import ray
 
-from ray_ep.driver.joining import check_head, refusal
+from ray_ep.driver.joining import check_head, check_temporary, refusal
 from ray_ep.errors import ClusterError
 
 MISMATCH = (
@@ -46,6 +46,21 @@ def test_an_address_where_nothing_listens_is_refused_at_once():
 @pytest.mark.parametrize("address", ["auto", "ray://127.0.0.1:1", ""])
 def test_what_is_no_host_and_port_is_left_to_ray(address):
     check_head(address, "", {})
+
+
+@pytest.mark.parametrize("name", ["RAY_TMPDIR", "TMPDIR"])
+def test_a_full_temporary_directory_is_named_before_a_local_ray_starts(tmp_path, monkeypatch, name):
+    free = {"bytes": 90_000}
+    monkeypatch.setattr("shutil.disk_usage", lambda where: type("usage", (), {"free": free["bytes"]}))
+    with pytest.raises(ClusterError) as e:
+        check_temporary({name: str(tmp_path)})
+    assert str(e.value).startswith(f"{name}={tmp_path} has 0.1 MB free")
+    free["bytes"] = 10**9
+    check_temporary({name: str(tmp_path)})
+
+
+def test_a_temporary_directory_that_is_not_there_is_left_to_ray(tmp_path):
+    check_temporary({"RAY_TMPDIR": str(tmp_path / "nowhere")})
 
 
 @pytest.mark.parametrize(

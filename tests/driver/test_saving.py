@@ -111,6 +111,16 @@ def test_a_failed_last_save_ends_the_run_and_names_the_newest_good_checkpoint(sa
     s.it.finish(2, statistics())  # it is there
 
 
+def test_a_failed_save_names_its_directory_once(saver):
+    s = saver()
+    where = s.it.directory.url
+    s.ranks.fails = SaveError(f"the checkpoint of step 2 could not be saved in {where}: No space left on device")
+    with pytest.raises(SaveError) as e:
+        s.it.finish(2, statistics())
+    assert str(e.value).count(where) == 1
+    assert "no older checkpoint" in str(e.value)
+
+
 def test_a_lost_rank_is_no_failed_save(saver):
     s = saver()
     s.ranks.fails = RankError(1, "rank 1 died: killed")

@@ -124,6 +124,15 @@ def test_csv_with_a_text_column_is_read_under_any_name(tmp_path, form, name, mar
     assert read(tmp_path / name) == TEXTS
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.txt", "a", "a.txt.gz"])
+@pytest.mark.parametrize("columns", [("text", "id"), ("id", "text")])
+def test_csv_whose_cells_are_whole_pages_is_no_text(tmp_path, name, columns):
+    pages = ["\n".join(f"line {i} of page {n}, with a comma" for i in range(100)) for n in range(30)]
+    rows = [{column: {"text": page, "id": n}[column] for column in columns} for n, page in enumerate(pages)]
+    (tmp_path / name).write_text(as_csv(rows))
+    assert read(tmp_path / name) == pages
+
+
 @pytest.mark.parametrize("form", ["parquet", "arrow-file", "arrow-stream"])
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.json", "a", "a.py"])
 def test_parquet_and_arrow_are_read_under_any_name(tmp_path, form, name):

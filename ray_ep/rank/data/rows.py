@@ -196,23 +196,25 @@ def csv_mark(text: str, field: str, usual: str | None) -> str | None:
 
     ``usual`` is the separator its name stands for: then it is CSV in any case.
     """
-    lines = list(islice(io.StringIO(text, newline=""), 20))
     if usual:
         marks = [usual, *(m for m in ",\t;|" if m != usual)]
-        return next((m for m in marks if field in map(str.strip, _cells(lines[:1], m)[0])), usual)
+        return next((m for m in marks if field in map(str.strip, _cells(text, m, 1)[0])), usual)
     for mark in ",\t;":
-        header, *others = _cells(lines, mark)
+        header, *others = _cells(text, mark, 20)
         named = field in header and len(header) > 1 and all(c and c == c.strip() for c in header)  # unlike prose
         if named and sum(len(o) == len(header) for o in others) > len(others) / 2:
             return mark
     return None
 
 
-def _cells(lines: list[str], mark: str) -> list[list[str]]:
-    """Rows of the beginning of a file, whose last one may be cut; one without cells if it has none."""
+def _cells(text: str, mark: str, most: int) -> list[list[str]]:
+    """Up to ``most`` rows, of any number of lines, of the beginning of a file; the last one may be cut.
+
+    One without cells if there are none.
+    """
     rows: list[list[str]] = []
     with suppress(csv.Error):
-        rows.extend(row for row in _csv_reader(lines, mark) if row)
+        rows.extend(islice((row for row in _csv_reader(io.StringIO(text, newline=""), mark) if row), most))
     return rows or [[]]
 
 
