@@ -101,6 +101,11 @@ class Source:
 
     def _scale(self) -> None:
         block = self.declared.get("weight_block_size")
+        if block and not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) for n in block)):
+            raise CheckpointError(
+                f"model.path={self.path}: quantization_config of its config.json has weight_block_size={block!r}: "
+                "expected rows and columns, such as [128, 128]"
+            )
         for key, weight in list(self.tensors.items()):
             scales = next((s for s in scales_of(key) if s in self.tensors), None)
             if scales is None or weight.dtype in FLOATS:

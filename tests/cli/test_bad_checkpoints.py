@@ -131,6 +131,14 @@ CASES = {
     "config of wrong types": (lambda d: config(d, hidden_size="big"), ["DeepseekV3Config refuses", "hidden_size"]),
     "no language model": (lambda d: config(d, model_type="vit", hidden_act="gelu"), ["ViTConfig", "language model"]),
     "fp8 that is not declared": (quantised, ["fp8", "_scale_inv", "quantization_config", "weight_block_size"]),
+    "fp8 in blocks of one number": (
+        lambda d: quantised(d, quantization_config=FP8 | {"weight_block_size": 16}),
+        ["weight_block_size=16: expected rows and columns"],
+    ),
+    "fp8 in blocks of words": (
+        lambda d: quantised(d, quantization_config=FP8 | {"weight_block_size": ["16", "16"]}),
+        ["weight_block_size=['16', '16']: expected"],
+    ),
     "fp8 without its scales": (
         lambda d: write(d, {k: t for k, t in fp8(weights(d))[0].items() if "scale" not in k}, quantization_config=FP8),
         ["float8 without scales"],
