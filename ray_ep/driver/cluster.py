@@ -42,6 +42,15 @@ class Joined:
     words: str
 
 
+def starting(cfg: ClusterConfig) -> str:
+    """What `connected` is about to do, in words."""
+    return "starting Ray" if _address(cfg) in ("", "local") else "joining the cluster"
+
+
+def _address(cfg: ClusterConfig) -> str:
+    return cfg.address or os.environ.get("RAY_ADDRESS", "")
+
+
 @contextmanager
 def connected(cfg: ClusterConfig, interrupted: Callable[[], bool] = bool) -> Iterator[Joined]:
     """Join the cluster that cfg or RAY_ADDRESS names, else start a local Ray, whatever else runs on the machine.
@@ -56,7 +65,7 @@ def connected(cfg: ClusterConfig, interrupted: Callable[[], bool] = bool) -> Ite
         yield Joined(False, f"the Ray of this process at {_gcs()}")
         return
     source = "cluster.address" if cfg.address else "RAY_ADDRESS"
-    address = cfg.address or os.environ.get("RAY_ADDRESS", "")
+    address = _address(cfg)
     local = address in ("", "local")
     if local:
         check_temporary(os.environ)

@@ -31,13 +31,16 @@ def check_head(address: str, named: str, environ: Mapping[str, str], limit_s: fl
     Raises:
         ClusterError: nothing listens there, something else does, or it refuses this client's token.
     """
-    host, _, port = address.rpartition(":")
-    if "/" in address or not port.isdigit():
+    client = address.startswith("ray://")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if "/" in host or not port.isdigit():
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=limit_s).close()
     except (OSError, OverflowError) as e:
         raise ClusterError(f"{named}: no Ray cluster answers there: {e}: {NONE}") from None
+    if client:
+        return
     try:
         with init_grpc_channel(address) as channel:
             channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=limit_s)

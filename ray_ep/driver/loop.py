@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from ray_ep.config.schema import Config
 from ray_ep.driver.alarm import WINDOW, collapse
-from ray_ep.driver.cluster import Ranks, connected, transports
+from ray_ep.driver.cluster import Ranks, connected, starting, transports
 from ray_ep.driver.interrupt import Interrupt, farewell
 from ray_ep.driver.mover import Mover, check_survival, facts_of
 from ray_ep.driver.probe import measured
@@ -67,7 +67,7 @@ def drive(
     """
     interrupt.hold()
     plan.run.say = lambda message: _tell(listeners, "not-written", message)
-    phase("joining the cluster" if cfg.cluster.address else "starting Ray")
+    phase(starting(cfg.cluster))
     with connected(cfg.cluster, interrupt) as joined:
         interrupt.hold()
         if interrupt():

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ray_ep.config.schema import Config
-from ray_ep.driver.cluster import Ranks, connected, transports
+from ray_ep.driver.cluster import Ranks, connected, starting, transports
 from ray_ep.driver.interrupt import Interrupt
 from ray_ep.errors import ConfigError
 from ray_ep.placement import Topology
@@ -52,7 +52,7 @@ def probe_cluster(
     if cfg.cluster.ranks < 2:
         raise ConfigError(f"cluster.ranks={cfg.cluster.ranks}: links are between ranks, so at least 2 are needed")
     interrupt.hold()
-    phase("joining the cluster" if cfg.cluster.address else "starting Ray")
+    phase(starting(cfg.cluster))
     with connected(cfg.cluster, interrupt) as joined:
         interrupt.hold()
         if interrupt():

@@ -67,6 +67,7 @@ def meta_model(config: PreTrainedConfig, dtype: str = "float32") -> PreTrainedMo
     except Exception as e:
         raise ModelError(f"transformers cannot build a causal language model of {kind}: {brief(e)}") from None
     same_count(find_experts(model))
+    _check_sizes(model)
     _keep_float32(model)
     model.train()  # from_config leaves dropout on; a rank decides by step kind
     return model
@@ -124,6 +125,22 @@ def draw_weights(model: PreTrainedModel, seed: int, rows: dict[str, list[int]]) 
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
         if t.is_floating_point() and t.isnan().any():
             raise ModelError(f"{type(model).__name__} does not initialise {name}: start from a checkpoint (model.path)")
+
+
+def _check_sizes(model: PreTrainedModel) -> None:
+    """ModelError for sizes that transformers builds a model with and that no token can pass."""
+    text, kind = model.config.get_text_config(), type(model).__name__
+    for name, module in find_experts(model).items():
+        empty = next((n for n, p in module.named_parameters() if not p.numel()), None)
+        if empty is not None:
+            shape = list(module.get_parameter(empty).shape)
+            raise ModelError(f"{kind} has experts of no size: {name}.{empty} is {shape} with the sizes of its config")
+        experts, top_k = int(module.num_experts), getattr(text, "num_experts_per_tok", None)  # type: ignore[arg-type]
+        if isinstance(top_k, int) and not 1 <= top_k <= experts:
+            raise ModelError(f"{kind} with num_experts_per_tok={top_k} of {experts} experts: expected 1 to {experts}")
+    heads, shared = (getattr(text, key, None) for key in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
+        raise ModelError(f"{kind} with num_attention_heads={heads}: num_key_value_heads={shared} does not divide it")
 
 
 def _keep_float32(model: PreTrainedModel) -> None:

@@ -56,6 +56,16 @@ def cut(d):
     (d / "model.safetensors").write_bytes(data[:-100])
 
 
+def overlapping(d):
+    """The header gives one expert's weights the place of another's: the length is still right."""
+    data = (d / "model.safetensors").read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header[UP]["data_offsets"] = header[UP.replace(".3.", ".4.")]["data_offsets"]
+    text = json.dumps(header).encode()
+    (d / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+
+
 def twice(d):
     shards(d)
     part = load_file(d / "a.safetensors")
@@ -98,8 +108,11 @@ CASES = {
     "git-lfs shard": (lambda d: [shards(d), (d / "b.safetensors").write_text(LFS)], ["b.safetensors", "git lfs pull"]),
     "index of other keys": (lambda d: shards(d, {"x.weight": "a.safetensors"}), ["x.weight", "a.safetensors", "index"]),
     "damaged index": (
-        lambda d: [shards(d), (d / "model.safetensors.index.json").write_text("[1]")], ["index.json is not an index"],
+        lambda d: [shards(d), (d / "model.safetensors.index.json").write_text("[1]")],
+        ["index.json is damaged", "weight_map"],
     ),
+    "index without a file's name": (lambda d: shards(d, {O_PROJ: None}), ["index.json is damaged", "name of its file"]),
+    "tensors that overlap": (overlapping, ["model.safetensors is unreadable", "place of model.layers.1.mlp.experts."]),
     "a key in two files": (twice, ["is in two files", "a.safetensors and b.safetensors"]),
     "pickled only": (lambda d: renamed(d, "pytorch_model.bin"), ["pytorch_model.bin", "save_pretrained"]),
     "another name": (lambda d: renamed(d, "consolidated.safetensors"), ["consolidated.safetensors", "name it model."]),
@@ -118,6 +131,14 @@ CASES = {
     "config of wrong types": (lambda d: config(d, hidden_size="big"), ["DeepseekV3Config refuses", "hidden_size"]),
     "no language model": (lambda d: config(d, model_type="vit", hidden_act="gelu"), ["ViTConfig", "language model"]),
     "fp8 that is not declared": (quantised, ["fp8", "_scale_inv", "quantization_config", "weight_block_size"]),
+    "fp8 in blocks of one number": (
+        lambda d: quantised(d, quantization_config=FP8 | {"weight_block_size": 16}),
+        ["weight_block_size=16: expected rows and columns"],
+    ),
+    "fp8 in blocks of words": (
+        lambda d: quantised(d, quantization_config=FP8 | {"weight_block_size": ["16", "16"]}),
+        ["weight_block_size=['16', '16']: expected"],
+    ),
     "fp8 without its scales": (
         lambda d: write(d, {k: t for k, t in fp8(weights(d))[0].items() if "scale" not in k}, quantization_config=FP8),
         ["float8 without scales"],

@@ -8,6 +8,8 @@ import threading
 import pytest
 import ray
 
+from ray_ep.config import load_config
+from ray_ep.driver.cluster import starting
 from ray_ep.driver.joining import check_head, check_temporary, refusal
 from ray_ep.errors import ClusterError
 
@@ -35,15 +37,26 @@ def test_an_address_of_something_else_than_ray_is_refused_at_once(web_server):
         check_head(f"127.0.0.1:{web_server}", "RAY_ADDRESS='a'", {}, 10)
 
 
-def test_an_address_where_nothing_listens_is_refused_at_once():
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_an_address_where_nothing_listens_is_refused_at_once(scheme):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     with pytest.raises(ClusterError, match=r"^cluster\.address='a': no Ray cluster answers there: .*refused"):
-        check_head(f"127.0.0.1:{port}", "cluster.address='a'", {})
+        check_head(f"{scheme}127.0.0.1:{port}", "cluster.address='a'", {})
 
 
-@pytest.mark.parametrize("address", ["auto", "ray://127.0.0.1:1", ""])
+@pytest.mark.parametrize(
+    ("variable", "address", "says"),
+    [("", "", "starting Ray"), ("local", "", "starting Ray"), ("h:1", "", "joining the cluster"),
+     ("", "h:1", "joining the cluster")],
+)  # fmt: skip
+def test_what_is_said_before_names_whether_a_cluster_is_joined(monkeypatch, variable, address, says):
+    monkeypatch.setenv("RAY_ADDRESS", variable)
+    assert starting(load_config(None, [f"cluster.address={address}"]).cluster) == says
+
+
+@pytest.mark.parametrize("address", ["auto", "http://127.0.0.1:1", ""])
 def test_what_is_no_host_and_port_is_left_to_ray(address):
     check_head(address, "", {})
 

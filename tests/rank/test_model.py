@@ -85,6 +85,11 @@ def _experts(config):
         (["model.overrides.vocab_size=100"], "smaller than the tokenizer's 256"),
         (["model.path=/nowhere"], "/nowhere"),
         (["model.overrides.hidden_act=nope"], "nope"),
+        (["model.type=mixtral", "model.overrides={num_local_experts: 0}"], "experts of no size: .*gate_up_proj"),
+        (["model.overrides.moe_intermediate_size=0"], "experts of no size"),
+        (["model.overrides.num_experts_per_tok=99"], "num_experts_per_tok=99 of [0-9]+ experts: expected 1 to [0-9]+"),
+        (["model.overrides.num_experts_per_tok=0"], "=0 of [0-9]+ experts: expected 1 to"),
+        (["model.overrides.num_key_value_heads=3"], "num_key_value_heads=3 does not divide it"),
     ],
 )
 def test_bad_models_are_named(overrides, says):

@@ -101,6 +101,11 @@ class Source:
 
     def _scale(self) -> None:
         block = self.declared.get("weight_block_size")
+        if block and not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) for n in block)):
+            raise CheckpointError(
+                f"model.path={self.path}: quantization_config of its config.json has weight_block_size={block!r}: "
+                "expected rows and columns, such as [128, 128]"
+            )
         for key, weight in list(self.tensors.items()):
             scales = next((s for s in scales_of(key) if s in self.tensors), None)
             if scales is None or weight.dtype in FLOATS:
@@ -185,9 +190,15 @@ def _indexed(path: Path, index: Path) -> dict[Path, Header]:
         text = index.read_bytes()
         where = json.loads(text)["weight_map"]
         files = {name: path / name for name in sorted(set(where.values()))}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        lfs = not isinstance(e, OSError) and text.startswith(_LFS)
-        why = "a git-lfs pointer, not the file itself: run git lfs pull there" if lfs else f"not an index: {e!r}"
+    except OSError as e:
+        raise CheckpointError(f"model.path={path}: {index.name} is unreadable: {e.strerror or e}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        lfs = text.startswith(_LFS)
+        why = (
+            "a git-lfs pointer, not the file itself: run git lfs pull there"
+            if lfs
+            else ('damaged, or no index: expected {"weight_map": {"name of a tensor": "name of its file", …}}')
+        )
         raise CheckpointError(f"model.path={path}: {index.name} is {why}") from None
     absent = [name for name, file in files.items() if not file.is_file()]
     if absent:
@@ -232,12 +243,15 @@ def _header(path: Path, file: Path) -> Header:
             ),
             None,
         )
+        ordered = sorted((int(a), int(b), key) for key, (a, b) in zip(tensors, spans, strict=True))
+        ends = [0, *(b for _, b, _ in ordered)]
+        wrong = wrong or next((key for (a, _, key), b in zip(ordered, ends, strict=False) if a != b), None)
     except OSError as e:
         raise CheckpointError(f"{say} is unreadable: {e.strerror or e}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{say} is unreadable: its header is damaged, or it is no safetensors file") from None
     if wrong is not None:
-        raise CheckpointError(f"{say} is unreadable: its header is damaged (the size of {wrong})")
+        raise CheckpointError(f"{say} is unreadable: its header is damaged (the size or place of {wrong})")
     if size != end:
         what = "it is cut off: copy or download it again" if size < end else "its end is not its own"
         raise CheckpointError(f"{say} is damaged: it has {size:,} bytes, its header says {end:,}; {what}")
