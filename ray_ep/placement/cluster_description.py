@@ -69,7 +69,7 @@ def describe(tree: Any, where: str = "cluster") -> ClusterDescription:
             is allowed.
     """
     if not isinstance(tree, Mapping):
-        raise PlacementError(f"{where}: holds a {type(tree).__name__}: expected a mapping with {', '.join(_KEYS)}")
+        raise PlacementError(f"{where}: is no mapping: expected one with {', '.join(_KEYS)}")
     _known(tree, _KEYS, where)
     links = _links(tree.get("links"), where)
     nodes = _nodes(tree, where)
@@ -134,7 +134,8 @@ def _with_speeds(nodes: list[_Node], speeds: Any, where: str) -> list[_Node]:
 def _links(given: Any, where: str) -> dict[str, tuple[float, float]]:
     """Kinds of links by name: bandwidth in bytes/s, latency in seconds."""
     if not isinstance(given, Mapping) or not {"inside", "across"} <= given.keys():
-        raise PlacementError(f"{where}: links={given!r}: expected a mapping with inside, across and further kinds")
+        what = "it is missing" if given is None else repr(given)
+        raise PlacementError(f"{where}: links: {what}: expected a mapping with inside, across and further kinds")
     found = {}
     for name, item in given.items():
         here = f"{where}: links: {name}"

@@ -48,10 +48,7 @@ from ray_ep.rank.trial import unseen
 CHOICE_S = 1.2
 """Time that the choice of the exchange may take, beside one forward pass and a first round of every way."""
 
-REMEDY = (
-    "Lower optim.learning_rate, raise optim.warmup_steps, set optim.clip_norm (1 is usual), or look at the data; "
-    "resume=auto goes on from the last checkpoint"
-)
+REMEDY = "Lower optim.learning_rate, raise optim.warmup_steps, set optim.clip_norm (1 is usual), or look at the data"
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,6 +111,7 @@ CASES = {
         lambda d: [shards(d), (d / "model.safetensors.index.json").write_text("[1]")],
         ["index.json is damaged", "weight_map"],
     ),
+    "index of files elsewhere": (lambda d: shards(d, {O_PROJ: "../a.safetensors"}), ["index.json is damaged"]),
     "index without a file's name": (lambda d: shards(d, {O_PROJ: None}), ["index.json is damaged", "name of its file"]),
     "tensors that overlap": (overlapping, ["model.safetensors is unreadable", "place of model.layers.1.mlp.experts."]),
     "a key in two files": (twice, ["is in two files", "a.safetensors and b.safetensors"]),
@@ -157,6 +158,9 @@ CASES = {
     ),
     "GPTQ in the tensors": (
         lambda d: replace(d, **{O_PROJ: None, **rows({"qweight": I32, "qzeros": I32, "g_idx": I32})}), ["GPTQ"],
+    ),
+    "scales of smoothed activations": (
+        lambda d: replace(d, **rows({"pre_quant_scale": ONE})), ["smoothed for quantisation"],
     ),
     "packed": (lambda d: replace(d, **rows({"weight_packed": I32, "weight_scale": ONE})), ["compressed-tensors"]),
     "int8 with a scale": (

@@ -289,7 +289,7 @@ BASE = ("routing.npz", "-t", "cluster.yaml")
         (damaged, ("half.npz", "-t", "cluster.yaml"), "half.npz: a damaged"),
         (damaged, (*BASE, "--current", "half.json"), "half.json"),
         (damaged, ("routing.npz", "-t", "half.yaml"), "half.yaml: neither JSON nor YAML"),
-        (damaged, ("routing.npz", "-t", "empty.json"), "empty.json: holds a NoneType: expected a mapping"),
+        (damaged, ("routing.npz", "-t", "empty.json"), "empty.json: is no mapping: expected one"),
         (damaged, ("empty.json", "-t", "cluster.yaml"), "empty.json: an empty file"),
         (None, ("routing.npz",), "--topology is needed"),
         (None, ("nowhere.npz", "-t", "cluster.yaml"), "nowhere.npz: no such file"),

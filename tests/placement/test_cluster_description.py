@@ -74,7 +74,7 @@ def plain(**changes):
 @pytest.mark.parametrize(
     ("tree", "says"),
     [
-        ([1], "holds a list"),
+        ([1], "is no mapping"),
         (plain(speed=1), "unknown key 'speed': allowed are nodes"),
         (plain(nodes=0), "nodes=0: expected a number from 1"),
         (plain(nodes="two"), "nodes='two'"),

@@ -29,6 +29,7 @@ _LOOKS = {
     r"(_weight_qdata|:qdata|_weight_scale|:scale)$": "torchao",
     r"\.weight_scale_2$": "NVIDIA ModelOpt",
     r"(_scale_inv|\.qscale_weight)$": "fp8",
+    r"\.(pre_quant_scale|smooth_scale)$": "smoothed for quantisation",
     r"\.(weight_scale|weight_scales|weight_global_scale|input_global_scale)$": "scaled weights",
 }
 _MAYBE = re.compile(

@@ -190,6 +190,8 @@ def _indexed(path: Path, index: Path) -> dict[Path, Header]:
         text = index.read_bytes()
         where = json.loads(text)["weight_map"]
         files = {name: path / name for name in sorted(set(where.values()))}
+        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
+            raise ValueError("a file elsewhere")
     except OSError as e:
         raise CheckpointError(f"model.path={path}: {index.name} is unreadable: {e.strerror or e}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
