@@ -53,17 +53,25 @@ def root_cause(failed: dict[int, Exception], silent: list[int], where: list[dict
         told = str(e).strip().partition("\n")[0]  # its table of the node's processes follows
         return RankError(rank, f"rank {rank}{place} was killed for memory (Ray's memory monitor): {LOWER}; {told}")
     if isinstance(e, RayActorError):
-        died = RankError(rank, f"rank {rank}{place} died: {e}")
+        died = RankError(rank, f"rank {rank}{place} died: {_reason(e)}")
         died.__cause__ = e
         return died
     return RankError(rank, f"rank {rank} raised:\n{e}")
 
 
+def _reason(e: Exception) -> str:
+    """Ray's sentences about a dead actor, without the list of its ids; a traceback of its start stays whole."""
+    if "Traceback" in str(e) or "creation task" in str(e):
+        return str(e)
+    lines = str(e).splitlines()
+    return " ".join(line.strip() for line in lines if line.strip() and not line.startswith(("\t", " ")))
+
+
 def for_memory(error: RankError, host: str, killed: int) -> RankError:
     """The error of a rank that died while the kernel killed `killed` processes of its node for memory."""
-    words = str(error).partition("\n")[2]
+    words = str(error).partition(" died: ")[2]
     return RankError(
         error.rank,
         f"rank {error.rank} on {host} died, most likely killed for memory: meanwhile the kernel's OOM killer ended "
-        f"{killed} process(es) there: {LOWER}:\n{words}",
+        f"{killed} process(es) there: {LOWER}: {words}",
     )

@@ -31,6 +31,16 @@ def test_before_places_are_known_a_death_has_none():
     assert str(root_cause({0: ActorDiedError()}, [], [])).startswith("rank 0 died: ")
 
 
+def test_a_death_is_one_line_without_rays_list_of_ids():
+    class Died(ActorDiedError):
+        def __str__(self):
+            return "The actor died unexpectedly.\n\tclass_name: RankActor\n\tip: 10.0.0.1\nIts worker process has died."
+
+    said = str(root_cause({1: Died()}, [], WHERE))
+    assert said == "rank 1 on beta died: The actor died unexpectedly. Its worker process has died."
+    assert str(for_memory(RankError(1, said), "beta", 1)).endswith("Its worker process has died.")
+
+
 def test_a_failed_save_of_a_rank_stays_one():
     assert isinstance(root_cause({0: SaveError("full")}, [], WHERE), (SaveError, RankError))
 
