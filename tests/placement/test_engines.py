@@ -133,7 +133,7 @@ def broken_tokens(ids):
             lambda: sglang_record([("a", {"logical_count": [[1, 1]]}), ("b", {"logical_count": [[1, 1, 1]]})]),
             r"b: sglang statistics of \(1, 3\).*a has \(1, 2\)",
         ),
-        (lambda: sglang_record([("a", broken(records=3))]), "a: records is a int: expected a list"),
+        (lambda: sglang_record([("a", broken(records=3))]), "a: records is not a list"),
         (lambda: sglang_record([("a", broken(records=[{}]))]), r"a: records\[0\]: expected global_physical_count"),
         (
             lambda: sglang_record([("a", broken(last_physical_to_logical_map=np.zeros((3, 5), int)))]),
