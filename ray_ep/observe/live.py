@@ -15,9 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-EVERY_S = 30.0
-"""At least this long between two pages,"""
-NEWS_S = 10.0
+EVERY_S = 90.0
+"""At least this long between two pages (each takes 1.7 s of CPU, which ranks that fill the machine miss),"""
+NEWS_S = 45.0
 """or this long where an evaluation or an event is to be shown."""
 
 _ROOT = Path(__file__).parents[2]  # of the package, which the other process may not find by itself
