@@ -66,6 +66,7 @@ def run_step(cfg: Config, warm: int, rounds: int) -> list[Steps]:
     if cfg.cluster.ranks < 2:
         raise BadInput(f"bench step: cluster.ranks={cfg.cluster.ranks}: balance is among ranks, at least 2")
     plan = check(cfg, datetime.now())
+    plan.run.release()  # nothing is written
     case = Case("", cfg.model.dtype, True, cfg.cluster.ranks, "tuned", rounds)
     work = (plan.config, plan.corpus, plan.placement)
     found: list[Steps] = spawn(case, _rank, OmegaConf.to_container(OmegaConf.structured(cfg)), work, warm)

@@ -91,6 +91,7 @@ def main(run, out, rounds, overrides):
     """Measure, plan, train in turns, write and print."""
     cfg = ray_ep.load_config(str(run / "config.yaml"), [f"run_dir={out.with_suffix('')}", *overrides])
     checked = check(cfg, datetime.now())
+    checked.run.release()
     recorded = read_recorded(run, None)
     with connected(cfg.cluster) as joined:
         address = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes()}
