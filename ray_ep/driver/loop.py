@@ -25,6 +25,7 @@ from ray_ep.errors import DivergedError
 from ray_ep.moe import Balance, Choice
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.placement.groups import contradictions
+from ray_ep.rank.clock import STEP_PHASES
 from ray_ep.rank.rank import StepResult
 from ray_ep.rank.saved.directory import MANIFEST
 
@@ -316,6 +317,8 @@ def step_metrics(
         "tokens_per_second": first.tokens / seconds,
         "exchange_seconds": float(np.mean([r.usage.exchange_seconds for r in results])),
         "expert_seconds": experts,
+        "phase_seconds": _phases(results, seconds),
+        "peak_mib": max(r.peak_mib for r in results),
         "statistics_seconds": float(np.mean([r.usage.statistics_seconds for r in results])),
         "bytes_intra_node": int(sent[same].sum()),
         "bytes_inter_node": int(sent[~same].sum()),
@@ -333,3 +336,9 @@ def step_metrics(
         "balance_saved_measured": float(balance.moved_pairs * experts / max(pairs.mean(0).sum(), 1)),
         "max_expert_load": (load.max(1) / np.maximum(load.mean(1), 1e-9)).round(4).tolist(),
     }
+
+
+def _phases(results: list[StepResult], seconds: float) -> dict[str, float]:
+    """Where a step of `seconds` went: means over ranks, and `driver`, what it took beyond them."""
+    mean = np.mean([r.usage.phases for r in results], 0).tolist()
+    return {**dict(zip(STEP_PHASES, mean, strict=True)), "driver": seconds - sum(mean)}

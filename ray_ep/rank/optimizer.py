@@ -7,8 +7,8 @@ S experts held by this rank, the first `owned` of them primaries.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import get_scheduler
 from ray_ep.collective import Group
 from ray_ep.config.schema import OptimConfig
 from ray_ep.moe import ExpertParallel
+from ray_ep.rank.update import Part, Rule, sum_of_squares, update
 
 BUCKET = 1 << 23
 """Elements of dense gradients that are summed over ranks in one all-reduce."""
@@ -31,32 +32,50 @@ class Weight:
     param: torch.nn.Parameter  # dense [...], or [S, ...] rows of experts
     master: torch.nn.Parameter  # dense [...], or [owned, ...] rows of primaries
     layer: int | None  # MoE layer of an expert stack, None for dense
-    gradient: torch.Tensor | None = None  # float32, like param; summed over the passes of a step
+    gradient: torch.Tensor | None = None  # like param, of one pass; float32 once passes, ranks or replicas are summed
+    moments: dict[str, torch.Tensor] = field(default_factory=dict)  # like master; empty before the first update
 
     @property
     def key(self) -> str:
         """Name in the module that holds it."""
         return self.name.rpartition(".")[2]
 
+    @property
+    def decays(self) -> bool:
+        """Matrices decay; biases, norms and other vectors (per expert, too) do not."""
+        return self.param.dim() - (self.layer is not None) >= 2 and not self.name.endswith("bias")
+
+    @property
+    def owned(self) -> torch.Tensor:
+        """The gradient of what the master holds."""
+        assert self.gradient is not None
+        return self.gradient if self.layer is None else self.gradient[: len(self.master)]
+
+    @property
+    def compute(self) -> torch.Tensor | None:
+        """Where the model has its copy of the master; None: it computes with the master itself."""
+        data = self.param.data if self.layer is None else self.param.data[: len(self.master)]
+        return None if data.data_ptr() == self.master.data_ptr() else data
+
 
 class MasterOptimizer:
     """AdamW or SGD over the master weights of one rank.
 
     Use: after each backward `accumulate()`, then once `step(number)`; both collective in the sense that all ranks call.
+
+    Args:
+        enter: told what a step is at: reduce, norm, update, publish.
     """
 
-    def __init__(self, model: Any, cfg: OptimConfig, group: Group):
+    def __init__(self, model: Any, cfg: OptimConfig, group: Group, enter: Callable[[str], None] = lambda phase: None):
         ep: ExpertParallel = model.ray_ep
-        self.ep, self.cfg, self.group = ep, cfg, group
+        self.ep, self.cfg, self.group, self.enter = ep, cfg, group, enter
         layer_of = {f"{n}.{p}": i for i, n in enumerate(ep.names) for p in ep.parameters(i)}
         self.weights = [
             _weight(name, p, layer_of.get(name), ep) for name, p in model.named_parameters() if p.requires_grad
         ]
         self.updates = 0  # so far, those of a restored run included
-        decays = (cfg.weight_decay, 0.0)
-        groups = [{"params": p, "weight_decay": d} for p, d in zip(self._groups(), decays, strict=True)]
-        self.torch = _torch_optimizer(cfg, groups)
-        schedule = get_scheduler(cfg.schedule, self.torch, cfg.warmup_steps, cfg.steps)
+        schedule = get_scheduler(cfg.schedule, torch.optim.SGD([torch.zeros(1)]), cfg.warmup_steps, cfg.steps)
         self._factor = schedule.lr_lambdas[0]
 
     @property
@@ -69,14 +88,14 @@ class MasterOptimizer:
         return float(self.cfg.learning_rate * self._factor(step + 1 if step < self.cfg.warmup_steps else step))
 
     def accumulate(self) -> None:
-        """Add the gradients of the last backward to the step's sum, in float32."""
+        """Add the gradients of the last backward to the step's sum: that of several passes is float32."""
         for w in self.weights:
-            g = w.param.grad
+            g, w.param.grad = w.param.grad, None
             if w.gradient is None:  # no gradient at all (no tokens came) is a zero: decay still applies
-                w.gradient = torch.zeros_like(w.param, dtype=torch.float32) if g is None else g.float()
+                w.gradient = torch.zeros_like(w.param.data) if g is None else g
             elif g is not None:
+                w.gradient = w.gradient.float()
                 w.gradient += g
-            w.param.grad = None
 
     def discard(self) -> None:
         """Forget the gradients that were accumulated for a step that will not be made."""
@@ -92,55 +111,49 @@ class MasterOptimizer:
         Args:
             figures: losses of this rank; one that is not finite makes the norm so.
         """
+        self.enter("reduce")
         self._sum_dense()
         for w in self._stacks():
-            self.ep.replicas[w.layer].sum_to_owner(w.gradient.flatten(1))
-        for w in self.weights:
-            w.master.grad = w.gradient if w.layer is None else w.gradient[: len(w.master)]
+            if self.ep.replicas[w.layer].any:
+                w.gradient = w.gradient.float()
+                self.ep.replicas[w.layer].sum_to_owner(w.gradient.flatten(1))
+        self.enter("norm")
         norm = self._global_norm(torch.as_tensor(figures))
         if isfinite(norm):
+            self.enter("update")
             self._update(number, norm)
-        for w in self.weights:
-            w.gradient = w.master.grad = None
+            self.enter("publish")
+            self._send_to_replicas()
+        self.discard()
         return norm
 
     def _update(self, number: int, norm: float) -> None:
-        if self.cfg.clip_norm and norm > self.cfg.clip_norm:
-            for w in self.weights:
-                w.master.grad.mul_(self.cfg.clip_norm / (norm + 1e-6))
-        for g in self.torch.param_groups:
-            g["lr"] = self.learning_rate(number)
-        self.torch.step()
+        """Update masters, moments and compute weights."""
         self.updates += 1
-        self.publish()
+        cfg, limit, kinds = self.cfg, self.cfg.clip_norm, self._kept()
+        clip = limit / (norm + 1e-6) if limit and norm > limit else 1.0
+        for decays, decay in ((True, cfg.weight_decay), (False, 0.0)):
+            numbers = self.learning_rate(number), cfg.beta1, cfg.beta2, cfg.eps, decay, clip, self.updates
+            weights = [w for w in self.weights if w.decays is decays and w.master.numel()]
+            update(Rule(cfg.kind, *numbers), (_part(w, kinds) for w in weights))
 
     def damaged(self) -> str:
         """Name of a weight that is not finite here, or whose moments are not; empty if there is none."""
-        kept = ((w.name, t) for w in self.weights for t in (w.master.data, *self.moments(w).values()))
+        kept = ((w.name, t) for w in self.weights for t in (w.master.data, *w.moments.values()))
         return next((name for name, t in kept if not t.isfinite().all()), "")
 
     @torch.no_grad()
     def publish(self) -> None:
         """Copy masters to compute weights (bfloat16) and primaries' weights to their replicas."""
         for w in self.weights:
-            target = w.param.data if w.layer is None else w.param.data[: len(w.master)]
-            if target.data_ptr() != w.master.data_ptr():
-                target.copy_(w.master)
-        for w in self._stacks():
-            self.ep.replicas[w.layer].send_to_replicas(w.param.data.flatten(1))
-
-    def moments(self, w: Weight) -> dict[str, torch.Tensor]:
-        """Optimizer state of a weight in the master's shape: exp_avg and exp_avg_sq, or momentum_buffer."""
-        state = self.torch.state[w.master]
-        return {n: state[n] for n in self.kinds if state.get(n) is not None}
+            if w.compute is not None:
+                w.compute.copy_(w.master)
+        self._send_to_replicas()
 
     def restore(self, w: Weight, moments: dict[str, torch.Tensor], step: int) -> None:
-        """Put back what `moments` gave, after `step` updates."""
+        """Put back a weight's moments, after `step` updates."""
         self.updates = step
-        state = self.torch.state[w.master]
-        state.update(moments)
-        if self.cfg.kind == "adamw":
-            state["step"] = torch.tensor(float(step), device=w.master.device)  # where the fused optimizer keeps it
+        w.moments = dict(moments)
 
     def pending(self) -> str:
         """Name of a parameter with a gradient that was accumulated and not applied yet; empty if there is none."""
@@ -154,7 +167,7 @@ class MasterOptimizer:
         """Master and moments of an expert that this rank owns, each [...] float32."""
         row = self._owned(layer).index(expert)
         return {
-            w.key: [w.master.data[row], *(m[row] for m in self.moments(w).values())]
+            w.key: [w.master.data[row], *(m[row] for m in w.moments.values())]
             for w in self._stacks()
             if w.layer == layer
         }
@@ -170,7 +183,7 @@ class MasterOptimizer:
         """
         row_of = {e: row for row, e in enumerate(self._owned(layer))}
         for w in [w for w in self._stacks() if w.layer == layer]:
-            old = {"master": w.master.data, **self.moments(w)}
+            old = {"master": w.master.data, **w.moments}
             new = {}
             for i, kind in enumerate(("master", *self._kept())):
                 if kind == "master" and w.param.dtype == torch.float32:
@@ -180,15 +193,7 @@ class MasterOptimizer:
                 for row, e in enumerate(experts):
                     new[kind][row] = old[kind][row_of[e]] if e in row_of else arrived[e][w.key][i]
             w.master.data = new.pop("master")
-            self.torch.state.pop(w.master, None)
-            if experts and new:
-                self.restore(w, new, self.updates)
-        for group, masters in zip(self.torch.param_groups, self._groups(), strict=True):
-            group["params"] = masters
-
-    def _groups(self) -> list[list[torch.nn.Parameter]]:
-        """Masters that decay, and those that do not; an expert stack without primaries is in neither."""
-        return [[w.master for w in self.weights if w.master.numel() and _decays(w) is d] for d in (True, False)]
+            w.moments = new
 
     def _kept(self) -> tuple[str, ...]:
         """Moments that owners have by now, the same on every rank: before the first update there are none."""
@@ -200,23 +205,31 @@ class MasterOptimizer:
     def _stacks(self) -> Iterator[Any]:
         return (w for w in self.weights if w.layer is not None)
 
+    def _send_to_replicas(self) -> None:
+        for w in self._stacks():
+            self.ep.replicas[w.layer].send_to_replicas(w.param.data.flatten(1))
+
     def _sum_dense(self) -> None:
-        bucket: list[torch.Tensor] = []
-        dense = [w.gradient for w in self.weights if w.layer is None and w.gradient is not None]
-        for i, g in enumerate(dense):
-            bucket.append(g)
-            if sum(b.numel() for b in bucket) >= BUCKET or i + 1 == len(dense):
-                flat = torch.cat([b.flatten() for b in bucket])
+        """Sum dense gradients over ranks, in float32."""
+        if self.group.size == 1:
+            return
+        bucket: list[Weight] = []
+        dense = [w for w in self.weights if w.layer is None]
+        for i, w in enumerate(dense):
+            bucket.append(w)
+            sizes = [b.param.numel() for b in bucket]
+            if sum(sizes) >= BUCKET or i + 1 == len(dense):
+                flat = torch.cat([b.gradient.flatten().float() for b in bucket if b.gradient is not None])
                 self.group.all_reduce(flat)
-                for b, part in zip(bucket, flat.split([b.numel() for b in bucket]), strict=True):
-                    b.copy_(part.view_as(b))
+                for b, part in zip(bucket, flat.split(sizes), strict=True):
+                    b.gradient = part.view_as(b.param)
                 bucket = []
 
     def _global_norm(self, figures: torch.Tensor) -> float:
         """L2 norm of the whole gradient, each expert counted once (at its primary); NaN if a figure is not finite."""
         squares = torch.zeros(2, dtype=torch.float64, device=self.weights[0].master.device)
         for w in self.weights:
-            squares[int(w.layer is not None)] += w.master.grad.double().square().sum()
+            squares[int(w.layer is not None)] += sum_of_squares(w.owned)
         experts = squares[1:] + 0 * figures.sum()
         self.group.all_reduce(experts)
         return float((squares[0] + experts[0]).sqrt())
@@ -228,14 +241,10 @@ def _weight(name: str, p: torch.nn.Parameter, layer: int | None, ep: ExpertParal
     return Weight(name, p, master, layer)
 
 
-def _decays(w: Weight) -> bool:
-    """Matrices decay; biases, norms and other vectors (per expert, too) do not."""
-    dims = w.param.dim() - (w.layer is not None)
-    return dims >= 2 and not w.name.endswith("bias")
-
-
-def _torch_optimizer(cfg: OptimConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    if cfg.kind == "sgd":
-        return torch.optim.SGD(groups, lr=cfg.learning_rate, momentum=cfg.beta1)
-    betas = (cfg.beta1, cfg.beta2)
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, eps=cfg.eps, fused=True)
+def _part(w: Weight, kinds: tuple[str, ...]) -> Part:
+    """All elements of a weight, for `update`; moments of `kinds` that it lacks are made."""
+    for kind in kinds:
+        if kind not in w.moments:
+            w.moments[kind] = torch.zeros_like(w.master.data)
+    moments = tuple(w.moments[kind].view(-1) for kind in kinds)
+    return Part(w.master.data.view(-1), w.owned.reshape(-1), moments, None if w.compute is None else w.compute.view(-1))

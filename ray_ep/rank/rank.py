@@ -36,8 +36,10 @@ from ray_ep.moe import (
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.rank.balancing import balancing
 from ray_ep.rank.broken_off import Before, evaluation_parts, leaving
+from ray_ep.rank.clock import StepClock
 from ray_ep.rank.data.corpus import Corpus, global_batch, held_out_batch
 from ray_ep.rank.diverged import bad_weight, locate
+from ray_ep.rank.memory import peak_mib
 from ray_ep.rank.model import build
 from ray_ep.rank.optimizer import MasterOptimizer
 from ray_ep.rank.pays import Pays, uneven_ranks
@@ -62,6 +64,7 @@ class Usage:
     sent: np.ndarray  # [R] bytes sent to each rank
     pairs: np.ndarray  # [L] (token, expert) pairs computed here
     balance: np.ndarray  # the fields of ray_ep.moe.Balance in order, as numbers
+    phases: np.ndarray  # seconds of train steps by STEP_PHASES
 
     def __sub__(self, earlier: Usage) -> Usage:
         return Usage(*(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)))
@@ -83,6 +86,7 @@ class StepResult:
     tokens: int
     load: np.ndarray  # [L, E] tokens each expert received in the step
     usage: Usage
+    peak_mib: int = 0  # memory that this rank's process has had at most; of its GPU, on one
     note: str = ""
     warning: str = ""
 
@@ -120,7 +124,8 @@ class Rank:
         self.ep.counters.window = round(cfg.placement.decay / log(2) * tokens)
         way, wanted = self.ep.exchange, cfg.exchange
         way.chunks, way.float8, way.tokens = wanted.chunks, wanted.float8, wanted.tokens
-        self.optimizer = MasterOptimizer(self.model, cfg.optim, group)
+        self.clock = StepClock(self.ep.meter.seconds)
+        self.optimizer = MasterOptimizer(self.model, cfg.optim, group, self.clock.enter)
         self.pays = Pays() if cfg.balance.in_step == "auto" and group.size > 1 else None
         self._told = False  # what balance costs
         self.balancing = balancing(cfg, config)
@@ -164,6 +169,7 @@ class Rank:
             DivergedError: a loss or a gradient is not finite, on every rank; the model is as it was before.
         """
         cfg, began = self.cfg, self.usage()
+        self.clock.enter("data")
         batch = global_batch(self.corpus.train, cfg.seed, step, cfg.batch.sequences, cfg.batch.length)
         losses = torch.zeros(4, dtype=torch.float64, device=self.device)  # main, aux, z; seconds
         self.model.train()
@@ -173,12 +179,17 @@ class Rank:
             if before is not None and number and leaving(self.stop, self.group, self.device):
                 before.restore()
                 self.optimizer.discard()
+                self.clock.enter("")
                 return None
+            self.clock.enter("forward")
             loss, figures = forward()
+            self.clock.enter("backward")
             loss.backward()
+            self.clock.enter("rest")
             self.optimizer.accumulate()
             losses[:3] += figures
         norm = self.optimizer.step(step, losses[:3])
+        self.clock.enter("rest")
         self._first_step = step if self._first_step is None else self._first_step
         if not isfinite(norm):
             raise self._diverged(step, losses[:3], passes)
@@ -191,7 +202,9 @@ class Rank:
         rate, tokens = self.optimizer.learning_rate(step), int(batch.shape[0] * cfg.batch.length)
         counts = load.cpu().numpy()
         notes = self._balance(seconds / self.group.size, counts), self.draws.news()
-        return StepResult(step, main, aux, z, norm, rate, tokens, counts, self.usage() - began, *notes)
+        self.clock.enter("")
+        peak = peak_mib(self.device)
+        return StepResult(step, main, aux, z, norm, rate, tokens, counts, self.usage() - began, peak, *notes)
 
     @torch.no_grad()
     def evaluate(self, trace: bool = False) -> tuple[float, list[dict[str, np.ndarray]]] | None:
@@ -326,7 +339,8 @@ class Rank:
         meter, counters = self.ep.meter, self.ep.counters
         now, exchange, experts = time.perf_counter(), meter.seconds["exchange"], meter.seconds["experts"]
         balance = np.array(astuple(self.ep.balancer.done), np.float64)
-        return Usage(now, exchange, experts, counters.seconds, meter.sent.copy(), meter.pairs.copy(), balance)
+        phases = np.array(list(self.clock.seconds.values()))
+        return Usage(now, exchange, experts, counters.seconds, meter.sent.copy(), meter.pairs.copy(), balance, phases)
 
 
 def _links(topology: Topology | None) -> Topology | None:

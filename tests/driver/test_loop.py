@@ -13,6 +13,7 @@ from ray_ep.driver.interrupt import Interrupt
 from ray_ep.driver.loop import Driver
 from ray_ep.driver.rundir import RunDir
 from ray_ep.errors import RankError
+from ray_ep.rank.clock import STEP_PHASES
 from ray_ep.rank.rank import StepResult, Usage
 from ray_ep.rank.saved.checkpoint import Directory
 from tests.driver.scenes import NOWHERE, RANKS, statistics, step, topology
@@ -22,7 +23,7 @@ SECONDS = {"migration_seconds": 0.0, "rebalance_seconds": 0.0}
 
 def result():
     s = step()
-    usage = Usage(0.2, 0.1, 0.1, 0.0, s.sent[0], s.pairs[0], np.zeros(7))
+    usage = Usage(0.2, 0.1, 0.1, 0.0, s.sent[0], s.pairs[0], np.zeros(7), np.zeros(len(STEP_PHASES)))
     return StepResult(0, 1.0, 0.0, 0.0, 0.0, 0.0, 1024, s.load, usage)
 
 

@@ -7,17 +7,19 @@ import pytest
 
 from ray_ep.driver.loop import step_metrics
 from ray_ep.placement import Topology, contiguous
+from ray_ep.rank.clock import STEP_PHASES
 from ray_ep.rank.rank import StepResult, Usage
 
 
-def result(sent, pairs, exchange=0.1, expert=0.2, load=((3, 1, 2, 2), (2, 2, 2, 2))):
+def result(sent, pairs, exchange=0.1, expert=0.2, load=((3, 1, 2, 2), (2, 2, 2, 2)), spent=0.01, peak=7):
     usage = Usage(
         seconds=0.5, exchange_seconds=exchange, expert_seconds=expert, statistics_seconds=exchange / 10,
         sent=np.array(sent), pairs=np.array(pairs), balance=np.array([2, 3.0, 2.2, 3, 6000, 0.01, 2.0]),
+        phases=np.full(len(STEP_PHASES), spent),
     )  # fmt: skip
     return StepResult(
         step=4, loss=2.5, aux_loss=1.25, z_loss=0.5, grad_norm=0.75, lr=1e-3, tokens=64, load=np.array(load),
-        usage=usage,
+        usage=usage, peak_mib=peak,
     )  # fmt: skip
 
 
@@ -43,6 +45,15 @@ def test_seconds_of_exchange_and_experts_are_means_over_ranks():
     assert m["exchange_seconds"] == pytest.approx(0.2)
     assert m["expert_seconds"] == pytest.approx(0.4)
     assert m["statistics_seconds"] == pytest.approx(0.02)
+
+
+def test_phases_are_means_over_ranks_and_add_up_to_the_step_with_what_the_driver_took():
+    results = [result([0, 20], [1, 1], spent=0.01, peak=7), result([30, 0], [1, 1], spent=0.03, peak=9)]
+    m = step_metrics(5, results, 0.5, Topology.of_nodes([0, 0]), contiguous(2, 4, 2))
+    assert list(m["phase_seconds"]) == [*STEP_PHASES, "driver"]
+    assert m["phase_seconds"]["norm"] == pytest.approx(0.02)
+    assert sum(m["phase_seconds"].values()) == pytest.approx(m["step_seconds"])
+    assert m["peak_mib"] == 9
 
 
 def test_bytes_between_ranks_of_one_node_are_intra_node():

@@ -11,6 +11,7 @@ from ray_ep.driver.mover import Mover, check_survival, level_of
 from ray_ep.driver.rundir import RunDir
 from ray_ep.errors import PlacementError, RankError
 from ray_ep.placement import Placement, Topology
+from ray_ep.rank.clock import STEP_PHASES
 from ray_ep.rank.rank import StepResult, Usage
 from tests.driver.scenes import FACTS, NOWHERE, RANKS, Shelf, statistics, step, tokens, topology
 
@@ -35,7 +36,10 @@ class FakeRanks:
 
 def results(load=None, sent=0, exchange=(0.01, 0.03)):
     s = step(load=load, sent=sent)
-    usage = [Usage(0.2, exchange[r], s.experts[r], 0.0, s.sent[r], s.pairs[r], np.zeros(7)) for r in range(RANKS)]
+    usage = [
+        Usage(0.2, exchange[r], s.experts[r], 0.0, s.sent[r], s.pairs[r], np.zeros(7), np.zeros(len(STEP_PHASES)))
+        for r in range(RANKS)
+    ]
     return [StepResult(0, 1.0, 0.0, 0.0, 0.0, 0.0, 1024, s.load, u) for u in usage]
 
 

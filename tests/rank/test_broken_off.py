@@ -23,7 +23,7 @@ def state(rank):
         "calls": [layer.calls for layer in ep.layers],
         "balance": copy.deepcopy(ep.balancer.done),
         "weights": [p.detach().clone() for p in rank.model.parameters()],
-        "moments": [m.clone() for w in rank.optimizer.weights for m in rank.optimizer.moments(w).values()],
+        "moments": [m.clone() for w in rank.optimizer.weights for m in w.moments.values()],
         "pending": rank.optimizer.pending(),
         "gradients": [p.grad for p in rank.model.parameters() if p.grad is not None],
     }

@@ -21,7 +21,7 @@ LAST = -1  # rank
 def state(rank):
     found = {n: p.detach().clone() for n, p in rank.model.named_parameters()}
     for w in rank.optimizer.weights:
-        found |= {f"{w.name} {k}": t.clone() for k, t in rank.optimizer.moments(w).items()}
+        found |= {f"{w.name} {k}": t.clone() for k, t in w.moments.items()}
     return found
 
 
@@ -144,7 +144,7 @@ def test_what_an_update_broke_is_not_saved(tmp_path):
     cfg, config = configure()
     rank = make_rank(cfg, config, SoloGroup(), random(LAYERS, EXPERTS, 1, seed=1))
     rank.train_step(0)
-    for broken in (rank.optimizer.weights[3].master.data, *rank.optimizer.moments(rank.optimizer.weights[2]).values()):
+    for broken in (rank.optimizer.weights[3].master.data, *rank.optimizer.weights[2].moments.values()):
         kept = broken.clone()
         broken.flatten()[0] = INF
         with pytest.raises(DivergedError, match="step 1 diverged: its update left"):

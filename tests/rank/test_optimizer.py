@@ -39,7 +39,7 @@ def state(rank):
     out = {f"buffer/{n}": b.clone() for n, b in rank.model.named_buffers() if "correction_bias" in n}
     for w in rank.optimizer.weights:
         owned = [""] if w.layer is None else [f"/{e}" for e in rank.ep.layers[w.layer].experts[: len(w.master)]]
-        for kind, t in {"weight": w.master.detach(), **rank.optimizer.moments(w)}.items():
+        for kind, t in {"weight": w.master.detach(), **w.moments}.items():
             rows = zip(owned, t[None] if w.layer is None else t, strict=True)
             out.update({f"{kind}/{w.name}{expert}": row.clone() for expert, row in rows})
     return out
@@ -162,8 +162,7 @@ def test_an_expert_and_a_rank_without_tokens_decay_all_the_same(kind, sequences,
 def test_biases_norms_and_vectors_of_experts_do_not_decay():
     cfg, config = configure(model=GPT_OSS)
     rank = make_rank(cfg, config, SoloGroup(), LAYOUTS["one rank"])
-    decays = {id(p): g["weight_decay"] == 0.1 for g in rank.optimizer.torch.param_groups for p in g["params"]}
-    of_name = {w.name.removeprefix("model.layers.0."): decays[id(w.master)] for w in rank.optimizer.weights}
+    of_name = {w.name.removeprefix("model.layers.0."): w.decays for w in rank.optimizer.weights}
     assert [of_name[f"mlp.experts.{n}"] for n in ("gate_up_proj", "down_proj")] == [True, True]
     assert [of_name[f"mlp.experts.{n}_bias"] for n in ("gate_up_proj", "down_proj")] == [False, False]
     assert (of_name["mlp.router.weight"], of_name["mlp.router.bias"]) == (True, False)

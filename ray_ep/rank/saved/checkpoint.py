@@ -284,7 +284,7 @@ def _experts(optimizer: MasterOptimizer, ep: ExpertParallel, layer: int) -> Iter
 
 
 def _kinds(optimizer: MasterOptimizer, w: Weight) -> list[tuple[str, torch.Tensor]]:
-    return [("weight", w.master.detach()), *optimizer.moments(w).items()]
+    return [("weight", w.master.detach()), *w.moments.items()]
 
 
 def _owned(ep: ExpertParallel, layer: int) -> list[int]:

@@ -1,0 +1,54 @@
+"""Where the time of train steps goes on one rank, by phase. Imports nothing of the package.
+
+The layers' own time (dispatch, exchange, experts) is taken out of the phase that it falls into.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+INSIDE = ("dispatch", "exchange", "experts")
+"""What MoE layers do, counted forward and backward (a recomputation is backward): planning, packing and summing rows;
+all-to-alls, waiting for other ranks included; expert products."""
+
+STEP_PHASES = (
+    "data", "forward", *(f"{what}_forward" for what in INSIDE), "backward", *(f"{what}_backward" for what in INSIDE),
+    "reduce", "norm", "update", "publish", "rest",
+)  # fmt: skip
+"""In the order of a step. forward, backward: the model outside of its experts, and the losses; reduce: gradients summed
+over ranks and replicas; norm: of the whole gradient; update: clip, optimizer, compute weights; publish: to replicas."""
+
+_INSIDE_OF = {"exchange": "exchange", "experts": "experts"}
+"""Phases of the meter that have one of their own here; the others are dispatch."""
+
+
+class StepClock:
+    """Seconds of each phase since its making.
+
+    Args:
+        layers: seconds that the MoE layers have spent so far, by phase of `ray_ep.moe.PHASES`; it goes on changing.
+        clock: seconds, for tests.
+    """
+
+    def __init__(self, layers: Mapping[str, float], clock: Callable[[], float] = time.perf_counter):
+        self.seconds = dict.fromkeys(STEP_PHASES, 0.0)
+        self._layers, self._clock = layers, clock
+        self._phase, self._since, self._inside = "", 0.0, self._spent()
+
+    def enter(self, phase: str) -> None:
+        """From now on time counts for `phase` ("": for none)."""
+        now, inside = self._clock(), self._spent()
+        if self._phase:
+            self.seconds[self._phase] += now - self._since
+            way = "backward" if self._phase == "backward" else "forward"
+            for what, spent in inside.items():
+                self.seconds[f"{what}_{way}"] += spent - self._inside[what]
+                self.seconds[self._phase] -= spent - self._inside[what]
+        self._phase, self._since, self._inside = phase, now, inside
+
+    def _spent(self) -> dict[str, float]:
+        found = dict.fromkeys(INSIDE, 0.0)
+        for name, spent in self._layers.items():
+            found[_INSIDE_OF.get(name, "dispatch")] += spent
+        return found

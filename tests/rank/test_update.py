@@ -1,0 +1,48 @@
+"""One update in blocks gives what torch's own optimizers give."""
+
+import pytest
+import torch
+
+from ray_ep.rank.update import CPU_BLOCK, Part, Rule, sum_of_squares, update
+
+SIZES = [CPU_BLOCK + 17, 7, 513, 2 * CPU_BLOCK + 1, 1]
+
+
+def optimizers(kind, weights):
+    if kind == "adamw":
+        return torch.optim.AdamW(weights, lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
+    return torch.optim.SGD(weights, lr=0.01, momentum=0.9, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_every_weight_is_bit_for_bit_what_torch_makes_of_it_and_its_copy_follows(kind, dtype):
+    torch.manual_seed(0)
+    masters = [torch.randn(n) for n in SIZES]
+    moments = [tuple(torch.zeros(n) for _ in range(2 if kind == "adamw" else 1)) for n in SIZES]
+    copies = [torch.empty(n, dtype=torch.bfloat16) if n % 2 else None for n in SIZES]
+    expected = [torch.nn.Parameter(m.clone()) for m in masters]
+    theirs = optimizers(kind, expected)
+    for number in (1, 2, 3):
+        gradients = [torch.randn(n).to(dtype) for n in SIZES]
+        for p, g in zip(expected, gradients, strict=True):
+            p.grad = g.float() * 0.37
+        theirs.step()
+        parts = [Part(*each) for each in zip(masters, gradients, moments, copies, strict=True)]
+        update(Rule(kind, 0.01, 0.9, 0.95, 1e-8, 0.1, 0.37, number), parts)
+        for master, copy, p in zip(masters, copies, expected, strict=True):
+            assert torch.equal(master, p)
+            assert copy is None or torch.equal(copy, p.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [0, 1, 1 << 16, 300_001])
+def test_squares_are_summed_as_exactly_as_in_float64(size, dtype):
+    x = torch.randn(size, generator=torch.Generator().manual_seed(size)).to(dtype)
+    assert float(sum_of_squares(x)) == pytest.approx(float(x.double().square().sum()), rel=1e-7)
+
+
+def test_squares_beyond_float32_are_finite_and_what_is_not_finite_stays_so():
+    assert float(sum_of_squares(torch.tensor([1e25, 1.0]))) == pytest.approx(1e50)
+    assert not sum_of_squares(torch.tensor([1.0, torch.inf])).isfinite()
+    assert sum_of_squares(torch.tensor([1.0, torch.nan])).isnan()
