@@ -9,15 +9,17 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from html import escape
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, LogNorm
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from ray_ep.observe.breakdown import Phase
 from ray_ep.observe.routing import load_ratio
 from ray_ep.observe.run_files import RunFiles
 
@@ -26,6 +28,8 @@ GREY, BLUE, ORANGE, GREEN = "#808890", "#3b82f6", "#f08c2e", "#2aa876"
 _DIVERGING = LinearSegmentedColormap.from_list("load", ["#1d4ed8", "#7fb0f5", "#e8eaed", "#f5b06a", "#c2410c"])
 _POINTS = 600  # a longer curve is averaged in blocks, so that a page stays small
 _LINES = 100  # events marked on a curve, the newest
+_GAP = 0.0012  # of the bar, between two fields
+_SMALL = 9.0  # points, of text inside a field
 _HALF, _FULL = (6.0, 3.0), (12.4, 3.0)  # inches: half the page's width, and all of it
 
 
@@ -53,6 +57,32 @@ def step_time(run: RunFiles) -> str:
     axes.stackplot(x, *stack, labels=labels, colors=[ORANGE, BLUE, GREY], alpha=0.85, linewidth=0)
     axes.set_ylim(0, _top(np.sum(stack, axis=0)))
     return _finish(figure, axes, "step-time", "seconds", legend="upper right")
+
+
+def step_bar(phases: Sequence[Phase]) -> str:
+    """The phases of a step as one bar: names where they fit into their fields, and all of them under the pointer."""
+    figure, axes = _figure((_FULL[0], 1.5))
+    axes.spines["left"].set_visible(False)
+    axes.set_yticks([])
+    ends = np.cumsum([1e3 * p.seconds for p in phases])
+    gap = _GAP * ends[-1]
+    for i, (phase, end) in enumerate(zip(phases, ends, strict=True)):
+        width = 1e3 * phase.seconds
+        (field,) = axes.barh(0, max(width - gap, 0.7 * width), left=end - width, color=phase.colour, linewidth=0)
+        field.set_gid(f"field{i}")
+        lines = [*phase.name.split("_", 1), f"{phase.share:.0%}"]
+        wide = 0.62 * _SMALL * max(map(len, lines))  # points; wide, for the reader's font is not known
+        if wide < 0.9 * phase.share * 72 * _FULL[0] and phase.name.isascii() and phase.name.isprintable():
+            style = {"color": ink_on(to_rgb(phase.colour)), "size": _SMALL, "ha": "center", "va": "center"}
+            for k, line in enumerate(lines):  # one by one: each is then centred in the reader's font too
+                y = 0.14 * ((len(lines) - 1) / 2 - k)
+                axes.text(end - (width + gap) / 2, y, line, parse_math=False, **style)
+    axes.set_xlim(0, ends[-1])
+    svg = _finish(figure, axes, "step-phases", "", x="milliseconds")
+    for i, phase in enumerate(phases):
+        said = escape(f"{phase.name}: {1e3 * phase.seconds:.2f} ms, {phase.share:.1%}")
+        svg = svg.replace(f'<g id="step-phases-field{i}">', f'<g id="step-phases-field{i}"><title>{said}</title>', 1)
+    return svg
 
 
 def throughput(run: RunFiles) -> str:

@@ -19,6 +19,7 @@ import yaml
 from markupsafe import Markup
 
 from ray_ep.observe import figures
+from ray_ep.observe.breakdown import breakdown, in_groups
 from ray_ep.observe.routing import strongest_coactivation
 from ray_ep.observe.run_files import RunFiles, masked, read_run
 from ray_ep.observe.topology import heatmap
@@ -80,6 +81,7 @@ def _content(run_dir: Path, run: RunFiles, running: bool) -> dict[str, Any]:
         "headlines": _headlines(run, running),
         "steps": len(run.metrics),
         "curves": _curves(run),
+        "breakdown": _breakdown(run),
         "load": None if run.load is None else Markup(figures.expert_load(run.load)),
         "company": company,
         "company_figure": None if company is None else Markup(figures.coactivation(company.ratio)),
@@ -101,6 +103,19 @@ def _curves(run: RunFiles) -> list[tuple[str, str, Markup]]:
         ("Worst expert load", "Max / mean expert load of the step's worst layer; 1 is even.", figures.worst_load(run)),
     ]
     return [(title, caption, Markup(svg)) for title, caption, svg in drawn if svg]
+
+
+def _breakdown(run: RunFiles) -> dict[str, Any] | None:
+    """Where a step's time goes; None where no step tells it."""
+    phases = breakdown(run)
+    if not phases:
+        return None
+    return {
+        "phases": phases,
+        "groups": in_groups(phases),
+        "seconds": sum(p.seconds for p in phases),
+        "figure": Markup(figures.step_bar(phases)),
+    }
 
 
 def _model(run: RunFiles) -> str:
@@ -135,6 +150,7 @@ def _headlines(run: RunFiles, running: bool) -> list[Headline]:
         _median("Tokens/s", tokens, ",.0f", "median of the steps"),
         _median("Balancedness", balance, ".2f", "mean / max rank load, median"),
         Headline("Exchange", f"{exchange / whole:.0%}", "of step time") if whole > 0 else None,
+        _peak(run.column("peak_mib")),
         Headline("Ranks", f"{ranks[-1]:.0f}", _range(ranks)) if np.isfinite(ranks[-1]) else None,
         Headline("Steps", str(last), f"of {run.setting('optim.steps', last)}"),
     ]
@@ -149,6 +165,15 @@ def _last(label: str, values: np.ndarray, note: str) -> Headline | None:
 def _median(label: str, values: np.ndarray, form: str, note: str) -> Headline | None:
     known = values[np.isfinite(values)]
     return Headline(label, format(float(np.median(known)), form), note) if known.size else None
+
+
+def _peak(mib: np.ndarray) -> Headline | None:
+    known = mib[np.isfinite(mib) & (mib > 0)]
+    if not known.size:
+        return None
+    peak = float(known.max())  # ranks that started anew began from less
+    value = f"{peak / 1024:.1f} GiB" if peak >= 1024 else f"{peak:.0f} MiB"
+    return Headline("Peak memory", value, "of the largest rank")
 
 
 def _range(ranks: np.ndarray) -> str:

@@ -20,6 +20,7 @@ import yaml
 from ray_ep.errors import PlacementError
 from ray_ep.placement.topology import Topology
 
+_NEWEST = 1000  # steps: what a long run's step takes now, not what it took days ago
 _VALUE = r"""("[^"\n]*"|'[^'\n]*'|[^\s&'"]+)"""
 _SECRETS = (
     (re.compile(r"(://)[^/@\s]+@"), r"\1***@"),  # user:password@host
@@ -44,6 +45,18 @@ class RunFiles:
     def column(self, name: str) -> np.ndarray:
         """One figure over the steps, float64 [steps]; NaN where a step lacks it."""
         return np.array([_number(line.get(name)) for line in self.metrics], dtype=np.float64)
+
+    def phase_seconds(self) -> dict[str, np.ndarray]:
+        """Seconds of each phase by name, float64 [steps], over the newest half of the steps that tell, at most 1000.
+
+        A phase that a step lacks took it no time; NaN is what cannot be a time.
+        """
+        told = [line["phase_seconds"] for line in self.metrics if isinstance(line.get("phase_seconds"), dict)]
+        told = [phases for phases in told if phases]
+        told = told[max(len(told) // 2, len(told) - _NEWEST) :]
+        names = dict.fromkeys(name for phases in told for name in phases)
+        columns = {n: np.array([_number(phases.get(n, 0.0)) for phases in told], dtype=np.float64) for n in names}
+        return {n: np.where(seconds >= 0, seconds, np.nan) for n, seconds in columns.items()}
 
     def setting(self, key: str, default: Any) -> Any:
         """The configuration's value for a dotted key, or `default` where the file lacks it."""
@@ -79,7 +92,10 @@ def masked(text: str) -> str:
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) else float("nan")
+    try:
+        return float(value) if isinstance(value, (int, float)) else float("nan")
+    except OverflowError:  # an integer of hundreds of digits
+        return float("nan")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
