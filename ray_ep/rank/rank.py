@@ -38,6 +38,7 @@ from ray_ep.rank.balancing import balancing
 from ray_ep.rank.broken_off import Before, evaluation_parts, leaving
 from ray_ep.rank.data.corpus import Corpus, global_batch, held_out_batch
 from ray_ep.rank.diverged import bad_weight, locate
+from ray_ep.rank.loss import summed_cross_entropy
 from ray_ep.rank.model import build
 from ray_ep.rank.optimizer import MasterOptimizer
 from ray_ep.rank.pays import Pays, uneven_ranks
@@ -319,7 +320,7 @@ class Rank:
                 return 0 * self.model(input_ids=padding, use_cache=False).logits.sum()
         ids = torch.from_numpy(rows).to(self.device)
         logits = self.model(input_ids=ids[:, :-1], use_cache=False).logits
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
+        return summed_cross_entropy(logits, ids[:, 1:])
 
     def usage(self) -> Usage:
         """Totals since this rank's making, by its own clock."""
