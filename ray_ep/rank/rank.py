@@ -279,7 +279,7 @@ class Rank:
             raise self._never_called()
         routing = self.ep.routing
         load = self.ep.pass_load()
-        how = balancing.form, self.top_k
+        how = balancing.form, self.top_k, (bool(balancing.coefficient), bool(balancing.z))
         losses = router_losses(routing.logits, load, routing.routers, self.group, count, *how)
         loss = main + (balancing.coefficient * losses.aux + balancing.z * losses.z) / passes
         figures = torch.stack([main.double(), losses.aux.double() / passes, losses.z.double() / passes])
