@@ -5,6 +5,7 @@ T tokens, E experts, K top_k, L layers. Sums over ranks of what is returned are 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from ray_ep.collective import Group
 
 @dataclass(frozen=True, slots=True)
 class RouterLosses:
-    """This rank's share of the router losses (scalars with graph): summed over ranks they are the global ones."""
+    """This rank's share of the router losses (scalars): summed over ranks they are the global ones."""
 
     aux: torch.Tensor
     z: torch.Tensor
@@ -28,6 +29,7 @@ def router_losses(
     tokens: int,
     kind: str = "layer",
     top_k: int = 0,
+    graph: tuple[bool, bool] = (True, True),
 ) -> RouterLosses:
     """Losses of one forward pass (collective).
 
@@ -39,6 +41,7 @@ def router_losses(
             probability, both over the global batch (Switch Transformer eq. 4, per layer; K at perfect balance);
             pooled: the same over the tokens of all layers together; transformers: pooled, of the softmax and the
             first `top_k` experts of the logits whatever the router does, as load_balancing_loss_func; off.
+        graph: whether aux and z are to have a gradient; one that is only reported costs half without.
     """
     if kind == "transformers":
         load = torch.stack([_first_choices(x, load[i], top_k) for i, x in enumerate(logits)])
@@ -47,11 +50,14 @@ def router_losses(
     group.all_reduce(load)
     zero = load.new_zeros(())
     found = [(i, x) for i, x in enumerate(logits) if x is not None]
-    z = sum((torch.logsumexp(x.float(), -1).square().sum() / tokens for _, x in found), zero) / max(len(found), 1)
+    aux_graph, z_graph = (nullcontext() if wanted else torch.no_grad() for wanted in graph)
+    with z_graph:
+        z = sum((torch.logsumexp(x.float(), -1).square().sum() / tokens for _, x in found), zero) / max(len(found), 1)
     if kind == "off" or not found:
         return RouterLosses(zero, z)
     experts = load.shape[1]
-    mean_prob = torch.stack([probabilities(x, routers[i]).sum(0) / tokens for i, x in found])  # [L, E] this rank's part
+    with aux_graph:  # layer by layer: twice as fast as all logits in one tensor, for many layers and experts
+        mean_prob = torch.stack([probabilities(x, routers[i]).sum(0) for i, x in found]) / tokens  # [L, E] of this rank
     share = load[[i for i, _ in found]] / tokens  # [L, E]
     if kind in ("pooled", "transformers"):
         return RouterLosses(experts * (share.mean(0) * mean_prob.mean(0)).sum(), z)

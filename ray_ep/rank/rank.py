@@ -39,6 +39,7 @@ from ray_ep.rank.broken_off import Before, evaluation_parts, leaving
 from ray_ep.rank.clock import StepClock
 from ray_ep.rank.data.corpus import Corpus, global_batch, held_out_batch
 from ray_ep.rank.diverged import bad_weight, locate
+from ray_ep.rank.loss import summed_cross_entropy
 from ray_ep.rank.memory import peak_mib
 from ray_ep.rank.model import build
 from ray_ep.rank.optimizer import MasterOptimizer
@@ -291,7 +292,7 @@ class Rank:
             raise self._never_called()
         routing = self.ep.routing
         load = self.ep.pass_load()
-        how = balancing.form, self.top_k
+        how = balancing.form, self.top_k, (bool(balancing.coefficient), bool(balancing.z))
         losses = router_losses(routing.logits, load, routing.routers, self.group, count, *how)
         loss = main + (balancing.coefficient * losses.aux + balancing.z * losses.z) / passes
         figures = torch.stack([main.double(), losses.aux.double() / passes, losses.z.double() / passes])
@@ -332,7 +333,7 @@ class Rank:
                 return 0 * self.model(input_ids=padding, use_cache=False).logits.sum()
         ids = torch.from_numpy(rows).to(self.device)
         logits = self.model(input_ids=ids[:, :-1], use_cache=False).logits
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
+        return summed_cross_entropy(logits, ids[:, 1:])
 
     def usage(self) -> Usage:
         """Totals since this rank's making, by its own clock."""

@@ -119,6 +119,24 @@ def test_layers_without_logits_are_left_out_of_every_loss(ranks):
     assert (none.aux, none.z) == (0, 0)
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "transformers"])
+@pytest.mark.parametrize("graph", [(True, False), (False, True), (False, False)])
+def test_a_loss_without_graph_is_the_same_figure_and_leaves_the_others_gradient_alone(ranks, kind, graph):
+    def one(group, wanted):
+        leaves = [x.requires_grad_() for x in some_logits(5)]
+        made = router_losses(leaves, load_of(leaves), [None] * LAYERS, group, TOKENS, kind, TOP_K, wanted)
+        losses = [made.aux, made.z]
+        for loss, there, asked in zip(losses, wanted, graph, strict=True):
+            assert there or not loss.requires_grad
+            if loss.requires_grad and asked:
+                loss.backward()
+        return [x.detach() for x in losses], [x.grad for x in leaves]
+
+    (figures, gradients), (expected, wanted) = (ranks(1, lambda g: one(g, w))[0] for w in (graph, (True, True)))
+    assert figures == expected
+    assert all(g is w is None or torch.equal(g, w) for g, w in zip(gradients, wanted, strict=True))
+
+
 def test_the_callers_load_is_left_as_it_was(ranks):
     for dtype in (torch.int64, torch.float32):
         load = [load_of(some_logits()).to(dtype) for _ in range(2)]
