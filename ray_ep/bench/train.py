@@ -7,6 +7,7 @@ fresh processes: the peers of trainers.py, and `ray-ep train` itself, with its d
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import OmegaConf
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from ray_ep.bench.layer import spawn
 from ray_ep.bench.train_rows import OURS, PEERS, Case, Result
@@ -206,18 +208,21 @@ def _peer(result: Result, name: str, tmp: str, experts: tuple[str, ...]) -> None
         threads=case.ranks // processes,
         malloc=case.malloc,
         model=f"{tmp}/model.pt",
+        error=f"{tmp}/{name}.error",
         batches=f"{tmp}/batches.npy",
         optim=OmegaConf.to_container(OmegaConf.structured(_timed(case, tmp)).optim),  # type: ignore[arg-type]
         dtype=case.dtype,
         experts=experts,
         checkpointing=case.cfg.model.gradient_checkpointing,
     )
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # told in the table
     try:
         found = spawn(job, main)
-    except Exception as e:  # a library's, of whatever kind
+    except (ProcessExitedException, ProcessRaisedException) as e:
         for figures in (result.seconds, result.losses, result.peak_mib):
             figures.pop(name, None)  # type: ignore[attr-defined]
-        result.failed[name] = _last_line(str(e))
+        why = Path(job.error)
+        result.failed[name] = brief(RuntimeError(why.read_text() if why.exists() else str(e)))
         return
     _add(result, name, found["seconds"][WARM:], found["losses"], found["peak_mib"])
 
@@ -266,12 +271,6 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             continue
     child.kill()
-
-
-def _last_line(words: str) -> str:
-    """Of a traceback: the error itself."""
-    lines = [line for line in words.splitlines() if line.strip()]
-    return brief(RuntimeError(lines[-1] if lines else words))
 
 
 def _installed(peer: str) -> bool:

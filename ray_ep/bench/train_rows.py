@@ -112,7 +112,7 @@ class Result:
         what = f"{case.model:6} {case.dtype:8} {case.ranks:5}"
         ratios = (self.ratio(self.best), self.ratio("transformers"))
         lines = [
-            f"{what}  tokens/s {_cells(speed)} {' '.join(f'{_number(r, 2):>8}' for r in ratios)}",
+            f"{what}  tokens/s {_cells(speed)} {' '.join(f'{_number(r, 2):>9}' for r in ratios)}",
             f"{'':{len(what)}}  peak MiB {_cells(self.peak_mib)}",
         ]
         if self.phases:
@@ -140,6 +140,6 @@ def _cells(figures: dict[str, Any]) -> str:
 
 TITLE = (
     f"{'model':6} {'dtype':8} {'ranks':>5}  {'':8} {' '.join(f'{n:>12}' for n in ('ray_ep', *PEERS))} "
-    f"{'/ best':>8} {'/ transf.':>8}\n"
+    f"{'/ best':>9} {'/ transf.':>9}\n"
     "/ best: ray_ep's tokens/s over the fastest peer's, / transf.: over transformers'; medians over rounds"
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -29,6 +30,7 @@ class Job:
     threads: int  # of each
     malloc: str  # see ray_ep.bench.layer.spawn
     model: str  # path
+    error: str  # path of a file that says why it failed, if it did
     batches: str  # path of an array [steps, B, L + 1] int64
     optim: dict[str, Any]  # the configuration's
     dtype: str  # of the weights
@@ -206,10 +208,26 @@ def adamw(job: Job, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
 
 
 def main(rank: int, job: Job, store: str, queue: Any) -> None:
-    """One process of a peer. Rank 0 puts: seconds and mean loss of each step, peak MiB of the largest process."""
+    """One process of a peer. Rank 0 puts: seconds and mean loss of each step, peak MiB of the largest process.
+
+    An error goes into the file `job.error`, the first one alone: the others come of it.
+    """
     with open(os.devnull, "w") as nowhere:  # libraries talk, in C++ too
         for stream in (1, 2):
             os.dup2(nowhere.fileno(), stream)
+    try:
+        found = _train(rank, job, store)
+        if rank == 0:
+            queue.put(found)
+        dist.barrier()
+    except Exception as e:
+        with suppress(FileExistsError), open(job.error, "x") as f:
+            f.write(f"{type(e).__name__}: {e}")
+        os._exit(1)
+    os._exit(0)  # DeepSpeed's exit hooks hang without a launcher
+
+
+def _train(rank: int, job: Job, store: str) -> dict[str, Any]:
     torch.set_num_threads(job.threads)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(job.ranks), LOCAL_RANK=str(rank))  # for DeepSpeed
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=job.ranks, timeout=TIMEOUT)
@@ -228,10 +246,7 @@ def main(rank: int, job: Job, store: str, queue: Any) -> None:
     mean, peak = torch.stack(losses).double(), torch.tensor(_peak_mib())
     dist.all_reduce(mean)
     dist.all_reduce(peak, dist.ReduceOp.MAX)
-    if rank == 0:
-        queue.put({"seconds": seconds, "losses": mean.tolist(), "peak_mib": int(peak)})
-    dist.barrier()
-    os._exit(0)  # DeepSpeed's exit hooks hang without a launcher
+    return {"seconds": seconds, "losses": mean.tolist(), "peak_mib": int(peak)}
 
 
 def _peak_mib() -> int:

@@ -31,7 +31,7 @@ def bench_train(
     config: str | None,
     as_json: bool,
     overrides: tuple[str, ...],
-    **rounds: int | str,
+    **turns: int | str,
 ) -> None:
     """Whole training steps: `ray-ep train` beside what one would use in its place, on the same work.
 
@@ -67,7 +67,7 @@ def bench_train(
         _words(dtypes) or [],
         [int(r) for r in _words(ranks) or []],
         _words(peers),
-        **rounds,  # type: ignore[arg-type]
+        **turns,  # type: ignore[arg-type]
     )
     if not as_json:
         click.echo(TITLE)
