@@ -55,7 +55,8 @@ WARM, WARM_OURS = 5, 20
 """First steps that do not count: in ray_ep's it tries whether balance inside the step pays."""
 
 _FIXED = {
-    "run_dir": ("", "a run of the bench leaves none"),
+    "run_dir": ("", "a run of the bench leaves nothing"),
+    "checkpoint.dir": ("", "a run of the bench leaves nothing"),
     "resume": ("no", "all contenders start anew"),
     "cluster.address": ("", "contenders share this machine"),
     "optim.kind": ("adamw", "the peers have AdamW"),
@@ -233,7 +234,8 @@ def _ours(result: Result, tmp: str) -> None:
         code = "from ray_ep.cli import main; main()"
         command = [sys.executable, "-c", code, "train", "--config", f"{tmp}/config.yaml"]
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": said}
-        with subprocess.Popen(command, start_new_session=True, **quiet) as child:  # type: ignore[call-overload]
+        # elsewhere: where it starts, resume=auto would take it for the newest run
+        with subprocess.Popen(command, cwd=tmp, start_new_session=True, **quiet) as child:  # type: ignore[call-overload]
             try:
                 status = child.wait()
             except BaseException:
