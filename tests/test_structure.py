@@ -10,7 +10,7 @@ from ray_ep.config import fields
 
 ROOT = Path(__file__).parent.parent / "ray_ep"
 FILES = sorted(ROOT.rglob("*.py"))
-READS_ENVIRONMENT = {"driver/cluster.py", "cli/__init__.py", "bench/layer.py"}
+READS_ENVIRONMENT = {"driver/cluster.py", "cli/__init__.py", "bench/layer.py", "bench/trainers.py"}
 
 
 MODULE_OF = {"pyyaml": "yaml", "cupy-cuda12x": "cupy", "nvidia-ml-py": "pynvml"}

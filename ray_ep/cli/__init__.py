@@ -15,6 +15,7 @@ import click
 
 import ray_ep
 from ray_ep.cli.bench_placement import bench_placement
+from ray_ep.cli.bench_train import bench_train
 from ray_ep.cli.loading import loading
 from ray_ep.cli.plan import plan
 from ray_ep.cli.probe import probe
@@ -137,6 +138,7 @@ def bench() -> None:
 
 
 bench.add_command(bench_placement)
+bench.add_command(bench_train)
 
 
 @bench.command("layer")

@@ -27,6 +27,7 @@ main()
         ["probe", "--json"],
         ["bench", "layer", "--json"],
         ["bench", "step", "--json"],
+        ["bench", "train", "--json"],
     ],
 )
 def test_a_command_speaks_before_it_loads_torch_or_ray(tmp_path, arguments):
