@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from math import prod
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ray_ep.collective.group import Group, same_color, split_key
 from ray_ep.collective.mailboxes import FACTS, Mailboxes
+from ray_ep.collective.one_host import ORDERED, OneHost, as_bytes
 from ray_ep.collective.torch_group import TorchGroup
 from ray_ep.errors import GroupError
 
@@ -35,13 +37,15 @@ _PLACE = 8
 class GlooGroup(TorchGroup):
     """ProcessGroupGloo, and memory shared with ranks on the same host (the same network namespace of one kernel).
 
-    A call still ends in one of gloo's: it says that the boxes are full, and fails as gloo does when a peer is gone.
-    Two boxes in turn do without a second one: who fills a box again has seen its reader begin the call after. Loans are
-    read where they are, and kept until their readers have begun another call.
+    Where all ranks are on one host and can be watched, gloo carries nothing but `send`, `receive` and `broadcast`
+    (one_host.py). Elsewhere a call ends in one of gloo's: it says that the boxes are full, and fails as gloo does when
+    a peer is gone. Two boxes in turn do without a second one: who fills a box again has seen its reader begin the call
+    after. Loans are read where they are, and kept until their readers have begun another call.
     """
 
     _mail: Mailboxes | None = None
     _near: list[bool] = []  # [R] ranks that this one shares memory with  # noqa: RUF012
+    _here: OneHost | None = None  # all ranks are on this host
     _calls = 0
     _lent: list[torch.Tensor] = []  # that readers may still read  # noqa: RUF012
 
@@ -57,6 +61,9 @@ class GlooGroup(TorchGroup):
         opened = torch.tensor([r != self.rank and self._open(r, every[r]) for r in range(self.size)])
         both = self.all_gather(opened.long())
         self._near = (both & both.t())[self.rank].bool().tolist()
+        watched = self._mail is not None and all(self._mail.watches(r) for r in range(self.size) if r != self.rank)
+        if bool(self.all_gather(torch.tensor([watched and ORDERED])).all()) and self._mail is not None:
+            self._here = OneHost(self._mail, self.rank, self.size, self.epoch, self._aborted, self.timeout_s)
 
     def _open(self, rank: int, facts: torch.Tensor) -> bool:
         return self._mail is not None and bool(facts.any()) and self._mail.open(rank, facts)
@@ -65,15 +72,38 @@ class GlooGroup(TorchGroup):
         self, output: torch.Tensor, input: torch.Tensor, output_sizes: Sequence[int], input_sizes: Sequence[int]
     ) -> None:
         start = time.perf_counter()
-        read, self._lent = self._lent, []
-        self._calls += 1
-        self._exchange(self._calls % 2, output, input, output_sizes, input_sizes)
-        read.clear()
+        if self._here is not None:
+            self._watched(self._here.all_to_all, output, input, output_sizes, input_sizes)
+        else:
+            read, self._lent = self._lent, []
+            self._calls += 1
+            self._exchange(self._calls % 2, output, input, output_sizes, input_sizes)
+            read.clear()
         self.seconds += time.perf_counter() - start
+
+    def all_gather(self, input: torch.Tensor) -> torch.Tensor:
+        if self._here is None:
+            return super().all_gather(input)
+        start = time.perf_counter()
+        output: torch.Tensor = self._watched(self._here.all_gather, input)
+        self.seconds += time.perf_counter() - start
+        return output
+
+    def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> None:
+        if self._here is None:
+            super().all_reduce(tensor, op)
+        else:
+            self._watched(self._here.all_reduce, tensor, op)
+
+    def barrier(self) -> None:
+        if self._here is None:
+            super().barrier()
+        else:
+            self._watched(self._here.barrier)
 
     def take(self, *shape: int, like: torch.Tensor) -> torch.Tensor:
         size = prod(shape) * like.element_size()
-        if self._mail is None or size < SHARED or like.device.type != "cpu":
+        if self._mail is None or (size < SHARED and self._here is None) or like.device.type != "cpu":
             return super().take(*shape, like=like)
         return self._mail.lend(size).view(like.dtype).view(shape)
 
@@ -81,12 +111,15 @@ class GlooGroup(TorchGroup):
         self, message: torch.Tensor, output_sizes: Sequence[int], input_sizes: Sequence[int]
     ) -> Callable[[], list[torch.Tensor]]:
         self._check()
+        if self._here is not None:
+            ended = self._here.begin_loan(message, output_sizes, input_sizes)
+            return lambda: self._ended(ended)
         mail, row = self._mail, prod(message.shape[1:])
         give, take = [n * row for n in input_sizes], [n * row for n in output_sizes]
         near_in, near_out = ([self._shares(r, n) for r, n in enumerate(sizes)] for sizes in (take, give))
         if mail is None or not (any(near_in) or any(near_out)):
             return super().begin_loan(message, output_sizes, input_sizes)
-        blocks = _bytes(message).split(give)
+        blocks = as_bytes(message).split(give)
         told = [_place(mail.place(b)) if near else b for b, near in zip(blocks, near_out, strict=True)]
         sizes = [_PLACE if near else n for n, near in zip(take, near_in, strict=True)]
         arrived = self.take(sum(sizes), like=message)
@@ -107,10 +140,25 @@ class GlooGroup(TorchGroup):
 
         return end
 
+    def _ended(self, end: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
+        start = time.perf_counter()
+        parts: list[torch.Tensor] = self._watched(end)
+        self.seconds += time.perf_counter() - start
+        return parts
+
+    def _watched(self, call: Callable[..., Any], *args: Any) -> Any:
+        """A call among ranks of this host; after one that failed the group is unusable."""
+        self._check()
+        try:
+            return call(*args)
+        except GroupError:
+            self._aborted.set()
+            raise
+
     def send(self, tensor: torch.Tensor, to: int, limit_s: float | None = None) -> None:
         shared = self._shares(to, tensor.nbytes)
         if shared:
-            self._box(-1, to, _MESSAGE, tensor.nbytes).copy_(_bytes(tensor))
+            self._box(-1, to, _MESSAGE, tensor.nbytes).copy_(as_bytes(tensor))
             tensor = _SIGN
         super().send(tensor, to, limit_s)
         if shared:  # gloo's send waits for its receiver as well
@@ -121,12 +169,15 @@ class GlooGroup(TorchGroup):
             super().receive(tensor, source, limit_s)
             return
         super().receive(_SIGN.clone(), source, limit_s)
-        _bytes(tensor).copy_(self._box(source, self.rank, _MESSAGE, tensor.nbytes))
+        as_bytes(tensor).copy_(self._box(source, self.rank, _MESSAGE, tensor.nbytes))
         super().send(_SIGN, source, limit_s)
 
     def close(self) -> None:
         super().close()
         self._lent = []
+        if self._here is not None:
+            self._here.close()
+            self._here = None
         if self._mail is not None:
             self._mail.close()
         self._mail, self._near = None, []
@@ -153,7 +204,7 @@ class GlooGroup(TorchGroup):
             self._start(output, input, take, give)()
             return
         for r in into:
-            self._box(-1, r, box, give[r] * row).copy_(_bytes(send[r]))
+            self._box(-1, r, box, give[r] * row).copy_(as_bytes(send[r]))
             give[r] = 0
         for r in out_of:
             take[r] = 0
@@ -163,14 +214,10 @@ class GlooGroup(TorchGroup):
         arrived = output.new_empty(sum(take), *output.shape[1:])
         self._start(arrived, rest, take, give)()
         for r in out_of:
-            _bytes(receive[r]).copy_(self._box(r, self.rank, box, taken[r] * row))
+            as_bytes(receive[r]).copy_(self._box(r, self.rank, box, taken[r] * row))
         for r, part in enumerate(arrived.split(take)):
             if take[r]:
                 receive[r].copy_(part)
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _place(at: int) -> torch.Tensor:

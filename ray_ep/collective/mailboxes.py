@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 import os
 import secrets
+import select
 from pathlib import Path
 
 import torch
@@ -25,6 +26,11 @@ PAGE = 1 << 16
 
 FACTS = 4
 """int64 numbers that a rank tells about its file."""
+
+_HEAD = 1 << 18
+"""Bytes before the boxes: the token, counters, and where loans to each reader lie."""
+_COUNTERS, _PLACES, _AT_ONCE = 8, 64, 16
+"""int64 numbers there: where a rank's counters begin and where its places do, places that a reader has (in turn)."""
 
 _FREE = 2
 """References to a storage that nobody uses: its owner's tensor and the wrapper that we count through."""
@@ -51,6 +57,9 @@ class Mailboxes:
         self._lent_bytes = 0
         self._own = mmap.mmap(fd, BOX, offset=self._loans)
         self._theirs = {-1: torch.frombuffer(self._own, dtype=torch.uint8)}  # loans of each owner
+        self._heads = {-1: _head(fd)}
+        self._processes: dict[int, select.poll] = {}  # readable once the process of an owner is gone
+        self._pidfds: list[int] = []
 
     def facts(self) -> torch.Tensor:
         """int64 [FACTS]: where this rank is and how to open its file."""
@@ -69,9 +78,11 @@ class Mailboxes:
             if os.pread(theirs, 8, 0) != token.to_bytes(8, "little"):  # the same number in another container
                 raise OSError
             loans = mmap.mmap(theirs, BOX, offset=self._loans)
+            self._heads[owner] = _head(theirs)
         except OSError:
             os.close(theirs)
             return False
+        self._watch(owner, pid)
         self._files[owner], self._theirs[owner] = theirs, torch.frombuffer(loans, dtype=torch.uint8)
         return True
 
@@ -110,13 +121,50 @@ class Mailboxes:
         """uint8 [size] of what an owner lent."""
         return self._theirs[owner][place : place + size]
 
+    def counters(self, owner: int) -> memoryview:
+        """int64 numbers of an owner (-1: one's own) that it raises and others read."""
+        return self._heads[owner][_COUNTERS:_PLACES:8]  # each in a cache line of its own
+
+    def tell_place(self, reader: int, number: int, place: int) -> None:
+        """Say to a reader where loan `number` lies."""
+        self._heads[-1][_PLACES + reader * _AT_ONCE + number % _AT_ONCE] = place
+
+    def read_place(self, owner: int, reader: int, number: int) -> int:
+        """What an owner said."""
+        return int(self._heads[owner][_PLACES + reader * _AT_ONCE + number % _AT_ONCE])
+
+    def watches(self, owner: int) -> bool:
+        """Whether `gone` can tell."""
+        return owner in self._processes
+
+    def gone(self, owner: int) -> bool:
+        """Whether the process of an owner has ended, also as a zombie."""
+        return bool(self._processes[owner].poll(0))
+
+    def _watch(self, owner: int, pid: int) -> None:
+        try:
+            fd = os.pidfd_open(pid)
+        except (AttributeError, OSError):  # a kernel before 5.3
+            return
+        self._pidfds.append(fd)
+        self._processes[owner] = select.poll()
+        self._processes[owner].register(fd, select.POLLIN)
+
     def close(self) -> None:
         """Let go of all files; memory goes with its last user."""
         self._maps.clear()
+        self._heads.clear()
+        self._processes.clear()
         self._theirs.clear()
         self._lent.clear()
         while self._files:
             os.close(self._files.popitem()[1])
+        while self._pidfds:
+            os.close(self._pidfds.pop())
+
+
+def _head(fd: int) -> memoryview:
+    return memoryview(mmap.mmap(fd, _HEAD)).cast("B").cast("q")
 
 
 def is_free(buffer: torch.Tensor) -> bool:

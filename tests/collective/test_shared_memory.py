@@ -16,6 +16,17 @@ SOME_FAR = [(0, 2), (2, 0), (1, 2), (2, 1)]
 """Pairs of ranks that are told apart as if they were on two hosts: 0, 1 and 2."""
 
 
+HOSTS = {"one host": ([], True), "one host, told by gloo": ([], False), "two hosts": (SOME_FAR, False)}
+
+
+def divide(group, hosts):
+    """As if the group's ranks were on the hosts of HOSTS, or their processor did not keep the order of writes."""
+    far, watched = HOSTS[hosts]
+    group._near = [near and (group.rank, r) not in far for r, near in enumerate(group._near)]
+    assert group._here is not None
+    group._here = group._here if watched else None
+
+
 @pytest.fixture(autouse=True)
 def _nearly_everything_is_big(monkeypatch):
     monkeypatch.setattr(module, "SHARED", 64)
@@ -59,21 +70,23 @@ def call(group, step, dtype, begin=False, keep=None):
     return check
 
 
-@pytest.mark.parametrize("far", [[], SOME_FAR], ids=["one host", "two hosts"])
+@pytest.mark.parametrize("hosts", HOSTS)
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
-def test_every_row_arrives_whichever_way_it_takes(ranks, size, far, dtype):
+def test_every_row_arrives_whichever_way_it_takes(ranks, size, hosts, dtype):
     def work(group):
         assert group._near == [r != group.rank for r in range(size)]
-        group._near = [near and (group.rank, r) not in far for r, near in enumerate(group._near)]
+        divide(group, hosts)
         for step in range(12):
             call(group, step, dtype)()
 
     ranks(size, work)
 
 
-def test_exchanges_that_end_later_may_have_others_between_and_within(ranks):
+@pytest.mark.parametrize("hosts", HOSTS)
+def test_exchanges_that_end_later_may_have_others_between_and_within(ranks, hosts):
     def work(group):
+        divide(group, hosts)
         for step in range(0, 60, 6):
             first = call(group, step, torch.float32, begin=True)
             call(group, step + 1, torch.float32)()
@@ -86,8 +99,10 @@ def test_exchanges_that_end_later_may_have_others_between_and_within(ranks):
     ranks(3, work)
 
 
-def test_a_rank_that_runs_ahead_overwrites_nothing_unread(ranks):
+@pytest.mark.parametrize("hosts", HOSTS)
+def test_a_rank_that_runs_ahead_overwrites_nothing_unread(ranks, hosts):
     def work(group):
+        divide(group, hosts)
         slow = random.Random(group.rank)
         for step in range(60):
             if slow.random() < 0.3:
@@ -97,10 +112,10 @@ def test_a_rank_that_runs_ahead_overwrites_nothing_unread(ranks):
     ranks(2, work)
 
 
-@pytest.mark.parametrize("far", [[], SOME_FAR], ids=["one host", "two hosts"])
-def test_a_loan_is_good_until_its_reader_begins_another_call(ranks, far):
+@pytest.mark.parametrize("hosts", HOSTS)
+def test_a_loan_is_good_until_its_reader_begins_another_call(ranks, hosts):
     def work(group):
-        group._near = [near and (group.rank, r) not in far for r, near in enumerate(group._near)]
+        divide(group, hosts)
         slow = random.Random(group.rank)
         for step in range(60):
             call(group, step, torch.bfloat16, begin=True)(pause=0.003 if slow.random() < 0.3 else 0.0)
@@ -110,8 +125,10 @@ def test_a_loan_is_good_until_its_reader_begins_another_call(ranks, far):
     ranks(3, work)
 
 
-def test_a_loan_lasts_as_long_as_its_sender_keeps_the_message(ranks):
+@pytest.mark.parametrize("hosts", HOSTS)
+def test_a_loan_lasts_as_long_as_its_sender_keeps_the_message(ranks, hosts):
     def work(group):
+        divide(group, hosts)
         kept = []
         for step in range(40):
             call(group, step, torch.float32, begin=True, keep=kept)()
@@ -126,8 +143,10 @@ def test_a_loan_lasts_as_long_as_its_sender_keeps_the_message(ranks):
     ranks(2, work)
 
 
-def test_a_loan_of_other_memory_is_refused(ranks):
+@pytest.mark.parametrize("hosts", HOSTS)
+def test_a_loan_of_other_memory_is_refused(ranks, hosts):
     def work(group):
+        divide(group, hosts)
         with pytest.raises(GroupError, match="take"):
             group.begin_loan(torch.zeros(400, 4, dtype=torch.uint8), [200, 200], [200, 200])
         group.barrier()

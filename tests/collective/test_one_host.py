@@ -1,0 +1,112 @@
+"""Collectives of ranks that share memory: results, and how a call ends when a rank is late, gone or has left."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from ray_ep.collective import one_host
+from ray_ep.collective.gloo_group import gloo
+from ray_ep.errors import GroupError
+
+SIZES = [0, 1, 7, one_host._SMALL, one_host._SMALL + 1, one_host._PIECE + 3]
+
+
+def values(rank, size, dtype):
+    made = torch.Generator().manual_seed(rank)
+    return (torch.randn(size, generator=made) * 100).to(dtype)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
+def test_reductions_are_the_same_bits_on_every_rank_in_the_order_of_ranks(ranks, size, dtype):
+    def work(group):
+        assert group._here is not None
+        found = []
+        for n in SIZES:
+            for op in ("sum", "max"):
+                x = values(group.rank, n, dtype)
+                group.all_reduce(x, op)
+                found.append(x)
+        return found
+
+    results = ranks(size, work)
+    for i, n in enumerate(SIZES):
+        each = [values(r, n, dtype) for r in range(size)]
+        total = each[0].clone()
+        for x in each[1:]:
+            total += x
+        for found in results:
+            assert torch.equal(found[2 * i], total), n
+            assert torch.equal(found[2 * i + 1], torch.stack(each).amax(0) if n else each[0]), n
+
+
+def test_a_tensor_that_is_not_contiguous_is_reduced_and_gathered_as_it_stands(ranks):
+    def work(group):
+        x = torch.arange(12.0).view(3, 4).t() * (group.rank + 1)
+        gathered = group.all_gather(x)
+        group.all_reduce(x)
+        return gathered, x
+
+    for gathered, x in ranks(2, work):
+        plain = torch.arange(12.0).view(3, 4).t()
+        assert torch.equal(gathered, torch.stack([plain, 2 * plain]))
+        assert torch.equal(x, 3 * plain)
+
+
+def test_calls_of_all_kinds_follow_each_other_with_ranks_that_run_ahead(ranks):
+    def work(group):
+        for step in range(200):
+            if (step * 7 + group.rank * 3) % 11 == 0:
+                time.sleep(0.002)
+            x = torch.full((5,), float(group.rank + step))
+            assert torch.equal(group.all_gather(x), torch.arange(3.0)[:, None] + step + torch.zeros(5))
+            out = torch.empty(6)
+            group.all_to_all(out, torch.arange(3.0).repeat_interleave(2) + 10 * group.rank, [2, 2, 2], [2, 2, 2])
+            assert torch.equal(out, (10 * torch.arange(3.0) + group.rank).repeat_interleave(2))
+            group.all_reduce(x)
+            assert torch.equal(x, torch.full((5,), 3.0 + 3 * step))
+            group.barrier()
+
+    ranks(3, work)
+
+
+def _child(rank, how, path, queue):
+    group = gloo(dist.FileStore(path, 2), rank, 2, timeout_s=20)
+    group.barrier()
+    if rank == 1:
+        if how == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        group.close()
+        time.sleep(30)
+    began = time.monotonic()
+    try:
+        group.all_reduce(torch.ones(3))
+        said = "nothing"
+    except GroupError as e:
+        said = str(e)
+    try:
+        group.barrier()
+        said += "; went on"
+    except GroupError:
+        pass
+    queue.put((said, time.monotonic() - began))
+
+
+@pytest.mark.parametrize("how, words", [("dies", "rank 1 died"), ("leaves", "rank 1 closed its group")])
+def test_a_rank_that_is_gone_ends_the_others_call_soon_and_the_group_with_it(tmp_path, how, words):
+    context = mp.get_context("spawn")
+    queue = context.SimpleQueue()
+    processes = [context.Process(target=_child, args=(r, how, str(tmp_path / "store"), queue)) for r in (0, 1)]
+    for p in processes:
+        p.start()
+    said, seconds = queue.get()
+    for p in processes:
+        p.kill()
+        p.join()
+    assert said == f"rank 0: a peer of epoch 0 is gone: {words}"
+    assert seconds < 5, "not the time limit of 20 s"
