@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -117,12 +118,10 @@ class Result:
         ]
         if self.phases:
             whole = self.step_seconds[OURS] * 1e3
-            names, ms = list(self.phase_ms), list(self.phase_ms.values())
-            widths = [max(len(n), 6) for n in names]
-            rows = {"": names, "ms": [f"{m:.1f}" for m in ms], "share": [f"{m / whole:.1%}" for m in ms]}
-            for word, cells in rows.items():
-                row = " ".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True))
-                lines.append(f"  {word or 'ray_ep, a step:':15} {row}".rstrip())
+            spent = ", ".join(f"{name} {ms:.1f} ({ms / whole:.1%})" for name, ms in self.phase_ms.items())
+            lines.append(
+                textwrap.fill(f"a step of ray_ep, ms: {spent}", 118, initial_indent="  ", subsequent_indent="    ")
+            )
         lines += [f"  {name}: {why}" for name, why in self.failed.items()]
         return "\n".join(lines)
 
