@@ -302,7 +302,8 @@ def step_metrics(
     sent = np.stack([r.usage.sent for r in results])  # [R, R] bytes
     same = topology.node_of[:, None] == topology.node_of[None]
     pairs = np.stack([r.usage.pairs for r in results]).astype(np.float64)  # [R, L]
-    balancedness = float((pairs.mean(0) / np.maximum(pairs.max(0), 1)).mean())
+    mean, most = pairs.mean(0), pairs.max(0)  # [L]; a layer without pairs is even
+    balancedness = float(np.divide(mean, most, out=np.ones_like(mean), where=most > 0).mean())
     load = first.load.astype(np.float64)
     experts = float(np.mean([r.usage.expert_seconds for r in results]))
     balance = Balance(*first.usage.balance)
@@ -333,7 +334,7 @@ def step_metrics(
         "guests": int(balance.guests),
         "guest_bytes": int(balance.guest_bytes),
         "balance_saved_predicted": float(balance.saved_seconds),
-        "balance_saved_measured": float(balance.moved_pairs * experts / max(pairs.mean(0).sum(), 1)),
+        "balance_saved_measured": float(balance.moved_pairs * experts / max(mean.sum(), 1)),
         "max_expert_load": (load.max(1) / np.maximum(load.mean(1), 1e-9)).round(4).tolist(),
     }
 

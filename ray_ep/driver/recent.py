@@ -91,13 +91,17 @@ class Recent:
         return float(np.median([(s.experts + s.exchange).max() for s in self._last]))
 
     def imbalance(self, units: Sequence[int]) -> float:
-        """Pairs of the busiest unit over the mean unit, mean over layers; units [R]: which unit a rank belongs to."""
+        """Pairs of the busiest unit over the mean unit, mean over layers; units [R]: which unit a rank belongs to.
+
+        A layer without pairs is even.
+        """
         pairs = np.sum([s.pairs for s in self._last], axis=0)  # [R, L]
         number = np.unique(units, return_inverse=True)[1]
         total = np.zeros((number.max() + 1, pairs.shape[1]))
         np.add.at(total, number, pairs)
         each = total / np.bincount(number)[:, None]
-        return float((each.max(0) / np.maximum(pairs.mean(0), 1e-9)).mean()) if pairs.any() else 1.0
+        mean = pairs.mean(0)
+        return float(np.divide(each.max(0), mean, out=np.ones_like(mean), where=mean > 0).mean())
 
     def costs(self, facts: Facts) -> StepCosts:
         """Figures of the cost model; those that nothing was measured of yet are 0."""
@@ -120,11 +124,13 @@ class Recent:
         if not self._usual:
             return 0.0, None
         pairs, experts = (np.stack(x) for x in zip(*self._usual, strict=True))
-        known = (pairs.sum(0) > FEW * max(pairs.sum(0).mean(), 1e-9)) & (experts.sum(0) > 0)  # [R]
+        told = (pairs > 0) & (experts > 0)  # [steps, R]
+        known = (pairs.sum(0) > FEW * max(pairs.sum(0).mean(), 1e-9)) & told.any(0)  # [R]
         if not known.any():
             return 0.0, None
         each = np.ones(len(known))
-        each[known] = np.median(experts[:, known] / np.maximum(pairs[:, known], 1.0), axis=0)
+        of_pair = np.divide(experts, pairs, out=np.full(pairs.shape, np.nan), where=told)
+        each[known] = np.nanmedian(of_pair[:, known], axis=0)
         usual = float(np.median(each[known]))
         ratio = np.where(known, each / usual, 1.0)
         if ratio.max() < ALIKE * ratio.min():

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,10 +30,35 @@ class Meter:
     """What one rank's layers did since its making."""
 
     sent: np.ndarray  # [R] bytes of hidden states and metadata
-    pairs: np.ndarray  # [L] (token, expert) pairs computed here, forward passes only
+    _pairs: np.ndarray  # [L]
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     _phase: str = ""
     _since: float = 0.0
+    _there: torch.Tensor = field(init=False)  # [L] pairs that the device has counted since they were read last
+
+    def __post_init__(self) -> None:
+        self._there = torch.zeros(len(self._pairs), dtype=torch.int64)
+
+    def to(self, device: torch.device) -> None:
+        """Go on counting on a device."""
+        self._there = self._there.to(device)
+
+    @property
+    def pairs(self) -> np.ndarray:
+        """int64 [L] (token, expert) pairs computed here, forward passes only; to read them waits for the device."""
+        self._pairs += self._there.cpu().numpy()
+        self._there.zero_()
+        return self._pairs
+
+    def count(self, layer: int, pairs: int | torch.Tensor) -> None:
+        """Count pairs computed in a layer; a number on the device (int64, no dimensions) stays there until it is read.
+
+        So a captured graph counts whenever it is replayed.
+        """
+        if isinstance(pairs, int):
+            self._pairs[layer] += pairs
+        else:  # atomic on a GPU: parts of a layer's tokens run on streams of their own
+            self._there[layer : layer + 1].scatter_add_(0, torch.zeros_like(pairs)[None], pairs[None])
 
     def enter(self, phase: str) -> str:
         """From now on time counts for `phase` ("": for none); returns the phase until now."""
@@ -87,7 +113,7 @@ def plan(top_k_index: torch.Tensor, to: torch.Tensor, group: Group, meter: Meter
     sizes_out = torch.stack([visits.sum(0), pairs[:size]], 1)  # [R, 2]
     sizes_in = torch.empty_like(sizes_out)
     ones = [1] * size
-    _timed(meter, lambda: group.all_to_all(sizes_in, sizes_out, ones, ones))
+    timed(meter, lambda: group.all_to_all(sizes_in, sizes_out, ones, ones))
     group.wait()
     both = torch.cat([sizes_out, sizes_in]).tolist()  # the one time that the host waits for the device
     (rows_out, pairs_out), (rows_in, pairs_in) = zip(*both[:size], strict=True), zip(*both[size:], strict=True)
@@ -98,7 +124,7 @@ def plan(top_k_index: torch.Tensor, to: torch.Tensor, group: Group, meter: Meter
     row_in_block = (visits.cumsum(0) - 1)[pair_order // max(top_k, 1), pair_to[pair_order]]
     meta_out = torch.stack([top_k_index.reshape(-1)[pair_order], row_in_block], 1).to(torch.int32)
     meta_in = meta_out.new_empty(sum(pairs_in), 2)
-    _timed(meter, lambda: group.all_to_all(meta_in, meta_out, pairs_in, pairs_out))
+    timed(meter, lambda: group.all_to_all(meta_in, meta_out, pairs_in, pairs_out))
     meter.add(list(pairs_out), meta_out, group.rank)
     start = sizes_in[:, 0].cumsum(0) - sizes_in[:, 0]  # first row of each source
     block = torch.repeat_interleave(start, sizes_in[:, 1], output_size=sum(pairs_in))
@@ -173,15 +199,17 @@ def _forth(rows: torch.Tensor, plan: Dispatch, sizes_out: list[int], sizes_in: l
     """One all-to-all of rows, counted by the meter."""
     rows = rows.contiguous()
     received = rows.new_empty(sum(sizes_in), *rows.shape[1:])
-    _timed(plan.meter, lambda: plan.group.all_to_all(received, rows, sizes_in, sizes_out))
+    timed(plan.meter, lambda: plan.group.all_to_all(received, rows, sizes_in, sizes_out))
     plan.meter.add(sizes_out, rows, plan.group.rank)
     return received
 
 
-def _timed(meter: Meter, exchange: Callable[[], None]) -> None:
+def timed(meter: Meter, exchange: Callable[[], Any]) -> Any:
+    """Make an exchange; its time counts as such, and what was timed before goes on."""
     phase = meter.enter("exchange")
-    exchange()
+    received = exchange()
     meter.enter(phase)
+    return received
 
 
 def _sum_rows(rows: torch.Tensor, token: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -144,15 +144,20 @@ class ExpertLayer:
         way = self.exchange
         kind = "flat" if self.trace is not None else way.kind  # only there a source knows which rank answers
         if kind == "two_level":
+            self.meter.enter("route")
             column = torch.arange(len(hidden), device=hidden.device) % self.routes.shape[1]
             to = self.gateways[top_k_index.clamp_min(0), column[:, None]]
             first = plan(top_k_index, to, self.group, self.meter, way.float8)
+            self.meter.enter("pack")
             rows, pair_weights = dispatch(hidden, top_k_weights, first)
             index, weights = by_row(first, pair_weights, len(rows), top_k_index.shape[1])
-            return combine(self._flat(module, rows, index, weights, kind), first)
-        if kind == "all_gather" and not (self.fused and is_plain(module, hidden)):
-            out = bounded(module, hidden, top_k_index, top_k_weights, way.tokens, self.all_routes(), self)
+            partial = self._flat(module, rows, index, weights, kind)
+            self.meter.enter("combine")
+            out = combine(partial, first)
+            self.meter.enter("")
             return out
+        if kind == "all_gather" and not (self.fused and is_plain(module, hidden)):
+            return bounded(module, hidden, top_k_index, top_k_weights, way.tokens, self.all_routes(), self)
         return self._flat(module, hidden, top_k_index, top_k_weights, kind)
 
     def note(self, top_k_index: torch.Tensor, to: torch.Tensor) -> None:
@@ -183,13 +188,15 @@ class ExpertLayer:
             if step is not None and kept is not None:
                 self._settle(kept, step, ours)
             return out
+        self.meter.enter("route")
         column = torch.arange(len(hidden), device=hidden.device) % self.routes.shape[1]
         to = self.routes[top_k_index.clamp_min(0), column[:, None]]
         if step is not None:
             to = destinations(top_k_index, torch.from_numpy(step.sends(self.group.rank)).to(to), self.group.rank)
         self.note(top_k_index, to)
         agreed = plan(top_k_index, to, self.group, self.meter, self.exchange.float8)
-        self._count_pairs(len(agreed.pair_row))
+        self.count_pairs(len(agreed.pair_row))
+        self.meter.enter("pack")
         rows, weights = dispatch(hidden, top_k_weights, agreed)
         view, row = module, self.row_of
         if guests is not None:
@@ -225,7 +232,7 @@ class ExpertLayer:
                 packed.cut(self.held)
 
     def _fuse(self, module: Any, hidden: torch.Tensor, weights: torch.Tensor, ours: Agreed) -> torch.Tensor:
-        self._count_pairs(len(ours.place))
+        self.count_pairs(len(ours.place))
         grad = torch.is_grad_enabled()
         packed = None if grad else self.packed
         return FusedExperts.apply(hidden, weights, module.gate_up_proj, module.down_proj, ours, packed, grad)
@@ -237,9 +244,10 @@ class ExpertLayer:
             self._all_routes = torch.from_numpy(every).to(self.row_of.device).long()
         return self._all_routes
 
-    def _count_pairs(self, pairs: int) -> None:
+    def count_pairs(self, pairs: int | torch.Tensor) -> None:
+        """Count pairs that this rank computes in this pass (see Meter.count), unless it is a recomputation."""
         if not recomputing():
-            self.meter.pairs[self.index] += pairs
+            self.meter.count(self.index, pairs)
 
     def _compute(
         self, module: Any, rows: torch.Tensor, weights: torch.Tensor, pair_row: torch.Tensor, expert_row: torch.Tensor

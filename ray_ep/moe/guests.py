@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ray_ep.collective import Group
-from ray_ep.moe.exchange import Meter
+from ray_ep.moe.exchange import Meter, timed
 from ray_ep.placement.step import StepPlan, StepRules
 
 _SERVES = 8
@@ -96,7 +96,7 @@ class Guests:
         self, message: torch.Tensor, like: Sequence[torch.Tensor], give: list[int], take: list[int],
         copy: Take | None = None,
     ) -> Luggage:  # fmt: skip
-        end = self.group.begin_loan(message, take, give)
+        end: Callable[[], list[torch.Tensor]] = timed(self.meter, lambda: self.group.begin_loan(message, take, give))
         self.meter.add(give, message, self.group.rank)
 
         def arrive() -> list[torch.Tensor]:
@@ -211,6 +211,7 @@ class Borrow(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_rows: torch.Tensor, *grads: torch.Tensor) -> Any:
+        ctx.guests.meter.enter("pack")  # the experts' backward ends here
         held = [len(g) - len(ctx.guests.experts) for g in grads]
         own = [g[:n].clone() for g, n in zip(grads, held, strict=True)]
         theirs = ctx.guests.new_rows(own)

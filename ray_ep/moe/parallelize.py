@@ -61,6 +61,7 @@ class ExpertParallel:
             layer.place(placement, node_of, device)
         self.replicas = [ReplicaExchange(placement, i, self.group, device) for i in range(len(self.layers))]
         self.counters.to(device)
+        self.meter.to(device)
 
     def parameters(self, index: int) -> dict[str, torch.nn.Parameter]:
         """Per-expert parameters of a layer, [S, ...] with one row for each expert held."""

@@ -229,13 +229,16 @@ class Rank:
             self.ep.routing.first_token = first + row * self.cfg.batch.length
             total[0] += self._cross_entropy(rows)
         self.ep.counters.enabled = True
+        traces = [layer.trace for layer in self.ep.layers]
+        for layer in self.ep.layers:
+            layer.trace = None  # what follows exchanges as chosen, and keeps nothing
         if left:
             return None
         self.group.all_reduce(total)
         found = [
             {"experts": torch.cat([e for e, _ in x]).cpu().numpy(), "ranks": torch.cat([r for _, r in x]).cpu().numpy()}
-            for layer in self.ep.layers
-            if (x := layer.trace)
+            for x in traces
+            if x
         ]
         return float(total[0] / total[1].clamp_min(1)), found
 

@@ -136,6 +136,26 @@ def test_how_tokens_travel_was_measured_at_the_start_and_is_told_everywhere(run,
     assert page.count("<td>taken</td>") == 1
 
 
+def test_experts_that_the_fused_body_does_not_cover_train_and_tell_of_themselves_where_all_ranks_get_all(here, lines):
+    sizes = "hidden_size: 32, intermediate_size: 32, num_hidden_layers: 2, num_local_experts: 4, head_dim: 16"
+    command = here.start(
+        "ray-ep", "train", "--json", "model.type=gpt_oss", f"model.overrides={{{sizes}}}", "data.files=[text.txt]",
+        "batch.sequences=4", "batch.length=16", "optim.steps=6", "eval.every=2", "exchange.kind=all_gather",
+        "placement.imbalance=1.01", "run_dir=run",
+    )  # fmt: skip
+    assert command.wait(90) == 0, command.err
+    metrics = lines(here.path / "run" / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == list(range(1, 7))
+    for m in metrics:
+        json.dumps(m, allow_nan=False)
+        assert 0.5 <= m["balancedness"] <= 1
+        assert m["imbalance_before"] == pytest.approx(1 / m["balancedness"])
+        assert m["expert_seconds"] > 0
+        assert m["phase_seconds"]["experts_backward"] > 0
+        assert m["phase_seconds"]["exchange_backward"] > 0
+    assert json.loads((here.path / "run" / "exchange.json").read_text())["kind"] == "all_gather"
+
+
 def test_a_lone_rank_has_nothing_to_choose(one_process, shared):
     choice = json.loads((shared.path / "one" / "exchange.json").read_text())
     assert (choice["kind"], choice["timings"]) == ("flat", [])

@@ -82,6 +82,17 @@ def test_a_rank_without_pairs_halves_the_balancedness_of_two():
     assert metrics(pairs=((6, 6), (0, 0)))["balancedness"] == 0.5
 
 
+@pytest.mark.parametrize("pairs", [((0, 4), (0, 4)), ((0, 0), (0, 0))])
+def test_a_layer_without_pairs_is_even_and_every_figure_is_a_number(pairs):
+    results = [result([0, 0], of_rank, 0.0, 0.0, ((0, 0, 0, 0), (0, 0, 0, 0))) for of_rank in pairs]
+    for r in results:
+        r.usage.balance[:] = 0
+    m = step_metrics(1, results, 0.5, Topology.of_nodes([0, 0]), contiguous(2, 4, 2))
+    assert (m["balancedness"], m["imbalance_before"], m["imbalance_after"]) == (1.0, 1.0, 1.0)
+    assert (m["balance_saved_measured"], m["max_expert_load"]) == (0.0, [0.0, 0.0])
+    json.dumps(m, allow_nan=False)
+
+
 def test_the_largest_expert_load_is_in_multiples_of_the_mean_of_its_layer():
     assert metrics()["max_expert_load"] == [1.5, 1.0]
 

@@ -103,6 +103,22 @@ def test_statistics_that_cannot_be_are_told_and_the_run_goes_on(tmp_path):
     assert m.shelf.waiting == []
 
 
+def test_steps_in_which_nothing_was_computed_are_a_reason_to_stay(tmp_path):
+    m = mover(tmp_path, "placement.every=2", "placement.imbalance=1.1", "placement.level=rank")
+    nothing = results(load=np.zeros((2, 8)), exchange=(0.0, 0.0))
+    for r in nothing:
+        r.usage.pairs[:] = 0
+    for n in (1, 2):
+        m.it.after_step(n, nothing, 0.2)
+    assert m.it.recent.imbalance([0, 1]) == 1.0
+    m.shelf.make()
+    m.it.after_step(3, nothing, 0.2)
+    assert m.it.placement is NOWHERE
+    ((kind, message),) = m.said
+    assert kind == "rebalance"
+    assert message.startswith("stay: ")
+
+
 def test_a_request_is_taken_once_and_answered(tmp_path):
     m = mover(tmp_path, "placement.every=0")
     m.it.after_step(1, results(), 0.2)

@@ -138,6 +138,29 @@ def test_imbalance_is_of_ranks_or_of_nodes():
     assert recent.imbalance([7, 7]) == 1.0
 
 
+def test_a_layer_without_pairs_is_even():
+    recent = Recent(50)
+    recent.add(step(pairs=((900, 0), (300, 0))))
+    assert recent.imbalance([0, 1]) == pytest.approx((1.5 + 1.0) / 2)
+    recent = Recent(50)
+    recent.add(step(pairs=((0, 0), (0, 0))))
+    assert recent.imbalance([0, 1]) == 1.0
+
+
+def test_steps_without_pairs_or_seconds_say_nothing_of_what_a_pair_takes():
+    recent = Recent(50)
+    for _ in range(3):
+        recent.add(step(experts=(0.03, 0.001), pairs=((900, 900), (0, 0))))
+    assert recent.costs(FACTS).expert_seconds == pytest.approx(0.03 / 1800)
+    for _ in range(2):
+        recent.add(step(experts=(0.03, 0.02), pairs=((900, 900), (600, 600))))
+    assert recent.costs(FACTS).expert_seconds == pytest.approx(0.03 / 1800)
+    assert recent.costs(FACTS).speed is None
+    nothing = Recent(50)
+    nothing.add(step(experts=(0.0, 0.0), pairs=((0, 0), (0, 0))))
+    assert (nothing.costs(FACTS).expert_seconds, nothing.costs(FACTS).speed) == (0.0, None)
+
+
 def test_what_a_step_takes_now_is_a_short_median():
     recent = Recent(50)
     for seconds in (9, 9, 9, *[0.1] * (NOW - 1), 5):

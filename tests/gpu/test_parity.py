@@ -106,10 +106,12 @@ def test_ranks_that_share_the_gpu_equal_one_process_on_every_placement(tmp_path,
     assert {f"rank {r} equal" for r in range(size)} <= set(done.stdout.splitlines())
 
 
-def test_a_layer_makes_the_host_wait_for_the_split_sizes_only(group, device):
+@pytest.mark.parametrize(("way", "most"), [("flat", 2), ("all_gather", 0)])  # rows and pairs to send, and to receive
+def test_a_layer_makes_the_host_wait_for_the_split_sizes_only(group, device, way, most):
     model = build("qwen3_moe", dtype=torch.bfloat16, num_hidden_layers=1).to(device)
     model = ray_ep.moe.parallelize(model, group, placement_of(model, "contiguous", 1))
     layer, module = model.ray_ep.layers[0], model.ray_ep.modules[0]
+    model.ray_ep.exchange.kind, model.ray_ep.exchange.tokens = way, 64
     hidden = torch.randn(64, 32, device=device, dtype=torch.bfloat16, requires_grad=True)
     weights, index = torch.rand(64, 8, device=device).topk(3)
     weights = weights.to(torch.bfloat16)
@@ -128,4 +130,5 @@ def test_a_layer_makes_the_host_wait_for_the_split_sizes_only(group, device):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     waits = [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchronizing" in str(w.message)]
-    assert len(waits) <= 2, waits  # rows and pairs to send, rows and pairs to receive
+    assert len(waits) <= most, waits
+    assert model.ray_ep.meter.pairs.tolist() == [2 * 64 * 3]

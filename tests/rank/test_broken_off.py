@@ -3,6 +3,7 @@
 import copy
 
 import numpy as np
+import pytest
 import torch
 
 from ray_ep.config.schema import BatchConfig
@@ -104,6 +105,25 @@ def test_an_evaluation_in_parts_has_the_loss_and_the_trace_of_one_in_a_single_pa
         assert abs(loss - expected) < 1e-6
         assert len(trace) == LAYERS
         assert all(np.array_equal(t["experts"], f["experts"]) for t, f in zip(trace, full, strict=True))
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_after_an_evaluation_with_a_trace_steps_exchange_as_before_and_trace_nothing(stop):
+    make = ranks_of("exchange.kind=two_level", "balance.in_step=off", "eval.sequences=150", "batch.length=4")
+
+    def work(group, evaluate):
+        rank = make(group)
+        rank.choose_exchange(0, {"gloo": group})
+        if evaluate:
+            rank.stop.set() if stop else None
+            assert (rank.evaluate(trace=True) is None) == stop
+            rank.stop.clear()
+        assert all(layer.trace is None for layer in rank.ep.layers)
+        return rank.train_step(0).usage
+
+    for got, want in zip(*(run_ranks(3, lambda g, e=e: work(g, e)) for e in (True, False)), strict=True):
+        assert np.array_equal(got.sent, want.sent)
+        assert np.array_equal(got.pairs, want.pairs)
 
 
 def test_what_fits_into_one_pass_is_one_and_every_rank_has_as_many():

@@ -1,13 +1,18 @@
 """The choice of the exchange at the start of a run changes no number of the training that follows."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
+from ray_ep.driver.loop import step_metrics
+from ray_ep.moe import KINDS
 from ray_ep.moe.choose import take
-from ray_ep.placement import random
+from ray_ep.placement import Topology, random
+from ray_ep.rank.clock import INSIDE
 from tests.conftest import run_ranks
-from tests.rank.test_training import EXPERTS, LAYERS, configure, make_rank, reference
+from tests.rank.test_training import EXPERTS, GPT_OSS, LAYERS, QWEN, TOP_K, configure, make_rank, reference
 
 
 def run(size, steps, *overrides, choose, node_of=None):
@@ -79,6 +84,29 @@ def test_whatever_is_taken_follows_the_single_process_trainer():
     assert {t.kind for t in results[0][0].timings} == {"flat", "two_level", "all_gather"}
     for _, losses in results:
         assert losses == pytest.approx([w.loss for w in want], rel=1e-5)
+
+
+@pytest.mark.parametrize("model", [QWEN, GPT_OSS], ids=["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_reports_the_pairs_it_computed_and_where_its_time_went_on_every_way(kind, model):
+    overrides = (f"exchange.kind={kind}", "batch.accumulation=2", "model.gradient_checkpointing=true")
+    cfg, config = configure(*overrides, "balance.in_step=off", model=model)
+    placement = random(LAYERS, EXPERTS, 3, seed=1)
+
+    def work(group):
+        rank = make_rank(cfg, config, group, placement, np.array([0, 0, 1]))
+        rank.choose_exchange(0, {"gloo": group})
+        return rank.train_step(0)
+
+    results = run_ranks(3, work)
+    pairs = sum(r.usage.pairs for r in results)
+    assert pairs.tolist() == results[0].load.sum(1).tolist() == [4 * 32 * TOP_K] * LAYERS
+    m = step_metrics(1, results, 1.0, Topology.of_nodes([0, 0, 1]), placement)
+    json.dumps(m, allow_nan=False)
+    inside = [f"{what}_{way}" for what in INSIDE for way in ("forward", "backward")]
+    assert [name for name in inside if not m["phase_seconds"][name] > 0] == []
+    experts = sum(m["phase_seconds"][f"experts_{way}"] for way in ("forward", "backward"))
+    assert m["expert_seconds"] == pytest.approx(experts)
 
 
 def test_a_lone_rank_and_a_pinned_way_are_not_timed():
