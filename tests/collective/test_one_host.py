@@ -97,7 +97,7 @@ def _child(rank, how, path, queue):
     queue.put((said, time.monotonic() - began))
 
 
-@pytest.mark.parametrize("how, words", [("dies", "rank 1 died"), ("leaves", "rank 1 closed its group")])
+@pytest.mark.parametrize(("how", "words"), [("dies", "rank 1 died"), ("leaves", "rank 1 closed its group")])
 def test_a_rank_that_is_gone_ends_the_others_call_soon_and_the_group_with_it(tmp_path, how, words):
     context = mp.get_context("spawn")
     queue = context.SimpleQueue()
