@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from ray_ep.collective.group import Group, same_color, split_key
 from ray_ep.collective.mailboxes import FACTS, Mailboxes
-from ray_ep.collective.one_host import ORDERED, OneHost, as_bytes
+from ray_ep.collective.one_host import ORDERED, OneHost, as_bytes, seen_as
 from ray_ep.collective.torch_group import TorchGroup
 from ray_ep.errors import GroupError
 
@@ -63,7 +63,7 @@ class GlooGroup(TorchGroup):
         self._near = (both & both.t())[self.rank].bool().tolist()
         watched = self._mail is not None and all(self._mail.watches(r) for r in range(self.size) if r != self.rank)
         if bool(self.all_gather(torch.tensor([watched and ORDERED])).all()) and self._mail is not None:
-            self._here = OneHost(self._mail, self.rank, self.size, self.epoch, self._aborted, self.timeout_s)
+            self._here = OneHost(self._mail, self, self._aborted)
 
     def _open(self, rank: int, facts: torch.Tensor) -> bool:
         return self._mail is not None and bool(facts.any()) and self._mail.open(rank, facts)
@@ -147,18 +147,21 @@ class GlooGroup(TorchGroup):
         return parts
 
     def _watched(self, call: Callable[..., Any], *args: Any) -> Any:
-        """A call among ranks of this host; after one that failed the group is unusable."""
+        """A call among ranks of this host; after one that failed, however, the group is unusable."""
         self._check()
         try:
-            return call(*args)
-        except GroupError:
+            with torch.no_grad():
+                return call(*args)
+        except BaseException:
             self._aborted.set()
+            if self._here is None:
+                raise GroupError(f"rank {self.rank}: the group of epoch {self.epoch} was closed meanwhile") from None
             raise
 
     def send(self, tensor: torch.Tensor, to: int, limit_s: float | None = None) -> None:
         shared = self._shares(to, tensor.nbytes)
         if shared:
-            self._box(-1, to, _MESSAGE, tensor.nbytes).copy_(as_bytes(tensor))
+            seen_as(tensor, self._box(-1, to, _MESSAGE, tensor.nbytes)).copy_(tensor)
             tensor = _SIGN
         super().send(tensor, to, limit_s)
         if shared:  # gloo's send waits for its receiver as well
@@ -169,7 +172,7 @@ class GlooGroup(TorchGroup):
             super().receive(tensor, source, limit_s)
             return
         super().receive(_SIGN.clone(), source, limit_s)
-        as_bytes(tensor).copy_(self._box(source, self.rank, _MESSAGE, tensor.nbytes))
+        tensor.copy_(seen_as(tensor, self._box(source, self.rank, _MESSAGE, tensor.nbytes)))
         super().send(_SIGN, source, limit_s)
 
     def close(self) -> None:
@@ -204,7 +207,7 @@ class GlooGroup(TorchGroup):
             self._start(output, input, take, give)()
             return
         for r in into:
-            self._box(-1, r, box, give[r] * row).copy_(as_bytes(send[r]))
+            seen_as(send[r], self._box(-1, r, box, give[r] * row)).copy_(send[r])
             give[r] = 0
         for r in out_of:
             take[r] = 0
@@ -214,7 +217,7 @@ class GlooGroup(TorchGroup):
         arrived = output.new_empty(sum(take), *output.shape[1:])
         self._start(arrived, rest, take, give)()
         for r in out_of:
-            as_bytes(receive[r]).copy_(self._box(r, self.rank, box, taken[r] * row))
+            receive[r].copy_(seen_as(receive[r], self._box(r, self.rank, box, taken[r] * row)))
         for r, part in enumerate(arrived.split(take)):
             if take[r]:
                 receive[r].copy_(part)

@@ -56,7 +56,7 @@ class Group(ABC):
             message: uint8 [sum(input_sizes), bytes] from `take`.
 
         Raises:
-            GroupError: as any call; the message is not from `take`.
+            GroupError: as any call; the message is not from `take`, or the 512th loan before this is not ended.
         """
         out = self.take(sum(output_sizes), *message.shape[1:], like=message)
         self.all_to_all(out, message, output_sizes, input_sizes)

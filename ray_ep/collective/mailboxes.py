@@ -27,10 +27,13 @@ PAGE = 1 << 16
 FACTS = 4
 """int64 numbers that a rank tells about its file."""
 
-_HEAD = 1 << 18
-"""Bytes before the boxes: the token, counters, and where loans to each reader lie."""
-_COUNTERS, _PLACES, _AT_ONCE = 8, 64, 16
-"""int64 numbers there: where a rank's counters begin and where its places do, places that a reader has (in turn)."""
+_HEAD = 1 << 24
+"""Bytes of addresses before the boxes: the token, counters, and where loans to each reader lie."""
+_COUNTERS, _PLACES = 8, 64
+"""int64 numbers there: where a rank's counters begin and where its places do."""
+
+PLACES = 1 << 9
+"""Places that a reader has: that of a loan is taken again by the one that begins so many later."""
 
 _FREE = 2
 """References to a storage that nobody uses: its owner's tensor and the wrapper that we count through."""
@@ -56,7 +59,7 @@ class Mailboxes:
         self._lent: list[torch.Tensor] = []
         self._lent_bytes = 0
         self._own = mmap.mmap(fd, BOX, offset=self._loans)
-        self._theirs = {-1: torch.frombuffer(self._own, dtype=torch.uint8)}  # loans of each owner
+        self._theirs = {-1: _tensor(self._own)}  # loans of each owner
         self._heads = {-1: _head(fd)}
         self._processes: dict[int, select.poll] = {}  # readable once the process of an owner is gone
         self._pidfds: list[int] = []
@@ -83,7 +86,7 @@ class Mailboxes:
             os.close(theirs)
             return False
         self._watch(owner, pid)
-        self._files[owner], self._theirs[owner] = theirs, torch.frombuffer(loans, dtype=torch.uint8)
+        self._files[owner], self._theirs[owner] = theirs, _tensor(loans)
         return True
 
     def box(self, owner: int, reader: int, number: int, size: int) -> torch.Tensor:
@@ -93,7 +96,7 @@ class Mailboxes:
         if here is None or len(here) < size:
             length = max(PAGE, 1 << (size - 1).bit_length())
             at = BOX * (1 + reader * self._boxes + number)
-            here = torch.frombuffer(mmap.mmap(self._files[owner], length, offset=at), dtype=torch.uint8)
+            here = _tensor(mmap.mmap(self._files[owner], length, offset=at))
             self._maps[key] = here
         return here[:size]
 
@@ -105,7 +108,7 @@ class Mailboxes:
             for b in free:  # too small: their memory goes back, not their addresses
                 self._own.madvise(mmap.MADV_REMOVE, self.place(b), len(b))
             length = max(PAGE, 1 << (size - 1).bit_length())
-            fits = [torch.frombuffer(self._own, dtype=torch.uint8, count=length, offset=self._lent_bytes)]
+            fits = [_tensor(self._own, length, self._lent_bytes)]
             self._lent_bytes += length
             self._lent += fits
         return min(fits, key=len)[:size]
@@ -127,11 +130,11 @@ class Mailboxes:
 
     def tell_place(self, reader: int, number: int, place: int) -> None:
         """Say to a reader where loan `number` lies."""
-        self._heads[-1][_PLACES + reader * _AT_ONCE + number % _AT_ONCE] = place
+        self._heads[-1][_PLACES + reader * PLACES + number % PLACES] = place
 
     def read_place(self, owner: int, reader: int, number: int) -> int:
         """What an owner said."""
-        return int(self._heads[owner][_PLACES + reader * _AT_ONCE + number % _AT_ONCE])
+        return int(self._heads[owner][_PLACES + reader * PLACES + number % PLACES])
 
     def watches(self, owner: int) -> bool:
         """Whether `gone` can tell."""
@@ -165,6 +168,11 @@ class Mailboxes:
 
 def _head(fd: int) -> memoryview:
     return memoryview(mmap.mmap(fd, _HEAD)).cast("B").cast("q")
+
+
+def _tensor(memory: mmap.mmap, count: int = -1, offset: int = 0) -> torch.Tensor:
+    with torch.inference_mode(False):  # in it, what is made could be written only there
+        return torch.frombuffer(memory, dtype=torch.uint8, count=count, offset=offset)
 
 
 def is_free(buffer: torch.Tensor) -> bool:

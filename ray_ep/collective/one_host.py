@@ -2,7 +2,7 @@
 
 A rank fills its boxes, then raises its counter to the number of the call; who reads a counter that is high enough finds
 the boxes full. gloo took 1.3 ms more for each call of two ranks that compute in between (docs/benchmarks.md): its
-threads have to be woken on both sides. Imports mailboxes.py, errors and torch.
+threads have to be woken on both sides. Imports group.py, mailboxes.py, errors and torch.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from math import prod
 
 import torch
 
-from ray_ep.collective.mailboxes import Mailboxes
+from ray_ep.collective.group import SplittableGroup
+from ray_ep.collective.mailboxes import PLACES, Mailboxes
 from ray_ep.errors import GroupError
 
 ORDERED = platform.machine() in ("x86_64", "AMD64")
 """Whether other processes see what a rank writes in the order in which it was written; elsewhere gloo tells them."""
 
-CALLS, LOANS, CLOSED = 0, 1, 2
-"""Counters of a rank: calls begun, loans begun, and 1 once its group is closed."""
+CALLS, LOANS, ENDED, CLOSED = 0, 1, 2, 3
+"""Counters of a rank: calls begun, loans begun, loans before the first not ended, 1 once it has closed its group."""
 
 _SPINS = 1500
 """Looks at a counter before sleeping: some 100 us, less than it takes to fall asleep and be woken."""
@@ -47,16 +48,18 @@ class OneHost:
 
     Args:
         mail: open to every other rank, with processes that can be watched.
-        aborted: set by another thread to release this rank.
-        timeout_s: a rank that is later than this is an error.
+        group: says who is who, and when a rank is too late.
+        aborted: set by another thread to release this rank, and here if a call fails.
 
     Every call raises GroupError if a rank is late, gone, or has closed its group, or if this rank is to be released.
     """
 
-    def __init__(self, mail: Mailboxes, rank: int, size: int, epoch: int, aborted: threading.Event, timeout_s: float):
-        self._mail, self._rank, self._epoch, self._aborted, self._timeout_s = mail, rank, epoch, aborted, timeout_s
-        self._others = [r for r in range(size) if r != rank]
-        self._size, self._calls, self._loans = size, 0, 0
+    def __init__(self, mail: Mailboxes, group: SplittableGroup, aborted: threading.Event):
+        self._mail, self._group, self._aborted = mail, group, aborted
+        self._rank, self._size = group.rank, group.size
+        self._others = [r for r in range(group.size) if r != group.rank]
+        self._calls, self._loans = 0, 0
+        self._open: set[int] = set()  # loans that this rank has not ended
         self._lent: list[torch.Tensor] = []  # that readers may still read
         self._read: list[torch.Tensor] = []  # that they have read once they have begun this call
 
@@ -68,13 +71,13 @@ class OneHost:
         box = self._next()
         for r in self._others:
             if n := input_sizes[r] * row:
-                self._mail.box(-1, r, box, n).copy_(as_bytes(send[r]))
+                seen_as(send[r], self._mail.box(-1, r, box, n)).copy_(send[r])
         self._tell()
         receive[self._rank].copy_(send[self._rank])
         self._wait()
         for r in self._others:
             if n := output_sizes[r] * row:
-                as_bytes(receive[r]).copy_(self._mail.box(r, self._rank, box, n))
+                receive[r].copy_(seen_as(receive[r], self._mail.box(r, self._rank, box, n)))
 
     def all_gather(self, input: torch.Tensor) -> torch.Tensor:
         """[...] of every rank -> [size, ...]."""
@@ -85,15 +88,15 @@ class OneHost:
 
     def all_reduce(self, tensor: torch.Tensor, op: str) -> None:
         """In place, in the order of ranks: the same bits everywhere."""
-        flat = tensor.reshape(-1)
+        reduce, flat = {"sum": torch.add, "max": torch.maximum}[op], tensor.reshape(-1)
         for piece in flat.split(_PIECE):
             parts = self._of_all(piece, [len(piece)] * self._size)
             if len(piece) <= _SMALL:
-                piece.copy_(_reduced(parts, op))
+                piece.copy_(_reduced(parts, reduce))
                 continue
             ends = [len(piece) * r // self._size for r in range(self._size + 1)]
             mine = slice(ends[self._rank], ends[self._rank + 1])
-            total = _reduced([part[mine] for part in parts], op)
+            total = _reduced([part[mine] for part in parts], reduce)
             sizes = [b - a for a, b in pairwise(ends)]
             for to, part in zip(piece.split(sizes), self._of_all(total, sizes), strict=True):
                 to.copy_(part)
@@ -113,7 +116,12 @@ class OneHost:
         row = prod(message.shape[1:])
         blocks = as_bytes(message).split([n * row for n in input_sizes])
         places = [self._mail.place(block) if len(block) else 0 for block in blocks]
-        self._loans, number = self._loans + 1, self._loans + 1
+        number = self._loans + 1
+        if min(self._open, default=number) <= number - PLACES:
+            raise GroupError(f"begin_loan: of {PLACES} loans begun in turn the first must be ended before the next")
+        self._wait_for(ENDED, number - PLACES)  # whose places are taken now
+        self._loans = number
+        self._open.add(number)
         for r, place in enumerate(places):
             self._mail.tell_place(r, number, place)
         read, self._lent = self._lent, []
@@ -125,6 +133,8 @@ class OneHost:
             self._lent.append(message)
             owners = [-1 if r == self._rank else r for r in range(self._size)]
             found = [self._mail.read_place(owner, self._rank, number) for owner in owners]
+            self._open.remove(number)
+            self._mail.counters(-1)[ENDED] = min(self._open, default=self._loans + 1) - 1
             sizes = [n * row for n in output_sizes]
             parts = [self._mail.read(*where) for where in zip(owners, found, sizes, strict=True)]
             return [part.view(n, *message.shape[1:]) for part, n in zip(parts, output_sizes, strict=True)]
@@ -160,46 +170,53 @@ class OneHost:
         self._read.clear()
 
     def _wait_for(self, counter: int, number: int) -> None:
+        limit = time.monotonic() + self._group.timeout_s
         for r in self._others:
             counters = self._mail.counters(r)
             for _ in range(_SPINS):
                 if counters[counter] >= number:
                     break
             else:
-                self._sleep_until(r, counter, number)
+                self._sleep_until(r, counter, number, limit)
 
-    def _sleep_until(self, rank: int, counter: int, number: int) -> None:
-        counters, looks = self._mail.counters(rank), 0
-        look = time.monotonic()
-        limit = look + self._timeout_s
+    def _sleep_until(self, rank: int, counter: int, number: int, limit: float) -> None:
+        counters, looks, look = self._mail.counters(rank), 0, 0.0
         while counters[counter] < number:
             time.sleep(_SLEEP_S if looks < _LONG else _LONG_S)
             looks += 1
             if (now := time.monotonic()) < look:
                 continue
             look = now + _LOOK_S
-            if self._aborted.is_set():
-                raise self._failed("the group of epoch {} was aborted")
-            if counters[CLOSED] or self._mail.gone(rank):
-                if counters[counter] < number:  # what it told before it went counts
-                    how = "closed its group" if counters[CLOSED] else "died"
-                    raise self._failed(f"a peer of epoch {{}} is gone: rank {rank} {how}")
-            elif now > limit:
-                raise self._failed(
-                    f"no answer from the peers of epoch {{}} in {self._timeout_s:g} s, first rank {rank}"
-                )
+            trouble = self._trouble(rank, now > limit)
+            if trouble and counters[counter] < number:  # what it told before it went counts
+                self._aborted.set()
+                raise GroupError(f"rank {self._rank}: {trouble}")
 
-    def _failed(self, how: str) -> GroupError:
-        return GroupError(f"rank {self._rank}: {how.format(self._epoch)}")
+    def _trouble(self, rank: int, late: bool) -> str:
+        epoch = self._group.epoch
+        if self._aborted.is_set():
+            return f"the group of epoch {epoch} was aborted"
+        if self._mail.counters(rank)[CLOSED]:
+            return f"a peer of epoch {epoch} is gone: rank {rank} closed its group"
+        if self._mail.gone(rank):
+            return f"a peer of epoch {epoch} is gone: rank {rank} died"
+        if late:
+            return f"no answer from the peers of epoch {epoch} in {self._group.timeout_s:g} s, first rank {rank}"
+        return ""
 
 
-def _reduced(parts: list[torch.Tensor], op: str) -> torch.Tensor:
+def _reduced(parts: list[torch.Tensor], reduce: Callable[..., torch.Tensor]) -> torch.Tensor:
     total = parts[0].clone()
     for part in parts[1:]:
-        total = total.add_(part) if op == "sum" else torch.maximum(total, part, out=total)
+        reduce(total, part, out=total)
     return total
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """uint8 [bytes] of a contiguous tensor's memory."""
     return tensor.reshape(-1).view(torch.uint8)
+
+
+def seen_as(tensor: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """uint8 [bytes] as what a tensor, of any strides, is copied to or from."""
+    return found.view(tensor.dtype).view(tensor.shape)

@@ -236,6 +236,7 @@ class MasterOptimizer:
 
 
 def _weight(name: str, p: torch.nn.Parameter, layer: int | None, ep: ExpertParallel) -> Weight:
+    p.data = p.data.contiguous()  # updated in blocks of neighbours
     owned = p.data if layer is None else p.data[: ep.layers[layer].owned]
     master = p if layer is None and p.dtype == torch.float32 else torch.nn.Parameter(owned.float())
     return Weight(name, p, master, layer)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -11,6 +12,7 @@ import torch.multiprocessing as mp
 
 from ray_ep.collective import one_host
 from ray_ep.collective.gloo_group import gloo
+from ray_ep.collective.mailboxes import PLACES
 from ray_ep.errors import GroupError
 
 SIZES = [0, 1, 7, one_host._SMALL, one_host._SMALL + 1, one_host._PIECE + 3]
@@ -73,6 +75,93 @@ def test_calls_of_all_kinds_follow_each_other_with_ranks_that_run_ahead(ranks):
             group.barrier()
 
     ranks(3, work)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bool])
+def test_rows_of_any_strides_are_sent_and_received(ranks, dtype):
+    def work(group):
+        send = values(group.rank, 12, torch.float32).to(dtype).view(4, 3).t()
+        out = torch.zeros(3, 8, dtype=dtype)[:, ::2]
+        kept = out.clone()
+        theirs, given = ([1, 2], [1, 2]) if group.rank == 0 else ([2, 1], [2, 1])
+        group.all_to_all(out, send, theirs, given)
+        group.all_to_all(kept, send.contiguous(), theirs, given)
+        assert torch.equal(out, kept)
+        assert kept.any()
+
+    ranks(2, work)
+
+
+def test_a_group_takes_the_time_limit_and_the_epoch_that_it_is_given_later(ranks):
+    def work(group):
+        group.epoch, group.timeout_s = 7, 0.3
+        if group.rank == 0:
+            with pytest.raises(GroupError, match=r"peers of epoch 7 in 0\.3 s, first rank 1"):
+                group.barrier()
+
+    ranks(2, work, groups={})
+
+
+def test_a_loan_is_read_where_it_lay_however_many_began_since(ranks):
+    def begin(group, number):
+        message = group.take(2, 8, like=torch.zeros(0, dtype=torch.uint8))
+        return group.begin_loan(message.fill_(number % 251), [1, 1], [1, 1])
+
+    def work(group):
+        first = [begin(group, n) for n in range(PLACES - 8)]
+        if group.rank == 1:
+            time.sleep(0.3)  # the other one ends all its loans and would begin more in the same places
+        for n, end in enumerate(first):
+            assert torch.cat(end()).unique().tolist() == [n % 251], n
+        for n in range(PLACES):
+            assert torch.cat(begin(group, n)()).unique().tolist() == [n % 251], n
+        kept = [begin(group, 3) for _ in range(PLACES)]
+        with pytest.raises(GroupError, match="512 loans"):
+            begin(group, 3)
+        assert torch.cat(kept[0]()).unique().tolist() == [3]
+
+    ranks(2, work)
+
+
+def test_tensors_with_a_gradient_and_those_of_inference_are_carried_like_others(ranks):
+    def work(group):
+        def all_kinds():
+            weight = torch.nn.Parameter(torch.ones(70_000))
+            group.all_reduce(weight)
+            out = torch.zeros(2, 40_000)
+            group.all_to_all(out, weight[:2, None].expand(2, 40_000), [1, 1], [1, 1])
+            message = group.take(2, 200_000, like=torch.zeros(0, dtype=torch.uint8)).fill_(1)
+            assert torch.stack(group.begin_loan(message, [1, 1], [1, 1])()).all()
+            assert weight.eq(2).all()
+            assert out.eq(2).all()
+            assert not out.requires_grad
+
+        with torch.inference_mode():
+            all_kinds()
+        all_kinds()
+
+    ranks(2, work)
+
+
+def test_after_a_call_that_failed_here_no_other_is_answered(ranks):
+    def work(group):
+        if group.rank == 0:
+            with pytest.raises(KeyError, match="mean"):
+                group.all_reduce(torch.ones(2), "mean")
+            with pytest.raises(GroupError, match="closed or aborted"):
+                group.all_reduce(torch.ones(2))
+
+    ranks(2, work)
+
+
+def test_a_rank_that_closes_its_group_from_another_thread_is_released(ranks):
+    def work(group):
+        if group.rank == 0:
+            threading.Timer(0.2, group.close).start()
+            with pytest.raises(GroupError, match=r"aborted|closed"):
+                group.barrier()
+
+    ranks(2, work, groups={})
 
 
 def _child(rank, how, path, queue):

@@ -83,6 +83,19 @@ def test_every_row_arrives_whichever_way_it_takes(ranks, size, hosts, dtype):
     ranks(size, work)
 
 
+@pytest.mark.parametrize("hosts", ["one host", "one host, told by gloo"])
+def test_big_rows_arrive_in_memory_of_any_strides(ranks, hosts):
+    def work(group):
+        divide(group, hosts)
+        out = torch.zeros(300, 8)[:, ::2]
+        send = rows(0, group.rank, 0, 300, torch.float32).t().contiguous().t()
+        group.all_to_all(out, send, [100] * 3, [100] * 3)
+        own = slice(100 * group.rank, 100 * group.rank + 100)
+        assert torch.equal(out, torch.cat([rows(0, r, 0, 300, torch.float32)[own] for r in range(3)]))
+
+    ranks(3, work)
+
+
 @pytest.mark.parametrize("hosts", HOSTS)
 def test_exchanges_that_end_later_may_have_others_between_and_within(ranks, hosts):
     def work(group):

@@ -204,6 +204,20 @@ def test_the_learning_rate_warms_up_from_above_zero_and_ends_above_zero():
     assert [optimizer.learning_rate(n) for n in range(12)] == pytest.approx([0.25, 0.5, 0.75, 1, *cosine])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_weight_that_lies_transposed_in_memory_is_updated_like_others(dtype):
+    cfg, config = configure(f"model.dtype={dtype}")
+    plain, other = (make_rank(cfg, config, SoloGroup(), LAYOUTS["one rank"]) for _ in range(2))
+    for p in other.model.parameters():
+        if p.dim() == 2:
+            p.data = p.data.t().contiguous().t()
+    other.optimizer = MasterOptimizer(other.model, cfg.optim, SoloGroup())
+    for step in range(2):
+        plain.train_step(step)
+        other.train_step(step)
+    assert all(torch.equal(t, state(other)[k]) for k, t in state(plain).items())
+
+
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 @pytest.mark.parametrize("steps", [0, 1, 3])  # 0: interrupted before the first step, when there are no moments yet
 def test_an_optimizer_given_the_moments_of_another_goes_on_like_it(tmp_path, kind, steps):

@@ -42,6 +42,25 @@ def test_squares_are_summed_as_exactly_as_in_float64(size, dtype):
     assert float(sum_of_squares(x)) == pytest.approx(float(x.double().square().sum()), rel=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [1e-38, 1e-30, 1e-22, 1e-19, 1e-15, 1e18, 1e25])
+def test_squares_of_small_and_large_numbers_are_as_exact(value, dtype):
+    x = torch.full((300_001,), value).to(dtype)
+    assert float(sum_of_squares(x)) == pytest.approx(float(x.double().square().sum()), rel=2e-7, abs=0)
+    x[:1000] = 0  # rows of nothing among them
+    assert float(sum_of_squares(x)) == pytest.approx(float(x.double().square().sum()), rel=2e-7, abs=0)
+
+
+def test_squares_are_as_exact_where_new_tensors_are_bfloat16_by_default():
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)).half()
+    expected = float(x.double().square().sum())
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert float(sum_of_squares(x)) == pytest.approx(expected, rel=1e-7)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_squares_beyond_float32_are_finite_and_what_is_not_finite_stays_so():
     assert float(sum_of_squares(torch.tensor([1e25, 1.0]))) == pytest.approx(1e50)
     assert not sum_of_squares(torch.tensor([1.0, torch.inf])).isfinite()
