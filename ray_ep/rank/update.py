@@ -59,7 +59,10 @@ def sum_of_squares(gradient: torch.Tensor) -> torch.Tensor:
         part = part if part.dtype == torch.float32 else wide[: len(part)].copy_(part)
         rows, rest = part[: len(part) // _SUMMED * _SUMMED].view(-1, _SUMMED), part[len(part) // _SUMMED * _SUMMED :]
         squares = torch.linalg.vector_norm(rows, dim=1).double().square().sum() + rest.double().square().sum()
-        total += squares if _LEAST < float(squares) < _MOST else part.double().square().sum()
+        if _LEAST < float(squares) < _MOST:
+            total += squares
+        elif part.any():
+            total += part.double().square().sum()
     return total
 
 
