@@ -28,8 +28,8 @@ _KNOWN = {
     "experts_backward": ("#2b66d9", _EXPERTS, "expert products and SwiGLU, backward"),
     "reduce": ("#f8ec9a", _UPDATE, "gradients summed: dense ones over all ranks, those of replicas over their owners"),
     "norm": ("#e6cc3a", _UPDATE, "the gradient's norm over all ranks"),
-    "update": ("#b0930f", _UPDATE, "clipping and the optimizer"),
-    "publish": ("#6e5a05", _UPDATE, "master weights to the weights that compute, and to replicas"),
+    "update": ("#b0930f", _UPDATE, "clipping, the optimizer, the weights that compute"),
+    "publish": ("#6e5a05", _UPDATE, "the new weights to their replicas"),
     "rest": ("#b4bbc2", _REST, "other work of the rank: counting, figures"),
     "driver": ("#565f68", _REST, "what the driver's step took beyond the ranks' own time"),
 }
