@@ -12,6 +12,7 @@ import mmap
 import os
 import secrets
 import select
+import weakref
 from pathlib import Path
 
 import torch
@@ -63,6 +64,7 @@ class Mailboxes:
         self._heads = {-1: _head(fd)}
         self._processes: dict[int, select.poll] = {}  # readable once the process of an owner is gone
         self._pidfds: list[int] = []
+        weakref.finalize(self, _close, self._files, self._pidfds)  # of a group that nobody closes, too
 
     def facts(self) -> torch.Tensor:
         """int64 [FACTS]: where this rank is and how to open its file."""
@@ -160,10 +162,14 @@ class Mailboxes:
         self._processes.clear()
         self._theirs.clear()
         self._lent.clear()
-        while self._files:
-            os.close(self._files.popitem()[1])
-        while self._pidfds:
-            os.close(self._pidfds.pop())
+        _close(self._files, self._pidfds)
+
+
+def _close(files: dict[int, int], pidfds: list[int]) -> None:
+    while files:
+        os.close(files.popitem()[1])
+    while pidfds:
+        os.close(pidfds.pop())
 
 
 def _head(fd: int) -> memoryview:

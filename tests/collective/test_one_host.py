@@ -1,5 +1,6 @@
 """Collectives of ranks that share memory: results, and how a call ends when a rank is late, gone or has left."""
 
+import gc
 import os
 import signal
 import threading
@@ -162,6 +163,18 @@ def test_a_rank_that_closes_its_group_from_another_thread_is_released(ranks):
                 group.barrier()
 
     ranks(2, work, groups={})
+
+
+def test_groups_that_nobody_closes_leave_no_descriptor_behind(ranks):
+    def used():
+        gc.collect()
+        return len(os.listdir("/proc/self/fd"))
+
+    ranks(3, lambda group: group.all_reduce(torch.ones(3)))
+    before = used()
+    for _ in range(4):
+        ranks(3, lambda group: group.all_reduce(torch.ones(3)))
+    assert used() <= before + 5, "one group of three takes some thirty"
 
 
 def _child(rank, how, path, queue):

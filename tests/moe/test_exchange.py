@@ -181,6 +181,8 @@ def spoiled(monkeypatch):
 
     def spoil(name, tensor):
         names.append(name)
+        if tensor.dtype == torch.bool:
+            return tensor.fill_(True)
         return tensor.fill_(float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max // 2)
 
     for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty"), (torch, "empty_like")):
