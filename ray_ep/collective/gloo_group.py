@@ -147,7 +147,7 @@ class GlooGroup(TorchGroup):
         return parts
 
     def _watched(self, call: Callable[..., Any], *args: Any) -> Any:
-        """A call among ranks of this host; after one that failed, however, the group is unusable."""
+        """A call among ranks of this host; after one that failed, in whatever way, the group is unusable."""
         self._check()
         try:
             with torch.no_grad():
