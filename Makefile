@@ -11,7 +11,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@# compile once, not in a step
-	$(BIN)/python -c "from ray_ep.moe import kernels; from ray_ep.placement import planner, step; kernels.warm(); step.warm(); planner.warm()"
+	$(BIN)/python -c "from ray_ep.moe.cpu import kernels; from ray_ep.placement.in_step import rules; from ray_ep.placement.planner import plan; kernels.warm(); rules.warm(); plan.warm()"
 	@touch $@
 
 train: setup

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ray_ep.collective import Group
-from ray_ep.moe import choose, parallelize
+from ray_ep.moe import parallelize
+from ray_ep.moe.exchange import choose
 
 Step = Callable[[], None]
 

@@ -31,9 +31,9 @@ from ray_ep.placement import (
     random,
     step,
 )
-from ray_ep.placement.cost import Prediction
+from ray_ep.placement.cost.predict import Prediction
 from ray_ep.placement.placement import Floats, Ints
-from ray_ep.placement.planner import warm
+from ray_ep.placement.planner.plan import warm
 
 T = TypeVar("T")
 

@@ -21,7 +21,7 @@ from ray_ep.bench.llep import Layer, ours, peer, twin
 from ray_ep.bench.routing import route, tokens_of
 from ray_ep.collective import Group, from_torch
 from ray_ep.moe import parallelize
-from ray_ep.moe.balancer import Balancer
+from ray_ep.moe.balance.balancer import Balancer
 
 
 @dataclass(frozen=True, slots=True)

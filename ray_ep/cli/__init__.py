@@ -17,10 +17,10 @@ import ray_ep
 from ray_ep.cli.bench_placement import bench_placement
 from ray_ep.cli.bench_train import bench_train
 from ray_ep.cli.loading import loading
-from ray_ep.cli.plan import plan
+from ray_ep.cli.plan.command import plan
 from ray_ep.cli.probe import probe
 from ray_ep.cli.rebalance import rebalance
-from ray_ep.cli.simulate import simulate
+from ray_ep.cli.simulate.command import simulate
 
 if TYPE_CHECKING:
     from ray_ep.bench.layer import Case

@@ -29,8 +29,8 @@ def probe(config: str | None, budget: float, out: str | None, as_json: bool, ove
     from ray_ep.cli.loading import loading
     from ray_ep.cli.table import table
     from ray_ep.errors import BadInput, ConfigError
-    from ray_ep.placement.groups import contradictions
-    from ray_ep.placement.links import HEAD, link_rows, shared_cards
+    from ray_ep.placement.links.groups import contradictions
+    from ray_ep.placement.links.rows import HEAD, link_rows, shared_cards
 
     if not 0.01 <= budget < float("inf"):
         raise ConfigError(f"--budget {budget:g}: expected seconds, at least 0.01")

@@ -1,6 +1,6 @@
 """Asking the driver of NVIDIA's GPUs how they are joined: nvidia-ml-py, optional. It has not run on a GPU yet.
 
-What the answers mean together is ray_ep.placement.gpu_links's. Imports no Ray.
+What the answers mean together is ray_ep.placement.links.gpu_links's. Imports no Ray.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ray_ep.placement.gpu_links import NVLINK, PCIE, SOCKETS, GpuLinks
+from ray_ep.placement.links.gpu_links import NVLINK, PCIE, SOCKETS, GpuLinks
 
 
 def library() -> Any | None:

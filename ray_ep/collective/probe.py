@@ -1,6 +1,6 @@
 """Measuring links, the half that sends: every rank of a group calls `measure`, every rank gets the same topology.
 
-Which pairs, sizes and fits is ray_ep.placement.probe's; here are messages, clocks and failures. No Ray.
+Which pairs, sizes and fits is ray_ep.placement.links.probe's; here are messages, clocks and failures. No Ray.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from ray_ep.collective.group import Group, SoloGroup
 from ray_ep.collective.torch_group import TorchGroup
 from ray_ep.errors import GroupError, PlacementError
-from ray_ep.placement.groups import find_groups
-from ray_ep.placement.probe import (
+from ray_ep.placement.links.groups import find_groups
+from ray_ep.placement.links.probe import (
     LinkFit,
     Pair,
     assemble,

@@ -16,15 +16,15 @@ from ray_ep.config.schema import Config
 from ray_ep.driver.alarm import WINDOW, collapse
 from ray_ep.driver.cluster import Ranks, connected, starting, transports
 from ray_ep.driver.interrupt import Interrupt, farewell
-from ray_ep.driver.mover import Mover, check_survival, facts_of
 from ray_ep.driver.probe import measured
 from ray_ep.driver.reach import in_job_copy, try_nodes
+from ray_ep.driver.rebalance.mover import Mover, check_survival, facts_of
 from ray_ep.driver.saving import Saver, cause_of, what_is_lost, when
 from ray_ep.driver.start import Plan
 from ray_ep.errors import DivergedError
 from ray_ep.moe import Balance, Choice
 from ray_ep.placement import Placement, RoutingStatistics, Topology
-from ray_ep.placement.groups import contradictions
+from ray_ep.placement.links.groups import contradictions
 from ray_ep.rank.clock import STEP_PHASES
 from ray_ep.rank.rank import StepResult
 from ray_ep.rank.saved.directory import MANIFEST

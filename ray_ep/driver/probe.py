@@ -11,8 +11,8 @@ from ray_ep.driver.cluster import Ranks, connected, starting, transports
 from ray_ep.driver.interrupt import Interrupt
 from ray_ep.errors import ConfigError
 from ray_ep.placement import Topology
-from ray_ep.placement.gpu_links import joined
-from ray_ep.placement.groups import best_of, contradictions
+from ray_ep.placement.links.gpu_links import joined
+from ray_ep.placement.links.groups import best_of, contradictions
 
 
 def measured(ranks: Ranks, budget_s: float) -> Topology:

@@ -1,13 +1,13 @@
 """Expert parallelism for transformers models: torch, no Ray. Works in any torch process that has a group."""
 
-from ray_ep.moe.balance import router_losses, update_bias
-from ray_ep.moe.balancer import Balance, Limits
-from ray_ep.moe.choose import Choice, choose, settle
+from ray_ep.moe.balance.balancer import Balance, Limits
+from ray_ep.moe.balance.router import router_losses, update_bias
 from ray_ep.moe.draws import Draws
-from ray_ep.moe.exchange import PHASES
+from ray_ep.moe.exchange.choose import Choice, choose, settle
+from ray_ep.moe.exchange.dispatch import PHASES
+from ray_ep.moe.exchange.ways import KINDS
 from ray_ep.moe.migrate import Moved, OwnedState, apply_placement
 from ray_ep.moe.parallelize import ExpertParallel, find_experts, parallelize
-from ray_ep.moe.ways import KINDS
 
 __all__ = [
     "KINDS",

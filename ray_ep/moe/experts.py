@@ -17,19 +17,19 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ExpertsInterface, _default_apply_gate, grouped_mm_experts_forward
 
 from ray_ep.collective import Group
-from ray_ep.moe.balancer import Balancer
-from ray_ep.moe.bounded import bounded
+from ray_ep.moe.balance.balancer import Balancer
+from ray_ep.moe.balance.guests import Borrow, Guests, Kept, destinations
 from ray_ep.moe.counters import Counters
-from ray_ep.moe.exchange import Meter, combine, dispatch, plan
-from ray_ep.moe.fused import FusedExperts
-from ray_ep.moe.fused_plan import Agreed, agree, gather
-from ray_ep.moe.gemm import Packed
-from ray_ep.moe.guests import Borrow, Guests, Kept, destinations
-from ray_ep.moe.pool import Pool
+from ray_ep.moe.cpu.fused import FusedExperts
+from ray_ep.moe.cpu.fused_plan import Agreed, agree, gather
+from ray_ep.moe.cpu.gemm import Packed
+from ray_ep.moe.cpu.pool import Pool
+from ray_ep.moe.exchange.bounded import bounded
+from ray_ep.moe.exchange.dispatch import Meter, combine, dispatch, plan
+from ray_ep.moe.exchange.ways import Exchange, by_row, gateways
 from ray_ep.moe.routing import Routing, recomputing
-from ray_ep.moe.ways import Exchange, by_row, gateways
 from ray_ep.placement import Placement
-from ray_ep.placement.step import StepPlan, StepRules
+from ray_ep.placement.in_step.rules import StepPlan, StepRules
 
 IMPLEMENTATION = "ray_ep"
 

@@ -15,17 +15,17 @@ import torch
 
 from ray_ep.collective import Group
 from ray_ep.errors import BadInput, ModelError, PlacementError
-from ray_ep.moe import kernels
-from ray_ep.moe.balancer import MODES, Balancer, Limits
-from ray_ep.moe.balancer import warm as warm_step
+from ray_ep.moe.balance.balancer import MODES, Balancer, Limits
+from ray_ep.moe.balance.balancer import warm as warm_step
 from ray_ep.moe.counters import Counters
-from ray_ep.moe.exchange import Meter
+from ray_ep.moe.cpu import kernels
+from ray_ep.moe.cpu.gemm import Packed
+from ray_ep.moe.cpu.pool import Pool
+from ray_ep.moe.exchange.dispatch import Meter
+from ray_ep.moe.exchange.ways import Exchange
 from ray_ep.moe.experts import IMPLEMENTATION, ExpertLayer, Shared, is_plain
-from ray_ep.moe.gemm import Packed
-from ray_ep.moe.pool import Pool
 from ray_ep.moe.replicas import ReplicaExchange
 from ray_ep.moe.routing import Routing
-from ray_ep.moe.ways import Exchange
 from ray_ep.placement import Placement, contiguous
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "_is_expert_parallel")

@@ -23,8 +23,8 @@ from ray_ep.observe.breakdown import breakdown, in_groups
 from ray_ep.observe.routing import strongest_coactivation
 from ray_ep.observe.run_files import RunFiles, masked, read_run
 from ray_ep.observe.topology import heatmap
-from ray_ep.placement.groups import contradictions
-from ray_ep.placement.links import HEAD, link_rows
+from ray_ep.placement.links.groups import contradictions
+from ray_ep.placement.links.rows import HEAD, link_rows
 from ray_ep.placement.topology import Topology
 
 _MAX_RANKS = 64  # a wider placement table is a wall of numbers

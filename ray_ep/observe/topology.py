@@ -11,7 +11,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
 from ray_ep.observe.figures import GREY, ink_on
-from ray_ep.placement.groups import in_words
+from ray_ep.placement.links.groups import in_words
 from ray_ep.placement.topology import Topology
 
 _NUMBERS = 16  # ranks up to which each link has its number in its field

@@ -12,13 +12,21 @@ import numpy as np
 
 from ray_ep.errors import PlacementError
 from ray_ep.placement.baselines import contiguous, random
-from ray_ep.placement.cost import Migration, Prediction, StepCosts, dispatch_layer, migration, predict, token_sets
-from ray_ep.placement.eplb import load_only
-from ray_ep.placement.groups import groups_of
+from ray_ep.placement.cost.predict import (
+    Migration,
+    Prediction,
+    StepCosts,
+    dispatch_layer,
+    migration,
+    predict,
+    token_sets,
+)
+from ray_ep.placement.links.groups import groups_of
 from ray_ep.placement.placement import Floats, Placement
-from ray_ep.placement.planner import plan
+from ray_ep.placement.planner.load_only import load_only
+from ray_ep.placement.planner.plan import plan
+from ray_ep.placement.planner.survive import Price, price
 from ray_ep.placement.statistics import RoutingStatistics
-from ray_ep.placement.survive import Price, price
 from ray_ep.placement.topology import Topology
 
 PLAN, CURRENT = "plan", "current"

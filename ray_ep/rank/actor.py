@@ -22,8 +22,8 @@ from ray_ep.config import from_dict
 from ray_ep.errors import RayEPError, SaveError
 from ray_ep.moe import Choice, Moved
 from ray_ep.placement import Placement, RoutingStatistics, Topology
-from ray_ep.placement.gpu_links import GpuLinks
-from ray_ep.placement.groups import groups_of
+from ray_ep.placement.links.gpu_links import GpuLinks
+from ray_ep.placement.links.groups import groups_of
 from ray_ep.rank.data.corpus import Corpus
 from ray_ep.rank.memory import oom_kills
 from ray_ep.rank.rank import Rank, StepResult

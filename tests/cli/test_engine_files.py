@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from ray_ep.cli.engines import read_placement, read_record, read_statistics, write_placement
+from ray_ep.cli.engines.files import read_placement, read_record, read_statistics, write_placement
 from ray_ep.errors import PlacementError
 from ray_ep.placement import Placement, RoutingStatistics, contiguous, random
 
@@ -283,7 +283,7 @@ def test_placements_that_cannot_be_written_or_read(tmp_path):
 def test_reading_without_pt_files_loads_no_torch(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps({"logical_count": [[3, 1]]}))
     code = (
-        "import sys; from ray_ep.cli.engines import read_statistics; "
+        "import sys; from ray_ep.cli.engines.files import read_statistics; "
         f"read_statistics({str(tmp_path / 'c.json')!r}); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ray_ep.cli import main
-from ray_ep.cli.engines import read_map, read_placement, read_record, write_placement
+from ray_ep.cli.engines.files import read_map, read_placement, read_record, write_placement
 from ray_ep.errors import PlacementError
 from ray_ep.placement import contiguous, random
 

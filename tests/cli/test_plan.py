@@ -11,9 +11,9 @@ import yaml
 from click.testing import CliRunner
 
 from ray_ep.cli import main
-from ray_ep.cli.engines import read_placement
+from ray_ep.cli.engines.files import read_placement
 from ray_ep.placement import Placement, RoutingStatistics, StepCosts, Topology, contiguous, plan, predict
-from ray_ep.placement.survive import survives
+from ray_ep.placement.planner.survive import survives
 from tests.placement.traces import statistics, trace
 
 LAYERS, EXPERTS, TOP_K = 3, 16, 4

@@ -8,7 +8,7 @@ import yaml
 from click.testing import CliRunner
 
 from ray_ep.cli import main
-from ray_ep.cli.engines import read_placement
+from ray_ep.cli.engines.files import read_placement
 from ray_ep.placement import Placement, RoutingStatistics, Topology, contiguous
 from tests.placement.traces import statistics, trace
 

@@ -10,7 +10,7 @@ import yaml
 from click.testing import CliRunner
 
 from ray_ep.cli import main
-from ray_ep.cli.simulate_run import LINKS_IN_A_MINUTE
+from ray_ep.cli.simulate.run import LINKS_IN_A_MINUTE
 from ray_ep.placement import StepCosts, Topology, plan, predict
 from tests.placement.traces import statistics, trace
 

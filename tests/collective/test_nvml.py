@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ray_ep.collective.nvml import ask, gpu_links, library
-from ray_ep.placement.gpu_links import NVLINK, PCIE, SOCKETS, GpuLinks
+from ray_ep.placement.links.gpu_links import NVLINK, PCIE, SOCKETS, GpuLinks
 
 
 class Info(ctypes.Structure):

@@ -11,7 +11,7 @@ import torch
 from ray_ep.collective import SoloGroup
 from ray_ep.collective.probe import PointToPoint, measure
 from ray_ep.errors import GroupError, PlacementError
-from ray_ep.placement.groups import contradictions
+from ray_ep.placement.links.groups import contradictions
 
 
 class Slowed(PointToPoint):

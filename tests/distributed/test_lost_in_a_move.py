@@ -11,7 +11,7 @@ PACKAGE = str(Path(ray_ep.__file__).parent.parent)
 RUN = """
 import os, sys
 import ray_ep
-from ray_ep.placement import planner
+from ray_ep.placement.planner import plan as planner
 from ray_ep.cli import main
 
 planner.warm()  # so that the decision does not wait for a compiler

@@ -28,8 +28,9 @@ from ray_ep.driver.cluster import Ranks
 from ray_ep.driver.interrupt import Interrupt
 from ray_ep.driver.loop import Driver
 from ray_ep.driver.start import check
-from ray_ep.driver.verdict import Verdict
-from ray_ep.placement import contiguous, planner
+from ray_ep.driver.rebalance.verdict import Verdict
+from ray_ep.placement import contiguous
+from ray_ep.placement.planner import plan as planner
 
 planner.warm()  # so that the first decision does not wait for a compiler
 same = json.loads(sys.argv[1])

@@ -4,8 +4,8 @@ from concurrent.futures import Future
 
 import numpy as np
 
-from ray_ep.driver.recent import Facts, Step
-from ray_ep.driver.verdict import Question
+from ray_ep.driver.rebalance.recent import Facts, Step
+from ray_ep.driver.rebalance.verdict import Question
 from ray_ep.placement import RoutingStatistics, StepCosts, Topology, contiguous
 
 LAYERS, EXPERTS, RANKS = 2, 8, 2

@@ -5,10 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
-from ray_ep.driver.links import LOOKED_AT, QUIET, Links, changed_links
-from ray_ep.driver.recent import Step
+from ray_ep.driver.rebalance.links import LOOKED_AT, QUIET, Links, changed_links
+from ray_ep.driver.rebalance.recent import Step
 from ray_ep.placement import Topology
-from ray_ep.placement.gpu_links import KINDS
+from ray_ep.placement.links.gpu_links import KINDS
 
 RANKS = 3
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ray_ep.config import load_config
-from ray_ep.driver.mover import Mover, check_survival, level_of
+from ray_ep.driver.rebalance.mover import Mover, check_survival, level_of
 from ray_ep.driver.rundir import RunDir
 from ray_ep.errors import PlacementError, RankError
 from ray_ep.placement import Placement, Topology

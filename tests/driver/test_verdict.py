@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_ep.driver.rebalance import MOST_CAUTION
-from ray_ep.driver.recent import NOW, Facts, Recent
-from ray_ep.driver.verdict import LEAST, decide, room_of
+from ray_ep.driver.rebalance.rebalancer import MOST_CAUTION
+from ray_ep.driver.rebalance.recent import NOW, Facts, Recent
+from ray_ep.driver.rebalance.verdict import LEAST, decide, room_of
 from ray_ep.placement import Placement, StepCosts, moves
 from tests.driver.scenes import EXPERTS, FACTS, LAYERS, NOWHERE, question, step, topology
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ray_ep.moe import fused, gemm
+from ray_ep.moe.cpu import fused, gemm
 
 
 @pytest.fixture(autouse=True)

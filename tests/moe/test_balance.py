@@ -8,7 +8,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 import ray_ep
 from ray_ep.moe import router_losses, update_bias
-from ray_ep.moe.balance import probabilities
+from ray_ep.moe.balance.router import probabilities
 from tests.models import VOCAB, build
 
 LAYERS, TOKENS, EXPERTS, TOP_K = 3, 11, 6, 2

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ray_ep
 from ray_ep.collective import SoloGroup
 from ray_ep.moe import PHASES
-from ray_ep.moe.ways import KINDS
+from ray_ep.moe.exchange.ways import KINDS
 from tests.models import VOCAB, build, even_shards, parallel_pass, placement_of
 
 IDS = torch.randint(3, VOCAB, (5, 9), generator=torch.Generator().manual_seed(1))

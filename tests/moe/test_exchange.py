@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_ep.moe.exchange import Meter, combine, dispatch, plan
+from ray_ep.moe.exchange.dispatch import Meter, combine, dispatch, plan
 from ray_ep.placement import Placement, contiguous, random
 from tests.conftest import run_ranks
 

@@ -12,8 +12,9 @@ import ray_ep
 from ray_ep.collective import gloo_group
 from ray_ep.collective.mailboxes import is_free
 from ray_ep.errors import BadInput
-from ray_ep.moe import Limits, kernels
-from ray_ep.moe.guests import destinations
+from ray_ep.moe import Limits
+from ray_ep.moe.balance.guests import destinations
+from ray_ep.moe.cpu import kernels
 from tests.models import MODELS, VOCAB, assert_equals, build, even_shards, parallel_pass, placement_of, reference
 
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ray_ep
-from ray_ep.moe import gemm, kernels
-from ray_ep.moe.gemm import gradient
-from ray_ep.moe.pool import Pool
+from ray_ep.moe.cpu import gemm, kernels
+from ray_ep.moe.cpu.gemm import gradient
+from ray_ep.moe.cpu.pool import Pool
 from tests.models import VOCAB, build, even_shards, parallel_pass, placement_of
 
 

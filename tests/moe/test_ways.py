@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from ray_ep.moe.float8 import pack, unpack
-from ray_ep.moe.ways import KINDS, gateways
+from ray_ep.moe.exchange.float8 import pack, unpack
+from ray_ep.moe.exchange.ways import KINDS, gateways
 from tests.models import VOCAB, assert_equals, build, even_shards, parallel_pass, placement_of, reference
 
 NODES = {1: [0], 2: [0, 1], 3: [0, 0, 1], 4: [0, 0, 1, 1], 5: [0, 1, 0, 1, 1]}

@@ -15,7 +15,7 @@ from subprocess import PIPE, STDOUT, Popen, check_output
 
 import pytest
 
-from ray_ep.placement import planner
+from ray_ep.placement.planner import plan as planner
 
 from .conftest import command, needs_root, netlab
 from .runs import FOUR, RAY_EP, RUN, TWO, lines

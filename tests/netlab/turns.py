@@ -18,7 +18,7 @@ import ray
 from omegaconf import OmegaConf
 
 import ray_ep
-from ray_ep.cli.plan_inputs import read_recorded, run_costs
+from ray_ep.cli.plan.inputs import read_recorded, run_costs
 from ray_ep.driver.cluster import Ranks, connected
 from ray_ep.driver.loop import step_metrics
 from ray_ep.driver.probe import measured

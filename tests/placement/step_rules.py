@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 
-from ray_ep.placement.step import StepRules
+from ray_ep.placement.in_step.rules import StepRules
 
 
 def make_rules(holds, owner=None, node_of=None, speed=1.0, expert=0.0, pair=0.0, slots=99, min_pairs=0, fast=None):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from ray_ep.errors import PlacementError
 from ray_ep.placement import Placement, RoutingStatistics, contiguous, random
 from ray_ep.placement.advice import advice, moved_slots, outlook
-from ray_ep.placement.engines import vllm_record
+from ray_ep.placement.engines.records import vllm_record
 
 CASE = {
     "layers": st.integers(1, 2),

@@ -6,10 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ray_ep.placement import RoutingStatistics, StepCosts, Topology, by_time, contiguous, plan, predict
-from ray_ep.placement.layer import Traffic
-from ray_ep.placement.problem import Problem
-from ray_ep.placement.replan import layer_seconds, moved_slots
+from ray_ep.placement import RoutingStatistics, StepCosts, Topology, contiguous, plan, predict
+from ray_ep.placement.planner import by_time
+from ray_ep.placement.planner.layer import Traffic
+from ray_ep.placement.planner.problem import Problem
+from ray_ep.placement.planner.replan import layer_seconds, moved_slots
 
 COSTS = StepCosts(tokens_per_rank=768, token_bytes=1024.0, expert_seconds=8e-6, expert_bytes=49152.0, two_level=False)
 

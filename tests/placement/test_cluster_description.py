@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from ray_ep.errors import PlacementError
-from ray_ep.placement.cluster_description import bytes_per_second, describe, seconds
+from ray_ep.placement.whatif.description import bytes_per_second, describe, seconds
 
 LINKS = {
     "inside": {"bandwidth": "300 GB/s", "latency": "5 us"},

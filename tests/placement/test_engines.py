@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from ray_ep.errors import PlacementError
 from ray_ep.placement import Placement, contiguous, random
-from ray_ep.placement.engine_maps import document, from_document
-from ray_ep.placement.engines import sglang_record, tensorrt_record, vllm_record
+from ray_ep.placement.engines.maps import document, from_document
+from ray_ep.placement.engines.records import sglang_record, tensorrt_record, vllm_record
 
 # 3 layers, the first dense; 3 experts on 4 slots; slot 3 is a replica of another expert in each MoE layer.
 MAP = [[0, 1, 2, 0], [0, 1, 2, 0], [2, 1, 0, 1]]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from ray_ep.errors import PlacementError
-from ray_ep.placement.gpu_links import NVLINK, PCIE, SAME, GpuLinks, joined
-from ray_ep.placement.groups import contradictions, find_groups
+from ray_ep.placement.links.gpu_links import NVLINK, PCIE, SAME, GpuLinks, joined
+from ray_ep.placement.links.groups import contradictions, find_groups
 from ray_ep.placement.topology import Topology
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_ep.placement import RoutingStatistics, StepCosts, Topology, contiguous, plan, predict
-from ray_ep.placement.groups import find_groups, groups_of
+from ray_ep.placement.links.groups import find_groups, groups_of
 from tests.placement.traces import statistics, trace
 
 

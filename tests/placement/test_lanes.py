@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ray_ep.errors import PlacementError
-from ray_ep.placement.probe import LinkFit, company_rounds, with_lanes
+from ray_ep.placement.links.probe import LinkFit, company_rounds, with_lanes
 from ray_ep.placement.topology import Topology
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_ep.placement.link_time import TILE, busiest
+from ray_ep.placement.cost.link_time import TILE, busiest
 
 
 def slow(copies, link, ports, cards, node_ways, node_of):

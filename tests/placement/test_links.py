@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 
 from ray_ep.placement import Topology
-from ray_ep.placement.groups import best_of, contradictions
-from ray_ep.placement.links import HEAD, link_rows, shared_cards
+from ray_ep.placement.links.groups import best_of, contradictions
+from ray_ep.placement.links.rows import HEAD, link_rows, shared_cards
 
 
 def two_kinds(node_of, inside, across):

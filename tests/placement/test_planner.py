@@ -17,7 +17,7 @@ from ray_ep.placement import (
     plan,
     predict,
 )
-from ray_ep.placement import planner as planner_module
+from ray_ep.placement.planner import plan as planner_module
 from tests.placement.traces import statistics, trace
 
 

@@ -18,9 +18,9 @@ from ray_ep.placement import (
     predict,
     swaps,
 )
-from ray_ep.placement import search as kernels
-from ray_ep.placement.dispatch import deal, simulate
-from ray_ep.placement.forecast import DRIFT, expected_load
+from ray_ep.placement.cost.dispatch import deal, simulate
+from ray_ep.placement.planner import grouping as kernels
+from ray_ep.placement.planner.forecast import DRIFT, expected_load
 
 
 def test_load_only_by_hand():

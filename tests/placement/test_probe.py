@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_ep.errors import PlacementError
-from ray_ep.placement.groups import contradictions, find_groups, in_words
-from ray_ep.placement.probe import LinkFit, assemble, fit, round_budget, rounds, time_link, tournament
+from ray_ep.placement.links.groups import contradictions, find_groups, in_words
+from ray_ep.placement.links.probe import LinkFit, assemble, fit, round_budget, rounds, time_link, tournament
 from ray_ep.placement.topology import Topology
 
 

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_ep.placement import Placement, RoutingStatistics, StepCosts, Topology, migration, plan, predict, relief
-from ray_ep.placement import search as kernels
+from ray_ep.placement import Placement, RoutingStatistics, StepCosts, Topology, migration, plan, predict
+from ray_ep.placement.planner import grouping as kernels
+from ray_ep.placement.planner import relief
 from tests.placement.test_groups_of import links
 from tests.placement.traces import statistics, trace
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from ray_ep.errors import PlacementError
-from ray_ep.placement import Placement, Topology, contiguous, step_search
-from ray_ep.placement.step import FAR_BANDWIDTH, MIN_PAIRS, StepRules, balance_step, warm
+from ray_ep.placement import Placement, Topology, contiguous
+from ray_ep.placement.in_step import search as step_search
+from ray_ep.placement.in_step.rules import FAR_BANDWIDTH, MIN_PAIRS, StepRules, balance_step, warm
 from tests.placement.step_rules import contiguous_holds, make_rules, rank_seconds
 
 

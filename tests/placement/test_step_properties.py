@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_ep.placement.step import balance_step, warm
+from ray_ep.placement.in_step.rules import balance_step, warm
 from tests.placement.step_rules import make_rules, rank_seconds, slow_flows
 
 QUICK = settings(max_examples=150, deadline=None)
@@ -167,7 +167,7 @@ def test_the_plan_is_a_function_of_the_numbers_alone(case):
 def test_another_process_makes_the_same_plan():
     code = (
         "import numpy as np; from ray_ep.placement import Topology, contiguous\n"
-        "from ray_ep.placement.step import StepRules, balance_step\n"
+        "from ray_ep.placement.in_step.rules import StepRules, balance_step\n"
         "rng = np.random.default_rng(3); c = rng.integers(0, 300, (8, 32)) * (np.arange(32) % 7 == 0)\n"
         "r = StepRules.of(contiguous(1, 32, 8, 5), 0, Topology.of_nodes([0] * 8), 1e5, 1e-5, 4e3, 4, True)\n"
         "p = balance_step(c, r); print(p.quota.tolist(), p.guests.tolist(), p.saved_seconds.hex())"

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from ray_ep.errors import PlacementError
 from ray_ep.placement import Topology, plan, predict
-from ray_ep.placement.survive import fewest_slots, price, survives
+from ray_ep.placement.planner.survive import fewest_slots, price, survives
 from tests.placement.traces import statistics, trace
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from ray_ep.placement import StepCosts, Topology
-from ray_ep.placement.cost import Links
-from ray_ep.placement.problem import Problem
+from ray_ep.placement.cost.predict import Links
+from ray_ep.placement.planner.problem import Problem
 
 ONE = StepCosts(tokens_per_rank=1, token_bytes=1, two_level=False)
 

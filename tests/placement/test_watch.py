@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from ray_ep.errors import PlacementError
+from ray_ep.placement.links.watch import LinkWatch
 from ray_ep.placement.topology import Topology
-from ray_ep.placement.watch import LinkWatch
 
 NODE_OF = np.array([0, 0, 1, 1])
 INSIDE = NODE_OF[:, None] == NODE_OF[None]

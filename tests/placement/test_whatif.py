@@ -5,7 +5,7 @@ import pytest
 
 from ray_ep.errors import PlacementError
 from ray_ep.placement import RoutingStatistics, StepCosts, Topology
-from ray_ep.placement.whatif import Cluster, Given, simulate, spread, sweep, synthetic
+from ray_ep.placement.whatif.simulate import Cluster, Given, simulate, spread, sweep, synthetic
 
 SUMS = (
     "step_seconds", "compute_seconds", "traffic_seconds", "bytes_across", "bytes_inside", "tokens_per_second",

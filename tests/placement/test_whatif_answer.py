@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from ray_ep.errors import PlacementError
-from ray_ep.placement.gpus import GPUS, Gpu, gpu
-from ray_ep.placement.whatif import Cluster, simulate, synthetic
-from ray_ep.placement.whatif_answer import Option, answer
+from ray_ep.placement.whatif.answer import Option, answer
+from ray_ep.placement.whatif.gpus import GPUS, Gpu, gpu
+from ray_ep.placement.whatif.simulate import Cluster, simulate, synthetic
 
 (ROW,) = simulate(Cluster(1, 2, 2), synthetic(1, 4, 2, tokens=64), ["contiguous"])
 

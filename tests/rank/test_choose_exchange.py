@@ -8,7 +8,7 @@ import torch
 
 from ray_ep.driver.loop import step_metrics
 from ray_ep.moe import KINDS
-from ray_ep.moe.choose import take
+from ray_ep.moe.exchange.choose import take
 from ray_ep.placement import Topology, random
 from ray_ep.rank.clock import INSIDE
 from tests.conftest import run_ranks

@@ -15,7 +15,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 
 from ray_ep.collective import SoloGroup
 from ray_ep.config import load_config
-from ray_ep.moe.balancer import Balancer
+from ray_ep.moe.balance.balancer import Balancer
 from ray_ep.placement import contiguous, random
 from ray_ep.rank.data.corpus import Corpus, global_batch
 from ray_ep.rank.model import model_config

@@ -1,0 +1,1 @@
+"""Files of other engines: opened, told apart by their content, written."""

@@ -1,0 +1,1 @@
+"""`ray-ep plan`: its options, what it is given, what it does and prints."""

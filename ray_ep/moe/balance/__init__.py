@@ -1,0 +1,1 @@
+"""Balance: of the router by its losses, and of the ranks inside a step by guests."""

@@ -1,0 +1,1 @@
+"""The CPU's own layer: fused body, compiled kernels, matrix products, memory that is kept."""

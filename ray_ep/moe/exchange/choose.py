@@ -1,0 +1,173 @@
+"""The exchange is chosen by measurement: every way is timed on a layer's own tokens and routing, the fastest is taken.
+
+All ranks time the same and agree on the slowest rank's seconds, so all choose the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ray_ep.collective import Group
+from ray_ep.moe.exchange.ways import KINDS
+from ray_ep.moe.parallelize import ExpertParallel
+
+_GATHER_BYTES = 1 << 20
+"""All-gather is for few tokens: it is not tried where every rank would receive more, and it does not balance."""
+
+ROUNDS = 9
+"""Most timings of one way."""
+
+CLEARLY = 0.95
+"""The first way stays unless another takes less than this share of its time: equal runs shall not differ by noise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One way's figure: median seconds of one pass over the layer on the slowest rank."""
+
+    kind: str
+    transport: str
+    seconds: float
+    rounds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was taken, and what it was compared with on how much work."""
+
+    kind: str
+    transport: str
+    pinned: bool
+    layer: int
+    tokens: int  # of this rank
+    backward: bool
+    seconds: float  # that the choice took
+    timings: list[Timing]
+    note: str = ""  # why it is not what was asked for
+
+    def to_dict(self) -> dict[str, Any]:
+        """For exchange.json."""
+        return {**asdict(self), "words": self.words()}
+
+    def words(self) -> str:
+        """One line for people."""
+        if len(self.timings) < 2:
+            why = self.note or ("pinned" if self.pinned else "the only way here")
+            return f"{self.kind} over {self.transport} ({why})"
+        rows = sorted(self.timings, key=lambda t: t.seconds)
+        rest = ", ".join(f"{t.kind} over {t.transport} {t.seconds * 1e3:.2f} ms" for t in rows)
+        return f"{self.kind} over {self.transport}, by {rows[0].rounds} rounds on layer {self.layer}: {rest}"
+
+
+def choose(
+    ep: ExpertParallel,
+    work: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    index: int,
+    groups: dict[str, Group],
+    *,
+    kinds: tuple[str, ...] = KINDS,
+    backward: bool,
+    budget_s: float = 1.5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Choice:
+    """Time the ways on layer `index`, and let all layers take the fastest (collective).
+
+    The first way stays unless it is clearly beaten.
+
+    Args:
+        work: hidden [T, H], top_k_index [T, K], top_k_weights [T, K] of this rank, as `ExpertLayer.capture` keeps them.
+        groups: transports to choose from by name, each with the same ranks.
+        kinds: ways to choose from; those that cannot win here are left out (`candidates`).
+        backward: time forward and backward.
+        budget_s: time for all rounds together; the first round alone may take longer.
+        clock: seconds.
+    """
+    began, layer, module = clock(), ep.layers[index], ep.modules[index]
+    hidden, chosen, weights = work
+    sensible, note = candidates(ep, kinds, _received_bytes(ep.group, hidden))
+    ways = [(k, name) for name in groups for k in sensible]
+    found: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
+    enabled, ep.counters.enabled = ep.counters.enabled, False
+
+    def timed(kind: str, transport: str) -> float:
+        ep.exchange.kind, layer.group = kind, groups[transport]
+        inputs = [hidden.detach().requires_grad_(backward), weights.detach().requires_grad_(backward)]
+        layer.group.barrier()
+        _synchronise(hidden)
+        start = clock()
+        with torch.set_grad_enabled(backward):
+            out = layer.compute(module, inputs[0], chosen, inputs[1])
+            if backward:
+                torch.autograd.grad(out.float().sum(), inputs)
+        _synchronise(hidden)
+        took = torch.tensor([clock() - start], dtype=torch.float64)
+        layer.group.all_reduce(took, "max")
+        return float(took)
+
+    first = {way: timed(*way) for way in ways} if len(ways) > 1 else {}
+    if first:
+        rounds = min(ROUNDS, int(budget_s / sum(first.values())))
+        for _ in range(rounds):
+            for way in ways:
+                found[way].append(timed(*way))
+    median = {way: sorted(s)[len(s) // 2] if s else first.get(way, 0.0) for way, s in found.items()}
+    best = fastest(median)
+    ep.counters.enabled = enabled
+    take(ep, best[0], groups[best[1]])
+    timings = [Timing(*way, median[way], max(len(found[way]), 1)) for way in ways]
+    seconds = clock() - began
+    return Choice(*best, len(kinds) == 1, index, len(hidden), backward, seconds, timings, note)
+
+
+def fastest(seconds: dict[tuple[str, str], float]) -> tuple[str, str]:
+    """The way to take, given each one's seconds: the first, or the fastest if it clearly beats that."""
+    first, best = next(iter(seconds)), min(seconds, key=lambda way: seconds[way])
+    return best if seconds[best] < CLEARLY * seconds[first] else first
+
+
+def settle(ep: ExpertParallel, kind: str, groups: dict[str, Group]) -> Choice:
+    """Take the one way that there is, without timing (not collective): `kind` over the only one of `groups`."""
+    ((transport, group),) = groups.items()
+    (kind,), note = candidates(ep, (kind,), 0)
+    take(ep, kind, group)
+    return Choice(kind, transport, ep.group.size > 1, 0, 0, False, 0.0, [], note)
+
+
+def take(ep: ExpertParallel, kind: str, group: Group) -> None:
+    """Let all layers exchange by `kind` over `group`; every rank calls it with the same."""
+    ep.exchange.kind = kind
+    ep.group = ep.balancer.group = group
+    for layer, replicas in zip(ep.layers, ep.replicas, strict=True):
+        layer.group = replicas.group = group
+
+
+def candidates(ep: ExpertParallel, kinds: tuple[str, ...], received: int) -> tuple[list[str], str]:
+    """Ways of `kinds` that could win, the same on every rank; if one was asked for that is another here, why.
+
+    Two levels need nodes of several ranks, all-gather few tokens.
+
+    Args:
+        received: bytes of hidden states that an all-gather brings to each rank.
+    """
+    levels = 1 < ep.num_nodes < ep.group.size
+    sensible = {"flat": True, "two_level": levels, "all_gather": ep.group.size > 1 and received <= _GATHER_BYTES}
+    if kinds == ("two_level",) and not levels:
+        nodes = "one node" if ep.num_nodes == 1 else "nodes of one rank each"
+        return ["flat"], f"two_level is pinned; on {nodes} there is one level"
+    return [k for k in kinds if sensible[k]] or [kinds[0]], ""
+
+
+def _received_bytes(group: Group, hidden: torch.Tensor) -> int:
+    most = torch.tensor([len(hidden)])
+    group.all_reduce(most, "max")
+    return int(most) * group.size * hidden.shape[1] * hidden.element_size()
+
+
+def _synchronise(like: torch.Tensor) -> None:
+    if like.device.type == "cuda":
+        torch.cuda.synchronize()
