@@ -29,9 +29,9 @@ from ray_ep.placement import (
     plan,
     predict,
     random,
-    step,
 )
 from ray_ep.placement.cost.predict import Prediction
+from ray_ep.placement.in_step import rules as step
 from ray_ep.placement.placement import Floats, Ints
 from ray_ep.placement.planner.plan import warm
 

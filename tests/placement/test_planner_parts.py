@@ -14,12 +14,11 @@ from ray_ep.placement import (
     Topology,
     load_only,
     migration,
-    packing,
     predict,
-    swaps,
 )
 from ray_ep.placement.cost.dispatch import deal, simulate
 from ray_ep.placement.planner import grouping as kernels
+from ray_ep.placement.planner import packing, swaps
 from ray_ep.placement.planner.forecast import DRIFT, expected_load
 
 

@@ -255,5 +255,5 @@ def test_bad_input_says_what_is_wrong():
 
 def test_a_change_of_the_kernels_below_reaches_the_compiled_search():
     folder = Path(step_search.__file__).parent
-    text = b"".join((folder / f"{name}.py").read_bytes() for name in ("step_flows", "step_fill"))
+    text = b"".join((folder / f"{name}.py").read_bytes() for name in ("flows", "fill"))
     assert hashlib.sha256(text).hexdigest()[:16] == step_search.BELOW, "write the new digest into step_search.BELOW"

@@ -1,7 +1,7 @@
 """Fill ranks up to a level of seconds, compiled: the busiest rank gives to ranks under the level, until none is above.
 
 First to ranks that have the expert, then to new guests, as much at once as fits. Which level is best is found in
-step_search.py. E experts, R ranks; `rows` is a quota transposed to [R, E].
+search.py. E experts, R ranks; `rows` is a quota transposed to [R, E].
 """
 
 from __future__ import annotations

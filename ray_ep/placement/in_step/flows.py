@@ -1,6 +1,6 @@
-"""Compiled kernels of a step's flows: which rank computes which source's pairs. step_search.py finds the quotas.
+"""Compiled kernels of a step's flows: which rank computes which source's pairs. search.py finds the quotas.
 
-After a change here or in step_fill.py, `BELOW` of step_search.py changes, too: see there.
+After a change here or in fill.py, `BELOW` of search.py changes, too: see there.
 No fastmath: every rank must reach the same plan bit for bit, on whatever CPU it runs. `rows` is a quota transposed
 to [R, E]: a rank's experts lie side by side. E experts, R ranks, G guests.
 """

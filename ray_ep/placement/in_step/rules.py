@@ -1,7 +1,7 @@
 """Balance inside a step: from the counts of one layer, how many pairs of which expert each rank computes.
 
 Pure: `balance_step` is a function of its arguments alone, so all ranks that call it with the same counts and rules get
-the same plan and need not talk about it. The compiled parts: step_search.py (the plan), step_fill.py, step_flows.py.
+the same plan and need not talk about it. The compiled parts: search.py (the plan), fill.py, flows.py.
 Dimensions: E experts of a layer, R ranks, G guests. A pair is one (token, expert) choice of a router.
 """
 

@@ -1,6 +1,6 @@
 """The search for a step's plan, compiled: which level of seconds is best, and the plan filled up to it.
 
-A dual approximation of the makespan (Hochbaum and Shmoys 1987): step_fill.py fills ranks up to one level, the level is
+A dual approximation of the makespan (Hochbaum and Shmoys 1987): fill.py fills ranks up to one level, the level is
 found by trials and bisection. A higher level needs fewer guests, whose weights take time on both ends, so the lowest
 level is not the best one. E experts, R ranks, G guests; `rows` is a quota transposed to [R, E].
 """
@@ -14,8 +14,8 @@ import numpy as np
 from ray_ep.placement.in_step.fill import Move, Rules, State, apply, fill, sender
 from ray_ep.placement.in_step.flows import compiled, flows, nearest, rank_seconds, single_rank
 
-BELOW = "0a9dc967424ad104"
-"""Digest of step_flows.py and step_fill.py. numba's cache looks at the text of one file alone: without a change in this
+BELOW = "a4dca6aa4b8fb11a"
+"""Digest of flows.py and fill.py. numba's cache looks at the text of one file alone: without a change in this
 one, it would go on with the old kernels of those (also after an upgrade, which leaves the cache where it is)."""
 
 ROUNDS = 6
