@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from ray_ep.collective import Group
-from ray_ep.moe import parallelize
-from ray_ep.moe.exchange import choose
+from ray_ep.moe import choose, parallelize
 
 Step = Callable[[], None]
 

@@ -8,8 +8,7 @@ import torch
 
 import ray_ep
 from ray_ep.collective import Group
-from ray_ep.moe import KINDS, settle
-from ray_ep.moe.exchange import choose
+from ray_ep.moe import KINDS, choose, settle
 from ray_ep.moe.exchange.choose import CLEARLY, candidates, fastest, take
 from tests.models import build, placement_of
 
