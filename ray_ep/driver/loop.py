@@ -10,13 +10,13 @@ from math import isfinite
 from typing import Any, Protocol
 
 import numpy as np
-from omegaconf import OmegaConf
 
 from ray_ep.config.schema import Config
 from ray_ep.driver.alarm import WINDOW, collapse
-from ray_ep.driver.cluster import Ranks, connected, starting, transports
+from ray_ep.driver.cluster import connected, starting, transports
 from ray_ep.driver.interrupt import Interrupt, farewell
 from ray_ep.driver.probe import measured
+from ray_ep.driver.ranks import Ranks
 from ray_ep.driver.reach import in_job_copy, try_nodes
 from ray_ep.driver.rebalance.mover import Mover, check_survival, facts_of
 from ray_ep.driver.saving import Saver, cause_of, what_is_lost, when
@@ -124,9 +124,7 @@ class Driver:
             self.topology = measured(self.ranks, cfg.topology.budget_s)
         check_survival(cfg, self.topology, plan.placement)
         self.phase("loading the model" if cfg.model.path or plan.checkpoint else "building the model")
-        tree = OmegaConf.to_container(cfg)
-        shared = self.ranks.share(plan.corpus)
-        self.ranks.call("build", tree, plan.config, shared, plan.placement, self.topology)
+        self.ranks.build(cfg, plan.config, plan.corpus, plan.placement, self.topology)
         if plan.checkpoint is not None:
             self.ranks.call("load", plan.checkpoint.directory.url, plan.checkpoint.step)
             self.done = plan.run.done = plan.checkpoint.step

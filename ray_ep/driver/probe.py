@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ray_ep.config.schema import Config
-from ray_ep.driver.cluster import Ranks, connected, starting, transports
+from ray_ep.driver.cluster import connected, starting, transports
 from ray_ep.driver.interrupt import Interrupt
+from ray_ep.driver.ranks import Ranks
 from ray_ep.errors import ConfigError
 from ray_ep.placement import Topology
 from ray_ep.placement.links.gpu_links import joined

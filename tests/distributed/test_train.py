@@ -29,7 +29,7 @@ import ray
 given = {"GIVEN": "kept", "MALLOC_TRIM_THRESHOLD_": "7000000"}
 ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": given})
 import ray_ep
-from ray_ep.driver.cluster import Ranks
+from ray_ep.driver.ranks import Ranks
 from ray_ep.driver.probe import measured
 from ray_ep.errors import CheckpointError, RankError
 

@@ -15,13 +15,13 @@ from statistics import median
 
 import numpy as np
 import ray
-from omegaconf import OmegaConf
 
 import ray_ep
 from ray_ep.cli.plan.inputs import read_recorded, run_costs
-from ray_ep.driver.cluster import Ranks, connected
+from ray_ep.driver.cluster import connected
 from ray_ep.driver.loop import step_metrics
 from ray_ep.driver.probe import measured
+from ray_ep.driver.ranks import Ranks
 from ray_ep.driver.start import check
 from ray_ep.placement import Placement, StepCosts, contiguous, load_only, plan, predict, random
 
@@ -62,13 +62,12 @@ def hot(load, topology):
 
 def turn(ranks, checked, cfg, placement, topology, steps):
     """Metrics of each step of one turn."""
-    tree, corpus = OmegaConf.to_container(cfg), ranks.share(checked.corpus)
-    ranks.call("build", tree, checked.config, corpus, placement, topology)
-    ranks.call("choose_exchange", 0)
+    ranks.build(cfg, checked.config, checked.corpus, placement, topology)
+    ranks.choose_exchange(0)
     lines = []
     for step in range(steps):
         began = time.perf_counter()
-        results = ranks.call("train_step", step)
+        results = ranks.train_step(step)
         lines.append(step_metrics(step, results, time.perf_counter() - began, topology, placement))
     return lines
 
@@ -97,7 +96,7 @@ def main(run, out, rounds, overrides):
         address = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes()}
         ranks = Ranks(cfg.cluster, f"turns-{time.time_ns()}", joined.local, lambda: False)
         try:
-            ranks.call("join", ranks.name, 0, 60.0, ["gloo"])
+            ranks.join(0, 60.0, ["gloo"])
             topology = measured(ranks, cfg.topology.budget_s)
             own = run_costs(run, recorded, topology.num_ranks)
             own["tokens_per_rank"] = cfg.batch.sequences * cfg.batch.length // topology.num_ranks
