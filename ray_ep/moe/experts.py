@@ -64,6 +64,11 @@ class ExpertLayer:
             self.shared.passes.now.inference.forget(self.index)
 
     @property
+    def body(self) -> Body | None:
+        """What the last pass computed with, but for traces; None: it will be chosen in the next one."""
+        return None if self._bodies is None else self._bodies.taken
+
+    @property
     def group(self) -> Group:
         """What this layer exchanges over."""
         return self.shared.traffic.group
