@@ -36,7 +36,7 @@ def test_each_folder_that_the_readme_names_exists():
 
 
 def test_links_between_docs_lead_somewhere():
-    for doc in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for doc in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for link in re.findall(r"\]\((?!http)([^)#]+)", doc.read_text()):
             assert (doc.parent / link).exists(), f"{doc.name}: {link}"
 
@@ -75,7 +75,7 @@ def test_each_message_in_troubleshooting_md_is_one_that_the_code_says():
 
 
 def test_each_heading_that_a_link_between_docs_names_exists():
-    for doc in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for doc in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for file, heading in re.findall(r"\]\(((?!http)[^)#]*)#([^)]+)\)", doc.read_text()):
             headings = re.findall(r"^#+ (.*)", (doc.parent / file if file else doc).read_text(), re.M)
             assert heading in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], (doc, heading)
