@@ -1,7 +1,7 @@
 """Matrix products of the CPU layer by the fastest library that torch carries, into buffers that exist.
 
 torch.mm goes to MKL in float32, which with AVX512 leaves a tenth to oneDNN on AMD and has a tenth more on Intel
-(docs/notes/layer.md); weights that do not change can be packed once for oneDNN, which then reads them at memory speed in
+(docs/benchmarks.md); weights that do not change can be packed once for oneDNN, which then reads them at memory speed in
 decode. oneDNN compiles a kernel for every new number of rows, which takes a millisecond: more than small matrices can
 gain. Without AVX512 (or AVX-NE-CONVERT) it has no bfloat16, and torch multiplies that at a tenth of float32's rate: we
 widen it, and round once.
