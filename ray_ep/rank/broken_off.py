@@ -1,41 +1,14 @@
-"""Work of several passes that all ranks leave together, between two of them, as if it had not begun."""
+"""Work of several passes that is left between two of them, as if it had not begun."""
 
 from __future__ import annotations
 
 import copy
-import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
-from ray_ep.collective import Group
-from ray_ep.config.schema import BatchConfig
 from ray_ep.moe import ExpertParallel
-
-PART = 64
-"""Sequences of one pass of an evaluation, unless a pass of a step has more."""
-
-
-def leaving(stop: threading.Event, group: Group, device: torch.device) -> bool:
-    """Whether any rank was asked to leave: the same answer on every rank (collective; on a GPU a host sync)."""
-    asked = torch.tensor([float(stop.is_set())], device=device)
-    group.all_reduce(asked, "max")
-    return bool(asked.item())
-
-
-def evaluation_parts(mine: np.ndarray, rows: int, batch: BatchConfig) -> Iterator[tuple[int, np.ndarray]]:
-    """This rank's rows of an evaluation over `rows` in passes, as many on every rank: (number of the first, rows).
-
-    A rank may have none in a pass. What fits into one pass is one.
-    """
-    parts = max(1, -(-rows // max(PART, batch.sequences // batch.accumulation)))
-    number = 0
-    for part in np.array_split(mine, parts):
-        yield number, part
-        number += len(part)
 
 
 class Before:

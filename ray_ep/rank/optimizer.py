@@ -67,9 +67,9 @@ class MasterOptimizer:
         enter: told what a step is at: reduce, norm, update, publish.
     """
 
-    def __init__(self, model: Any, cfg: OptimConfig, group: Group, enter: Callable[[str], None] = lambda phase: None):
+    def __init__(self, model: Any, cfg: OptimConfig, enter: Callable[[str], None] = lambda phase: None):
         ep: ExpertParallel = model.ray_ep
-        self.ep, self.cfg, self.group, self.enter = ep, cfg, group, enter
+        self.ep, self.cfg, self.enter = ep, cfg, enter
         layer_of = {f"{n}.{p}": i for i, n in enumerate(ep.names) for p in ep.parameters(i)}
         self.weights = [
             _weight(name, p, layer_of.get(name), ep) for name, p in model.named_parameters() if p.requires_grad
@@ -77,6 +77,11 @@ class MasterOptimizer:
         self.updates = 0  # so far, those of a restored run included
         schedule = get_scheduler(cfg.schedule, torch.optim.SGD([torch.zeros(1)]), cfg.warmup_steps, cfg.steps)
         self._factor = schedule.lr_lambdas[0]
+
+    @property
+    def group(self) -> Group:
+        """The group that the layers exchange over."""
+        return self.ep.group
 
     @property
     def kinds(self) -> tuple[str, ...]:
