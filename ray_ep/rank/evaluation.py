@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ray_ep.config.schema import BatchConfig
-from ray_ep.rank.passes import Passes
+from ray_ep.rank.forward import Forward
 
 PART = 64
 """Sequences of one pass of an evaluation, unless a pass of a step has more."""
@@ -16,25 +16,26 @@ PART = 64
 
 @torch.no_grad()
 def evaluate(
-    passes: Passes, batch: np.ndarray, trace: bool = False
+    forward: Forward, batch: np.ndarray, trace: bool = False
 ) -> tuple[float, list[dict[str, np.ndarray]]] | None:
     """Mean loss on `batch` [B, length + 1], equal on every rank (collective); `Trainer.evaluate` says the rest."""
-    rank, ep = passes.rank, passes.ep
+    rank, ep = forward.rank, forward.ep
     rank.model.eval()  # type: ignore[no-untyped-call]
     ep.counters.enabled = False
     for layer in ep.layers:
         layer.trace = [] if trace else None
-    mine = passes.share(batch)
+    mine = forward.share(batch)
     first, total = ep.routing.first_token, torch.zeros(2, dtype=torch.float64, device=rank.device)
     total[1] = mine[:, 1:].size
     left = False
     for number, (row, rows) in enumerate(evaluation_parts(mine, len(batch), rank.cfg.batch)):
-        if left := bool(number) and passes.leaving():
+        if left := bool(number) and forward.leaving():
             break
         ep.routing.first_token = first + row * rank.cfg.batch.length
-        total[0] += passes.cross_entropy(rows)
+        total[0] += forward.cross_entropy(rows)
     ep.counters.enabled = True
     traces = [layer.trace for layer in ep.layers]
+    ep.routing.forget()
     for layer in ep.layers:
         layer.trace = None  # what follows exchanges as chosen, and keeps nothing
     if left:

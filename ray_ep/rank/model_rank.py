@@ -18,8 +18,8 @@ from ray_ep.config.schema import Config
 from ray_ep.errors import ModelError
 from ray_ep.moe import KINDS, Choice, ExpertParallel, Limits, Moved, OwnedState, apply_placement, choose, settle
 from ray_ep.placement import Placement, RoutingStatistics, Topology
+from ray_ep.rank.before import unseen
 from ray_ep.rank.model import build
-from ray_ep.rank.trial import unseen
 
 CHOICE_S = 1.2
 """Time that the choice of the exchange may take, beside one forward pass and a first round of every way."""

@@ -6,8 +6,10 @@ L MoE layers, E experts, R ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from math import isfinite
 
 import numpy as np
+import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,3 +48,34 @@ class StepResult:
     peak_mib: int = 0  # memory that this rank's process has had at most; of its GPU, on one
     note: str = ""
     warning: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Reduced:
+    """All that the update of a step needs beside the gradients: summed over ranks, equal on every rank."""
+
+    step: int
+    norm: float  # of the whole gradient
+    main: float  # losses
+    aux: float
+    z: float
+    seconds: float  # sum over ranks of their seconds up to here
+    load: torch.Tensor  # int64 [L, E] on the device
+
+    @property
+    def finite(self) -> bool:
+        """Whether the step may be applied."""
+        return all(map(isfinite, (self.norm, self.main, self.aux, self.z)))
+
+
+@dataclass(frozen=True, slots=True)
+class RankState:
+    """Where a rank is, so that after a failure all can be brought to one step.
+
+    If `updates` is one more on any rank, those with a `ready` step finish it; if on none, all discard.
+    """
+
+    updates: int  # steps done, those of a restored run included
+    ready: int | None  # step whose reductions are done, its update is not
+    unpublished: bool  # replicas may have old weights
+    torn: bool  # it failed in an update: some weights are new, some old; it must be given up

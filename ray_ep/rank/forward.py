@@ -16,7 +16,7 @@ from ray_ep.rank.loss import summed_cross_entropy
 from ray_ep.rank.model_rank import ModelRank
 
 
-class Passes:
+class Forward:
     """Forward passes of one rank; the caller makes the backward.
 
     Attributes:
