@@ -144,6 +144,12 @@ class Topology:
             lanes=None if self.lanes is None else _lanes(self.lanes, self.node_of, nodes),
         )
 
+    def by_groups(self) -> Topology | None:
+        """Measured links, with the groups that they make in place of what nodes are called; None: not measured."""
+        if self.groups is None or not np.isfinite(self.bandwidth).any():
+            return None
+        return replace(self, node_of=self.groups)
+
     def seconds(self, source: int, destination: int, size: float) -> float:
         """Time that a message of `size` bytes takes over a link that is otherwise idle."""
         return float(self.latency[source, destination] + size / self.bandwidth[source, destination])
