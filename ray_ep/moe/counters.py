@@ -11,7 +11,7 @@ import time
 import numpy as np
 import torch
 
-from ray_ep.moe.routing import recomputing
+from ray_ep.moe.passes import recomputing
 from ray_ep.placement import RoutingStatistics
 
 
@@ -125,8 +125,8 @@ class Counters:
         if self.sample is None:
             shape = (self.layers, self.capacity, index.shape[1])
             self.sample = torch.zeros(shape, dtype=torch.int32, device=index.device)
-        taken, slot = (torch.from_numpy(x).to(index.device) for x in self._kept)
-        self.sample[layer][slot] = index[taken].to(torch.int32)
+        tokens, places = (torch.from_numpy(x).to(index.device) for x in self._kept)
+        self.sample[layer][places] = index[tokens].to(torch.int32)
 
 
 def bincount(values: torch.Tensor, length: int) -> torch.Tensor:

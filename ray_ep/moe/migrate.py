@@ -174,7 +174,7 @@ class Shipment:
         ep, layer, rank = self.ep, self.ep.layers[index], self.ep.group.rank
         experts = self.placement.experts_of(index, rank)
         owned = [e for e in experts if self.placement.owner[index, e] == rank]
-        layer.packed = None
+        layer.forget()
         if experts == layer.experts and len(owned) == layer.owned:
             return
         row_of = {e: row for row, e in enumerate(layer.experts)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,16 @@ from ray_ep.moe.balance.balancer import MODES, Balancer, Limits
 from ray_ep.moe.balance.balancer import warm as warm_step
 from ray_ep.moe.counters import Counters
 from ray_ep.moe.cpu import kernels
-from ray_ep.moe.cpu.gemm import Packed
+from ray_ep.moe.cpu.fused import is_plain
+from ray_ep.moe.cpu.gemm import Gemm, Packed
 from ray_ep.moe.cpu.pool import Pool
-from ray_ep.moe.exchange.dispatch import Meter
+from ray_ep.moe.exchange.meter import Meter, MeteredGroup
 from ray_ep.moe.exchange.ways import Exchange
-from ray_ep.moe.experts import IMPLEMENTATION, ExpertLayer, Shared, is_plain
+from ray_ep.moe.experts import IMPLEMENTATION, ExpertLayer
+from ray_ep.moe.passes import Capture, Inference, Passes, Trace
 from ray_ep.moe.replicas import ReplicaExchange
 from ray_ep.moe.routing import Routing
+from ray_ep.moe.site import Shared
 from ray_ep.placement import Placement, contiguous
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "_is_expert_parallel")
@@ -37,7 +41,7 @@ class ExpertParallel:
     Attributes:
         modules: the transformers experts modules in layer order; their direct parameters hold this rank's experts.
         layers: the `ExpertLayer` of each.
-        routing, counters, meter, exchange: shared by all layers.
+        routing, counters, meter, exchange: shared by all layers. passes: what differs from pass to pass.
     """
 
     def __init__(self, modules: dict[str, torch.nn.Module], group: Group, sample: int, seed: int, balancer: Balancer):
@@ -45,11 +49,20 @@ class ExpertParallel:
         self.names = list(modules)
         self.group = group
         self.num_experts = same_count(modules)
-        self.routing = Routing(len(modules))
+        self.passes = Passes()
+        self.routing = Routing(len(modules), self.passes)
         self.counters = Counters(len(modules), self.num_experts, sample, seed + group.rank)
         self.meter = Meter(np.zeros(group.size, np.int64), np.zeros(len(modules), np.int64))
-        self.exchange, self.balancer = Exchange(), balancer
-        shared = Shared(group, self.routing, self.meter, self.counters, Pool(), self.exchange, balancer)
+        self.exchange, self.balancer, self.gemm = Exchange(), balancer, Gemm()
+        self.traffic = MeteredGroup(group, self.meter)
+        shared = Shared(
+            traffic=self.traffic,
+            passes=self.passes,
+            counters=self.counters,
+            balancer=balancer,
+            pool=Pool(),
+            gemm=self.gemm,
+        )
         self.layers = [ExpertLayer(i, name, self.num_experts, shared) for i, name in enumerate(modules)]
 
     def place(self, placement: Placement, node_of: np.ndarray | None, device: torch.device) -> None:
@@ -62,6 +75,12 @@ class ExpertParallel:
         self.replicas = [ReplicaExchange(placement, i, self.group, device) for i in range(len(self.layers))]
         self.counters.to(device)
         self.meter.to(device)
+
+    def exchange_by(self, **changes: Any) -> None:
+        """Let all layers exchange otherwise from the next pass on, by fields of `Exchange`; the same on every rank."""
+        self.exchange = replace(self.exchange, **changes)
+        for layer in self.layers:
+            layer.exchange_by(self.exchange)
 
     def parameters(self, index: int) -> dict[str, torch.nn.Parameter]:
         """Per-expert parameters of a layer, [S, ...] with one row for each expert held."""
@@ -82,23 +101,35 @@ class ExpertParallel:
         Decode reads packed weights twice as fast; an expert that is used so takes its memory once more. Guests stay, as
         far as `Limits.guest_mb` goes.
         """
-        for module, layer in zip(self.modules, self.layers, strict=True):
+        inference = Inference()
+        for index, module in enumerate(self.modules):
             if is_plain(module, module.gate_up_proj):  # type: ignore[arg-type]
-                layer.packed = (Packed(module.gate_up_proj), Packed(module.down_proj))  # type: ignore[arg-type]
-        try:
+                weights = self.parameters(index)
+                inference.packed[index] = (
+                    Packed(weights["gate_up_proj"], self.gemm), Packed(weights["down_proj"], self.gemm),
+                )  # fmt: skip
+        with self.passes.changed(inference=inference):
             yield
-        finally:
-            for layer in self.layers:
-                layer.packed = layer.kept = None
 
     @contextmanager
     def idle(self) -> Iterator[None]:
         """Inside: this rank's tokens are padding; it takes part in every exchange with none of them."""
-        self.routing.idle = True
-        try:
+        with self.passes.changed(idle=True):
             yield
-        finally:
-            self.routing.idle = False
+
+    @contextmanager
+    def tracing(self) -> Iterator[Trace]:
+        """Inside: passes exchange flat, and note which rank answers for each choice: see `Trace`."""
+        trace: Trace = [[] for _ in self.layers]
+        with self.passes.changed(trace=trace):
+            yield trace
+
+    @contextmanager
+    def capturing(self, index: int) -> Iterator[Capture]:
+        """Inside: what layer `index` computes on in its first pass is kept, for `choose`."""
+        capture = Capture(index)
+        with self.passes.changed(capture=capture):
+            yield capture
 
 
 def parallelize(

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import astuple, dataclass, fields, replace
 from functools import partial
-from math import isfinite, log
+from math import ceil, isfinite, log
 from typing import Any
 
 import numpy as np
@@ -123,8 +124,8 @@ class Rank:
         self.ep.routing.force = cfg.router.force
         tokens = cfg.batch.sequences * cfg.batch.length / group.size  # of this rank in a step
         self.ep.counters.window = round(cfg.placement.decay / log(2) * tokens)
-        way, wanted = self.ep.exchange, cfg.exchange
-        way.chunks, way.float8, way.tokens = wanted.chunks, wanted.float8, wanted.tokens
+        way = cfg.exchange
+        self.ep.exchange_by(chunks=way.chunks, float8=way.float8, tokens=way.tokens)
         self.clock = StepClock(self.ep.meter.seconds)
         self.optimizer = MasterOptimizer(self.model, cfg.optim, group, self.clock.enter)
         self.pays = Pays() if cfg.balance.in_step == "auto" and group.size > 1 else None
@@ -147,16 +148,17 @@ class Rank:
         cfg = self.cfg
         kinds = KINDS if cfg.exchange.kind == "auto" else (cfg.exchange.kind,)
         if len(groups) == 1 and (self.group.size == 1 or len(kinds) == 1):
-            return settle(self.ep, kinds[0], groups)
+            tokens = cfg.batch.sequences * cfg.batch.length / cfg.batch.accumulation  # of all ranks in a pass
+            return settle(self.ep, kinds[0], groups, ceil(tokens * self.top_k / self.ep.num_experts))
         layer = self.ep.layers[len(self.ep.layers) // 2]
         batch = global_batch(self.corpus.train, cfg.seed, step, cfg.batch.sequences, cfg.batch.length)
         part = np.split(batch, cfg.batch.accumulation)[0]
         with unseen(self.model):
-            layer.capture = True
-            self._cross_entropy(self._share(part))
-            if layer.captured is None:
+            with self.ep.capturing(layer.index) as capture:
+                self._cross_entropy(self._share(part))
+            if capture.work is None:
                 raise self._never_called()
-            choice = choose(self.ep, layer.captured, layer.index, groups, kinds=kinds, backward=True, budget_s=CHOICE_S)
+            choice = choose(self.ep, capture.work, layer.index, groups, kinds=kinds, backward=True, budget_s=CHOICE_S)
         self.group = self.optimizer.group = self.ep.group
         return choice
 
@@ -217,21 +219,17 @@ class Rank:
         batch = held_out_batch(self.corpus.held_out, self.cfg.eval.sequences, self.cfg.batch.length)
         self.model.eval()
         self.ep.counters.enabled = False
-        for layer in self.ep.layers:
-            layer.trace = [] if trace else None
         mine = self._share(batch)
         first, total = self.ep.routing.first_token, torch.zeros(2, dtype=torch.float64, device=self.device)
         total[1] = mine[:, 1:].size
         left = False
-        for number, (row, rows) in enumerate(evaluation_parts(mine, len(batch), self.cfg.batch)):
-            if left := bool(number) and leaving(self.stop, self.group, self.device):
-                break
-            self.ep.routing.first_token = first + row * self.cfg.batch.length
-            total[0] += self._cross_entropy(rows)
+        with self.ep.tracing() if trace else nullcontext([]) as traces:
+            for number, (row, rows) in enumerate(evaluation_parts(mine, len(batch), self.cfg.batch)):
+                if left := bool(number) and leaving(self.stop, self.group, self.device):
+                    break
+                self.ep.routing.first_token = first + row * self.cfg.batch.length
+                total[0] += self._cross_entropy(rows)
         self.ep.counters.enabled = True
-        traces = [layer.trace for layer in self.ep.layers]
-        for layer in self.ep.layers:
-            layer.trace = None  # what follows exchanges as chosen, and keeps nothing
         if left:
             return None
         self.group.all_reduce(total)

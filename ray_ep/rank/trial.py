@@ -40,4 +40,3 @@ def unseen(model: Any) -> Iterator[None]:
         routing.logits[:] = logits
         for layer, calls, load in layers:
             layer.calls, layer.pass_load = calls, load
-            layer.capture, layer.captured = False, None
