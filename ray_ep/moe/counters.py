@@ -70,6 +70,20 @@ class Counters:
         self.seconds += time.perf_counter() - start
         return load
 
+    def share(self, before: int, ranks: int) -> None:
+        """Keep this rank's part of a sample that `before` ranks shared and now `ranks` do; the window likewise."""
+        self.window = round(self.window * before / ranks)
+        capacity, filled = round(self.capacity * before / ranks), min(self.seen, self.capacity)
+        self._kept = None
+        if self.sample is not None:
+            keep = torch.from_numpy(np.sort(self._rng.permutation(filled)[:capacity])).to(self.sample.device)
+            sample = self.sample.new_zeros(self.layers, capacity, self.sample.shape[2])
+            sample[:, : len(keep)] = self.sample[:, keep]
+            self.sample = sample
+        if capacity > self.capacity:  # new places are filled first
+            self.seen = filled
+        self.capacity = capacity
+
     def take_step(self) -> torch.Tensor:
         """[L, E] load since the last call, on the device."""
         load, self.step = self.step, torch.zeros_like(self.step)
