@@ -175,9 +175,9 @@ class Shipment:
         here = [i for i in self.arriving if self.moves[i].layer == index]
         arrived = {self.moves[i].expert: (self.moves[i], self.arriving.pop(i)) for i in here}
         kept = {e: rows for e, (m, rows) in arrived.items() if m.state}
-        weights = {e: rows for e, (m, rows) in arrived.items() if not m.state}
-        for e, rows in kept.items():  # with a master the compute weight need not travel
-            weights[e] = {n: r[0] if n in self.kinds[index] else r for n, r in rows.items()}
+        weights = {e: rows for e, (m, rows) in arrived.items() if m.weights}
+        for e in kept.keys() & weights.keys():  # with a master the compute weight does not travel
+            weights[e] = {n: r[0] if n in self.kinds[index] else r for n, r in kept[e].items()}
         swap_rows(self.ep, index, self.placement, weights, kept, self.state)
 
     def _sides(self, parts: list[Part]) -> tuple[list[list[Part]], list[list[Part]]]:
