@@ -98,6 +98,21 @@ class Counters:
         self._before = {name: getattr(self, name) for name in _EAGER} | {"step": self.step.clone()}
         self._before["_rng"] = self._rng.bit_generator.state
 
+    def share(self, before: int, ranks: int) -> None:
+        """Keep this rank's part of a sample that `before` ranks shared and now `ranks` do; the window likewise."""
+        assert self._apart is None, "a half step was neither taken nor dropped"
+        self.window = round(self.window * before / ranks)
+        capacity, filled = round(self.capacity * before / ranks), min(self.seen, self.capacity)
+        self._kept = None
+        if self.sample is not None:
+            keep = torch.from_numpy(np.sort(self._rng.permutation(filled)[:capacity])).to(self.sample.device)
+            sample = self.sample.new_zeros(self.layers, capacity, self.sample.shape[2])
+            sample[:, : len(keep)] = self.sample[:, keep]
+            self.sample = sample
+        if capacity > self.capacity:  # new places are filled first
+            self.seen = filled
+        self.capacity = capacity
+
     def take_step(self) -> torch.Tensor:
         """[L, E] load since the last call, on the device; what was kept apart counts from now on."""
         start = time.perf_counter()
