@@ -27,7 +27,7 @@ from ray_ep.driver.requests import Request, RequestKind, Requests
 from ray_ep.driver.saving import Saver
 from ray_ep.driver.start import Plan
 from ray_ep.driver.states import State, States
-from ray_ep.rank.rank import StepResult
+from ray_ep.rank.results import StepResult
 
 
 class Driver:

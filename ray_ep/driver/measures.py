@@ -11,7 +11,7 @@ from ray_ep.driver.records import StepRecord
 from ray_ep.moe import Balance
 from ray_ep.placement import Placement, Topology
 from ray_ep.rank.clock import STEP_PHASES
-from ray_ep.rank.rank import StepResult
+from ray_ep.rank.results import StepResult
 
 
 def step_record(
