@@ -13,10 +13,13 @@ from ray_ep.driver.cluster import transports
 from ray_ep.driver.probe import measured
 from ray_ep.driver.ranks import Ranks
 from ray_ep.driver.reach import try_nodes
-from ray_ep.driver.rebalance.mover import check_survival, facts_of
+from ray_ep.driver.rebalance.links import Links
+from ray_ep.driver.rebalance.mover import Mover, Scope, check_survival, facts_of, look_every
 from ray_ep.driver.rebalance.recent import Facts
-from ray_ep.driver.rundir import checkpoint_url
+from ray_ep.driver.records import Event
+from ray_ep.driver.rundir import RunDir, checkpoint_url
 from ray_ep.driver.start import Plan
+from ray_ep.driver.states import States
 from ray_ep.moe import Choice
 from ray_ep.placement import Placement, Topology
 from ray_ep.rank.saved.directory import MANIFEST
@@ -73,3 +76,15 @@ def form(cfg: Config, plan: Plan, ranks: Ranks, phase: Callable[[str], None] = l
     choice = ranks.choose_exchange(done)
     facts = facts_of(cfg, plan.config, plan.expert_parameters, choice.kind, topology.num_ranks)
     return Formed(topology, plan.placement, choice, facts, done)
+
+
+def mover_of(
+    cfg: Config, run: RunDir, ranks: Ranks, formed: Formed, states: States, publish: Callable[[Event], None]
+) -> Mover:
+    """Rebalancing of the ranks that have formed; it knows nothing of those before them.
+
+    Args:
+        run: keeps the topologies and placements that follow. publish: tells an operator.
+    """
+    links = Links(ranks, formed.topology, cfg.topology.budget_s, look_every(cfg), run.topology, publish)
+    return Mover(Scope.of(cfg), ranks, links, formed.placement, formed.facts, states, run.placement, publish)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,19 +16,20 @@ from ray_ep.config.schema import Config
 from ray_ep.driver.alarm import Alarm
 from ray_ep.driver.ending import Activity, cause_of, ended
 from ray_ep.driver.evaluation import Evaluator
-from ray_ep.driver.forming import Formed, form
+from ray_ep.driver.forming import Formed, form, mover_of
 from ray_ep.driver.measures import step_record
 from ray_ep.driver.opening import notes_of, start_of
 from ray_ep.driver.publisher import LAST_S, Publisher
 from ray_ep.driver.ranks import Ranks
-from ray_ep.driver.rebalance.links import Links
-from ray_ep.driver.rebalance.mover import Mover, Scope, look_every
+from ray_ep.driver.rebalance.mover import Mover
 from ray_ep.driver.records import Event, StepRecord
 from ray_ep.driver.requests import Request, RequestKind, Requests
 from ray_ep.driver.saving import Saver
 from ray_ep.driver.start import Plan
 from ray_ep.driver.states import State, States
 from ray_ep.rank.results import StepResult
+
+log = logging.getLogger("ray_ep.driver")
 
 
 class Driver:
@@ -57,8 +59,8 @@ class Driver:
         self.cfg, self.plan, self.ranks, self.publisher, self.requests = cfg, plan, ranks, publisher, requests
         self.states, self.activity = States(), Activity(cfg.batch.accumulation, clock)
         self.saver = Saver(cfg, plan, ranks, publisher, clock)
-        held_out, run, tell = len(plan.corpus.held_out), plan.run, publisher.event
-        self.evaluator = Evaluator(cfg.eval, cfg.optim.steps, held_out, ranks, run.provenance, tell)
+        held_out, keep, tell = len(plan.corpus.held_out), plan.run.provenance, publisher.event
+        self.evaluator = Evaluator(cfg.eval, cfg.optim.steps, held_out, ranks, keep, tell)
         self.alarm = Alarm(cfg.router, tell)
         self.done = 0
         self.stop: Request | None = None
@@ -76,14 +78,11 @@ class Driver:
 
     def adopt(self, formed: Formed) -> None:
         """Go on with ranks that have formed: whatever depends on who they are is derived here, and nowhere else."""
-        run, tell = self.plan.run, self.publisher.event
+        run = self.plan.run
         run.exchange(formed.choice.to_dict())
         run.topology(formed.topology)
         run.placement(formed.placement)
-        budget_s, every = self.cfg.topology.budget_s, look_every(self.cfg)
-        links = Links(self.ranks, formed.topology, budget_s, every, run.topology, tell)
-        scope, facts = Scope.of(self.cfg), formed.facts
-        self.mover = Mover(scope, self.ranks, links, formed.placement, facts, self.states, run.placement, tell)
+        self.mover = mover_of(self.cfg, run, self.ranks, formed, self.states, self.publisher.event)
         self.done = self.publisher.done = formed.done
         self.states.to(State.STEPPING, f"{formed.topology.num_ranks} ranks are formed, {self.done} steps are done")
 
@@ -169,6 +168,7 @@ class Driver:
     def stopping(self) -> bool:
         """Carry out what was asked for meanwhile; whether that was the end."""
         for request in self.requests.take():
+            log.info("request kind=%s by=%r", request.kind.value, request.by)
             if request.kind is RequestKind.STOP:
                 self.stop = self.stop or request
             elif request.kind is RequestKind.REBALANCE:
@@ -194,7 +194,6 @@ class Driver:
             if self.states.now is not State.STOPPED:
                 self.states.to(State.STOPPED, cause_of(e))
             if self.plan.run.begun:
-                run = str(self.plan.run.path)
-                self.publisher.event(ended(e, run, self.saver.saved, self.done))
+                self.publisher.event(ended(e, str(self.plan.run.path), self.saver.saved, self.done))
                 self.publisher.flush(LAST_S)
             raise
