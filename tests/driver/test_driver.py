@@ -189,6 +189,17 @@ def test_steps_do_not_wait_for_a_slow_listener_but_a_checkpoint_does(tmp_path):
     assert Directory(f"{tmp_path}/checkpoints").steps() == [4]
 
 
+def test_the_failed_event_is_on_disk_before_the_error_leaves_however_far_behind_listeners_are(tmp_path):
+    slow = Slow()
+    it = driven(tmp_path, listeners=[slow])
+    it.ranks.meanwhile["train_step", 3] = die
+    threading.Timer(0.2, slow.go.set).start()
+    with pytest.raises(RankError):
+        whole(it)
+    assert [e["kind"] for e in it.run.events()] == ["start", "exchange", "failed"]
+    assert [m["step"] for m in it.run.metrics()] == [1, 2]
+
+
 def test_a_listener_that_raises_is_told_of_once_and_ends_no_run(tmp_path):
     class Broken(Ear):
         def step(self, record):
