@@ -58,7 +58,7 @@ three = ["cluster.ranks=3", "cluster.cpus_per_rank=0.5", "cluster.collective_tim
 cfg = ray_ep.load_config(None, three).cluster
 ranks = Ranks(cfg, "three", False, lambda: False)
 try:
-    ranks.call("join", ranks.name, 0, cfg.collective_timeout_s, ["gloo"])
+    ranks.join(0, cfg.collective_timeout_s, ["gloo"])
     status["probe"] = measured(ranks, 1.0).to_json()
     os.kill(ranks.where[1]["pid"], signal.SIGSTOP)
     try:
