@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ray_ep.collective import SoloGroup, gloo
+from tests.faults import Faults
 
 torch.set_num_threads(1)
 
@@ -62,3 +63,12 @@ def run_ranks(size, work, timeout_s=60.0, groups=None):
 @pytest.fixture
 def ranks():
     return run_ranks
+
+
+@pytest.fixture
+def faults(tmp_path):
+    """A script of faults for this test; all of them must have happened at its end."""
+    script = Faults(tmp_path / "faults.jsonl")
+    yield script
+    script.disarm()
+    script.check()

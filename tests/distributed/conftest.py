@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 BIN = Path(sys.executable).parent
+ROOT = Path(__file__).parents[2]
 MARK = "RAY_EP_TEST_MARK"
 TINY = (
     "model.overrides={hidden_size: 32, intermediate_size: 32, moe_intermediate_size: 16, num_hidden_layers: 2, "
@@ -113,9 +114,15 @@ class Place:
         steady = "balance.in_step=off"  # what it does depends on the clock
         return [TINY, "data.files=[text.txt]", "batch.sequences=8", "batch.length=32", steady, *overrides]
 
-    def train(self, *overrides, **env):
-        """Start `ray-ep train` with the tiny model."""
-        return self.start("ray-ep", "train", *self.tiny(*overrides), **env)
+    def train(self, *overrides, faults=None, **env):
+        """Start `ray-ep train` with the tiny model; its ranks follow the script of faults."""
+        return self.ray_ep("train", *self.tiny(*overrides), faults=faults, **env)
+
+    def ray_ep(self, *arguments, faults=None, **env):
+        """Start `ray-ep`."""
+        if faults is None:
+            return self.start("ray-ep", *arguments, **env)
+        return self.start("python", "-m", "tests.faults", faults.save(), *arguments, PYTHONPATH=str(ROOT), **env)
 
 
 def place(path):
