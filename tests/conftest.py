@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ray_ep.collective import SoloGroup, gloo
+from tests import least
 from tests.faults import Faults
 
 torch.set_num_threads(1)
@@ -26,6 +27,7 @@ def pytest_configure(config):
     """Here and in what tests start: no cluster to join, and a temporary directory without traces of another Ray."""
     for name in ANOTHER:
         os.environ.pop(name, None)
+    least.count(config)
     # Short: sockets lie deep in it, and their paths have at most 107 characters.
     config.ray_dir = os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="r-", dir="/tmp")
 
