@@ -36,6 +36,11 @@ def pytest_unconfigure(config):
     shutil.rmtree(config.ray_dir, ignore_errors=True)
 
 
+def slow(*values):
+    """Values of a parametrized test that only `make test-all` tries."""
+    return [pytest.param(v, marks=pytest.mark.slow) for v in values]
+
+
 def run_ranks(size, work, timeout_s=60.0, groups=None):
     """Call work(group) on `size` ranks; returns their results in rank order, raises the first error."""
     store = dist.HashStore()

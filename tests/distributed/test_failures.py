@@ -37,17 +37,20 @@ def check_interrupted(here, lines, command):
     return done
 
 
-def test_control_c_saves_leaves_nothing_behind_and_a_restart_goes_on_at_the_next_step(here, lines, running, faults):
+def test_control_c_saves_leaves_nothing_behind_and_a_restart_goes_on_at_the_next_step(
+    here, lines, running, faults, cluster
+):
     command = running()
     assert {faults.pid(0), faults.pid(1)} <= command.offspring().keys()
     os.killpg(command.process.pid, signal.SIGINT)  # a terminal sends it to every process in the foreground
     done = check_interrupted(here, lines, command)
 
-    again = here.train(f"optim.steps={done + 2}", "run_dir=run", "resume=auto")
+    again = here.train(f"optim.steps={done + 2}", "run_dir=run", "resume=auto", RAY_ADDRESS=cluster.driver)
     assert again.wait(60) == 0, again.err
     assert [m["step"] for m in lines(here.path / "run" / "metrics.jsonl")] == list(range(1, done + 3))
 
 
+@pytest.mark.slow
 def test_termination_in_a_long_step_is_answered_at_once_saves_and_leaves_nothing_behind(here, lines, running, faults):
     faults.slow(4, call=4)
     command = running()
@@ -61,6 +64,7 @@ def test_termination_in_a_long_step_is_answered_at_once_saves_and_leaves_nothing
     check_interrupted(here, lines, command)
 
 
+@pytest.mark.slow
 def test_a_command_that_is_terminated_while_it_starts_leaves_nothing_behind(here):
     command = here.train("run_dir=run")
     command.until(lambda: any("raylet" in line for line in command.offspring().values()), 40, "a raylet")
@@ -83,6 +87,7 @@ def test_a_killed_rank_is_named_and_ends_the_run_without_orphans(here, lines, ru
     assert (here.path / "run" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_rank_that_raises_is_named_with_its_own_traceback(here, lines, running, faults):
     faults.raise_in(rank=1, call=4, words="boom from rank 1")
     command = running()
