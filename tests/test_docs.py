@@ -102,7 +102,8 @@ def test_every_configuration_file_loads_and_steps(path, ranks):
     from ray_ep.placement import contiguous
     from ray_ep.rank.data.corpus import load_corpus
     from ray_ep.rank.model import meta_model, model_config
-    from ray_ep.rank.rank import Rank
+    from ray_ep.rank.model_rank import ModelRank
+    from ray_ep.rank.trainer import Trainer
 
     small = ["batch.sequences=4", "batch.length=16", "data.max_bytes=200000", "eval.sequences=2", "optim.steps=2"]
     cfg = load_config(path, small)
@@ -116,7 +117,7 @@ def test_every_configuration_file_loads_and_steps(path, ranks):
 
     def work(group):
         with lock:  # weights are drawn from torch's one global generator
-            rank = Rank(cfg, config, corpus, group, placement if group.size == 2 else alone)
+            rank = Trainer(ModelRank(cfg, config, group, placement if group.size == 2 else alone), corpus)
         return [rank.train_step(s).loss for s in range(2)] + [rank.evaluate()[0]]
 
     (one,), (first, second) = ranks(1, work), ranks(2, work)
