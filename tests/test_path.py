@@ -15,12 +15,13 @@ from ray_ep.config import load_config
 from ray_ep.placement import contiguous
 from ray_ep.rank.data.corpus import load_corpus
 from ray_ep.rank.model import model_config
-from ray_ep.rank.rank import Rank
+from ray_ep.rank.model_rank import ModelRank
+from ray_ep.rank.trainer import Trainer
 from tests.cli.test_bad_input import TINY
 
 ROOT = Path(__file__).parent.parent
 DRAWN = re.findall(r"└─ (ray_ep[\w.]+)", (ROOT / "docs" / "architecture.md").read_text())
-HERE = DRAWN.index("ray_ep.rank.rank.Rank.train_step")
+HERE = DRAWN.index("ray_ep.rank.trainer.Trainer.train_step")
 """The first function that runs on a rank."""
 
 
@@ -79,7 +80,7 @@ def test_a_default_step_reaches_all_to_all_through_what_the_drawing_names_in_tha
 
     def work(group):
         with lock:  # weights are drawn from torch's one global generator
-            rank = Rank(cfg, config, corpus, group, placement)
+            rank = Trainer(ModelRank(cfg, config, group, placement), corpus)
         if group.rank:
             return rank.train_step(0)
         return stacks_at(GlooGroup.all_to_all.__code__, lambda: rank.train_step(0))

@@ -8,6 +8,7 @@ from ray_ep.moe.exchange.meter import PHASES
 from ray_ep.moe.exchange.ways import KINDS
 from ray_ep.moe.migrate import Moved, OwnedState, apply_placement
 from ray_ep.moe.parallelize import ExpertParallel, find_experts, parallelize
+from ray_ep.moe.regroup import regroup
 
 __all__ = [
     "KINDS",
@@ -23,6 +24,7 @@ __all__ = [
     "choose",
     "find_experts",
     "parallelize",
+    "regroup",
     "router_losses",
     "settle",
     "update_bias",

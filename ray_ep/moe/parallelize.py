@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ray_ep.collective import Group
+from ray_ep.collective import EpochGroup, Group
 from ray_ep.errors import BadInput, ModelError, PlacementError
 from ray_ep.moe.balance.balancer import MODES, Balancer, Limits
 from ray_ep.moe.balance.balancer import warm as warm_step
@@ -30,7 +30,8 @@ from ray_ep.moe.passes import Capture, Inference, Passes, Trace
 from ray_ep.moe.replicas import ReplicaExchange
 from ray_ep.moe.routing import Routing
 from ray_ep.moe.site import Shared
-from ray_ep.placement import Placement, contiguous
+from ray_ep.placement import Placement, Topology, contiguous
+from ray_ep.placement.links.groups import groups_of
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "_is_expert_parallel")
 
@@ -41,10 +42,13 @@ class ExpertParallel:
     Attributes:
         modules: the transformers experts modules in layer order; their direct parameters hold this rank's experts.
         layers: the `ExpertLayer` of each.
+        group: the one object that all of them keep, through all epochs.
         routing, counters, meter, exchange: shared by all layers. passes: what differs from pass to pass.
     """
 
-    def __init__(self, modules: dict[str, torch.nn.Module], group: Group, sample: int, seed: int, balancer: Balancer):
+    def __init__(
+        self, modules: dict[str, torch.nn.Module], group: EpochGroup, sample: int, seed: int, balancer: Balancer
+    ):
         self.modules = list(modules.values())
         self.names = list(modules)
         self.group = group
@@ -75,6 +79,25 @@ class ExpertParallel:
         self.replicas = [ReplicaExchange(placement, i, self.group, device) for i in range(len(self.layers))]
         self.counters.to(device)
         self.meter.to(device)
+
+    def regroup(self, group: Group, placement: Placement, topology: Topology | None) -> None:
+        """Derive again all that depends on group, size, placement or links (not collective; rows are the caller's).
+
+        The same on every rank, those that come included: costs of the balance are measured again, nothing that was
+        learnt of the old ranks is left. `ray_ep.moe.regroup` moves rows, too, and compares ranks.
+
+        Args:
+            group: that of the new epoch, or `self.group` if it was formed in place.
+            placement: for its ranks.
+            topology: links between them, with nodes; None: all on one node, links not measured.
+        """
+        before = len(self.meter.sent)
+        self.group.use(group)
+        self.meter.regroup(self.group.size)
+        self.counters.share(before, self.group.size)
+        self.balancer.regroup(None if topology is None else topology.by_groups())
+        self.routing.logits[:] = [None] * len(self.layers)  # they hold the graph, and with it the old group's memory
+        self.place(placement, None if topology is None else groups_of(topology), self.layers[0].pass_load.device)
 
     def exchange_by(self, **changes: Any) -> None:
         """Let all layers exchange otherwise from the next pass on, by fields of `Exchange`; the same on every rank."""
@@ -171,6 +194,7 @@ def parallelize(
         raise ModelError(f"{type(model).__name__} is already parallelized")
     if balance not in MODES:
         raise BadInput(f"balance={balance!r}: allowed are {', '.join(MODES)}")
+    group = EpochGroup.of(group)
     balancer = Balancer(group, len(modules), balance, limits or Limits())
     ep = ExpertParallel(modules, group, sample, seed, balancer)
     layers, experts = len(modules), ep.num_experts
@@ -182,7 +206,8 @@ def parallelize(
             f"{group.size} ranks"
         )
     ep.place(placement, node_of, next(model.parameters()).device)
-    for module, layer in zip(ep.modules, ep.layers, strict=True):
+    for index, layer in enumerate(ep.layers):
+        module: Any = ep.modules[index]
         keep_rows(module, layer.experts)
         module.num_experts = len(layer.experts)  # the local ones: transformers' grouped kernel counts up to it
         module.ray_ep_layer = layer
@@ -193,7 +218,7 @@ def parallelize(
     warm_step()
     _attach_routers(model, ep)
     ep.routing.checkpoint_blocks(model)
-    model.ray_ep = ep
+    model.ray_ep = ep  # type: ignore[assignment]  # no module of torch's
     return model
 
 
@@ -246,7 +271,7 @@ def _attach_routers(model: torch.nn.Module, ep: ExpertParallel) -> None:
         router = find_router(model, name)
         if router is not None:
             config: Any = module.config
-            top_k = getattr(router, "top_k", None) or getattr(config, "num_experts_per_tok", 1)
+            top_k: Any = getattr(router, "top_k", None) or getattr(config, "num_experts_per_tok", 1)
             ep.routing.attach(i, router, ep.num_experts, int(top_k))
 
 

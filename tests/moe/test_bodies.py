@@ -108,6 +108,7 @@ def test_a_body_is_chosen_once_and_again_when_way_placement_or_dtype_change():
     assert isinstance(body(), GroupedBody)
     ep.exchange_by(fused=True)
     again = body()
+    assert again is first, "a way that is taken again finds its body, and what that has learnt"
     model.half()
     assert isinstance(body(), GroupedBody), "the fused body has no float16"
     model.float()

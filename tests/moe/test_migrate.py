@@ -171,10 +171,7 @@ class Failing(Watched):
 
 def join(model, group):
     """Let a model go on over another group."""
-    ep = model.ray_ep
-    for part in (ep, ep.balancer, ep.traffic):
-        part.group = group
-    ep.place(ep.placement, ep.node_of, torch.device("cpu"))
+    model.ray_ep.group.use(group)
 
 
 @pytest.mark.parametrize("who", ["everyone", "one rank"])

@@ -94,6 +94,11 @@ class Balancer:
         self.nodes = Topology.of_nodes(nodes)
         self._rules.clear()
 
+    def regroup(self, topology: Topology | None) -> None:
+        """Other ranks, joined by these links: costs are measured again, and balance is on."""
+        self.topology, self._costs, self.active = topology, None, True
+        self._rules.clear()
+
     def assume(self, seconds_per_pair: float, bandwidth: float, min_pairs: int = 0) -> None:
         """Plan with these costs instead of measured ones: seconds of a pair's forward, bytes/s between ranks."""
         self._costs, self._min_pairs = (np.full(self.group.size, seconds_per_pair), bandwidth), min_pairs

@@ -113,10 +113,9 @@ def choose(
     enabled, ep.counters.enabled = ep.counters.enabled, False
 
     def timed(kind: str, transport: str) -> float:
-        ep.exchange_by(kind=kind)
-        ep.traffic.group = groups[transport]
+        take(ep, kind, groups[transport])
         inputs = [hidden.detach().requires_grad_(backward), weights.detach().requires_grad_(backward)]
-        ep.traffic.group.barrier()
+        ep.group.barrier()
         _synchronise(hidden)
         start = clock()
         with torch.set_grad_enabled(backward):
@@ -125,7 +124,7 @@ def choose(
                 torch.autograd.grad(out.float().sum(), inputs)
         _synchronise(hidden)
         took = torch.tensor([clock() - start], dtype=torch.float64)
-        ep.traffic.group.all_reduce(took, "max")
+        ep.group.all_reduce(took, "max")
         return float(took)
 
     first = {way: timed(*way) for way in ways} if len(ways) > 1 else {}
@@ -166,9 +165,7 @@ def settle(ep: ExpertParallel, kind: str, groups: dict[str, Group], rows: int = 
 def take(ep: ExpertParallel, kind: str, group: Group) -> None:
     """Let all layers exchange by `kind` over `group`; every rank calls it with the same."""
     ep.exchange_by(kind=kind)
-    ep.group = ep.balancer.group = ep.traffic.group = group
-    for replicas in ep.replicas:
-        replicas.group = group
+    ep.group.use(group)
 
 
 def candidates(ep: ExpertParallel, kinds: tuple[str, ...], received: int) -> tuple[list[str], str]:

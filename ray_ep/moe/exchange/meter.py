@@ -36,6 +36,10 @@ class Meter:
         """Go on counting on a device."""
         self._there = self._there.to(device)
 
+    def regroup(self, ranks: int) -> None:
+        """Count what is sent anew, to other ranks [R]."""
+        self.sent = np.zeros(ranks, np.int64)
+
     @property
     def pairs(self) -> np.ndarray:
         """int64 [L] (token, expert) pairs computed here, forward passes only; to read them waits for the device."""
@@ -75,7 +79,7 @@ class MeteredGroup:
     Calls are collective, in the same order on every rank, and raise what the group raises.
 
     Attributes:
-        group: what it goes over; another one when another transport is taken.
+        group: what it goes over.
         meter: of time and bytes.
     """
 
