@@ -28,7 +28,7 @@ from ray_ep.driver.ranks import Ranks
 from ray_ep.driver.interrupt import Interrupt
 from ray_ep.driver.loop import Driver
 from ray_ep.driver.start import check
-from ray_ep.driver.rebalance.verdict import Verdict
+from ray_ep.placement.planner.verdict import Verdict
 from ray_ep.placement import contiguous
 from ray_ep.placement.planner import plan as planner
 

@@ -1,6 +1,6 @@
 """The links of a run, kept as they are: one that slows or recovers while the job steps is noticed, measured and named.
 
-What is made of it is decided elsewhere (rebalance.py). Every call here is made between two steps of the driver.
+What is made of it is decided elsewhere (rebalancer.py). Every call here is made between two steps of the driver.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The rebalancer's hands: between steps it asks the ranks for samples, has links watched (links.py) and experts moved.
 
-When and whether is decided in rebalance.py and verdict.py. Every call here is made between two steps of the driver.
+When is decided in rebalancer.py, whether in placement.planner.verdict. Every call is made between two steps.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from ray_ep.config.schema import Config
 from ray_ep.driver.rebalance.links import Links, Ranks
 from ray_ep.driver.rebalance.rebalancer import Rebalancer, Said
 from ray_ep.driver.rebalance.recent import Facts, Recent, Step
-from ray_ep.driver.rebalance.verdict import Question, Verdict, room_of
 from ray_ep.driver.rundir import RunDir
 from ray_ep.errors import BadInput, RankError
 from ray_ep.moe import Balance
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.placement.links.groups import groups_of
 from ray_ep.placement.planner.survive import check_room
+from ray_ep.placement.planner.verdict import Question, Verdict, room_of
 from ray_ep.rank.rank import StepResult
 
 LOOK = 100
