@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import ray_ep.placement
+import ray_ep
 from ray_ep.placement.compiled import sources_digest
 from ray_ep.placement.in_step import search
 
@@ -75,6 +75,6 @@ def test_the_digest_reaches_kernels_in_other_files_and_their_constants(monkeypat
 
 
 def test_every_kernel_is_compiled_by_the_one_decorator():
-    folder = Path(ray_ep.placement.__file__).parent
+    folder = Path(ray_ep.__file__).parent
     others = [p.name for p in folder.rglob("*.py") if re.search(r"\bn?jit\(|@n?jit", p.read_text())]
     assert others == ["compiled.py"]
