@@ -29,8 +29,8 @@ from ray_ep.placement.links.gpu_links import GpuLinks
 from ray_ep.rank.actor import RankActor
 from ray_ep.rank.data.corpus import Corpus
 from ray_ep.rank.memory import oom_kills
-from ray_ep.rank.rank import StepResult
 from ray_ep.rank.reach import Trial
+from ray_ep.rank.results import StepResult
 
 log = logging.getLogger(__name__)
 _workers: Callable[[], dict[str, Any]] = workers
