@@ -75,7 +75,7 @@ class Ranks:
             self.where = [{"node": p.node, "host": p.host, "address": p.address} for p in self._places]
             self.actors = [self._started(rank, place) for rank, place in enumerate(self._places)]
             self._heartbeat = Heartbeat(self.actors, cfg.silence_s, max(cfg.wait_s, _START_S))
-            self.where = [{**w, **said} for w, said in zip(self.where, self.call("where"), strict=True)]
+            self.where = [{**w, **said} for w, said in zip(self.where, self._call("where"), strict=True)]
         except BaseException:
             self.kill()
             raise
@@ -85,7 +85,7 @@ class Ranks:
         nodes = list(dict.fromkeys(w["node"] for w in self.where))
         return Topology.of_nodes([nodes.index(w["node"]) for w in self.where])
 
-    def call(self, method: str, *args: Any) -> list[Any]:
+    def _call(self, method: str, *args: Any) -> list[Any]:
         """Call a method on all ranks; results in rank order.
 
         Raises:
@@ -142,61 +142,61 @@ class Ranks:
 
     def reach(self, trial: Trial) -> list[list[str]]:
         """What each rank's node cannot read or write of what the run needs there, in words."""
-        return self.call("reach", trial)
+        return self._call("reach", trial)
 
     def transports(self) -> list[list[str]]:
         """Transports that each rank's process could use."""
-        return self.call("transports")
+        return self._call("transports")
 
     def join(self, epoch: int, timeout_s: float, transports: list[str]) -> None:
         """Form the group of an epoch, once over each of the transports."""
-        self.call("join", self.name, epoch, timeout_s, transports)
+        self._call("join", self.name, epoch, timeout_s, transports)
 
     def probe(self, node_of: np.ndarray, budget_s: float) -> Topology:
         """The links between all ranks, measured."""
-        topology: Topology = self.call("probe", node_of, budget_s)[0]
+        topology: Topology = self._call("probe", node_of, budget_s)[0]
         return topology
 
     def probe_links(self, known: Topology, pairs: list[tuple[int, int]], budget_s: float) -> Topology:
         """`known` with the links between `pairs` of ranks measured again."""
-        topology: Topology = self.call("probe_links", known, pairs, budget_s)[0]
+        topology: Topology = self._call("probe_links", known, pairs, budget_s)[0]
         return topology
 
     def gpu_links(self) -> list[GpuLinks | None]:
         """What the driver of each rank's GPU says of its links; None without one."""
-        return self.call("gpu_links")
+        return self._call("gpu_links")
 
     def build(
         self, cfg: Config, config: PreTrainedConfig, corpus: Corpus, placement: Placement, topology: Topology
     ) -> None:
         """Build the model on every rank, and put the corpus where every rank of a node reads the same copy."""
-        self.call("build", OmegaConf.to_container(cfg), config, ray.put(corpus), placement, topology)
+        self._call("build", OmegaConf.to_container(cfg), config, ray.put(corpus), placement, topology)
 
     def load(self, url: str, step: int) -> None:
         """Take on checkpoint `step` of the directory `url`."""
-        self.call("load", url, step)
+        self._call("load", url, step)
 
     def choose_exchange(self, step: int) -> Choice:
         """The fastest way to exchange, timed on the batch of `step`; the ranks have taken it."""
-        choice: Choice = self.call("choose_exchange", step)[0]
+        choice: Choice = self._call("choose_exchange", step)[0]
         return choice
 
     def train_step(self, step: int) -> list[StepResult] | None:
         """One optimizer step (from 0), as each rank saw it; None: it was broken off (`stop`), on every rank."""
-        results: list[StepResult | None] = self.call("train_step", step)
+        results: list[StepResult | None] = self._call("train_step", step)
         whole = [r for r in results if r is not None]
         return whole if len(whole) == len(results) else None
 
     def evaluate(self) -> tuple[float, list[list[dict[str, np.ndarray]]]] | None:
         """Loss on the held-out split, and each rank's trace of who answered; None: it was broken off (`stop`)."""
-        answers = self.call("evaluate", True)
+        answers = self._call("evaluate", True)
         if any(a is None for a in answers):
             return None
         return float(answers[0][0]), [trace for _, trace in answers]
 
     def save(self, url: str, step: int) -> list[dict[str, list[Any]]]:
         """Write checkpoint `step` into the directory `url`; each rank's part of the manifest. Raises SaveError."""
-        parts = self.call("save", url, step)
+        parts = self._call("save", url, step)
         for part in parts:
             if isinstance(part, SaveError):
                 raise part
@@ -204,15 +204,15 @@ class Ranks:
 
     def statistics(self) -> list[RoutingStatistics]:
         """Routing statistics of each rank since its making."""
-        return self.call("statistics")
+        return self._call("statistics")
 
     def sample(self) -> np.ndarray:
         """[L, N, K] expert sets of the ranks' reservoirs of recent tokens."""
-        return np.concatenate(self.call("sample"), axis=1)
+        return np.concatenate(self._call("sample"), axis=1)
 
     def migrate(self, placement: Placement, buffer_mb: float) -> None:
         """Have the experts moved. Raises BadInput: every rank has refused, nothing has changed."""
-        self.call("migrate", placement, buffer_mb)
+        self._call("migrate", placement, buffer_mb)
 
     def stop(self) -> None:
         """Ask all ranks, which may be computing, to leave an evaluation or a step of several passes early."""

@@ -45,28 +45,28 @@ class LightRank:
         """How often it was aborted."""
         return self.aborts
 
-    def collective(self, culprit=-1):
-        """Wait for the others, who never come."""
-        if self.rank == culprit:
+    def train_step(self, step):
+        """Collective: wait for the others, who never come; rank number `step` raises at once."""
+        if self.rank == step:
             raise ValueError("boom")
         self.aborted.wait()
         raise GroupError("aborted")
 
-    def loses_its_peers(self, hanging):
-        """Rank 0 notices that another is late; that one computes for ever, and answers pings."""
-        if self.rank == hanging:
+    def load(self, url, step):
+        """Rank 0 notices that rank number `step` is late; that one computes for ever, and answers pings."""
+        if self.rank == step:
             time.sleep(600)
         if self.rank:
             self.aborted.wait()
         raise GroupError("no answer from the peers")
 
-    def write(self, writer):
-        """Not collective: one rank takes long over it."""
-        if self.rank == writer:
+    def save(self, url, step):
+        """Not collective: rank number `step` takes long over it."""
+        if self.rank == step:
             time.sleep(600)
-        return self.rank
+        return {"rank": self.rank}
 
-    def refuse(self):
+    def migrate(self, placement, buffer_mb):
         """Every rank finds the same wrong, one of them late."""
         time.sleep(0.3 * self.rank)
         raise PlacementError("does not fit")

@@ -20,7 +20,7 @@ from ray_ep.errors import ClusterError, PlacementError, RankError
 
 from .light_rank import LightRank
 
-SILENCE_S = 2.0
+SILENCE_S, NOBODY = 2.0, -1
 NODES = (2, 4, 3)  # CPUs
 
 
@@ -59,7 +59,7 @@ def running(pid):
     return there
 
 
-def fails(ranks, meanwhile, method, *args):
+def fails(meanwhile, call, *args):
     """(Error of a call, seconds from the fault to it): the fault happens once the call is under way."""
     happened = []
 
@@ -71,7 +71,7 @@ def fails(ranks, meanwhile, method, *args):
     fault = threading.Thread(target=happen)
     fault.start()
     with pytest.raises(RankError) as e:
-        ranks.call(method, *args)
+        call(*args)
     fault.join()
     return e.value, time.monotonic() - happened[0]
 
@@ -85,7 +85,7 @@ def aborts(ranks, of):
 
 
 def test_a_rank_that_is_stopped_in_a_collective_is_named_and_the_others_are_released(ranks):
-    e, seconds = fails(ranks, sends(ranks, signal.SIGSTOP), "collective")
+    e, seconds = fails(sends(ranks, signal.SIGSTOP), ranks.train_step, NOBODY)
     assert e.rank == 1
     assert f"rank 1 on beta (process {ranks.where[1]['pid']}) has not answered for 2." in str(e)
     assert "its node answers, so its process is stopped or hangs" in str(e)
@@ -94,7 +94,7 @@ def test_a_rank_that_is_stopped_in_a_collective_is_named_and_the_others_are_rele
 
 
 def test_a_rank_that_is_stopped_in_a_call_that_is_not_collective_is_named(ranks):
-    e, seconds = fails(ranks, sends(ranks, signal.SIGSTOP), "write", 1)
+    e, seconds = fails(sends(ranks, signal.SIGSTOP), ranks.save, "", 1)
     assert e.rank == 1
     assert "has not answered" in str(e)
     assert seconds < SILENCE_S + 2
@@ -126,7 +126,7 @@ def test_a_rank_that_is_stopped_while_it_starts_is_named_with_its_node_and_nothi
 
 
 def test_a_killed_rank_is_named_as_dead_and_the_others_are_released(ranks):
-    e, seconds = fails(ranks, sends(ranks, signal.SIGKILL), "collective")
+    e, seconds = fails(sends(ranks, signal.SIGKILL), ranks.train_step, NOBODY)
     assert e.rank == 1
     assert str(e).startswith("rank 1 on beta died: ")
     assert seconds < 1.5
@@ -136,7 +136,7 @@ def test_a_killed_rank_is_named_as_dead_and_the_others_are_released(ranks):
 def test_a_rank_that_raises_alone_is_named_with_its_traceback_and_the_others_are_released(ranks):
     began = time.monotonic()
     with pytest.raises(RankError, match="rank 1 raised") as e:
-        ranks.call("collective", 1)
+        ranks.train_step(1)
     assert "ValueError: boom" in str(e.value)
     assert time.monotonic() - began < 1  # they came back: nobody waited for a limit
     assert aborts(ranks, (0, 1, 2)) == [1, 0, 1]
@@ -144,15 +144,15 @@ def test_a_rank_that_raises_alone_is_named_with_its_traceback_and_the_others_are
 
 def test_a_rank_that_answers_but_does_not_come_back_is_named_not_those_that_wait_for_it(ranks):
     with pytest.raises(RankError, match=r"rank 2 on beta .* did not come back, while rank 0 raised") as e:
-        ranks.call("loses_its_peers", 2)
+        ranks.load("", 2)
     assert e.value.rank == 2
 
 
 def test_what_every_rank_refuses_ends_nobodys_group(ranks):
     with pytest.raises(PlacementError, match="does not fit"):
-        ranks.call("refuse")
+        ranks.migrate(None, 1)
     assert aborts(ranks, (0, 1, 2)) == [0, 0, 0]
-    assert ranks.call("write", -1) == [0, 1, 2]
+    assert ranks.save("", NOBODY) == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
 
 
 def packing(nodes):
