@@ -9,6 +9,7 @@ import torch
 from ray_ep.driver.measures import step_record
 from ray_ep.moe import KINDS
 from ray_ep.moe.exchange.choose import take
+from ray_ep.moe.passes import Pass
 from ray_ep.placement import Topology, random
 from ray_ep.rank.clock import INSIDE
 from tests.conftest import run_ranks
@@ -44,7 +45,7 @@ def assert_untouched(rank):
     assert ep.routing.logits == [None] * LAYERS
     assert rank.rank.statistics().load.sum() == 0
     assert all(p.grad is None for p in rank.model.parameters())
-    assert all(layer.captured is None for layer in ep.layers)
+    assert ep.passes.now == Pass()
 
 
 @pytest.mark.parametrize(
