@@ -89,10 +89,10 @@ def ours(work: Work, group: Group, dtype: torch.dtype, backward: bool) -> tuple[
     x = tokens(work, group.rank, dtype, backward)
     packed = contextlib.nullcontext() if backward else module.ray_ep.inference()  # weights stay as they are: pack once
     packed.__enter__()
-    step, layer = steps(module, x, backward), module.ray_ep.layers[0]
-    layer.capture = True
-    step()
-    choose(module.ray_ep, layer.captured, 0, {"gloo": group}, backward=backward)  # as a run does at its start
+    step = steps(module, x, backward)
+    with module.ray_ep.capturing(0) as capture:
+        step()
+    choose(module.ray_ep, capture.work, 0, {"gloo": group}, backward=backward)  # as a run does at its start
     module.bench_packed = packed  # let go of, it would end
     return step, module
 

@@ -20,7 +20,7 @@ from ray_ep.bench.layer import WARM, Case, spawn
 from ray_ep.bench.llep import Layer, ours, peer, twin
 from ray_ep.bench.routing import route, tokens_of
 from ray_ep.collective import Group, from_torch
-from ray_ep.moe import parallelize
+from ray_ep.moe import parallelize, settle
 from ray_ep.moe.balance.balancer import Balancer
 
 
@@ -149,6 +149,9 @@ def _rank(
     with contextlib.ExitStack() as stack:
         for module in () if case.backward else modules.values():
             stack.enter_context(module.ray_ep.inference())  # weights stay as they are: pack once
+        for module in modules.values():  # as at the start of a run
+            rows = work.tokens * case.ranks * work.top_k // work.experts
+            settle(module.ray_ep, "flat", {"gloo": group}, rows, case.backward)
         found = [_compare(name, case, group, layers, modules["auto"].ray_ep.balancer) for name in routings]
     if rank == 0:
         queue.put(found)

@@ -79,31 +79,52 @@ def check_sizes(
         )
 
 
-def in_time(call: Callable[[], T], timeout_s: float, what: str, is_aborted: Callable[[], bool] = lambda: False) -> T:
+def in_time(
+    call: Callable[[], T],
+    timeout_s: float,
+    what: str,
+    is_aborted: Callable[[], bool] = lambda: False,
+    late: Callable[[T], None] = lambda result: None,
+) -> T:
     """The result of a library's call that may block for ever, made in a thread which is then left behind.
+
+    Args:
+        late: takes, in that thread, a result for which nobody waited.
 
     Raises:
         GroupError: it took longer than `timeout_s`, or `is_aborted` became true; `what` says what it was.
     """
     result: list[T] = []
     errors: list[BaseException] = []
-    ended = threading.Event()
+    ended, left, either = threading.Event(), threading.Event(), threading.Lock()
 
     def run() -> None:
         try:
-            result.append(call())
+            made = call()
+            with either:
+                if not left.is_set():
+                    result.append(made)
+                    ended.set()
+            if left.is_set():
+                late(made)
         except BaseException as e:
             errors.append(e)
         finally:
             ended.set()
 
+    def leave(why: str) -> None:
+        with either:
+            if not ended.is_set():
+                left.set()
+                raise GroupError(f"{what}: {why}")
+
     limit = time.monotonic() + timeout_s
     threading.Thread(target=run, name=what, daemon=True).start()
     while not ended.wait(min(0.2, timeout_s)):
         if is_aborted():
-            raise GroupError(f"{what}: aborted")
+            leave("aborted")
         if time.monotonic() > limit:
-            raise GroupError(f"{what}: not within {timeout_s:g} s")
+            leave(f"not within {timeout_s:g} s")
     if errors:
         raise errors[0]
     return result[0]

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from ray_ep.collective.group import Group, same_color, split_key
 from ray_ep.collective.mailboxes import FACTS, Mailboxes
@@ -119,7 +120,7 @@ class GlooGroup(TorchGroup):
         near_in, near_out = ([self._shares(r, n) for r, n in enumerate(sizes)] for sizes in (take, give))
         if mail is None or not (any(near_in) or any(near_out)):
             return super().begin_loan(message, output_sizes, input_sizes)
-        blocks = as_bytes(message).split(give)
+        blocks = as_bytes(message).split_with_sizes(give)
         told = [_place(mail.place(b)) if near else b for b, near in zip(blocks, near_out, strict=True)]
         sizes = [_PLACE if near else n for n, near in zip(take, near_in, strict=True)]
         arrived = self.take(sum(sizes), like=message)
@@ -133,7 +134,7 @@ class GlooGroup(TorchGroup):
             self._lent.append(message)
             parts = [
                 mail.read(r, int.from_bytes(part.numpy(), "little"), take[r]) if near_in[r] else part
-                for r, part in enumerate(arrived.split(sizes))
+                for r, part in enumerate(arrived.split_with_sizes(sizes))
             ]
             self.seconds += time.perf_counter() - start
             return [part.view(n, *message.shape[1:]) for part, n in zip(parts, output_sizes, strict=True)]
@@ -175,8 +176,8 @@ class GlooGroup(TorchGroup):
         tensor.copy_(seen_as(tensor, self._box(source, self.rank, _MESSAGE, tensor.nbytes)))
         super().send(_SIGN, source, limit_s)
 
-    def close(self) -> None:
-        super().close()
+    def _free(self) -> None:
+        self._aborted.set()
         self._lent = []
         if self._here is not None:
             self._here.close()
@@ -184,6 +185,7 @@ class GlooGroup(TorchGroup):
         if self._mail is not None:
             self._mail.close()
         self._mail, self._near = None, []
+        super()._free()  # last: with a silent peer gloo takes its time
 
     def _shares(self, rank: int, size: int) -> bool:
         return size >= SHARED and bool(self._near) and self._near[rank]
@@ -200,7 +202,7 @@ class GlooGroup(TorchGroup):
         self._check()
         row = prod(input.shape[1:]) * input.element_size()
         give, take = list(given), list(taken)
-        send, receive = input.split(give), output.split(take)
+        send, receive = input.split_with_sizes(give), output.split_with_sizes(take)
         into = [r for r, n in enumerate(give) if self._shares(r, n * row)]
         out_of = [r for r, n in enumerate(take) if self._shares(r, n * row)]
         if not into and not out_of:
@@ -218,7 +220,7 @@ class GlooGroup(TorchGroup):
         self._start(arrived, rest, take, give)()
         for r in out_of:
             receive[r].copy_(seen_as(receive[r], self._box(r, self.rank, box, taken[r] * row)))
-        for r, part in enumerate(arrived.split(take)):
+        for r, part in enumerate(arrived.split_with_sizes(take)):
             if take[r]:
                 receive[r].copy_(part)
 
@@ -263,20 +265,31 @@ def _new_group(parent: TorchGroup, colors: list[int]) -> TorchGroup:
 
 
 def gloo(
-    store: dist.Store, rank: int, size: int, epoch: int = 0, host: str | None = None, timeout_s: float = 300.0
+    store: Store,
+    rank: int,
+    size: int,
+    epoch: int = 0,
+    host: str | None = None,
+    timeout_s: float = 300.0,
+    limit_s: float | None = None,
 ) -> GlooGroup:
     """A gloo group of its own over a rendezvous store; all ranks call it, and it is warm when it returns.
 
     Args:
         host: address of this rank's network interface; None: what the host name resolves to.
+        timeout_s: of a collective. limit_s: of forming the group, beside the store's own; None: the same.
+
+    Raises:
+        GroupError: a peer did not come in time, or died meanwhile.
     """
-    group = _gloo(dist.PrefixStore(f"epoch-{epoch}", store), rank, size, epoch, host, timeout_s)
+    group = _gloo(PrefixStore(f"epoch-{epoch}", store), rank, size, epoch, host, limit_s or timeout_s)
     group._warm()
+    group.timeout_s = timeout_s
     return group
 
 
-def _gloo(store: dist.Store, rank: int, size: int, epoch: int, host: str | None, timeout_s: float) -> GlooGroup:
-    options = dist.ProcessGroupGloo._Options()
+def _gloo(store: Store, rank: int, size: int, epoch: int, host: str | None, timeout_s: float) -> GlooGroup:
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timedelta(seconds=timeout_s)
     options._threads = 2
     device = (
@@ -290,7 +303,7 @@ def _gloo(store: dist.Store, rank: int, size: int, epoch: int, host: str | None,
 
     def form(parent: TorchGroup, colors: list[int]) -> TorchGroup:
         members = same_color(colors, parent.rank)
-        place = dist.PrefixStore(split_key(parent, colors), store)
+        place = PrefixStore(split_key(parent, colors), store)
         return _gloo(place, members.index(parent.rank), len(members), parent.epoch, host, parent.timeout_s)
 
     return GlooGroup(process_group, rank, size, epoch, timeout_s, form=form)

@@ -60,7 +60,7 @@ class Group(ABC):
         """
         out = self.take(sum(output_sizes), *message.shape[1:], like=message)
         self.all_to_all(out, message, output_sizes, input_sizes)
-        return lambda: list(out.split(list(output_sizes)))
+        return lambda: list(out.split_with_sizes(list(output_sizes)))
 
     @abstractmethod
     def all_gather(self, input: torch.Tensor) -> torch.Tensor:
@@ -119,7 +119,9 @@ class SplittableGroup(Group):
         self.rank, self.size, self.epoch, self.timeout_s = rank, size, epoch, timeout_s
         self.members = list(range(size))
         self.splits = 0  # so far: tells the rendezvous of one split from that of the next
+        self.on_close: Callable[[], None] = lambda: None  # called by `close`, once
         self._aborted = threading.Event()
+        self._closing = threading.Lock()  # taken once, for ever
         self._subgroups: list[SplittableGroup] = []
 
     @abstractmethod
@@ -147,10 +149,18 @@ class SplittableGroup(Group):
             group.abort()
 
     def close(self) -> None:
-        self._aborted.set()
+        if not self._closing.acquire(blocking=False):
+            return
         for group in self._subgroups:
             group.close()
         self._subgroups = []
+        self._free()
+        done, self.on_close = self.on_close, lambda: None  # it may hold on to the library's group
+        done()
+
+    def _free(self) -> None:
+        """Give back what the library holds; called once."""
+        self._aborted.set()
 
     def _check(self) -> None:
         if self._aborted.is_set():

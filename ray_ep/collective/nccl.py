@@ -17,7 +17,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from ray_ep.collective.cupy_nccl import communicator, library, reduction_type
 from ray_ep.collective.device import check_sizes, cuda_device, here, in_time, writable
@@ -61,7 +61,7 @@ class NcclGroup(SplittableGroup):
         self,
         api: Any,
         communicator: Any,
-        store: dist.Store,
+        store: Store,
         rank: int,
         size: int,
         epoch: int,
@@ -71,7 +71,7 @@ class NcclGroup(SplittableGroup):
         super().__init__(rank, size, epoch, timeout_s)
         self.device = device
         self._nccl, self._communicator, self._store = api, communicator, store
-        self._stream = torch.cuda.Stream(device, priority=-1)
+        self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         self._token = torch.zeros(1, device=device)  # what barriers reduce
         self._calling = threading.RLock()  # held inside calls of the communicator: abort frees it
         self._counting, self._ending = threading.Lock(), threading.Lock()
@@ -153,9 +153,8 @@ class NcclGroup(SplittableGroup):
     def abort(self) -> None:
         self._fail("aborted")
 
-    def close(self) -> None:
+    def _free(self) -> None:
         """Abort, since a polite destroy waits for peers; what is enqueued gets a second to end."""
-        super().close()  # the subgroups first
         limit = time.monotonic() + 1.0
         while not self._why and self._last is not None and not self._is_done(self._last):
             if time.monotonic() > limit:
@@ -196,8 +195,8 @@ class NcclGroup(SplittableGroup):
             with torch.cuda.device(self.device):
                 current = torch.cuda.current_stream()
                 capturing = torch.cuda.is_current_stream_capturing()
-                began = torch.cuda.Event(enable_timing=True) if timed and not capturing else None
-                done = torch.cuda.Event(enable_timing=began is not None)
+                began = torch.cuda.Event(enable_timing=True) if timed and not capturing else None  # type: ignore[no-untyped-call]
+                done = torch.cuda.Event(enable_timing=began is not None)  # type: ignore[no-untyped-call]
                 with self._calling:
                     self._check()
                     self._entered = time.monotonic()  # NCCL connects at the first call of a kind: that blocks the host
@@ -219,7 +218,7 @@ class NcclGroup(SplittableGroup):
 
     def _is_done(self, enqueued: Enqueued) -> bool:
         try:
-            return bool(enqueued.done.query())
+            return bool(enqueued.done.query())  # type: ignore[no-untyped-call]
         except RuntimeError as e:  # the device itself has failed
             self._fail(str(e).splitlines()[0])
             return True
@@ -289,7 +288,7 @@ class NcclGroup(SplittableGroup):
 
     def _form(self, colors: list[int]) -> NcclGroup:
         members = same_color(colors, self.rank)
-        place = dist.PrefixStore(split_key(self, colors), self._store)
+        place = PrefixStore(split_key(self, colors), self._store)
         return _join(
             place, members.index(self.rank), len(members), self.epoch, self.device, self.timeout_s,
             lambda: bool(self._why),
@@ -312,26 +311,29 @@ class NcclGroup(SplittableGroup):
 
 
 def nccl(
-    store: dist.Store,
+    store: Store,
     rank: int,
     size: int,
     epoch: int = 0,
     device: torch.device | str | int | None = None,
     timeout_s: float = 300.0,
+    limit_s: float | None = None,
 ) -> NcclGroup:
     """A group with an NCCL communicator of its own; all ranks call it, and it is warm when it returns.
 
     Args:
         store: where rank 0 leaves the communicator's id for the others.
+        limit_s: of forming the group; None: `timeout_s`, that of a call.
         device: this rank's CUDA device; None: the current one. Two ranks on one device are refused by NCCL.
 
     Raises:
         BadInput: no CUDA device, CuPy is not installed, or it finds no NCCL.
-        GroupError: the peers did not come within `timeout_s`, or NCCL refused.
+        GroupError: the peers did not come within the limit, or NCCL refused.
     """
-    place = dist.PrefixStore(f"epoch-{epoch}", store)
-    group = _join(place, rank, size, epoch, cuda_device(device), timeout_s, lambda: False)
+    place = PrefixStore(f"epoch-{epoch}", store)
+    group = _join(place, rank, size, epoch, cuda_device(device), limit_s or timeout_s, lambda: False)
     group._warm()
+    group.timeout_s = timeout_s
     return group
 
 
@@ -355,7 +357,7 @@ def n_bytes(tensor: torch.Tensor) -> int:
 
 
 def _join(
-    store: dist.Store,
+    store: Store,
     rank: int,
     size: int,
     epoch: int,

@@ -67,7 +67,7 @@ class OneHost:
         self, output: torch.Tensor, input: torch.Tensor, output_sizes: Sequence[int], input_sizes: Sequence[int]
     ) -> None:
         row = prod(input.shape[1:]) * input.element_size()
-        send, receive = input.split(list(input_sizes)), output.split(list(output_sizes))
+        send, receive = input.split_with_sizes(list(input_sizes)), output.split_with_sizes(list(output_sizes))
         box = self._next()
         for r in self._others:
             if n := input_sizes[r] * row:
@@ -88,8 +88,10 @@ class OneHost:
 
     def all_reduce(self, tensor: torch.Tensor, op: str) -> None:
         """In place, in the order of ranks: the same bits everywhere."""
-        reduce, flat = {"sum": torch.add, "max": torch.maximum}[op], tensor.reshape(-1)
-        for piece in flat.split(_PIECE):
+        of_op: dict[str, Callable[..., torch.Tensor]] = {"sum": torch.add, "max": torch.maximum}
+        reduce = of_op[op]
+        flat = tensor.reshape(-1)
+        for piece in flat.split(_PIECE):  # type: ignore[no-untyped-call]
             parts = self._of_all(piece, [len(piece)] * self._size)
             if len(piece) <= _SMALL:
                 piece.copy_(_reduced(parts, reduce))
@@ -98,7 +100,7 @@ class OneHost:
             mine = slice(ends[self._rank], ends[self._rank + 1])
             total = _reduced([part[mine] for part in parts], reduce)
             sizes = [b - a for a, b in pairwise(ends)]
-            for to, part in zip(piece.split(sizes), self._of_all(total, sizes), strict=True):
+            for to, part in zip(piece.split_with_sizes(sizes), self._of_all(total, sizes), strict=True):
                 to.copy_(part)
         if flat.data_ptr() != tensor.data_ptr():
             tensor.copy_(flat.view_as(tensor))
@@ -114,7 +116,7 @@ class OneHost:
     ) -> Callable[[], list[torch.Tensor]]:
         """As of a `Group`."""
         row = prod(message.shape[1:])
-        blocks = as_bytes(message).split([n * row for n in input_sizes])
+        blocks = as_bytes(message).split_with_sizes([n * row for n in input_sizes])
         places = [self._mail.place(block) if len(block) else 0 for block in blocks]
         number = self._loans + 1
         if min(self._open, default=number) <= number - PLACES:

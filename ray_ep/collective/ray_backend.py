@@ -8,25 +8,47 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
+from contextvars import ContextVar
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
-import ray
 import ray.experimental.internal_kv as kv
 import torch
 import torch.distributed as dist
-from ray.util import collective
+from ray.util import collective, get_node_ip_address
 from ray.util.collective.backend_registry import BackendRegistry, register_collective_backend
 from ray.util.collective.collective_group.base_collective_group import BaseGroup
 from ray.util.collective.types import ReduceOp
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import Store
 
 from ray_ep.collective import cupy_nccl, torch_nccl
 from ray_ep.collective.gloo_group import gloo
 from ray_ep.collective.group import SplittableGroup
 from ray_ep.collective.nccl import nccl
+from ray_ep.collective.parking import CLOSE_S, park
 from ray_ep.errors import BadInput, GroupError
 
 RENDEZVOUS_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How a group is formed.
+
+    Args:
+        timeout_s: of a collective. limit_s: of the forming.
+    """
+
+    epoch: int = 0
+    timeout_s: float = 300.0
+    limit_s: float = RENDEZVOUS_S
+
+
+_FORMED: ContextVar[SplittableGroup | None] = ContextVar("formed", default=None)
+"""The group that `join` has formed and Ray is to keep: under Ray's lock nobody waits for a peer."""
 
 
 class OurBackend(BaseGroup):
@@ -37,18 +59,32 @@ class OurBackend(BaseGroup):
 
     def __init__(self, world_size: int, rank: int, group_name: str):
         super().__init__(world_size, rank, group_name)
-        host = ray.util.get_node_ip_address()
-        key = f"ray_ep/{group_name}".encode()
-        if rank == 0:
-            store = dist.TCPStore(host, 0, world_size, True, wait_for_workers=False)
-            kv._internal_kv_put(key, f"{host}:{store.port}".encode(), overwrite=True)
-        else:
-            store = _connect(key, world_size)
-        self._store, self._key = store, key
-        self.group = self.form(store, host)
+        self.group = _FORMED.get() or self.meet(world_size, rank, group_name, Terms())
 
+    @classmethod
+    def meet(cls, size: int, rank: int, name: str, terms: Terms) -> SplittableGroup:
+        """The group of all ranks that say the same name; where rank 0 waits is told through Ray, and forgotten then."""
+        host = str(get_node_ip_address())  # type: ignore[no-untyped-call]
+        key = f"ray_ep/{name}".encode()
+        if rank == 0:
+            store = TCPStore(host, 0, size, True, wait_for_workers=False)
+            address = f"{host}:{store.port}".encode()
+            kv._internal_kv_put(key, address, overwrite=True)
+        else:
+            store, address = _connect(key, size, terms.limit_s)
+        store.set_timeout(timedelta(seconds=terms.limit_s))
+        try:
+            group = cls.form(store, rank, size, host, terms)
+        except BaseException:
+            _forget(key, address)  # rank 0 may be dead
+            raise
+        if rank == 0:
+            _forget(key, address)
+        return group
+
+    @staticmethod
     @abstractmethod
-    def form(self, store: dist.Store, host: str) -> SplittableGroup:
+    def form(store: Store, rank: int, size: int, host: str, terms: Terms) -> SplittableGroup:
         """The group of all ranks that meet in the store; `host` is the address of this node."""
 
     @classmethod
@@ -69,10 +105,8 @@ class OurBackend(BaseGroup):
         return True
 
     def destroy_group(self) -> None:
-        if self.rank == 0:
-            kv._internal_kv_del(self._key)
-        self.group.close()
-        self._store = None
+        self.group.on_close = lambda: None  # Ray, which holds its lock meanwhile, knows already
+        park(self.group, CLOSE_S)
 
     # Ray's own calls hand over lists of one tensor (one per device).
     def allreduce(self, tensor: Any, allreduce_options: Any = None) -> None:
@@ -114,8 +148,9 @@ class GlooBackend(OurBackend):
 
     name = "RAY_EP_GLOO"
 
-    def form(self, store: dist.Store, host: str) -> SplittableGroup:
-        return gloo(store, self.rank, self.world_size, host=host)
+    @staticmethod
+    def form(store: Store, rank: int, size: int, host: str, terms: Terms) -> SplittableGroup:
+        return gloo(store, rank, size, terms.epoch, host, terms.timeout_s, terms.limit_s)
 
     @classmethod
     def check(cls) -> None:
@@ -128,8 +163,9 @@ class NcclBackend(OurBackend):
 
     name = "RAY_EP_NCCL"
 
-    def form(self, store: dist.Store, host: str) -> SplittableGroup:
-        return nccl(store, self.rank, self.world_size)
+    @staticmethod
+    def form(store: Store, rank: int, size: int, host: str, terms: Terms) -> SplittableGroup:
+        return nccl(store, rank, size, terms.epoch, None, terms.timeout_s, terms.limit_s)
 
     @classmethod
     def check(cls) -> None:
@@ -141,8 +177,9 @@ class TorchNcclBackend(OurBackend):
 
     name = "RAY_EP_TORCH_NCCL"
 
-    def form(self, store: dist.Store, host: str) -> SplittableGroup:
-        return torch_nccl.torch_nccl(store, self.rank, self.world_size)
+    @staticmethod
+    def form(store: Store, rank: int, size: int, host: str, terms: Terms) -> SplittableGroup:
+        return torch_nccl.torch_nccl(store, rank, size, terms.epoch, None, terms.timeout_s, terms.limit_s)
 
     @classmethod
     def check(cls) -> None:
@@ -153,26 +190,40 @@ BACKENDS: dict[str, type[OurBackend]] = {"gloo": GlooBackend, "nccl": NcclBacken
 
 
 def join(
-    name: str, rank: int, size: int, epoch: int = 0, timeout_s: float = 300.0, backend: str = "gloo"
+    name: str,
+    rank: int,
+    size: int,
+    epoch: int = 0,
+    timeout_s: float = 300.0,
+    backend: str = "gloo",
+    limit_s: float = RENDEZVOUS_S,
 ) -> SplittableGroup:
     """Join (all ranks call) the named group through ray.util.collective, inside an actor.
 
+    Ray knows it by its name until it is closed. A name for each epoch keeps members of different ones apart.
+
     Args:
+        timeout_s: of a collective.
         backend: a key of `BACKENDS`: gloo, nccl (CuPy) or torch_nccl.
+        limit_s: time for the peers to come.
 
     Raises:
         BadInput: no such backend, or it cannot be used in this process.
-        GroupError: the peers did not come within the rendezvous time.
+        GroupError: a peer did not come within the limit, or died meanwhile.
     """
     if backend not in BACKENDS:
         raise BadInput(f"backend {backend!r}: allowed are {', '.join(BACKENDS)}")
     ours = BACKENDS[backend]
     ours.check()
-    if not BackendRegistry().is_registered(ours.name):
+    if not BackendRegistry().is_registered(ours.name):  # type: ignore[no-untyped-call]
         register_collective_backend(ours.name, ours)
-    collective.init_collective_group(size, rank, ours.name, name)
-    group: SplittableGroup = collective.collective.get_group_handle(name).group
-    group.epoch, group.timeout_s = epoch, timeout_s
+    group = ours.meet(size, rank, name, Terms(epoch, timeout_s, limit_s))
+    group.on_close = partial(leave, name)
+    token = _FORMED.set(group)
+    try:
+        collective.init_collective_group(size, rank, ours.name, name)  # type: ignore[arg-type]
+    finally:
+        _FORMED.reset(token)
     return group
 
 
@@ -182,29 +233,34 @@ def usable() -> list[str]:
 
 
 def leave(name: str) -> None:
-    """Destroy this process's membership of a named group; not collective."""
-    if collective.is_group_initialized(name):
+    """Destroy this process's membership of a named group; not collective, and over in about a second at most."""
+    if collective.is_group_initialized(name):  # type: ignore[no-untyped-call]
         collective.destroy_collective_group(name)
 
 
-def _connect(key: bytes, size: int) -> dist.TCPStore:
-    """The store of rank 0, wherever it says it is now: an address that a dead rank 0 left behind answers nobody."""
-    limit = time.monotonic() + RENDEZVOUS_S
+def _connect(key: bytes, size: int, limit_s: float) -> tuple[TCPStore, bytes]:
+    """The store of rank 0 wherever it says it is now, and that: what a dead rank 0 left behind answers nobody."""
+    limit = time.monotonic() + limit_s
     while time.monotonic() < limit:
         if address := kv._internal_kv_get(key):
             host, port = address.decode().rsplit(":", 1)
             try:
-                store = dist.TCPStore(host, int(port), size, False, timeout=timedelta(seconds=2))
+                return TCPStore(host, int(port), size, False, timeout=timedelta(seconds=min(2.0, limit_s))), address
             except (RuntimeError, ValueError):
                 continue
-            store.set_timeout(timedelta(seconds=RENDEZVOUS_S))
-            return store
         time.sleep(0.005)
-    raise GroupError(f"group {key.decode()}: rank 0 did not appear within {RENDEZVOUS_S:g} s")
+    raise GroupError(f"group {key.decode()}: rank 0 did not appear within {limit_s:g} s")
+
+
+def _forget(key: bytes, address: bytes) -> None:
+    """Remove where rank 0 waited, unless another one says it already."""
+    if kv._internal_kv_get(key) == address:
+        kv._internal_kv_del(key)
 
 
 def _one(tensor: Any) -> torch.Tensor:
-    return tensor[0] if isinstance(tensor, list) else tensor
+    found: torch.Tensor = tensor[0] if isinstance(tensor, list) else tensor
+    return found
 
 
 def _op(options: Any) -> str:

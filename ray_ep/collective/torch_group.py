@@ -38,7 +38,19 @@ class TorchGroup(SplittableGroup):
         form: Callable[[TorchGroup, list[int]], TorchGroup] | None = None,
     ):
         super().__init__(rank, size, epoch, timeout_s)
-        self._pg, self._on_close, self._make = process_group, on_close, form
+        self._pg, self._make, self.on_close = process_group, form, on_close
+
+    @property
+    def timeout_s(self) -> float:
+        """Limit of one collective, seconds; torch's own is the same once this was set again."""
+        return self._timeout_s
+
+    @timeout_s.setter
+    def timeout_s(self, value: float) -> None:
+        self._timeout_s = value
+        if (process_group := getattr(self, "_pg", None)) is not None:
+            set_limit = getattr(process_group, "_set_default_timeout", None) or process_group.set_timeout
+            set_limit(timedelta(seconds=value))
 
     def all_to_all(
         self, output: torch.Tensor, input: torch.Tensor, output_sizes: Sequence[int], input_sizes: Sequence[int]
@@ -57,7 +69,7 @@ class TorchGroup(SplittableGroup):
             start = time.perf_counter()
             finish()
             self.seconds += time.perf_counter() - start
-            return list(out.split(list(output_sizes)))
+            return list(out.split_with_sizes(list(output_sizes)))
 
         return end
 
@@ -70,7 +82,7 @@ class TorchGroup(SplittableGroup):
 
     def all_reduce(self, tensor: torch.Tensor, op: str = "sum") -> None:
         options = dist.AllreduceOptions()
-        options.reduceOp = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op]
+        options.reduceOp = dist.ReduceOp({"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op])
         self._run(lambda: self._pg.allreduce([tensor], options))
 
     def broadcast(self, tensor: torch.Tensor, source: int) -> None:
@@ -81,10 +93,9 @@ class TorchGroup(SplittableGroup):
     def barrier(self) -> None:
         self._run(lambda: self._pg.barrier(dist.BarrierOptions()))
 
-    def close(self) -> None:
-        super().close()
-        self._on_close()
-        self._pg, self._on_close = None, lambda: None
+    def _free(self) -> None:
+        super()._free()
+        self._pg = None
 
     def send(self, tensor: torch.Tensor, to: int, limit_s: float | None = None) -> None:
         """Point to point; returns when the tensor may be changed.

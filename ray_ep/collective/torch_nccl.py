@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from ray_ep.collective.device import cuda_device, here, in_time, writable
 from ray_ep.collective.group import same_color, split_key
@@ -45,18 +46,6 @@ class TorchNcclGroup(TorchGroup):
         self.device = cuda_device(device)
         self._last: Any = None  # keeps the last result alive until the next call
         self._live = True
-
-    @property
-    def timeout_s(self) -> float:
-        """Limit of one collective, seconds; torch's own watchdog has the same."""
-        return self._timeout_s
-
-    @timeout_s.setter
-    def timeout_s(self, value: float) -> None:
-        self._timeout_s = value
-        if (process_group := getattr(self, "_pg", None)) is not None:
-            set_limit = getattr(process_group, "_set_default_timeout", None) or process_group.set_timeout
-            set_limit(timedelta(seconds=value))
 
     def all_to_all(
         self, output: torch.Tensor, input: torch.Tensor, output_sizes: Sequence[int], input_sizes: Sequence[int]
@@ -118,14 +107,14 @@ class TorchNcclGroup(TorchGroup):
         if live and self._pg is not None:
             end(self._pg)
 
-    def close(self) -> None:
-        """Not collective; what is enqueued gets a second to end. A group of torch's own stays as it is."""
+    def _free(self) -> None:
+        """What is enqueued gets a second to end. A group of torch's own stays as it is."""
         limit = time.monotonic() + 1.0
         while not self._aborted.is_set() and self._last is not None and not self._last.is_completed():
             if time.monotonic() > limit:
                 break
             time.sleep(0.001)
-        super().close()
+        super()._free()
 
     def _warm(self) -> None:
         # Send and receive connect each pair by itself, apart from the rings of the reductions.
@@ -143,31 +132,35 @@ class TorchNcclGroup(TorchGroup):
 
 
 def torch_nccl(
-    store: dist.Store,
+    store: Store,
     rank: int,
     size: int,
     epoch: int = 0,
     device: torch.device | str | int | None = None,
     timeout_s: float = 300.0,
+    limit_s: float | None = None,
 ) -> TorchNcclGroup:
     """A group of its own over torch's NCCL and a rendezvous store; all ranks call it, and it is warm when it returns.
 
     Args:
         device: this rank's CUDA device; None: the current one. Two ranks on one device are refused by NCCL.
+        limit_s: of forming the group; None: `timeout_s`, that of a call.
 
     Raises:
         BadInput: no CUDA device, or torch was built without NCCL.
-        GroupError: the peers did not come within `timeout_s`.
+        GroupError: the peers did not come within the limit.
     """
     check()
-    place = dist.PrefixStore(f"epoch-{epoch}", store)
-    group = _join(place, rank, size, epoch, cuda_device(device), timeout_s)
+    limit_s = limit_s or timeout_s
+    place = PrefixStore(f"epoch-{epoch}", store)
+    group = _join(place, rank, size, epoch, cuda_device(device), limit_s)
 
     def warm() -> None:
         torch.cuda.set_device(group.device)  # of this thread
         group._warm()
 
-    in_time(warm, timeout_s, f"rank {rank}: connecting the group of epoch {epoch}")
+    in_time(warm, limit_s, f"rank {rank}: connecting the group of epoch {epoch}")
+    group.timeout_s = timeout_s
     return group
 
 
@@ -184,9 +177,7 @@ def end(process_group: Any) -> None:
         in_time(process_group.abort, ABORT_S, "abort of torch's NCCL group")
 
 
-def _join(
-    store: dist.Store, rank: int, size: int, epoch: int, device: torch.device, timeout_s: float
-) -> TorchNcclGroup:
+def _join(store: Store, rank: int, size: int, epoch: int, device: torch.device, timeout_s: float) -> TorchNcclGroup:
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=timeout_s)
     options.is_high_priority_stream = True
@@ -197,7 +188,7 @@ def _join(
 
     def form(parent: TorchGroup, colors: list[int]) -> TorchGroup:
         members = same_color(colors, parent.rank)
-        place = dist.PrefixStore(split_key(parent, colors), store)
+        place = PrefixStore(split_key(parent, colors), store)
         return _join(place, members.index(parent.rank), len(members), parent.epoch, device, parent.timeout_s)
 
     return TorchNcclGroup(

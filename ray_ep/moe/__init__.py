@@ -4,10 +4,11 @@ from ray_ep.moe.balance.balancer import Balance, Limits
 from ray_ep.moe.balance.router import router_losses, update_bias
 from ray_ep.moe.draws import Draws
 from ray_ep.moe.exchange.choose import Choice, choose, settle
-from ray_ep.moe.exchange.dispatch import PHASES
+from ray_ep.moe.exchange.meter import PHASES
 from ray_ep.moe.exchange.ways import KINDS
 from ray_ep.moe.migrate import Moved, OwnedState, apply_placement
 from ray_ep.moe.parallelize import ExpertParallel, find_experts, parallelize
+from ray_ep.moe.regroup import regroup
 
 __all__ = [
     "KINDS",
@@ -23,6 +24,7 @@ __all__ = [
     "choose",
     "find_experts",
     "parallelize",
+    "regroup",
     "router_losses",
     "settle",
     "update_bias",

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ray_ep.moe.routing import recomputing
+from ray_ep.moe.passes import recomputing
 from ray_ep.placement import RoutingStatistics
 
 _EAGER = ("enabled", "seconds", "seen", "_passes", "_previous", "_kept")
@@ -30,7 +30,7 @@ class Seen:
     scale: float  # tokens of the pass for each of them
     previous: torch.Tensor | None  # [n, K] choices of the same tokens in the layer before
     kept: torch.Tensor | None  # int32 [m, K] choices that go into the reservoir
-    slots: torch.Tensor | None  # [m] and where
+    places: torch.Tensor | None  # [m] and where
 
 
 class Counters:
@@ -98,6 +98,21 @@ class Counters:
         self._before = {name: getattr(self, name) for name in _EAGER} | {"step": self.step.clone()}
         self._before["_rng"] = self._rng.bit_generator.state
 
+    def share(self, before: int, ranks: int) -> None:
+        """Keep this rank's part of a sample that `before` ranks shared and now `ranks` do; the window likewise."""
+        assert self._apart is None, "a half step was neither taken nor dropped"
+        self.window = round(self.window * before / ranks)
+        capacity, filled = round(self.capacity * before / ranks), min(self.seen, self.capacity)
+        self._kept = None
+        if self.sample is not None:
+            keep = torch.from_numpy(np.sort(self._rng.permutation(filled)[:capacity])).to(self.sample.device)
+            sample = self.sample.new_zeros(self.layers, capacity, self.sample.shape[2])
+            sample[:, : len(keep)] = self.sample[:, keep]
+            self.sample = sample
+        if capacity > self.capacity:  # new places are filled first
+            self.seen = filled
+        self.capacity = capacity
+
     def take_step(self) -> torch.Tensor:
         """[L, E] load since the last call, on the device; what was kept apart counts from now on."""
         start = time.perf_counter()
@@ -141,8 +156,8 @@ class Counters:
         part = part.clone() if stride > 1 else part
         follows = layer and self._previous is not None and len(self._previous) == len(part)
         previous, self._previous = self._previous if follows else None, part
-        kept, slots = self._keep(layer, index) if self.capacity else (None, None)
-        return Seen(layer, load, part, len(index) / max(len(part), 1), previous, kept, slots)
+        kept, places = self._keep(layer, index) if self.capacity else (None, None)
+        return Seen(layer, load, part, len(index) / max(len(part), 1), previous, kept, places)
 
     def _add(self, seen: Seen) -> None:
         """Count it."""
@@ -155,7 +170,7 @@ class Counters:
             if self.sample is None:
                 shape = (self.layers, self.capacity, seen.kept.shape[1])
                 self.sample = torch.zeros(shape, dtype=torch.int32, device=part.device)
-            self.sample[layer][seen.slots] = seen.kept
+            self.sample[layer][seen.places] = seen.kept
 
     def _pairs(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """[E * E] how often each (expert of a, expert of b) met in one token."""
@@ -179,8 +194,8 @@ class Counters:
             self.seen += len(index)
         if self._kept is None or (self._kept[0] >= len(index)).any():
             return None, None
-        taken, slot = (torch.from_numpy(x).to(index.device) for x in self._kept)
-        return index[taken].to(torch.int32), slot
+        tokens, places = (torch.from_numpy(x).to(index.device) for x in self._kept)
+        return index[tokens].to(torch.int32), places
 
 
 def bincount(values: torch.Tensor, length: int) -> torch.Tensor:

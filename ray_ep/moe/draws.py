@@ -126,7 +126,7 @@ class Draws:
             return None
         whole = shape[0] in (sequences, sequences * length) or (shape[0] % sequences == 0 and length in shape[1:])
         if whole and (len(func._schema.returns) == 1 or func._schema.name == "aten::native_dropout"):
-            return shape[0] // sequences
+            return int(shape[0] // sequences)
         if first >= 0 and not self._alone and {length, sequences * length} & set(shape):
             self._escaped = True  # of the batch, but in another order
         return None
@@ -146,11 +146,11 @@ class Draws:
             return [g.get_state().numpy().tobytes() for g in self._generators()]
 
 
-class _Seeded(TorchDispatchMode):
+class _Seeded(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Passes every operation that draws from torch's generators to `Draws.draw`; torch marks them with a tag."""
 
     def __init__(self, draws: Draws):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.draws = draws
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import inf, prod
 from typing import Any, Protocol
@@ -46,6 +46,7 @@ class OwnedState(Protocol):
 
     def take(self, layer: int, experts: list[int], arrived: dict[int, Rows]) -> None:
         """Own `experts` from now on, in that order: rows [kinds, ...] of those that this rank did not own `arrived`.
+        Of one that it did own they are in place of its own.
 
         Called with the parameters new and the layer's lists still old.
         """
@@ -170,29 +171,14 @@ class Shipment:
         return len(out), len(into)
 
     def swap(self, index: int) -> None:
-        """Give a layer its new rows (not collective): parameters [S', ...], then what its primaries keep."""
-        ep, layer, rank = self.ep, self.ep.layers[index], self.ep.group.rank
-        experts = self.placement.experts_of(index, rank)
-        owned = [e for e in experts if self.placement.owner[index, e] == rank]
-        layer.packed = None
-        if experts == layer.experts and len(owned) == layer.owned:
-            return
-        row_of = {e: row for row, e in enumerate(layer.experts)}
+        """Give a layer its new rows (not collective), those that have arrived among them."""
         here = [i for i in self.arriving if self.moves[i].layer == index]
         arrived = {self.moves[i].expert: (self.moves[i], self.arriving.pop(i)) for i in here}
-        for name, p in ep.parameters(index).items():
-            fresh = p.data.new_empty(len(experts), *p.shape[1:])
-            for row, e in enumerate(experts):
-                if e in row_of:
-                    fresh[row] = p.data[row_of[e]]
-                else:
-                    move, rows = arrived[e]
-                    fresh[row] = rows[name][0] if move.state and name in self.kinds[index] else rows[name]
-            _replace(p, fresh)
-        if self.state is not None:
-            self.state.take(index, owned, {e: rows for e, (m, rows) in arrived.items() if m.state})
-        module: Any = ep.modules[index]
-        module.num_experts, module.ray_ep_rows = len(experts), list(experts)
+        kept = {e: rows for e, (m, rows) in arrived.items() if m.state}
+        weights = {e: rows for e, (m, rows) in arrived.items() if m.weights}
+        for e in kept.keys() & weights.keys():  # with a master the compute weight does not travel
+            weights[e] = {n: r[0] if n in self.kinds[index] else r for n, r in kept[e].items()}
+        swap_rows(self.ep, index, self.placement, weights, kept, self.state)
 
     def _sides(self, parts: list[Part]) -> tuple[list[list[Part]], list[list[Part]]]:
         """Parts of a round that this rank sends to each rank, and gets from each; both ends have them in one order."""
@@ -232,6 +218,40 @@ class Shipment:
 
     def _incoming(self, part: Part) -> Iterator[torch.Tensor]:
         return _pieces(*self.arriving[part.move].values(), start=part.start, stop=part.stop)
+
+
+def swap_rows(
+    ep: ExpertParallel,
+    index: int,
+    placement: Placement,
+    weights: Mapping[int, Rows],
+    kept: Mapping[int, Rows],
+    state: OwnedState | None,
+) -> None:
+    """Give a layer the rows of a placement for this rank: parameters [S', ...], then what its primaries keep.
+
+    Not collective; the layer's lists are still the old ones afterwards.
+
+    Args:
+        weights: rows of experts that are not here yet.
+        kept: rows [kinds, ...] of those that this rank has not owned yet.
+    """
+    layer, rank = ep.layers[index], ep.group.rank
+    experts = placement.experts_of(index, rank)
+    owned = [e for e in experts if placement.owner[index, e] == rank]
+    layer.forget()
+    if experts == layer.experts and len(owned) == layer.owned and not kept:
+        return
+    row_of = {e: row for row, e in enumerate(layer.experts)}
+    for name, p in ep.parameters(index).items():
+        fresh = p.data.new_empty(len(experts), *p.shape[1:])
+        for row, e in enumerate(experts):
+            fresh[row] = weights[e][name] if e in weights else p.data[row_of[e]]
+        _replace(p, fresh)
+    if state is not None:
+        state.take(index, owned, dict(kept))
+    module: Any = ep.modules[index]
+    module.num_experts, module.ray_ep_rows = len(experts), list(experts)
 
 
 def _pieces(*tensors: torch.Tensor, start: int = 0, stop: int | None = None) -> Iterator[torch.Tensor]:

@@ -8,25 +8,30 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from ray_ep.collective import Group
+from ray_ep.collective import EpochGroup, Group
 from ray_ep.errors import BadInput, ModelError, PlacementError
 from ray_ep.moe.balance.balancer import MODES, Balancer, Limits
 from ray_ep.moe.balance.balancer import warm as warm_step
 from ray_ep.moe.counters import Counters
 from ray_ep.moe.cpu import kernels
-from ray_ep.moe.cpu.gemm import Packed
+from ray_ep.moe.cpu.fused import is_plain
+from ray_ep.moe.cpu.gemm import Gemm, Packed
 from ray_ep.moe.cpu.pool import Pool
-from ray_ep.moe.exchange.dispatch import Meter
+from ray_ep.moe.exchange.meter import Meter, MeteredGroup
 from ray_ep.moe.exchange.ways import Exchange
-from ray_ep.moe.experts import IMPLEMENTATION, ExpertLayer, Shared, is_plain
+from ray_ep.moe.experts import IMPLEMENTATION, ExpertLayer
+from ray_ep.moe.passes import Capture, Inference, Passes, Trace
 from ray_ep.moe.replicas import ReplicaExchange
 from ray_ep.moe.routing import Routing
-from ray_ep.placement import Placement, contiguous
+from ray_ep.moe.site import Shared
+from ray_ep.placement import Placement, Topology, contiguous
+from ray_ep.placement.links.groups import groups_of
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "_is_expert_parallel")
 
@@ -37,19 +42,31 @@ class ExpertParallel:
     Attributes:
         modules: the transformers experts modules in layer order; their direct parameters hold this rank's experts.
         layers: the `ExpertLayer` of each.
-        routing, counters, meter, exchange: shared by all layers.
+        group: the one object that all of them keep, through all epochs.
+        routing, counters, meter, exchange: shared by all layers. passes: what differs from pass to pass.
     """
 
-    def __init__(self, modules: dict[str, torch.nn.Module], group: Group, sample: int, seed: int, balancer: Balancer):
+    def __init__(
+        self, modules: dict[str, torch.nn.Module], group: EpochGroup, sample: int, seed: int, balancer: Balancer
+    ):
         self.modules = list(modules.values())
         self.names = list(modules)
         self.group = group
         self.num_experts = same_count(modules)
-        self.routing = Routing(len(modules))
+        self.passes = Passes()
+        self.routing = Routing(len(modules), self.passes)
         self.counters = Counters(len(modules), self.num_experts, sample, seed + group.rank)
         self.meter = Meter(np.zeros(group.size, np.int64), np.zeros(len(modules), np.int64))
-        self.exchange, self.balancer = Exchange(), balancer
-        shared = Shared(group, self.routing, self.meter, self.counters, Pool(), self.exchange, balancer)
+        self.exchange, self.balancer, self.gemm = Exchange(), balancer, Gemm()
+        self.traffic = MeteredGroup(group, self.meter)
+        shared = Shared(
+            traffic=self.traffic,
+            passes=self.passes,
+            counters=self.counters,
+            balancer=balancer,
+            pool=Pool(),
+            gemm=self.gemm,
+        )
         self.layers = [ExpertLayer(i, name, self.num_experts, shared) for i, name in enumerate(modules)]
 
     def place(self, placement: Placement, node_of: np.ndarray | None, device: torch.device) -> None:
@@ -62,6 +79,31 @@ class ExpertParallel:
         self.replicas = [ReplicaExchange(placement, i, self.group, device) for i in range(len(self.layers))]
         self.counters.to(device)
         self.meter.to(device)
+
+    def regroup(self, group: Group, placement: Placement, topology: Topology | None) -> None:
+        """Derive again all that depends on group, size, placement or links (not collective; rows are the caller's).
+
+        The same on every rank, those that come included: costs of the balance are measured again, nothing that was
+        learnt of the old ranks is left. `ray_ep.moe.regroup` moves rows, too, and compares ranks.
+
+        Args:
+            group: that of the new epoch, or `self.group` if it was formed in place.
+            placement: for its ranks.
+            topology: links between them, with nodes; None: all on one node, links not measured.
+        """
+        before = len(self.meter.sent)
+        self.group.use(group)
+        self.meter.regroup(self.group.size)
+        self.counters.share(before, self.group.size)
+        self.balancer.regroup(None if topology is None else topology.by_groups())
+        self.routing.logits[:] = [None] * len(self.layers)  # they hold the graph, and with it the old group's memory
+        self.place(placement, None if topology is None else groups_of(topology), self.layers[0].pass_load.device)
+
+    def exchange_by(self, **changes: Any) -> None:
+        """Let all layers exchange otherwise from the next pass on, by fields of `Exchange`; the same on every rank."""
+        self.exchange = replace(self.exchange, **changes)
+        for layer in self.layers:
+            layer.exchange_by(self.exchange)
 
     def parameters(self, index: int) -> dict[str, torch.nn.Parameter]:
         """Per-expert parameters of a layer, [S, ...] with one row for each expert held."""
@@ -82,23 +124,35 @@ class ExpertParallel:
         Decode reads packed weights twice as fast; an expert that is used so takes its memory once more. Guests stay, as
         far as `Limits.guest_mb` goes.
         """
-        for module, layer in zip(self.modules, self.layers, strict=True):
+        inference = Inference()
+        for index, module in enumerate(self.modules):
             if is_plain(module, module.gate_up_proj):  # type: ignore[arg-type]
-                layer.packed = (Packed(module.gate_up_proj), Packed(module.down_proj))  # type: ignore[arg-type]
-        try:
+                weights = self.parameters(index)
+                inference.packed[index] = (
+                    Packed(weights["gate_up_proj"], self.gemm), Packed(weights["down_proj"], self.gemm),
+                )  # fmt: skip
+        with self.passes.changed(inference=inference):
             yield
-        finally:
-            for layer in self.layers:
-                layer.packed = layer.kept = None
 
     @contextmanager
     def idle(self) -> Iterator[None]:
         """Inside: this rank's tokens are padding; it takes part in every exchange with none of them."""
-        self.routing.idle = True
-        try:
+        with self.passes.changed(idle=True):
             yield
-        finally:
-            self.routing.idle = False
+
+    @contextmanager
+    def tracing(self) -> Iterator[Trace]:
+        """Inside: passes exchange flat, and note which rank answers for each choice: see `Trace`."""
+        trace: Trace = [[] for _ in self.layers]
+        with self.passes.changed(trace=trace):
+            yield trace
+
+    @contextmanager
+    def capturing(self, index: int) -> Iterator[Capture]:
+        """Inside: what layer `index` computes on in its first pass is kept, for `choose`."""
+        capture = Capture(index)
+        with self.passes.changed(capture=capture):
+            yield capture
 
 
 def parallelize(
@@ -140,6 +194,7 @@ def parallelize(
         raise ModelError(f"{type(model).__name__} is already parallelized")
     if balance not in MODES:
         raise BadInput(f"balance={balance!r}: allowed are {', '.join(MODES)}")
+    group = EpochGroup.of(group)
     balancer = Balancer(group, len(modules), balance, limits or Limits())
     ep = ExpertParallel(modules, group, sample, seed, balancer)
     layers, experts = len(modules), ep.num_experts
@@ -151,7 +206,8 @@ def parallelize(
             f"{group.size} ranks"
         )
     ep.place(placement, node_of, next(model.parameters()).device)
-    for module, layer in zip(ep.modules, ep.layers, strict=True):
+    for index, layer in enumerate(ep.layers):
+        module: Any = ep.modules[index]
         keep_rows(module, layer.experts)
         module.num_experts = len(layer.experts)  # the local ones: transformers' grouped kernel counts up to it
         module.ray_ep_layer = layer
@@ -162,7 +218,7 @@ def parallelize(
     warm_step()
     _attach_routers(model, ep)
     ep.routing.checkpoint_blocks(model)
-    model.ray_ep = ep
+    model.ray_ep = ep  # type: ignore[assignment]  # no module of torch's
     return model
 
 
@@ -215,7 +271,7 @@ def _attach_routers(model: torch.nn.Module, ep: ExpertParallel) -> None:
         router = find_router(model, name)
         if router is not None:
             config: Any = module.config
-            top_k = getattr(router, "top_k", None) or getattr(config, "num_experts_per_tok", 1)
+            top_k: Any = getattr(router, "top_k", None) or getattr(config, "num_experts_per_tok", 1)
             ep.routing.attach(i, router, ep.num_experts, int(top_k))
 
 

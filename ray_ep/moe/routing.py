@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from ray_ep.moe.draws import Draws
+from ray_ep.moe.passes import Passes, recomputing
 
 
 @dataclass(slots=True)
@@ -35,17 +36,16 @@ class Routing:
 
     Attributes:
         logits: [T, E] router logits of each layer in the last forward, with their graph; None without a router.
-        idle: this rank has no tokens in this pass: it takes part in every exchange with none.
         force: none, balanced or skewed; anything else than none is for benchmarks only.
         first_token: number that this rank's first token has in the global batch, so that forced routes do not depend
             on how the batch is divided.
         draws: the random draws of training passes; None: they are torch's.
     """
 
-    def __init__(self, layers: int):
+    def __init__(self, layers: int, passes: Passes | None = None):
+        self.passes = passes or Passes()
         self.logits: list[torch.Tensor | None] = [None] * layers
         self.routers: list[torch.nn.Module | None] = [None] * layers
-        self.idle = False
         self.force = "none"
         self.first_token = 0
         self.draws: Draws | None = None
@@ -63,16 +63,16 @@ class Routing:
         def before(module: torch.nn.Module, args: Any) -> None:
             if self._tape is not None or self.force != "none":
                 modes.append(ChoiceMode(num_experts, top_k, lambda chosen: self._choose(chosen, num_experts)))
-                modes[-1].__enter__()
+                modes[-1].__enter__()  # type: ignore[no-untyped-call]
 
         def after(module: torch.nn.Module, args: Any, output: Any) -> None:
             if modes:
-                modes.pop().__exit__(None, None, None)
+                modes.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
             outputs = output if isinstance(output, tuple) else (output,)
             if not recomputing():
                 logits = next((o for o in outputs if _is_logits(o, num_experts)), None)
                 if logits is not None:
-                    logits = logits.reshape(-1, num_experts)[: 0 if self.idle else None]
+                    logits = logits.reshape(-1, num_experts)[: 0 if self.passes.now.idle else None]
                 self.logits[index] = logits
 
         router.register_forward_pre_hook(before)
@@ -92,7 +92,7 @@ class Routing:
 
     def _with_tape(self, inner: Callable[..., Any]) -> Callable[..., Any]:
         def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
-            tape = Tape(self.idle, self.draws.count if self.draws and self.draws.watching else None)
+            tape = Tape(self.passes.now.idle, self.draws.count if self.draws and self.draws.watching else None)
 
             def run(*inputs: Any) -> Any:
                 with self._playing(tape):
@@ -107,15 +107,14 @@ class Routing:
 
     @contextmanager
     def _playing(self, tape: Tape) -> Any:
-        outer, outer_idle = self._tape, self.idle
-        self._tape, self.idle = tape, tape.idle
+        outer, self._tape = self._tape, tape
         tape.replaying, tape.position = recomputing(), 0
         again = self.draws.replay(tape.drawn) if tape.replaying and self.draws else nullcontext()
         try:
-            with again:
+            with again, self.passes.changed(idle=tape.idle):
                 yield
         finally:
-            self._tape, self.idle = outer, outer_idle
+            self._tape = outer
 
     def _choose(self, chosen: torch.Tensor, num_experts: int) -> torch.Tensor:
         """The routes [T, K] to take, given the router's own `chosen`: replayed, forced, or those, and recorded."""
@@ -162,11 +161,6 @@ def forced(kind: str, chosen: torch.Tensor, num_experts: int, first_token: int) 
     if kind == "skewed":
         routes = torch.where(number % 2 == 0, each, (number // 2 * top_k + each) % num_experts)
     return routes
-
-
-def recomputing() -> bool:
-    """Whether we are inside a backward pass: then a forward is a recomputation."""
-    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def _is_logits(output: Any, num_experts: int) -> bool:

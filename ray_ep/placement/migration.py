@@ -55,7 +55,11 @@ def moves(old: Placement, new: Placement, distance: npt.ArrayLike | None = None)
         PlacementError: the two are not of one model on one set of ranks.
     """
     if (old.num_layers, old.num_experts, old.num_ranks) != (new.num_layers, new.num_experts, new.num_ranks):
-        raise PlacementError("the two placements are not of one model on one set of ranks")
+        sizes = [f"{p.num_layers} layers x {p.num_experts} experts on {p.num_ranks} ranks" for p in (old, new)]
+        raise PlacementError(
+            f"the two placements are not of one model on one set of ranks: from {sizes[0]} to {sizes[1]}; between "
+            "memberships move from `old.among(origin)`"
+        )
     ranks = new.num_ranks
     far = np.zeros((ranks, ranks)) if distance is None else np.asarray(distance, np.float64)
     if far.shape != (ranks, ranks):

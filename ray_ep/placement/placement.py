@@ -7,7 +7,8 @@ Dimensions: L MoE layers, E experts, R ranks, S slots, K top_k.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,55 @@ class Placement:
         """Ranks that hold an expert, ascending."""
         return [int(r) for r in np.nonzero((self.slots[layer] == expert).any(1))[0]]
 
+    def lost(self, origin: Sequence[int], keepers: Mapping[int, int] | None = None) -> Ints:
+        """[n, 2] (layer, expert) that nobody holds any more; arguments as of `among`."""
+        stay = [r for r in origin if r >= 0]
+        missing = [
+            (layer, e)
+            for layer in range(self.num_layers)
+            for e in np.setdiff1d(np.arange(self.num_experts), self.slots[layer, stay]).tolist()
+            if self.owner[layer, e] not in (keepers or {})
+        ]
+        return np.array(missing, np.int64).reshape(-1, 2)
+
+    def primaries(self) -> Placement:
+        """Owners alone, each with its experts in ascending order; replicas are dropped."""
+        per_rank = [[self._owned(layer, r) for r in range(self.num_ranks)] for layer in range(self.num_layers)]
+        return replace(self, slots=_padded(per_rank, 0), shares=None)
+
+    def among(self, origin: Sequence[int], keepers: Mapping[int, int] | None = None) -> Placement:
+        """What is left under another membership; no weight is moved for it, but from keepers.
+
+        Who stays keeps its slots under its new rank, who comes has empty ones, who goes takes its slots along. A
+        primary that went is succeeded by its keeper, or else by the replica in the earliest slot of the lowest rank,
+        which has compute weights only: its masters and moments are gone.
+
+        Args:
+            origin: [R'] rank here of each new rank, -1 for one that comes (`Membership.origin`).
+            keepers: new rank that has the state of a rank that went, by that rank here: it owns what that one owned.
+
+        Raises:
+            PlacementError: experts that nobody holds any more (`lost` tells all), a rank that stays twice or is none.
+        """
+        keepers = keepers or {}
+        self._check_origin(origin, keepers)
+        if len(lost := self.lost(origin, keepers)):
+            raise PlacementError(
+                f"{len(lost)} experts are held by nobody any more, first is expert {lost[0, 1]} of layer {lost[0, 0]}"
+            )
+        where = np.asarray(origin, np.int64)
+        slots = np.where(where[None, :, None] >= 0, self.slots[:, where], -1)
+        shares = None if self.shares is None else np.where(where[None, :, None] >= 0, self.shares[:, where], 0.0)
+        new_rank = np.full(self.num_ranks, -1)
+        new_rank[where[where >= 0]] = np.flatnonzero(where >= 0)
+        for gone, keeper in keepers.items():
+            new_rank[gone] = keeper
+        primary = new_rank[self.owner]
+        taken = [(k, [self._owned(layer, g) for layer in range(self.num_layers)]) for g, k in keepers.items()]
+        slots, shares = _with_experts(slots, shares, taken)
+        left = Placement(slots, self.num_experts, self.version, None, shares)
+        return replace(left, primary=np.where(primary >= 0, primary, left.owner))
+
     def routes(self, layer: int, source: int, node_of: Ints | None = None) -> Ints:
         """[E, CHOICES] the rank that serves each expert for tokens of one source rank.
 
@@ -169,6 +219,20 @@ class Placement:
             raise PlacementError(f"placement file {path}: {e}") from None
         return Placement.from_json(text, str(path))
 
+    def _owned(self, layer: int, rank: int) -> list[int]:
+        return [int(e) for e in np.flatnonzero(self.owner[layer] == rank)]
+
+    def _check_origin(self, origin: Sequence[int], keepers: Mapping[int, int]) -> None:
+        stay = [r for r in origin if r >= 0]
+        if len(set(stay)) < len(stay) or any(not -1 <= r < self.num_ranks for r in origin) or not len(origin):
+            raise PlacementError(
+                f"origin {list(origin)}: expected, for each new rank, its rank of before (0 to {self.num_ranks - 1}, "
+                "each at most once) or -1"
+            )
+        for gone, keeper in keepers.items():
+            if gone in stay or not 0 <= gone < self.num_ranks or not 0 <= keeper < len(origin):
+                raise PlacementError(f"keeper {keeper} for rank {gone}: expected a new rank, for one that went")
+
     def _earliest(self) -> Ints:
         """[L, E] the rank with the expert in its lowest slot number, the lowest such rank."""
         by_slot = self.slots.transpose(0, 2, 1).reshape(self.num_layers, -1)  # slot-major, then rank
@@ -193,6 +257,37 @@ class Placement:
                 if e >= 0:
                     out[e, rank] += 1.0 if self.shares is None else self.shares[layer, rank, slot]
         return out
+
+
+def _padded(per_rank: list[list[list[int]]], at_least: int) -> Ints:
+    """[L, R, S] from lists of experts [L][R], -1 behind them."""
+    size = max((len(row) for layer in per_rank for row in layer), default=0)
+    rows = [[row + [-1] * (max(size, at_least) - len(row)) for row in layer] for layer in per_rank]
+    return np.array(rows, np.int64).reshape(len(per_rank), -1, max(size, at_least))
+
+
+def _with_experts(
+    slots: Ints, shares: Floats | None, taken: list[tuple[int, list[list[int]]]]
+) -> tuple[Ints, Floats | None]:
+    """Slots [L, R, S] and shares with experts (rank, [L] lists) in empty slots, and in as many more as that needs.
+
+    A rank that has one of them keeps it where it is.
+    """
+    per_rank = slots.tolist()
+    for rank, layers in taken:
+        for row, experts in zip([layer[rank] for layer in per_rank], layers, strict=True):
+            for e in experts:
+                if e not in row:
+                    at = row.index(-1) if -1 in row else len(row)
+                    row[at : at + 1] = [e]
+    out = _padded(per_rank, slots.shape[2])
+    if shares is None:
+        return out, None
+    wide = np.zeros(out.shape)
+    wide[:, :, : shares.shape[2]] = shares
+    kept = np.zeros(out.shape, bool)
+    kept[:, :, : slots.shape[2]] = slots >= 0
+    return out, np.where(kept | (out < 0), wide, 1.0)
 
 
 def _spread(ranks: Ints, weights: Floats, start: int) -> Ints:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,61 @@ class Topology:
         n = len(node_of)
         return Topology(np.full((n, n), np.inf), np.zeros((n, n)), np.asarray(node_of, np.int64))
 
+    def among(self, origin: Sequence[int], node_of: Sequence[int]) -> Topology:
+        """What is known of the links under another membership.
+
+        Who stays keeps the links between them. Of one that comes it is assumed, until its links are measured, that
+        each is as fast as the median of those that join the same kind of ranks (inside a node, or between two); where
+        there is none of that kind, as the best of all inside a node and as the worst of all between two. Its node has
+        as many lanes as it had, a new node has one; it is in the group of its node's ranks if those are in one, else,
+        with the others that come to the node, in a group of its own; how its GPU is joined is not known.
+
+        Args:
+            origin: [R'] rank here of each new rank, -1 for one that comes (`Membership.origin`).
+            node_of: [R'] node of each.
+
+        Raises:
+            PlacementError: a rank that stays twice, is none or has changed its node; a node too many or too few.
+        """
+        where, nodes = np.asarray(origin, np.int64), np.asarray(node_of, np.int64)
+        stay = where[where >= 0]
+        if len(set(stay.tolist())) < len(stay) or not (where >= -1).all() or not (where < self.num_ranks).all():
+            raise PlacementError(f"origin {list(origin)}: expected ranks 0 to {self.num_ranks - 1}, once each, or -1")
+        if nodes.shape != where.shape or (nodes[where >= 0] != self.node_of[stay]).any():
+            raise PlacementError(f"node_of {list(node_of)}: expected a node for each of {len(where)} ranks, as before")
+        known = (where[:, None] >= 0) & (where[None] >= 0)
+        near = nodes[:, None] == nodes[None]
+        square = np.ix_(where, where)
+        same = self.node_of[:, None] == self.node_of[None]
+
+        def links(values: npt.NDArray[np.float64], best: Any, worst: Any, unknown: float) -> npt.NDArray[np.float64]:
+            inside, across = (_median(values, kind) for kind in (same, ~same))
+            off = values[~np.eye(self.num_ranks, dtype=bool)]
+            least = (best(off), worst(off)) if len(off) else (unknown, unknown)
+            assumed = np.where(near, least[0] if inside is None else inside, least[1] if across is None else across)
+            return np.where(known, values[square], assumed)
+
+        bandwidth = links(self.bandwidth, np.max, np.min, np.inf)
+        latency = links(self.latency, np.min, np.max, 0.0)
+        np.fill_diagonal(latency, np.where(where >= 0, self.latency.diagonal()[where], 0.0))
+        return replace(
+            self,
+            bandwidth=bandwidth,
+            latency=latency,
+            node_of=nodes,
+            spread=None if self.spread is None else np.where(known, self.spread[square], self.spread.max()),
+            measured=None if self.measured is None else known & self.measured[square],
+            groups=None if self.groups is None else _groups(self.groups[where], where, nodes),
+            joined=None if self.joined is None else np.where(known, self.joined[square], 0),
+            lanes=None if self.lanes is None else _lanes(self.lanes, self.node_of, nodes),
+        )
+
+    def by_groups(self) -> Topology | None:
+        """Measured links, with the groups that they make in place of what nodes are called; None: not measured."""
+        if self.groups is None or not np.isfinite(self.bandwidth).any():
+            return None
+        return replace(self, node_of=self.groups)
+
     def seconds(self, source: int, destination: int, size: float) -> float:
         """Time that a message of `size` bytes takes over a link that is otherwise idle."""
         return float(self.latency[source, destination] + size / self.bandwidth[source, destination])
@@ -125,3 +181,29 @@ class Topology:
             )
         except (ValueError, KeyError, TypeError, OverflowError) as e:
             raise PlacementError(f"{where}: not a topology: {e!r}") from None
+
+
+def _median(values: npt.NDArray[np.float64], kind: npt.NDArray[np.bool_]) -> float | None:
+    """Of the links of a kind, the diagonal left out; None: there is none."""
+    chosen = values[kind & ~np.eye(len(values), dtype=bool)]
+    return float(np.median(chosen)) if len(chosen) else None
+
+
+def _groups(
+    groups: npt.NDArray[np.int64], where: npt.NDArray[np.int64], nodes: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """[R'] groups with those of ranks that come (`where` is -1); see `Topology.among`."""
+    out, fresh = groups.copy(), int(groups.max(initial=-1)) + 1
+    for node in dict.fromkeys(nodes[where < 0].tolist()):
+        here = set(groups[(nodes == node) & (where >= 0)].tolist())
+        out[(nodes == node) & (where < 0)] = here.pop() if len(here) == 1 else fresh
+        fresh += 1
+    return out
+
+
+def _lanes(
+    lanes: npt.NDArray[np.float64], before: npt.NDArray[np.int64], nodes: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """[R'] lanes of each rank's node, by the nodes of before."""
+    known = dict(zip(before.tolist(), lanes.tolist(), strict=True))
+    return np.array([known.get(node, 1.0) for node in nodes.tolist()])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,11 @@ import ray
 import torch
 from transformers import PreTrainedConfig
 
-from ray_ep.collective import Group, SoloGroup, StagedGroup
+from ray_ep.collective import EpochGroup, Group, SoloGroup, StagedGroup
+from ray_ep.collective.epoch_group import Maker
 from ray_ep.collective.nvml import gpu_links, library
 from ray_ep.collective.probe import measure, measure_links
-from ray_ep.collective.ray_backend import join, leave, usable
+from ray_ep.collective.ray_backend import RENDEZVOUS_S, join, usable
 from ray_ep.config import from_dict
 from ray_ep.errors import RayEPError, SaveError
 from ray_ep.moe import Choice, Moved
@@ -41,8 +43,7 @@ class RankActor:
         # Ray shows a rank its own GPU alone, so that it is number 0 in every thread.
         self.device = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
         self.rank, self.size = rank, size
-        self.name = ""
-        self.groups: dict[str, Group] = {}  # by transport; after `choose_exchange` the one that was taken
+        self.group = EpochGroup()  # the one object that all keep, through all epochs
 
     def __repr__(self) -> str:
         return f"Rank(rank={self.rank}, of={self.size})"
@@ -67,28 +68,44 @@ class RankActor:
         """Transports that this process could use."""
         return usable()
 
-    def join(self, name: str, epoch: int, timeout_s: float, transports: list[str]) -> None:
-        """Form the group of an epoch with the other ranks (collective), once over each of the transports.
+    def join(
+        self,
+        name: str,
+        epoch: int,
+        timeout_s: float,
+        transports: list[str],
+        limit_s: float = RENDEZVOUS_S,
+        seat: tuple[int, int] | None = None,
+    ) -> None:
+        """Leave the group of before, and form that of an epoch (collective), once over each of the transports.
+
+        `abort` ends it. The first transport is in use, until `choose_exchange` takes another.
+
+        Args:
+            timeout_s: of a collective. limit_s: for the peers to come, over each transport.
+            seat: rank and size in this epoch; None: as this rank was made.
 
         Raises:
             BadInput: a transport cannot be used in this process.
+            GroupError: a peer did not come in time or died, or the forming was aborted.
         """
-        self.name = name
-        if self.size == 1:
-            self.groups = {"memory": SoloGroup(epoch)}
-            return
-        for transport in transports:
-            group: Group = join(f"{name}-{transport}", self.rank, self.size, epoch, timeout_s, transport)
+        self.rank, self.size = seat or (self.rank, self.size)
+
+        def over(transport: str) -> Group:
+            group = join(f"{name}-{epoch}-{transport}", self.rank, self.size, epoch, timeout_s, transport, limit_s)
             on_device = transport != "gloo" or self.device.type == "cpu"
-            self.groups[transport] = group if on_device else StagedGroup(group)
+            return group if on_device else StagedGroup(group)
+
+        alone: dict[str, Maker] = {"memory": lambda: SoloGroup(epoch)}
+        self.group.form(epoch, alone if self.size == 1 else {t: partial(over, t) for t in transports}, limit_s)
 
     def probe(self, node_of: np.ndarray, budget_s: float) -> Topology:
         """`measure` on the joined group, the first of its transports (collective)."""
-        return measure(next(iter(self.groups.values())), node_of, budget_s, str(self.device))
+        return measure(self.group.present, node_of, budget_s, str(self.device))
 
     def probe_links(self, known: Topology, pairs: list[tuple[int, int]], budget_s: float) -> Topology:
         """`measure_links` on the same group (collective)."""
-        return measure_links(next(iter(self.groups.values())), known, pairs, budget_s, str(self.device))
+        return measure_links(self.group.present, known, pairs, budget_s, str(self.device))
 
     def gpu_links(self) -> GpuLinks | None:
         """What the driver of this rank's GPU says of its links; None without one."""
@@ -107,18 +124,16 @@ class RankActor:
         Args:
             corpus: to train on; None: this rank does not train, and has no method that needs a `Trainer`.
         """
-        group = next(iter(self.groups.values()))
         where = (groups_of(topology), self.device, topology)  # the groups that plans and predictions take for nodes
-        self.model = ModelRank(from_dict(cfg), config, group, placement, *where)
+        self.model = ModelRank(from_dict(cfg), config, self.group, placement, *where)
         if corpus is not None:
             self.trainer = Trainer(self.model, corpus)
         return {"parameters": sum(p.numel() for p in self.model.model.parameters())}
 
     def choose_exchange(self, step: int) -> Choice:
         """`Trainer.choose_exchange` among the groups that were joined; the others are left."""
-        choice = self.trainer.choose_exchange(step, self.groups)
-        for transport in set(self.groups) - {choice.transport}:
-            self._leave(transport)
+        choice = self.trainer.choose_exchange(step, dict(self.group.transports))
+        self.group.keep(choice.transport)
         return choice
 
     def train_step(self, step: int) -> StepResult | None:
@@ -162,16 +177,13 @@ class RankActor:
         return self.trainer.migrate(placement, buffer_mb)
 
     @ray.method(concurrency_group="control")
-    def abort(self) -> None:
-        """Release this rank from a collective that waits for a dead peer."""
-        for group in list(self.groups.values()):
-            group.abort()
+    def abort(self, epoch: int | None = None) -> None:
+        """Release this rank from a collective that waits for a dead peer, or from `join`; only in this epoch, if given.
+
+        Safe while it is in another call.
+        """
+        self.group.abort(epoch)
 
     def close(self) -> None:
-        """Leave the group."""
-        for transport in list(self.groups):
-            self._leave(transport)
-
-    def _leave(self, transport: str) -> None:
-        del self.groups[transport]
-        leave(f"{self.name}-{transport}")
+        """Leave the group; over in about a second, whatever the peers do."""
+        self.group.close()

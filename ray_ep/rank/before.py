@@ -15,7 +15,7 @@ import torch
 
 from ray_ep.moe import ExpertParallel
 
-OF_LAYER = ("calls", "pass_load", "capture", "captured", "room")
+OF_LAYER = ("calls", "pass_load")
 """What a pass changes of a layer; all else is its placement."""
 
 
@@ -34,7 +34,7 @@ class Before:
         self._random_there = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
         ep.counters.begin_step()
         _ = ep.meter.pairs  # fetches what a device has counted
-        self._back = [_contents(thing) for thing in (ep.meter, ep.routing, ep.balancer.done, *more)]
+        self._back = [_contents(thing) for thing in (ep.meter, ep.routing, ep.passes, ep.balancer.done, *more)]
         self._layers = [[(name, getattr(layer, name)) for name in OF_LAYER] for layer in ep.layers]
 
     def restore(self) -> None:

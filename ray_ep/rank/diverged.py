@@ -13,7 +13,7 @@ import torch
 
 from ray_ep.collective import Group
 from ray_ep.moe import ExpertParallel
-from ray_ep.moe.routing import recomputing
+from ray_ep.moe.passes import recomputing
 
 LOSSES = ("the loss", "the auxiliary loss", "the router z-loss")
 

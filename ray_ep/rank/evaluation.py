@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -22,22 +23,18 @@ def evaluate(
     rank, ep = forward.rank, forward.ep
     rank.model.eval()  # type: ignore[no-untyped-call]
     ep.counters.enabled = False
-    for layer in ep.layers:
-        layer.trace = [] if trace else None
     mine = forward.share(batch)
     first, total = ep.routing.first_token, torch.zeros(2, dtype=torch.float64, device=rank.device)
     total[1] = mine[:, 1:].size
     left = False
-    for number, (row, rows) in enumerate(evaluation_parts(mine, len(batch), rank.cfg.batch)):
-        if left := bool(number) and forward.leaving():
-            break
-        ep.routing.first_token = first + row * rank.cfg.batch.length
-        total[0] += forward.cross_entropy(rows)
+    with ep.tracing() if trace else nullcontext([]) as traces:
+        for number, (row, rows) in enumerate(evaluation_parts(mine, len(batch), rank.cfg.batch)):
+            if left := bool(number) and forward.leaving():
+                break
+            ep.routing.first_token = first + row * rank.cfg.batch.length
+            total[0] += forward.cross_entropy(rows)
     ep.counters.enabled = True
-    traces = [layer.trace for layer in ep.layers]
     ep.routing.forget()
-    for layer in ep.layers:
-        layer.trace = None  # what follows exchanges as chosen, and keeps nothing
     if left:
         return None
     rank.group.all_reduce(total)

@@ -28,7 +28,6 @@ class Forward:
         self.rank, self.ep = rank, rank.ep
         self.accumulation = rank.cfg.batch.accumulation
         self.balancing = balancing(rank.cfg, rank.config)
-        self.top_k = int(getattr(rank.config.get_text_config(), "num_experts_per_tok", None) or 1)
         self.ep.routing.draws = self.draws = Draws(rank.cfg.seed, rank.device)
         self.stop = threading.Event()
 
@@ -41,7 +40,7 @@ class Forward:
             main = self.cross_entropy(mine) / (count * passes)
         if not any(layer.calls for layer in self.ep.layers):
             raise self.rank.never_called()
-        how = balancing.form, self.top_k, (bool(balancing.coefficient), bool(balancing.z))
+        how = balancing.form, self.rank.top_k, (bool(balancing.coefficient), bool(balancing.z))
         losses = router_losses(routing.logits, self.ep.pass_load(), routing.routers, self.rank.group, count, *how)
         loss = main + (balancing.coefficient * losses.aux + balancing.z * losses.z) / passes
         figures = torch.stack([main.double(), losses.aux.double() / passes, losses.z.double() / passes])

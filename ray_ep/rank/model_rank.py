@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import ceil
 
 import numpy as np
 import torch
@@ -53,8 +54,9 @@ class ModelRank:
         )  # fmt: skip
         self.ep: ExpertParallel = self.model.ray_ep  # type: ignore[assignment]
         self.ep.routing.force = cfg.router.force
-        way, wanted = self.ep.exchange, cfg.exchange
-        way.chunks, way.float8, way.tokens = wanted.chunks, wanted.float8, wanted.tokens
+        self.top_k = int(getattr(config.get_text_config(), "num_experts_per_tok", None) or 1)
+        way = cfg.exchange
+        self.ep.exchange_by(chunks=way.chunks, float8=way.float8, tokens=way.tokens)
 
     @property
     def group(self) -> Group:
@@ -62,7 +64,9 @@ class ModelRank:
         return self.ep.group
 
     @torch.no_grad()
-    def choose_exchange(self, groups: dict[str, Group], forward: Callable[[], object], backward: bool) -> Choice:
+    def choose_exchange(
+        self, groups: dict[str, Group], forward: Callable[[], object], tokens: int, backward: bool
+    ) -> Choice:
         """Take the fastest way to exchange, timed on the routing of one pass (collective, between steps).
 
         Nothing that a step depends on or reports is changed, but the groups: those not taken are the caller's to close.
@@ -70,19 +74,19 @@ class ModelRank:
         Args:
             groups: transports to choose from, by name.
             forward: the pass: of what the model is going to compute on.
+            tokens: of all ranks in such a pass.
             backward: time backward, too.
         """
         kinds = KINDS if self.cfg.exchange.kind == "auto" else (self.cfg.exchange.kind,)
         if len(groups) == 1 and (self.group.size == 1 or len(kinds) == 1):
-            return settle(self.ep, kinds[0], groups)
+            return settle(self.ep, kinds[0], groups, ceil(tokens * self.top_k / self.ep.num_experts), backward)
         layer = self.ep.layers[len(self.ep.layers) // 2]
         with unseen(self.model):
-            layer.capture = True
-            forward()
-            if layer.captured is None:
+            with self.ep.capturing(layer.index) as capture:
+                forward()
+            if capture.work is None:
                 raise self.never_called()
-            work = layer.captured
-            return choose(self.ep, work, layer.index, groups, kinds=kinds, backward=backward, budget_s=CHOICE_S)
+            return choose(self.ep, capture.work, layer.index, groups, kinds=kinds, backward=backward, budget_s=CHOICE_S)
 
     def migrate(self, placement: Placement, buffer_mb: float = 256, state: OwnedState | None = None) -> Moved:
         """Take on another placement: experts move, and with their primaries what `state` keeps of them (between steps).

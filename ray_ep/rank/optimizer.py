@@ -201,7 +201,8 @@ class MasterOptimizer:
         The parameters hold their rows already, the layer's list of experts is still the old one.
 
         Args:
-            arrived: masters and moments [kinds, ...] of those that this rank did not own, by parameter.
+            arrived: masters and moments [kinds, ...] of those that this rank did not own, by parameter; of others they
+                are in place of its own.
         """
         row_of = {e: row for row, e in enumerate(self._owned(layer))}
         for w in [w for w in self._stacks() if w.layer == layer]:
@@ -213,7 +214,7 @@ class MasterOptimizer:
                     continue
                 new[kind] = w.param.data.new_empty(len(experts), *w.param.shape[1:], dtype=torch.float32)
                 for row, e in enumerate(experts):
-                    new[kind][row] = old[kind][row_of[e]] if e in row_of else arrived[e][w.key][i]
+                    new[kind][row] = arrived[e][w.key][i] if e in arrived else old[kind][row_of[e]]
             w.master.data = new.pop("master")
             w.moments = new
 

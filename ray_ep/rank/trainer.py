@@ -70,7 +70,7 @@ class Trainer:
         """`ModelRank.choose_exchange`, timed on the routing of the batch of `step` (collective, before training)."""
         part = np.split(self._batch(step), self.cfg.batch.accumulation)[0]
         forward = lambda: self.forward.cross_entropy(self.forward.share(part))  # noqa: E731
-        return self.rank.choose_exchange(groups, forward, backward=True)
+        return self.rank.choose_exchange(groups, forward, part[:, 1:].size, backward=True)
 
     def train_step(self, step: int) -> StepResult | None:
         """One optimizer step (step counts from 0) over this rank's share of the global batch.

@@ -53,8 +53,7 @@ def test_a_model_over_staged_ranks_and_the_general_layer_equals_one_process(rank
     placement = placement_of(model, "replicated", 2)
 
     def general(parallel):
-        for layer in parallel.ray_ep.layers:
-            layer.fused = False  # as on a GPU
+        parallel.ray_ep.exchange_by(fused=False)  # as on a GPU
 
     def work(inner):
         return parallel_pass(model, ids, StagedGroup(inner), placement, even_shards(5, 2), general)

@@ -27,6 +27,8 @@ from ray_ep.cli import main
 from ray_ep.driver.ranks import Ranks
 from ray_ep.driver.interrupt import Interrupt
 from ray_ep.driver.loop import Driver
+from ray_ep.driver.publisher import Publisher
+from ray_ep.driver.requests import Requests
 from ray_ep.driver.start import check
 from ray_ep.driver.rebalance.verdict import Verdict
 from ray_ep.placement import contiguous
@@ -49,12 +51,13 @@ ray_ep.train(config("run_dir=moving", "placement.every=0", "resume=auto", "optim
 cfg = config("run_dir=static", "placement.every=0")
 plan = check(cfg, datetime.now())
 ranks = Ranks(cfg.cluster, "static", False, Interrupt())
-driver = Driver(cfg, plan, ranks, [plan.run], Interrupt())
 try:
-    driver.form()
-    driver.step()
-    driver.mover.move(Verdict(contiguous(2, 8, 3), "move to three ranks", 1.0), 1)
-    driver.run()
+    with Publisher([plan.run]) as publisher:
+        driver = Driver(cfg, plan, ranks, publisher, Requests())
+        driver.form()
+        driver.step_with_recovery()
+        driver.mover.move(Verdict(contiguous(2, 8, 3), "move to three ranks", 1.0), 1)
+        driver.run()
 finally:
     ranks.kill()
 ray.shutdown()

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import ray
+import ray.experimental.internal_kv as kv
 import torch
 from ray.util import collective
 
@@ -24,6 +25,14 @@ class Member:
         """Join; returns what the group says of itself."""
         self.name, self.group = name, join(name, rank, size, epoch, timeout_s=60)
         return self.group.rank, self.group.size, self.group.epoch
+
+    def try_to_join(self, name, rank, size, limit_s):
+        """Join, to which somebody does not come; returns the error and the seconds."""
+        began = time.monotonic()
+        try:
+            join(name, rank, size, limit_s=limit_s)
+        except GroupError as e:
+            return str(e), time.monotonic() - began
 
     def leave(self):
         """Leave; returns whether Ray still knows the group here."""
@@ -190,3 +199,25 @@ def test_abort_from_another_concurrency_group_releases_a_waiting_member(trio):
     ray.get(trio[0].abort.remote(), timeout=5)
     assert "aborted" in ray.get(waiting, timeout=5)
     assert time.monotonic() - began < 2
+
+
+def test_a_join_ends_within_its_limit_and_leaves_no_address_of_a_dead_first_member_behind(trio, request):
+    assert kv._internal_kv_get(f"ray_ep/{request.node.name}") is None, "nobody needs it once the group is there"
+    key = f"ray_ep/{request.node.name}-1"
+    first = trio[0].try_to_join.remote(f"{request.node.name}-1", 0, 3, 30.0)
+    second = trio[1].try_to_join.remote(f"{request.node.name}-1", 1, 3, 2.0)  # the third never comes
+    for _ in range(100):
+        if kv._internal_kv_get(key) is not None:
+            break
+        time.sleep(0.02)
+    time.sleep(0.5)
+    os.kill(ray.get(trio[0].pid.remote()), signal.SIGKILL)
+    error, took = ray.get(second, timeout=20)
+    assert "could not join" in error
+    assert took < 4
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(first, timeout=10)
+    assert kv._internal_kv_get(key) is None
+    every(trio[1:], "leave")
+    assert form(trio[1:], f"{request.node.name}-2", epoch=2) == [(0, 2, 2), (1, 2, 2)]
+    assert every(trio[1:], "exchange") == [[[1, 0]], [[0, 1], [0, 1]]]

@@ -111,7 +111,7 @@ def test_a_layer_makes_the_host_wait_for_the_split_sizes_only(group, device, way
     model = build("qwen3_moe", dtype=torch.bfloat16, num_hidden_layers=1).to(device)
     model = ray_ep.moe.parallelize(model, group, placement_of(model, "contiguous", 1))
     layer, module = model.ray_ep.layers[0], model.ray_ep.modules[0]
-    model.ray_ep.exchange.kind, model.ray_ep.exchange.tokens = way, 64
+    model.ray_ep.exchange_by(kind=way, tokens=64)
     hidden = torch.randn(64, 32, device=device, dtype=torch.bfloat16, requires_grad=True)
     weights, index = torch.rand(64, 8, device=device).topk(3)
     weights = weights.to(torch.bfloat16)

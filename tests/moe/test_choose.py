@@ -113,7 +113,7 @@ def test_each_way_wins_somewhere_and_is_then_taken_by_all_ranks_alike(ranks, kin
     for choice, ep in results:
         assert (choice.kind, choice.timings) == (kind, first.timings), "the slowest rank's seconds, on every rank"
         assert ep.exchange.kind == kind
-        assert all(layer.group.far == WINS[kind][1] for layer in ep.layers)
+        assert all(layer.group.present.far == WINS[kind][1] for layer in ep.layers)
         assert 0 < choice.seconds < 2
         assert not choice.pinned
     assert first.words().startswith(f"{kind} over links, by ")
@@ -133,8 +133,8 @@ def test_the_faster_transport_is_taken_for_all_that_travels(ranks):
         clock = Clock()
         groups = {"slow": Shaped(group, clock, (0.01, 1e9)), "fast": Shaped(group, clock, (0.001, 1e9))}
         choice = choose(ep, work_of(group.rank, 16, 2), 1, groups, backward=False, clock=clock)
-        assert ep.group is groups["fast"]
-        assert all(x.group is groups["fast"] for x in (*ep.layers, *ep.replicas))
+        assert ep.group.present is groups["fast"]
+        assert all(x.group is ep.group for x in (*ep.layers, *ep.replicas))
         return choice
 
     choices = ranks(2, one)

@@ -162,3 +162,29 @@ def test_ranks_choose_their_samples_independently_and_a_sample_of_none_is_empty(
         for layer, index in enumerate(some_passes([300], layers=2, experts=6)[0]):
             c.count(layer, torch.from_numpy(index))
     assert not torch.equal(counters[0].sample, counters[1].sample)
+
+
+def test_the_sample_is_shared_out_anew_when_ranks_leave_and_come():
+    passes = some_passes([40], layers=2, experts=9, top_k=3)
+    counters = counted(passes, experts=9, sample=20, window=600)
+    before = {tuple(map(tuple, t)) for t in counters.sets().transpose(1, 0, 2).tolist()}
+    counters.share(2, 4)
+    assert (counters.capacity, counters.window, counters.sets().shape) == (10, 300, (2, 10, 3))
+    after = {tuple(map(tuple, t)) for t in counters.sets().transpose(1, 0, 2).tolist()}
+    assert after <= before, "tokens keep their sets in all layers"
+    counters.share(4, 1)
+    assert (counters.capacity, counters.window, counters.sets().shape) == (40, 1200, (2, 10, 3))
+    for i, index in enumerate(some_passes([25], layers=2, experts=9, top_k=3, seed=1)[0]):
+        counters.count(i, torch.as_tensor(index))
+    assert counters.sets().shape == (2, 35, 3), "new places are filled first"
+    assert counters.statistics().load.sum() == 2 * 65 * 3, "loads count on"
+
+
+def test_part_of_a_sample_is_no_matter_of_when_a_token_came():
+    kept = np.zeros(12)
+    for seed in range(400):
+        counters = counted([[np.arange(12)[:, None] % 12]], experts=12, sample=12, seed=seed)
+        counters.share(1, 3)
+        kept[counters.sets().ravel()] += 1
+    assert kept.sum() == 400 * 4
+    assert kept.min() > 90  # 133 expected, 10 the standard deviation

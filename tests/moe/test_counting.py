@@ -24,13 +24,11 @@ table = pytest.mark.parametrize(("way", "body"), [(w, b) for w in KINDS for b in
 def set_up(way, body, chunks=1, checkpoint=False, guests=False):
     def before(model):
         ep = model.ray_ep
-        ep.exchange.kind, ep.exchange.chunks = way, chunks
+        ep.exchange_by(kind=way, chunks=chunks, fused=BODIES[body][1])
         if guests:
             ep.balancer.assume(seconds_per_pair=1.0, bandwidth=1e18)  # for nothing: tiny models have them
         else:
             ep.balancer.active = False
-        for layer in ep.layers:
-            layer.fused = BODIES[body][1]
         if checkpoint:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.train()
@@ -100,10 +98,9 @@ def test_passes_add_up_with_a_trace_or_packed_weights_and_without_gradients(rank
             m(input_ids=part, use_cache=False)
             with m.ray_ep.inference():
                 m(input_ids=part, use_cache=False)
-            for layer in m.ray_ep.layers:
-                layer.trace = []
-            m(input_ids=part, use_cache=False)
-        served = [np.bincount(layer.trace[0][1].flatten(), minlength=2) for layer in m.ray_ep.layers]
+            with m.ray_ep.tracing() as trace:
+                m(input_ids=part, use_cache=False)
+        served = [np.bincount(passes[0][1].flatten(), minlength=2) for passes in trace]
         return m, np.stack(served, 1)  # [ranks, L]
 
     results = ranks(2, work)
@@ -204,7 +201,7 @@ class NoWaits(TorchDispatchMode):
 
 def test_with_a_bound_nothing_in_the_bounded_way_asks_for_a_value_until_the_count_is_read():
     m = ray_ep.moe.parallelize(build("gpt_oss"), SoloGroup())
-    m.ray_ep.exchange.kind, m.ray_ep.exchange.tokens = "all_gather", 20
+    m.ray_ep.exchange_by(kind="all_gather", tokens=20)
     module, meter = m.ray_ep.modules[0], m.ray_ep.meter
     x, index = torch.randn(16, 32, requires_grad=True), torch.arange(32).view(16, 2) % 6
     weights = torch.rand(16, 2, requires_grad=True)

@@ -1,6 +1,6 @@
 """Dispatch and combine against a slow reference that works token by token; small integers, so equality is exact."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_ep.moe.exchange.dispatch import Meter, combine, dispatch, plan
+from ray_ep.moe.exchange.dispatch import combine, dispatch, plan_dispatch
+from ray_ep.moe.exchange.meter import Meter, MeteredGroup
 from ray_ep.placement import Placement, contiguous, random
 from tests.conftest import run_ranks
 
@@ -59,10 +60,10 @@ def round_trip(case, group):
     group.all_to_all = all_to_all
     index, routes = case.index[r], case.routes[r]
     to = routes[index, (torch.arange(len(index)) % routes.shape[1])[:, None]]
-    agreed = plan(index, to, group, meter)
+    agreed = plan_dispatch(index, to, MeteredGroup(group, meter))
     rows, pair_w = dispatch(x, w, agreed)
-    scaled = rows[agreed.pair_row] * ((agreed.pair_expert + 1).to(x.dtype) * pair_w)[:, None]
-    out = combine(torch.zeros_like(rows).index_add(0, agreed.pair_row, scaled), agreed)
+    scaled = rows[agreed.received.row] * ((agreed.received.expert + 1).to(x.dtype) * pair_w)[:, None]
+    out = combine(torch.zeros_like(rows).index_add(0, agreed.received.row, scaled), agreed)
     sent_forward = meter.sent.copy()
     (out * case.g[r]).sum().backward()
     return SimpleNamespace(
@@ -99,7 +100,7 @@ def test_every_routing_gives_the_weighted_sum_over_the_chosen_experts_and_its_gr
     for r, got in enumerate(run_ranks(size, lambda g: round_trip(case, g))):
         parts = [[partial_sum(case, r, t, q) for q in range(size)] for t in range(len(case.x[r]))]
         assert torch.equal(got.out, stack([sum(p for p in token if p is not None) for token in parts]))
-        assert set(got.plan.pair_expert.tolist()) <= set(case.placement.experts_of(0, r))
+        assert set(got.plan.received.expert.tolist()) <= set(case.placement.experts_of(0, r))
         x, w = case.x[r].clone().requires_grad_(), case.w[r].clone().requires_grad_()
         ((w * (case.index[r] + 1)).sum(1, keepdim=True) * x * case.g[r]).sum().backward()
         assert torch.equal(got.d_x, x.grad)
@@ -115,7 +116,7 @@ def test_received_rows_lie_by_source_rank_then_token_and_each_pair_points_to_its
         chosen = [(row, s, t, e) for row, (s, t) in enumerate(owners) for e in case.index[s][t].tolist()]
         pairs = [(row, e) for row, s, t, e in chosen if destination(case, s, t, e) == r]
         assert torch.equal(got.rows, stack([case.x[s][t] for s, t in owners]))
-        assert list(zip(got.plan.pair_row.tolist(), got.plan.pair_expert.tolist(), strict=True)) == pairs
+        assert list(zip(got.plan.received.row.tolist(), got.plan.received.expert.tolist(), strict=True)) == pairs
 
 
 @settings(max_examples=30, deadline=None)
@@ -155,12 +156,12 @@ def by_hand():
 def test_three_tokens_on_two_ranks_travel_as_worked_out_by_hand(ranks):
     first, second = ranks(2, lambda g: round_trip(by_hand(), g))
     p, q = first.plan, second.plan
-    assert (p.rows_out, p.rows_in, p.pairs_out, p.pairs_in) == ([1, 2], [1, 1], [1, 3], [1, 2])
-    assert (q.rows_out, q.rows_in, q.pairs_out, q.pairs_in) == ([1, 0], [2, 0], [2, 0], [3, 0])
-    assert p.send_token.tolist() == [0, 0, 1]  # a to rank 0; a, b to rank 1
-    assert p.pair_order.tolist() == [1, 0, 2, 3]  # pair 1 is (a, expert 0), the only one at home
-    assert (p.pair_row.tolist(), p.pair_expert.tolist()) == ([0, 1, 1], [0, 1, 0])
-    assert (q.pair_row.tolist(), q.pair_expert.tolist()) == ([0, 1, 1], [2, 3, 2])
+    assert astuple(p.sizes) == ([1, 2], [1, 1], [1, 3], [1, 2])  # rows out and in, pairs out and in
+    assert astuple(q.sizes) == ([1, 0], [2, 0], [2, 0], [3, 0])
+    assert p.order.token.tolist() == [0, 0, 1]  # a to rank 0; a, b to rank 1
+    assert p.order.pair.tolist() == [1, 0, 2, 3]  # pair 1 is (a, expert 0), the only one at home
+    assert (p.received.row.tolist(), p.received.expert.tolist()) == ([0, 1, 1], [0, 1, 0])
+    assert (q.received.row.tolist(), q.received.expert.tolist()) == ([0, 1, 1], [2, 3, 2])
     assert first.rows.tolist() == [[1, 0, 2], [1, 1, 1]]  # a, c
     assert second.rows.tolist() == [[1, 0, 2], [0, 1, 3]]  # a, b
     assert first.out.tolist() == [[1.75, 0, 3.5], [0, 10, 30]]  # a: 0.5*3 + 0.25*1; b: 1*4 + 2*3

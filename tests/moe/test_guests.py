@@ -71,8 +71,7 @@ def test_guests_are_fetched_again_in_backward_where_memory_is_for_one_layer_only
     def tight(m):
         free(m)
         m.ray_ep.balancer.guest_mb = 2  # an expert is 0.4 MB: five at once, not one for every layer
-        for layer in m.ray_ep.layers:
-            layer.fused = fused
+        m.ray_ep.exchange_by(fused=fused)
 
     results = passes(ranks, model, ids_of(), 2, "contiguous", tight)
     assert results[0][0].ray_ep.balancer.done.guests > 0
@@ -89,7 +88,7 @@ def test_checkpointed_blocks_take_the_same_guests_again(ranks, way):
 
     def before(m):
         free(m)
-        m.ray_ep.exchange.kind = way
+        m.ray_ep.exchange_by(kind=way)
         m.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         m.train()
 
@@ -154,7 +153,7 @@ def test_in_inference_guests_stay_and_logits_are_those_of_one_process(ranks, roo
                 before = balancer.done.guests
                 worst = max(worst, float((mine(input_ids=ids).logits - want).abs().max()))
                 guests.append(balancer.done.guests - before)
-        assert all(layer.kept is None for layer in mine.ray_ep.layers)
+        assert mine.ray_ep.passes.now.inference is None
         return guests, worst
 
     for guests, worst in ranks(3, work):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import ray_ep
 from ray_ep.moe.cpu import gemm, kernels
-from ray_ep.moe.cpu.gemm import gradient
+from ray_ep.moe.cpu.gemm import Gemm, Packed
 from ray_ep.moe.cpu.pool import Pool
 from tests.models import VOCAB, build, even_shards, parallel_pass, placement_of
 
@@ -45,9 +45,9 @@ def test_weight_gradients_of_few_and_of_many_rows_are_the_product(rows, dtype):
     generator = torch.Generator().manual_seed(rows)
     a, b = (torch.randn(rows, n, generator=generator).to(dtype) for n in (6, 9))
     out = torch.empty(6, 9, dtype=dtype)
-    gradient(a, b, out, add=False)
+    Gemm().gradient(a, b, out, add=False)
     torch.testing.assert_close(out, a.t() @ b)
-    gradient(a, b, out, add=True)
+    Gemm().gradient(a, b, out, add=True)
     torch.testing.assert_close(out, 2 * (a.t() @ b))
 
 
@@ -105,8 +105,7 @@ def test_the_fused_layer_equals_the_general_one(ranks, size, dtype):
     placement, shards = placement_of(model, "replicated", size), even_shards(4, size)
 
     def general(m):
-        for layer in m.ray_ep.layers:
-            layer.fused = False
+        m.ray_ep.exchange_by(fused=False)
 
     fused = ranks(size, lambda g: parallel_pass(model, ids, g, placement, shards))
     plain = ranks(size, lambda g: parallel_pass(model, ids, g, placement, shards, general))
@@ -158,7 +157,7 @@ def test_bytes_on_the_wire_are_the_distinct_token_rank_pairs_and_little_more(ran
         out = experts(x, index, torch.rand(tokens, top_k, generator=g).requires_grad_())
         forward = m.ray_ep.meter.sent.copy()
         out.sum().backward()
-        routes = m.ray_ep.layers[0].routes
+        routes = m.ray_ep.layers[0].slots.routes
         to = routes[index, (torch.arange(tokens) % routes.shape[1])[:, None]]
         visits = [int((to == r).any(1).sum()) for r in range(3)]
         pairs = [int((to == r).sum()) for r in range(3)]
@@ -184,33 +183,35 @@ def model_copy(model):
     return copy.deepcopy(model)
 
 
-@pytest.mark.parametrize("faster", [False, True], ids=["MKL", "oneDNN"])
+@pytest.mark.parametrize("library", gemm.LIBRARIES[torch.float32])
 @pytest.mark.parametrize("rows", [0, 1, 7, 64])
-def test_products_are_the_same_by_whichever_library(monkeypatch, faster, rows):
-    monkeypatch.setattr(gemm, "_FASTER", faster and torch.backends.mkldnn.is_available())
+def test_products_are_the_same_by_whichever_library(library, rows):
+    products = Gemm()
+    products.library[torch.float32] = library if gemm.has_onednn() else "torch"
     g = torch.Generator().manual_seed(rows)
     x, weight, out = torch.randn(rows, 24, generator=g), torch.randn(40, 24, generator=g), torch.empty(rows, 40)
     for b in (weight.t(), weight.t().contiguous()):
-        gemm.mm(x, b, out=out)
+        products.mm(x, b, out=out)
         assert torch.allclose(out, x @ weight.t(), atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 64])
 def test_widened_products_of_bfloat16_are_rounded_once(monkeypatch, rows):
     """Where the processor has no bfloat16: in parts of a few rows, added up in float32."""
-    monkeypatch.setattr(gemm, "_WIDEN", True)
+    products = Gemm()
+    products.library[torch.bfloat16] = "widened"
     monkeypatch.setattr(gemm, "_AT_ONCE", 20)
     g = torch.Generator().manual_seed(rows)
     x, weight = (torch.randn(*shape, generator=g).bfloat16() for shape in ((rows, 24), (40, 24)))
     out, exact = torch.empty(rows, 40, dtype=torch.bfloat16), (x.double() @ weight.double().t())
     for b in (weight.t(), weight.t().contiguous()):
-        gemm.mm(x, b, out=out)
+        products.mm(x, b, out=out)
         assert torch.allclose(out.double(), exact, rtol=2**-8, atol=1e-5)
     total, before = torch.empty(40, 24, dtype=torch.bfloat16), torch.randn(40, 24, generator=g).bfloat16()
     exact = out.double().t() @ x.double()
-    gradient(out, x, total, add=False)
+    products.gradient(out, x, total, add=False)
     assert torch.allclose(total.double(), exact, rtol=2**-8, atol=1e-4)
-    gradient(out, x, total.copy_(before), add=True)
+    products.gradient(out, x, total.copy_(before), add=True)
     assert torch.allclose(total.double(), before.double() + exact, rtol=2**-8, atol=1e-4)
 
 
@@ -219,10 +220,10 @@ def test_widened_products_of_bfloat16_are_rounded_once(monkeypatch, rows):
 )
 def test_packed_rows_multiply_like_plain_ones_and_can_be_added_and_given_up(monkeypatch, least, reuse):
     monkeypatch.setattr(gemm, "_LARGE", least)
-    monkeypatch.setitem(gemm._REUSE, torch.float32, reuse)
-    monkeypatch.setattr(gemm, "_FASTER", False)
+    products = Gemm()
+    products.reuse[torch.float32] = reuse
     weight, x, out = torch.randn(3, 40, 24), torch.randn(5, 24), torch.empty(5, 40)
-    packed, made, pack = gemm.Packed(weight[:2]), [], torch.ops.mkldnn._reorder_linear_weight
+    packed, made, pack = Packed(weight[:2], products), [], torch.ops.mkldnn._reorder_linear_weight
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda w, n: made.append(w) or pack(w, n))
     packed.append(weight[2])
     for row in (0, 1, 2, 2, 1, 0):

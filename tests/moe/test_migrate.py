@@ -64,7 +64,7 @@ def assert_in_place(name, model, placement, rank):
     for i, (module, layer) in enumerate(zip(ep.modules, ep.layers, strict=True)):
         experts = placement.experts_of(i, rank)
         assert layer.experts == module.ray_ep_rows == experts
-        assert module.num_experts == layer.held == len(experts)
+        assert module.num_experts == layer.slots.held == len(experts)
         assert layer.owned == sum(placement.owner[i, e] == rank for e in experts)
         for n, p in ep.parameters(i).items():
             plain = MODELS[name].get_parameter(f"{layer.name}.{n}")
@@ -171,10 +171,7 @@ class Failing(Watched):
 
 def join(model, group):
     """Let a model go on over another group."""
-    ep = model.ray_ep
-    for part in (ep, ep.balancer, *ep.layers):
-        part.group = group
-    ep.place(ep.placement, ep.node_of, torch.device("cpu"))
+    model.ray_ep.group.use(group)
 
 
 @pytest.mark.parametrize("who", ["everyone", "one rank"])

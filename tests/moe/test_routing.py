@@ -92,14 +92,13 @@ def near_tie(group, seed=0):
         weight.copy_(weight[:1] + 1e-3 * torch.randn(weight.shape, generator=generator))
     ray_ep.moe.parallelize(checkpointed(model), group)
     ep = model.ray_ep
-    for layer in ep.layers:
-        layer.trace = []
-    loss = model(input_ids=IDS[group.rank : group.rank + 1, :2]).logits.logsumexp(-1).sum()
-    for layer in model.model.layers:
-        weight = layer.mlp.gate.weight.data
-        weight += 3e-3 * torch.randn(weight.shape, generator=generator)
-    loss.backward()
-    return [[e for e, _ in layer.trace] for layer in ep.layers], gather_gradients(model, group)
+    with ep.tracing() as trace:
+        loss = model(input_ids=IDS[group.rank : group.rank + 1, :2]).logits.logsumexp(-1).sum()
+        for layer in model.model.layers:
+            weight = layer.mlp.gate.weight.data
+            weight += 3e-3 * torch.randn(weight.shape, generator=generator)
+        loss.backward()
+    return [[e for e, _ in passes] for passes in trace], gather_gradients(model, group)
 
 
 def touched(traces, call):
@@ -167,10 +166,9 @@ def test_forced_routes_do_not_depend_on_how_the_batch_is_divided(ranks, kind, na
         model = ray_ep.moe.parallelize(build(name), group)
         ep, (low, high) = model.ray_ep, shards[group.rank : group.rank + 2]
         ep.routing.force, ep.routing.first_token = kind, low * IDS.shape[1]
-        for layer in ep.layers:
-            layer.trace = []
-        model(input_ids=IDS[low:high])
-        return torch.stack([layer.trace[0][0] for layer in ep.layers])
+        with ep.tracing() as trace:
+            model(input_ids=IDS[low:high])
+        return torch.stack([passes[0][0] for passes in trace])
 
     whole = ranks(1, lambda g: one(g, [0, 5]))[0]
     top_k = whole.shape[-1]

@@ -21,10 +21,7 @@ def passes(ranks, model, ids, size, kind, before, shards=None):
 
 def set_way(kind="flat", chunks=1, float8=False, tokens=0, fused=True):
     def before(model):
-        way = model.ray_ep.exchange
-        way.kind, way.chunks, way.float8, way.tokens = kind, chunks, float8, tokens
-        for layer in model.ray_ep.layers:
-            layer.fused = fused
+        model.ray_ep.exchange_by(kind=kind, chunks=chunks, float8=float8, tokens=tokens, fused=fused)
 
     return before
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ray_ep.collective import Group
-from ray_ep.moe.exchange.dispatch import Meter
+from ray_ep.moe.exchange.meter import MeteredGroup
 from ray_ep.placement import Placement, Topology
 from ray_ep.placement.in_step.rules import StepPlan, StepRules, balance_step, warm
 
@@ -94,6 +94,11 @@ class Balancer:
         self.nodes = Topology.of_nodes(nodes)
         self._rules.clear()
 
+    def regroup(self, topology: Topology | None) -> None:
+        """Other ranks, joined by these links: costs are measured again, and balance is on."""
+        self.topology, self._costs, self.active = topology, None, True
+        self._rules.clear()
+
     def assume(self, seconds_per_pair: float, bandwidth: float, min_pairs: int = 0) -> None:
         """Plan with these costs instead of measured ones: seconds of a pair's forward, bytes/s between ranks."""
         self._costs, self._min_pairs = (np.full(self.group.size, seconds_per_pair), bandwidth), min_pairs
@@ -123,13 +128,10 @@ class Balancer:
             self._rules[layer, training] = self._make(layer, weights, hidden, training)
         return self._rules[layer, training]
 
-    def plan(self, counts: torch.Tensor, rules: StepRules, meter: Meter, count: bool) -> StepPlan:
-        """The plan for this rank's counts [E] (collective)."""
-        phase = meter.enter("exchange")
-        gathered = self.group.all_gather(counts)
-        meter.enter(phase)
-        meter.add([1] * self.group.size, counts[None], self.group.rank)
-        self.group.wait()
+    def plan(self, counts: torch.Tensor, rules: StepRules, traffic: MeteredGroup, count: bool) -> StepPlan:
+        """The plan for this rank's counts [E] (collective); `count`: it belongs to the figures of `done`."""
+        gathered = traffic.all_gather(counts)
+        traffic.group.wait()
         everyone = gathered.cpu().numpy()
         fair = everyone.sum() / self.group.size
         plan = balance_step(everyone, rules, cap=max(int(np.ceil(self.most * fair)), 1))

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ray_ep.collective import Group
-from ray_ep.moe.exchange.dispatch import Meter, timed
+from ray_ep.moe.exchange.meter import MeteredGroup
 from ray_ep.placement.in_step.rules import StepPlan, StepRules
 
 _SERVES = 8
@@ -30,12 +29,11 @@ Take = Callable[..., torch.Tensor]
 """Gives memory: take(*shape, like=tensor), as `Pool.take` does."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Guests:
     """The guests of one layer of one step, from one rank's side: whose weights it gives and takes."""
 
-    group: Group = field(repr=False)
-    meter: Meter = field(repr=False)
+    traffic: MeteredGroup = field(repr=False)
     give_rows: list[int]  # local rows of the weights given, by rank that takes, experts ascending
     give: list[int]  # [R] how many to each
     experts: list[int]  # [G] experts taken, by rank that gives, experts ascending
@@ -43,30 +41,37 @@ class Guests:
     keep: bool  # until backward, else fetched again there
 
     @staticmethod
-    def of(plan: StepPlan, row_of: np.ndarray, group: Group, meter: Meter, keep: bool) -> Guests | None:
+    def of(plan: StepPlan, row_of: np.ndarray, traffic: MeteredGroup, keep: bool) -> Guests | None:
         """None if no rank has guests."""
         if not len(plan.guests):
             return None
-        me, size = group.rank, group.size
+        me, size = traffic.rank, traffic.size
         expert, source, to = (plan.guests[:, i] for i in range(3))
         given, taken = source == me, to == me
         by_source = np.lexsort((expert[taken], source[taken]))
         give = np.bincount(to[given], minlength=size).tolist()
         take = np.bincount(source[taken], minlength=size).tolist()
         return Guests(
-            group, meter, row_of[expert[given]].tolist(), give, expert[taken][by_source].tolist(), take, keep
-        )  # fmt: skip
+            traffic=traffic,
+            give_rows=row_of[expert[given]].tolist(),
+            give=give,
+            experts=expert[taken][by_source].tolist(),
+            take=take,
+            keep=keep,
+        )
 
-    def fetch(self, weights: Sequence[torch.Tensor], take: Take | None = None, kept: Kept | None = None) -> Luggage:
+    def fetch(
+        self, weights: Sequence[torch.Tensor], take: Take | None = None, resident: ResidentGuests | None = None
+    ) -> ExpertMessage:
         """weights [S, ...] of this rank's experts -> its guests' [...] each, all in one message (collective).
 
-        It travels beside what follows: `Luggage.unpack` before it is read. Rows from S on are of guests that stayed.
+        It travels beside what follows: `unpack` it before it is read. Rows from S on are of guests that stayed.
 
         Args:
             take: copy what arrives into memory of its own; None: it is read where its sender wrote it.
         """
-        message = self.group.take(len(self.give_rows), _size(weights), like=_UINT8.to(weights[0].device))
-        stayed: Sequence[list[torch.Tensor]] = [[] for _ in weights] if kept is None else kept.rows
+        message = self.traffic.group.take(len(self.give_rows), _size(weights), like=_UINT8.to(weights[0].device))
+        stayed: Sequence[list[torch.Tensor]] = [[] for _ in weights] if resident is None else resident.rows
         for part, weight, more in zip(side_by_side(message, weights), weights, stayed, strict=True):
             for row, r in zip(part, self.give_rows, strict=True):
                 row.copy_(weight.detach()[r] if r < len(weight) else more[r - len(weight)])
@@ -90,27 +95,27 @@ class Guests:
 
     def new_rows(self, own: Sequence[torch.Tensor]) -> torch.Tensor:
         """uint8 [G, bytes] for gradients of the guests that are like `own` [S, ...], unwritten."""
-        return self.group.take(len(self.experts), _size(own), like=_UINT8.to(own[0].device))
+        return self.traffic.group.take(len(self.experts), _size(own), like=_UINT8.to(own[0].device))
 
     def _lend(
         self, message: torch.Tensor, like: Sequence[torch.Tensor], give: list[int], take: list[int],
         copy: Take | None = None,
-    ) -> Luggage:  # fmt: skip
-        end: Callable[[], list[torch.Tensor]] = timed(self.meter, lambda: self.group.begin_loan(message, take, give))
-        self.meter.add(give, message, self.group.rank)
+    ) -> ExpertMessage:  # fmt: skip
+        end = self.traffic.begin_loan(message, give, take)
 
         def arrive() -> list[torch.Tensor]:
-            phase = self.meter.enter("exchange")
             blocks = end()
-            if copy is not None:
-                blocks = [copy(*block.shape, like=block).copy_(block) for block in blocks]
-            self.meter.enter(phase)
+            if copy is None:
+                return blocks
+            phase = self.traffic.meter.enter("exchange")
+            blocks = [copy(*block.shape, like=block).copy_(block) for block in blocks]
+            self.traffic.meter.enter(phase)
             return blocks
 
-        return Luggage(message, like, arrive)
+        return ExpertMessage(message, like, arrive)
 
 
-class Luggage:
+class ExpertMessage:
     """Weights, or gradients, of some experts on their way, side by side in one message.
 
     Args:
@@ -139,7 +144,7 @@ class Luggage:
 
 def side_by_side(message: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """message uint8 [n, bytes] -> views [n, ...] of it for each of `like` [S, ...]."""
-    parts = zip(message.split([_bytes(w) for w in like], 1), like, strict=True)
+    parts = zip(message.split([_bytes(w) for w in like], 1), like, strict=True)  # type: ignore[no-untyped-call]
     return [m.view(w.dtype).view(len(m), *w.shape[1:]) for m, w in parts]
 
 
@@ -151,7 +156,7 @@ def _bytes(weight: torch.Tensor) -> int:
     return prod(weight.shape[1:]) * weight.element_size()
 
 
-class Kept:
+class ResidentGuests:
     """Guests of one layer that stay while weights do not change: from the next step on replicas like any other.
 
     Every rank knows of all of them, for they follow from the plans.
@@ -196,7 +201,7 @@ class Kept:
         return True
 
 
-class Borrow(torch.autograd.Function):
+class BorrowedRows(torch.autograd.Function):
     """Extends per-expert parameters by the guests' rows, for the general layer: rows, params [S, ...] -> [S + G, ...].
 
     `rows` pass through, so that on every rank the gradients go home at the same point of backward.
@@ -211,7 +216,7 @@ class Borrow(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_rows: torch.Tensor, *grads: torch.Tensor) -> Any:
-        ctx.guests.meter.enter("pack")  # the experts' backward ends here
+        ctx.guests.traffic.meter.enter("pack")  # the experts' backward ends here
         held = [len(g) - len(ctx.guests.experts) for g in grads]
         own = [g[:n].clone() for g, n in zip(grads, held, strict=True)]
         theirs = ctx.guests.new_rows(own)

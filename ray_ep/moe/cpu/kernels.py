@@ -6,16 +6,22 @@ T tokens, K top_k, R ranks, S experts held, N rows, P pairs; "sorted" pairs are 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from numba import njit, types
 from numba.extending import overload
 
-_OPTIONS = {"cache": True, "nogil": True, "fastmath": True, "error_model": "numpy"}
+Function = TypeVar("Function", bound=Callable[..., Any])
 _1, _16 = np.uint32(1), np.uint32(16)
 _FIRST = np.uint16(1 << 15)
+
+
+def kernel(function: Function) -> Function:
+    """Compile at the first call for its argument types, or load that from numba's cache; sums in any order."""
+    return cast(Function, njit(cache=True, nogil=True, fastmath=True, error_model="numpy")(function))
 
 
 def view(t: Any) -> Any:
@@ -54,7 +60,7 @@ def _narrow_impl(x: Any, row: Any) -> Any:
     return as_it_is if row.dtype == types.float32 else rounded
 
 
-@njit(**_OPTIONS)
+@kernel
 def _sigmoid(x: Any) -> Any:
     """1 / (1 + exp(-x)), for loops that are vectorised: 2^r by exponent bits, the rest by a polynomial."""
     t = -x * np.float32(1.4426950408889634)
@@ -68,7 +74,7 @@ def _sigmoid(x: Any) -> Any:
     return np.float32(1.0) / (np.float32(1.0) + p * power)
 
 
-@njit(**_OPTIONS)
+@kernel
 def swiglu(gate_up: Any, weight: Any, h: Any) -> None:
     """h [n, F] = weight [n] * silu(gate) * up, from gate_up [n, 2F]."""
     n, width = h.shape
@@ -79,7 +85,7 @@ def swiglu(gate_up: Any, weight: Any, h: Any) -> None:
             out[j] = _narrow(w * g * _sigmoid(g) * _wide(up[j]), out)
 
 
-@njit(**_OPTIONS)
+@kernel
 def swiglu_backward(gate_up: Any, weight: Any, dh: Any, d_gate_up: Any, h: Any, d_weight: Any) -> None:
     """From dh [n, F], the gradient of h = weight * silu(gate) * up.
 
@@ -102,7 +108,7 @@ def swiglu_backward(gate_up: Any, weight: Any, dh: Any, d_gate_up: Any, h: Any, 
         d_weight[i] = total
 
 
-@njit(**_OPTIONS)
+@kernel
 def outer(a: Any, b: Any, out: Any) -> None:
     """out [M, N] = a [n, M]^T b [n, N], float32, n at least 1: for few rows, four of which are added at a time."""
     n, width = a.shape[0], out.shape[1]
@@ -126,7 +132,7 @@ def outer(a: Any, b: Any, out: Any) -> None:
                 row[j] += w * b[k, j]
 
 
-@njit(**_OPTIONS)
+@kernel
 def few(a: Any, weight: Any, out: Any) -> None:
     """out [M, N] = a [M, K] @ weight [N, K]^T, added in float32: for few rows, at the speed of reading the weight."""
     m, width = a.shape
@@ -144,7 +150,7 @@ def few(a: Any, weight: Any, out: Any) -> None:
             out[i, n] = _narrow(one, out[i])
 
 
-@njit(**_OPTIONS)
+@kernel
 def _add(rows: Any, members: Any, total: Any) -> None:
     """total [H] += rows [N, H] of `members`."""
     for p in members:
@@ -153,13 +159,13 @@ def _add(rows: Any, members: Any, total: Any) -> None:
             total[j] += _wide(row[j])
 
 
-@njit(**_OPTIONS)
+@kernel
 def _round(total: Any, out: Any) -> None:
     for j in range(out.shape[0]):
         out[j] = _narrow(total[j], out)
 
 
-@njit(**_OPTIONS)
+@kernel
 def sum_segments(rows: Any, start: Any, member: Any, out: Any) -> None:
     """out[i] = sum of rows[member[start[i]:start[i + 1]]], added in float32."""
     total = np.empty(rows.shape[1], np.float32)
@@ -169,7 +175,7 @@ def sum_segments(rows: Any, start: Any, member: Any, out: Any) -> None:
         _round(total, out[i])
 
 
-@njit(**_OPTIONS)
+@kernel
 def sum_two(own: Any, start: Any, member: Any, back: Any, back_start: Any, back_member: Any, out: Any) -> None:
     """out[t] = sum of own rows plus sum of returned rows of token t, added in float32 and rounded once."""
     total = np.empty(out.shape[1], np.float32)
@@ -180,7 +186,7 @@ def sum_two(own: Any, start: Any, member: Any, back: Any, back_start: Any, back_
         _round(total, out[t])
 
 
-@njit(**_OPTIONS)
+@kernel
 def choose(index: Any, routes: Any) -> Any:
     """to [T, K] int32: the rank that serves each choice of index [T, K] under routes [E, C]; -1 for no choice."""
     tokens, top_k = index.shape
@@ -192,7 +198,7 @@ def choose(index: Any, routes: Any) -> Any:
     return to
 
 
-@njit(**_OPTIONS)
+@kernel
 def assign(index: Any, sends: Any, rank: int) -> Any:
     """to [T, K] int32: ranks for the pairs of index [T, K] (-1: nobody) so that exactly `sends` [E, R] are met.
 
@@ -220,7 +226,7 @@ def assign(index: Any, sends: Any, rank: int) -> Any:
     return to
 
 
-@njit(**_OPTIONS)
+@kernel
 def _only_rank(sends: Any) -> Any:
     """[E] the rank that gets all of an expert's pairs, -1 where they are split."""
     out = np.full(sends.shape[0], -1, np.int64)
@@ -235,7 +241,7 @@ def _only_rank(sends: Any) -> Any:
     return out
 
 
-@njit(**_OPTIONS)
+@kernel
 def _pick(left: Any, visits: Any, rank: int, anywhere: bool) -> int:
     """A rank with room for one more pair: the token's own, else one that it visits, else any; -1 for none."""
     if left[rank] > 0:
@@ -246,7 +252,7 @@ def _pick(left: Any, visits: Any, rank: int, anywhere: bool) -> int:
     return -1
 
 
-@njit(**_OPTIONS)
+@kernel
 def plan_send(index: Any, to: Any, ranks: int, rank: int) -> Any:
     """Who gets which token of index [T, K], given the rank of each pair, to [T, K] (-1: nobody).
 
@@ -294,7 +300,7 @@ def plan_send(index: Any, to: Any, ranks: int, rank: int) -> Any:
     return rows_out, pairs_out, row_token, pair, bits
 
 
-@njit(**_OPTIONS)
+@kernel
 def plan_receive(bits: Any, weight: Any, row_of: Any, experts: int, align: int) -> Any:
     """Group received pairs by expert.
 
@@ -330,7 +336,7 @@ def plan_receive(bits: Any, weight: Any, row_of: Any, experts: int, align: int) 
     return offsets, sorted_row, sorted_weight, segment, place
 
 
-@njit(**_OPTIONS)
+@kernel
 def rows_of_tokens(row_token: Any, tokens: int) -> Any:
     """Turn rows' tokens [rows] into the rows of each token: start [T + 1], member [rows]."""
     start = np.zeros(tokens + 1, np.int64)

@@ -1,20 +1,27 @@
 """The exchange is chosen by measurement: every way is timed on a layer's own tokens and routing, the fastest is taken.
 
-All ranks time the same and agree on the slowest rank's seconds, so all choose the same.
+So is, before, the library that multiplies on the CPU, on the shapes of the run (cpu/measure.py). All ranks time alike
+and agree on the slowest rank's seconds, so all choose the same.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from math import ceil, prod
+from typing import Any, TypeVar
 
 import torch
 
 from ray_ep.collective import Group
+from ray_ep.moe.cpu.fused import is_plain
+from ray_ep.moe.cpu.gemm import is_large
+from ray_ep.moe.cpu.measure import ProductTiming, Shapes, time_libraries, time_packed
 from ray_ep.moe.exchange.ways import KINDS
 from ray_ep.moe.parallelize import ExpertParallel
+
+Key = TypeVar("Key")
 
 _GATHER_BYTES = 1 << 20
 """All-gather is for few tokens: it is not tried where every rank would receive more, and it does not balance."""
@@ -24,6 +31,12 @@ ROUNDS = 9
 
 CLEARLY = 0.95
 """The first way stays unless another takes less than this share of its time: equal runs shall not differ by noise."""
+
+LIBRARY_CLEARLY = 0.98
+"""The same for libraries, whose timings differ less: nothing else is timed with them."""
+
+_LIBRARY_S = 0.4
+"""Seconds for timing the libraries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +62,7 @@ class Choice:
     seconds: float  # that the choice took
     timings: list[Timing]
     note: str = ""  # why it is not what was asked for
+    libraries: list[ProductTiming] = field(default_factory=list)  # of products on the CPU, the one taken first
 
     def to_dict(self) -> dict[str, Any]:
         """For exchange.json."""
@@ -80,7 +94,7 @@ def choose(
     The first way stays unless it is clearly beaten.
 
     Args:
-        work: hidden [T, H], top_k_index [T, K], top_k_weights [T, K] of this rank, as `ExpertLayer.capture` keeps them.
+        work: hidden [T, H], top_k_index [T, K], top_k_weights [T, K] of this rank: see `ExpertParallel.capturing`.
         groups: transports to choose from by name, each with the same ranks.
         kinds: ways to choose from; those that cannot win here are left out (`candidates`).
         backward: time forward and backward.
@@ -89,15 +103,19 @@ def choose(
     """
     began, layer, module = clock(), ep.layers[index], ep.modules[index]
     hidden, chosen, weights = work
-    sensible, note = candidates(ep, kinds, _received_bytes(ep.group, hidden))
+    most = _most_tokens(ep.group, hidden)
+    libraries = _choose_library(
+        ep, index, ceil(most * ep.group.size * chosen.shape[1] / ep.num_experts), backward, clock
+    )
+    sensible, note = candidates(ep, kinds, most * ep.group.size * hidden.shape[1] * hidden.element_size())
     ways = [(k, name) for name in groups for k in sensible]
     found: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
     enabled, ep.counters.enabled = ep.counters.enabled, False
 
     def timed(kind: str, transport: str) -> float:
-        ep.exchange.kind, layer.group = kind, groups[transport]
+        take(ep, kind, groups[transport])
         inputs = [hidden.detach().requires_grad_(backward), weights.detach().requires_grad_(backward)]
-        layer.group.barrier()
+        ep.group.barrier()
         _synchronise(hidden)
         start = clock()
         with torch.set_grad_enabled(backward):
@@ -106,7 +124,7 @@ def choose(
                 torch.autograd.grad(out.float().sum(), inputs)
         _synchronise(hidden)
         took = torch.tensor([clock() - start], dtype=torch.float64)
-        layer.group.all_reduce(took, "max")
+        ep.group.all_reduce(took, "max")
         return float(took)
 
     first = {way: timed(*way) for way in ways} if len(ways) > 1 else {}
@@ -121,29 +139,33 @@ def choose(
     take(ep, best[0], groups[best[1]])
     timings = [Timing(*way, median[way], max(len(found[way]), 1)) for way in ways]
     seconds = clock() - began
-    return Choice(*best, len(kinds) == 1, index, len(hidden), backward, seconds, timings, note)
+    return Choice(*best, len(kinds) == 1, index, len(hidden), backward, seconds, timings, note, libraries)
 
 
-def fastest(seconds: dict[tuple[str, str], float]) -> tuple[str, str]:
-    """The way to take, given each one's seconds: the first, or the fastest if it clearly beats that."""
+def fastest(seconds: dict[Key, float], clearly: float = CLEARLY) -> Key:
+    """The way (or library) to take, given each one's seconds: the first, or the fastest if it clearly beats that."""
     first, best = next(iter(seconds)), min(seconds, key=lambda way: seconds[way])
-    return best if seconds[best] < CLEARLY * seconds[first] else first
+    return best if seconds[best] < clearly * seconds[first] else first
 
 
-def settle(ep: ExpertParallel, kind: str, groups: dict[str, Group]) -> Choice:
-    """Take the one way that there is, without timing (not collective): `kind` over the only one of `groups`."""
+def settle(ep: ExpertParallel, kind: str, groups: dict[str, Group], rows: int = 0, backward: bool = True) -> Choice:
+    """Take the one way that there is, without timing it: `kind` over the only one of `groups`.
+
+    Args:
+        rows: pairs of an expert in one pass, for timing the libraries that multiply (collective); 0: they stay.
+        backward: there will be one.
+    """
     ((transport, group),) = groups.items()
     (kind,), note = candidates(ep, (kind,), 0)
     take(ep, kind, group)
-    return Choice(kind, transport, ep.group.size > 1, 0, 0, False, 0.0, [], note)
+    libraries = _choose_library(ep, 0, rows, backward, time.perf_counter) if rows else []
+    return Choice(kind, transport, ep.group.size > 1, 0, 0, False, 0.0, [], note, libraries)
 
 
 def take(ep: ExpertParallel, kind: str, group: Group) -> None:
     """Let all layers exchange by `kind` over `group`; every rank calls it with the same."""
-    ep.exchange.kind = kind
-    ep.group = ep.balancer.group = group
-    for layer, replicas in zip(ep.layers, ep.replicas, strict=True):
-        layer.group = replicas.group = group
+    ep.exchange_by(kind=kind)
+    ep.group.use(group)
 
 
 def candidates(ep: ExpertParallel, kinds: tuple[str, ...], received: int) -> tuple[list[str], str]:
@@ -162,10 +184,39 @@ def candidates(ep: ExpertParallel, kinds: tuple[str, ...], received: int) -> tup
     return [k for k in kinds if sensible[k]] or [kinds[0]], ""
 
 
-def _received_bytes(group: Group, hidden: torch.Tensor) -> int:
+def _choose_library(
+    ep: ExpertParallel, index: int, rows: int, backward: bool, clock: Callable[[], float]
+) -> list[ProductTiming]:
+    """Let the fastest library multiply in all layers, and plain weights where packed ones are slower (collective).
+
+    Args:
+        rows: of an expert of layer `index` in one pass.
+    """
+    module: Any = ep.modules[index]
+    if not is_plain(module, getattr(module, "gate_up_proj", next(module.parameters()))):
+        return []
+    shapes = Shapes.of(module.gate_up_proj, module.down_proj, rows, backward)
+    sizes, dtype = [prod(shapes.gate_up), prod(shapes.down)], shapes.dtype
+    if not is_large(max(sizes)):
+        return []
+    found = time_libraries(shapes, ep.group, clock, _LIBRARY_S)
+    library = fastest({t.library: t.seconds for t in found}, LIBRARY_CLEARLY)
+    ep.gemm.library[dtype] = library
+    if not backward and ep.passes.now.inference is not None and library != "onednn":
+        plain, packed = time_packed(shapes, library, ep.group, clock, _LIBRARY_S)
+        found.append(packed)
+        reuse = ep.gemm.reuse[dtype]
+        if packed.seconds > plain.seconds:
+            ep.gemm.reuse[dtype] = max(reuse, ceil(max(sizes) / shapes.rows))
+        else:
+            ep.gemm.reuse[dtype] = min(reuse, (min(sizes) - 1) // shapes.rows)
+    return sorted(found, key=lambda t: t.library != library)
+
+
+def _most_tokens(group: Group, hidden: torch.Tensor) -> int:
     most = torch.tensor([len(hidden)])
     group.all_reduce(most, "max")
-    return int(most) * group.size * hidden.shape[1] * hidden.element_size()
+    return int(most)
 
 
 def _synchronise(like: torch.Tensor) -> None:

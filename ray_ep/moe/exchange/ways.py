@@ -11,26 +11,28 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ray_ep.moe.exchange.dispatch import Dispatch
+from ray_ep.moe.exchange.dispatch import ReceivedPairs
 
 KINDS = ("flat", "two_level", "all_gather")
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Exchange:
-    """How the layers of one model exchange; the same on every rank.
+    """How the layers of one model exchange, and so which bodies they have; the same on every rank.
 
     Args:
         kind: one of KINDS.
         chunks: tokens travel in this many parts; on GPUs one part travels while another computes.
         float8: dispatch in 8 bits (float8.py).
         tokens: bound on the tokens of a rank in one pass, for all_gather on GPUs; 0: agreed on in each pass.
+        fused: layers have the fused body where it fits; off for comparison.
     """
 
     kind: str = "flat"
     chunks: int = 1
     float8: bool = False
     tokens: int = 0
+    fused: bool = True
 
 
 def gateways(routes: np.ndarray, node_of: np.ndarray, rank: int) -> np.ndarray:
@@ -47,15 +49,15 @@ def gateways(routes: np.ndarray, node_of: np.ndarray, rank: int) -> np.ndarray:
     return out
 
 
-def by_row(plan: Dispatch, weights: torch.Tensor, rows: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def by_row(pairs: ReceivedPairs, weights: torch.Tensor, rows: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Received pairs laid out like a router's choice: index [N, K] with -1 for none, and weights [N, K], with graph.
 
     Args:
         weights: [P] of the pairs; rows: N.
     """
-    row = plan.pair_row  # ascending
+    row = pairs.row  # ascending
     first = torch.searchsorted(row, torch.arange(rows, device=row.device))
     column = torch.arange(len(row), device=row.device) - first[row]
     index = torch.full((rows, top_k), -1, dtype=torch.int64, device=row.device)
-    index[row, column] = plan.pair_expert
+    index[row, column] = pairs.expert
     return index, weights.new_zeros(rows, top_k).index_put((row, column), weights)

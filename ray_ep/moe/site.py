@@ -1,0 +1,72 @@
+"""Where a body works: one layer of one rank, with what all layers share; and what a body is.
+
+The bodies themselves are cpu/fused.py, exchange/grouped.py and exchange/bounded.py; experts.py chooses among them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from ray_ep.moe.balance.balancer import Balancer
+from ray_ep.moe.counters import Counters
+from ray_ep.moe.cpu.gemm import Gemm
+from ray_ep.moe.cpu.pool import Pool
+from ray_ep.moe.exchange.meter import MeteredGroup
+from ray_ep.moe.exchange.ways import Exchange
+from ray_ep.moe.passes import Passes, recomputing
+from ray_ep.moe.slots import Slots
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shared:
+    """What all layers of a model share on one rank."""
+
+    traffic: MeteredGroup
+    passes: Passes
+    counters: Counters
+    balancer: Balancer
+    pool: Pool
+    gemm: Gemm
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """One layer of one rank, as long as placement and exchange stay what they are."""
+
+    index: int  # of the layer
+    slots: Slots
+    exchange: Exchange
+    shared: Shared
+
+    @property
+    def traffic(self) -> MeteredGroup:
+        """What this layer's exchanges go over."""
+        return self.shared.traffic
+
+    def count_pairs(self, pairs: int | torch.Tensor) -> None:
+        """Count pairs that this rank computes in this pass (see Meter.count), unless it is a recomputation."""
+        if not recomputing():
+            self.traffic.meter.count(self.index, pairs)
+
+    def note(self, index: torch.Tensor, to: torch.Tensor) -> None:
+        """In a pass with a trace: keep which rank answers for each choice, both [T, K]."""
+        trace = self.shared.passes.now.trace
+        if trace is not None:
+            trace[self.index].append((index, to.long()))
+
+
+class Body(Protocol):
+    """One layer's mathematics on one rank. All bodies give the same, up to rounding; tests hold that."""
+
+    def compute(self, module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """hidden [T, H], index [T, K] (-1: no choice), weights [T, K] -> [T, H].
+
+        Collective, forward and backward: each rank calls it with its tokens, maybe none.
+
+        Args:
+            module: the transformers experts module, with this rank's weights.
+        """
+        ...
