@@ -36,7 +36,7 @@ def test_each_folder_that_the_readme_names_exists():
 
 
 def test_links_between_docs_lead_somewhere():
-    for doc in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for doc in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for link in re.findall(r"\]\((?!http)([^)#]+)", doc.read_text()):
             assert (doc.parent / link).exists(), f"{doc.name}: {link}"
 
@@ -75,7 +75,7 @@ def test_each_message_in_troubleshooting_md_is_one_that_the_code_says():
 
 
 def test_each_heading_that_a_link_between_docs_names_exists():
-    for doc in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for doc in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         for file, heading in re.findall(r"\]\(((?!http)[^)#]*)#([^)]+)\)", doc.read_text()):
             headings = re.findall(r"^#+ (.*)", (doc.parent / file if file else doc).read_text(), re.M)
             assert heading in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], (doc, heading)
@@ -98,7 +98,8 @@ def test_every_configuration_file_loads_and_steps(path, ranks):
     from ray_ep.placement import contiguous
     from ray_ep.rank.data.corpus import load_corpus
     from ray_ep.rank.model import meta_model, model_config
-    from ray_ep.rank.rank import Rank
+    from ray_ep.rank.model_rank import ModelRank
+    from ray_ep.rank.trainer import Trainer
 
     small = ["batch.sequences=4", "batch.length=16", "data.max_bytes=200000", "eval.sequences=2", "optim.steps=2"]
     cfg = load_config(path, small)
@@ -111,7 +112,7 @@ def test_every_configuration_file_loads_and_steps(path, ranks):
 
     def work(group):
         with lock:  # weights are drawn from torch's one global generator
-            rank = Rank(cfg, config, corpus, group, placement)
+            rank = Trainer(ModelRank(cfg, config, group, placement), corpus)
         return [rank.train_step(s).loss for s in range(2)] + [rank.evaluate()[0]]
 
     first, second = ranks(2, work)

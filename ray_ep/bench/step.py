@@ -23,8 +23,9 @@ from ray_ep.config import from_dict
 from ray_ep.config.schema import Config
 from ray_ep.driver.start import check
 from ray_ep.errors import BadInput
+from ray_ep.rank.model_rank import ModelRank
 from ray_ep.rank.pays import uneven, uneven_ranks
-from ray_ep.rank.rank import Rank
+from ray_ep.rank.trainer import Trainer
 
 MODES = ("balanced", "off", "on")
 TURN = 3
@@ -78,7 +79,7 @@ def _rank(me: int, case: Case, tree: dict[str, Any], work: Any, warm: int, store
     dist.init_process_group("gloo", init_method=store, rank=me, world_size=case.ranks)
     tree["balance"]["in_step"] = "always"  # turned off and on here
     cfg, (config, corpus, placement), group = from_dict(tree), work, from_torch()
-    rank = Rank(cfg, config, corpus, group, placement)
+    rank = Trainer(ModelRank(cfg, config, group, placement), corpus)
     for step in range(warm):
         rank.train_step(step)
     step = warm

@@ -1,7 +1,7 @@
 """Groups of CPU tensors: gloo between hosts, memory that ranks share on one, where gloo carries what is small.
 
 gloo over loopback copies in the kernel on both sides; one copy into memory that the peer reads and one out of it took a
-quarter to two fifths of its time (docs/benchmarks.md), and what is only read needs neither. Imports group.py,
+quarter to two fifths of its time (docs/notes/balance.md), and what is only read needs neither. Imports group.py,
 torch_group.py, mailboxes.py and torch.
 """
 

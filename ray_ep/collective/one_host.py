@@ -1,8 +1,8 @@
 """Collectives of ranks that all share memory: boxes and counters, no socket and no system call unless a rank is late.
 
 A rank fills its boxes, then raises its counter to the number of the call; who reads a counter that is high enough finds
-the boxes full. gloo took 1.3 ms more for each call of two ranks that compute in between (docs/benchmarks.md): its
-threads have to be woken on both sides. Imports group.py, mailboxes.py, errors and torch.
+the boxes full. gloo took 1.3 ms more for each call of two ranks that compute in between: its threads have to be woken
+on both sides (docs/notes/whole-steps.md). Imports group.py, mailboxes.py, errors and torch.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from ray_ep.moe import Balance, Choice
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.placement.links.groups import contradictions
 from ray_ep.rank.clock import STEP_PHASES
-from ray_ep.rank.rank import StepResult
+from ray_ep.rank.results import StepResult
 from ray_ep.rank.saved.directory import MANIFEST
 
 JOB_COPY = (

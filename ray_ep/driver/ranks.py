@@ -27,8 +27,8 @@ from ray_ep.placement.links.gpu_links import GpuLinks
 from ray_ep.rank.actor import RankActor
 from ray_ep.rank.data.corpus import Corpus
 from ray_ep.rank.memory import oom_kills
-from ray_ep.rank.rank import StepResult
 from ray_ep.rank.reach import Trial
+from ray_ep.rank.results import StepResult
 
 _ROOT_CAUSE_S = 2.0
 """How long to wait for other ranks' words after one failed with a lost peer: the peer's own traceback says why."""

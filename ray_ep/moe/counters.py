@@ -7,6 +7,8 @@ Torch, on the device of the model, fetched by `statistics` alone (GPUs: not run 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +16,28 @@ import torch
 from ray_ep.moe.passes import recomputing
 from ray_ep.placement import RoutingStatistics
 
+_EAGER = ("enabled", "seconds", "seen", "_passes", "_previous", "_kept")
+"""What a step changes at once, beside its load and the generator."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What is counted of one layer in one pass."""
+
+    layer: int
+    load: torch.Tensor  # [E]
+    part: torch.Tensor  # [n, K] choices of the tokens that are looked at for pairs
+    scale: float  # tokens of the pass for each of them
+    previous: torch.Tensor | None  # [n, K] choices of the same tokens in the layer before
+    kept: torch.Tensor | None  # int32 [m, K] choices that go into the reservoir
+    places: torch.Tensor | None  # [m] and where
+
 
 class Counters:
     """Counts of one rank over all its MoE layers.
+
+    Between `begin_step` and `take_step` what is seen is kept apart, a few KB a layer and pass, and then counted: a step
+    that is broken off is dropped, and leaves no trace.
 
     Args:
         sample: tokens kept in the reservoir of expert sets; 0 for none.
@@ -49,6 +70,8 @@ class Counters:
         self._passes = 0
         self._previous: torch.Tensor | None = None  # expert ids of the layer before, for transitions
         self._kept: tuple[np.ndarray, np.ndarray] | None = None  # tokens to keep of this pass, and where
+        self._apart: list[Seen] | None = None  # of the step that was begun
+        self._before: dict[str, Any] = {}  # what the step has changed already, as it was
 
     def to(self, device: torch.device) -> None:
         """Go on counting on a device."""
@@ -62,16 +85,15 @@ class Counters:
         index = top_k_index.detach()
         load = bincount(index.reshape(-1), self.experts)
         if self.enabled and not recomputing():
-            self.total[layer] += load
             self.step[layer] += load
-            self._count_pairs(layer, index)
-            if self.capacity:
-                self._keep(layer, index)
+            seen = self._look(layer, index, load)
+            self._add(seen) if self._apart is None else self._apart.append(seen)
         self.seconds += time.perf_counter() - start
         return load
 
     def share(self, before: int, ranks: int) -> None:
         """Keep this rank's part of a sample that `before` ranks shared and now `ranks` do; the window likewise."""
+        assert self._apart is None, "ranks change between steps"
         self.window = round(self.window * before / ranks)
         capacity, filled = round(self.capacity * before / ranks), min(self.seen, self.capacity)
         self._kept = None
@@ -84,10 +106,30 @@ class Counters:
             self.seen = filled
         self.capacity = capacity
 
+    def begin_step(self) -> None:
+        """From now on what is seen is kept apart."""
+        assert self._apart is None, "a step was begun that was neither taken nor dropped"
+        self._apart = []
+        self._before = {name: getattr(self, name) for name in _EAGER} | {"step": self.step.clone()}
+        self._before["_rng"] = self._rng.bit_generator.state
+
     def take_step(self) -> torch.Tensor:
-        """[L, E] load since the last call, on the device."""
+        """[L, E] load since the last call, on the device; what was kept apart counts from now on."""
+        start = time.perf_counter()
+        for seen in self._apart or ():
+            self._add(seen)
+        self._apart, self._before = None, {}
         load, self.step = self.step, torch.zeros_like(self.step)
+        self.seconds += time.perf_counter() - start
         return load
+
+    def drop_step(self) -> None:
+        """All is as it was at `begin_step`."""
+        assert self._apart is not None, "no step was begun"
+        self._rng.bit_generator.state = self._before.pop("_rng")
+        for name, value in self._before.items():
+            setattr(self, name, value)
+        self._apart, self._before = None, {}
 
     def statistics(self) -> RoutingStatistics:
         """Everything counted so far on this rank."""
@@ -105,24 +147,40 @@ class Counters:
             return np.zeros((self.layers, 0, 1), np.int32)
         return self.sample[:, : min(self.seen, self.capacity)].cpu().numpy().astype(np.int32)
 
-    def _count_pairs(self, layer: int, index: torch.Tensor) -> None:
+    def _look(self, layer: int, index: torch.Tensor, load: torch.Tensor) -> Seen:
+        """What is to be counted of choices [T, K]; small, and no view of them where they are subsampled."""
         stride = max(1, -(-len(index) // self.pair_tokens))
         if layer == 0:
             self._passes += 1
         part = index[self._passes % stride :: stride]  # tokens of all sequences, others in each pass
-        scale = len(index) / max(len(part), 1)
-        if layer and self._previous is not None and len(self._previous) == len(part):
-            self.transitions[layer - 1] += scale * self._pairs(self._previous, part)
-        self.coactivation[layer] += scale * self._pairs(part, part)
-        self._previous = part
+        part = part.clone() if stride > 1 else part
+        follows = layer and self._previous is not None and len(self._previous) == len(part)
+        previous, self._previous = self._previous if follows else None, part
+        kept, places = self._keep(layer, index) if self.capacity else (None, None)
+        return Seen(layer, load, part, len(index) / max(len(part), 1), previous, kept, places)
+
+    def _add(self, seen: Seen) -> None:
+        """Count it."""
+        layer, part = seen.layer, seen.part
+        self.total[layer] += seen.load
+        if seen.previous is not None:
+            self.transitions[layer - 1] += seen.scale * self._pairs(seen.previous, part)
+        self.coactivation[layer] += seen.scale * self._pairs(part, part)
+        if seen.kept is not None:
+            if self.sample is None:
+                shape = (self.layers, self.capacity, seen.kept.shape[1])
+                self.sample = torch.zeros(shape, dtype=torch.int32, device=part.device)
+            self.sample[layer][seen.places] = seen.kept
 
     def _pairs(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """[E * E] how often each (expert of a, expert of b) met in one token."""
         pairs = a[:, :, None] * self.experts + b[:, None, :]
         return bincount(pairs.reshape(-1), self.experts * self.experts)
 
-    def _keep(self, layer: int, index: torch.Tensor) -> None:
-        """Reservoir sampling (Vitter's algorithm R): the first layer chooses the tokens, the others follow.
+    def _keep(self, layer: int, index: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Choices of index [T, K] that go into the reservoir, and where; None: the pass has other tokens here.
+
+        Reservoir sampling (Vitter's algorithm R): the first layer chooses the tokens, the others follow.
 
         With a window, every later token is taken as if it were the last one of the window: then the ages of those kept
         are exponential (Aggarwal's biased reservoir, VLDB 2006).
@@ -135,12 +193,9 @@ class Counters:
             self._kept = (taken[last], slot)
             self.seen += len(index)
         if self._kept is None or (self._kept[0] >= len(index)).any():
-            return
-        if self.sample is None:
-            shape = (self.layers, self.capacity, index.shape[1])
-            self.sample = torch.zeros(shape, dtype=torch.int32, device=index.device)
+            return None, None
         tokens, places = (torch.from_numpy(x).to(index.device) for x in self._kept)
-        self.sample[layer][places] = index[tokens].to(torch.int32)
+        return index[tokens].to(torch.int32), places
 
 
 def bincount(values: torch.Tensor, length: int) -> torch.Tensor:

@@ -51,6 +51,10 @@ class Routing:
         self.draws: Draws | None = None
         self._tape: Tape | None = None
 
+    def forget(self) -> None:
+        """Let go of the last pass's logits, and with them of its graph."""
+        self.logits[:] = [None] * len(self.logits)
+
     def attach(self, index: int, router: torch.nn.Module, num_experts: int, top_k: int) -> None:
         """Hook the router of layer `index`."""
         self.routers[index] = router

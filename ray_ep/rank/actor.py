@@ -1,4 +1,4 @@
-"""The Ray actor of a rank: joins groups, holds a `Rank`, passes calls on. Nothing is decided here.
+"""The Ray actor of a rank: joins groups, holds a `ModelRank` and maybe a `Trainer`, passes calls on. Decides nothing.
 
 Ranks on GPUs have not run yet.
 """
@@ -28,8 +28,10 @@ from ray_ep.placement.links.gpu_links import GpuLinks
 from ray_ep.placement.links.groups import groups_of
 from ray_ep.rank.data.corpus import Corpus
 from ray_ep.rank.memory import oom_kills
-from ray_ep.rank.rank import Rank, StepResult
+from ray_ep.rank.model_rank import ModelRank
 from ray_ep.rank.reach import Trial, words
+from ray_ep.rank.results import StepResult
+from ray_ep.rank.trainer import Trainer
 
 
 @ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"control": 1})
@@ -113,38 +115,44 @@ class RankActor:
         self,
         cfg: dict[str, Any],
         config: PreTrainedConfig,
-        corpus: Corpus,
+        corpus: Corpus | None,
         placement: Placement,
         topology: Topology,
     ) -> dict[str, int]:
-        """Build the model on the joined group (collective); returns sizes for people."""
+        """Build the model on the joined group (collective); returns sizes for people.
+
+        Args:
+            corpus: to train on; None: this rank does not train, and has no method that needs a `Trainer`.
+        """
         where = (groups_of(topology), self.device, topology)  # the groups that plans and predictions take for nodes
-        self.work = Rank(from_dict(cfg), config, corpus, self.group, placement, *where)
-        return {"parameters": sum(p.numel() for p in self.work.model.parameters())}
+        self.model = ModelRank(from_dict(cfg), config, self.group, placement, *where)
+        if corpus is not None:
+            self.trainer = Trainer(self.model, corpus)
+        return {"parameters": sum(p.numel() for p in self.model.model.parameters())}
 
     def choose_exchange(self, step: int) -> Choice:
-        """`Rank.choose_exchange` among the groups that were joined; the others are left."""
-        choice = self.work.choose_exchange(step, dict(self.group.transports))
+        """`Trainer.choose_exchange` among the groups that were joined; the others are left."""
+        choice = self.trainer.choose_exchange(step, dict(self.group.transports))
         self.group.keep(choice.transport)
         return choice
 
     def train_step(self, step: int) -> StepResult | None:
-        """`Rank.train_step`."""
-        return self.work.train_step(step)
+        """`Trainer.train_step`."""
+        return self.trainer.train_step(step)
 
     @ray.method(concurrency_group="control")
     def stop(self) -> None:
         """Have an evaluation, or a step of several passes, broken off at its next pass."""
-        self.work.stop.set()
+        self.trainer.stop.set()
 
     def evaluate(self, trace: bool = False) -> tuple[float, list[dict[str, np.ndarray]]] | None:
-        """`Rank.evaluate`."""
-        return self.work.evaluate(trace)
+        """`Trainer.evaluate`."""
+        return self.trainer.evaluate(trace)
 
     def save(self, url: str, step: int) -> dict[str, list[Any]] | SaveError:
-        """`Rank.save`; an error that it meets is returned, so that the driver hears all ranks and none writes on."""
+        """`Trainer.save`; an error that it meets is returned, so that the driver hears all ranks and none writes on."""
         try:
-            return self.work.save(url, step)
+            return self.trainer.save(url, step)
         except SaveError as e:
             return e
         except RayEPError:
@@ -153,20 +161,20 @@ class RankActor:
             return SaveError(f"rank {self.rank} on {socket.gethostname()}: {words(e)}")
 
     def load(self, url: str, step: int) -> None:
-        """`Rank.load`."""
-        self.work.load(url, step)
+        """`Trainer.load`."""
+        self.trainer.load(url, step)
 
     def statistics(self) -> RoutingStatistics:
-        """`Rank.statistics`."""
-        return self.work.statistics()
+        """`ModelRank.statistics`."""
+        return self.model.statistics()
 
     def sample(self) -> np.ndarray:
-        """`Rank.sample`."""
-        return self.work.sample()
+        """`ModelRank.sample`."""
+        return self.model.sample()
 
     def migrate(self, placement: Placement, buffer_mb: float) -> Moved:
-        """`Rank.migrate`."""
-        return self.work.migrate(placement, buffer_mb)
+        """`Trainer.migrate`."""
+        return self.trainer.migrate(placement, buffer_mb)
 
     @ray.method(concurrency_group="control")
     def abort(self, epoch: int | None = None) -> None:

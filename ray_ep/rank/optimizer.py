@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from math import isfinite
 from typing import Any
 
 import torch
@@ -61,15 +60,16 @@ class Weight:
 class MasterOptimizer:
     """AdamW or SGD over the master weights of one rank.
 
-    Use: after each backward `accumulate()`, then once `step(number)`; both collective in the sense that all ranks call.
+    Use: after each backward `accumulate()`; then once, in this order, `reduce()` and `norm(...)`, which are collective,
+    `update(...)`, which is not, and `publish()`, which is and may be repeated. Up to `update`, `discard()` forgets all.
 
     Args:
         enter: told what a step is at: reduce, norm, update, publish.
     """
 
-    def __init__(self, model: Any, cfg: OptimConfig, group: Group, enter: Callable[[str], None] = lambda phase: None):
+    def __init__(self, model: Any, cfg: OptimConfig, enter: Callable[[str], None] = lambda phase: None):
         ep: ExpertParallel = model.ray_ep
-        self.ep, self.cfg, self.group, self.enter = ep, cfg, group, enter
+        self.ep, self.cfg, self.enter = ep, cfg, enter
         layer_of = {f"{n}.{p}": i for i, n in enumerate(ep.names) for p in ep.parameters(i)}
         self.weights = [
             _weight(name, p, layer_of.get(name), ep) for name, p in model.named_parameters() if p.requires_grad
@@ -77,6 +77,11 @@ class MasterOptimizer:
         self.updates = 0  # so far, those of a restored run included
         schedule = get_scheduler(cfg.schedule, torch.optim.SGD([torch.zeros(1)]), cfg.warmup_steps, cfg.steps)
         self._factor = schedule.lr_lambdas[0]
+
+    @property
+    def group(self) -> Group:
+        """The group that the layers exchange over."""
+        return self.ep.group
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -98,37 +103,45 @@ class MasterOptimizer:
                 w.gradient += g
 
     def discard(self) -> None:
-        """Forget the gradients that were accumulated for a step that will not be made."""
+        """Forget the gradients of a step, whatever state they are in."""
         for w in self.weights:
             w.gradient = w.param.grad = None
 
     @torch.no_grad()
-    def step(self, number: int, figures: torch.Tensor | float = 0.0) -> float:
-        """Sum gradients over ranks and replicas, clip, update, send to replicas; returns the norm before clipping.
-
-        It is the same on every rank. Not finite: then nothing was updated, and the gradients are gone.
-
-        Args:
-            figures: losses of this rank; one that is not finite makes the norm so.
-        """
+    def reduce(self) -> None:
+        """Sum gradients over ranks and replicas (collective)."""
         self.enter("reduce")
         self._sum_dense()
         for w in self._stacks():
             if self.ep.replicas[w.layer].any:
                 w.gradient = w.gradient.float()
                 self.ep.replicas[w.layer].sum_to_owner(w.gradient.flatten(1))
-        self.enter("norm")
-        norm = self._global_norm(torch.as_tensor(figures))
-        if isfinite(norm):
-            self.enter("update")
-            self._update(number, norm)
-            self.enter("publish")
-            self._send_to_replicas()
-        self.discard()
-        return norm
 
-    def _update(self, number: int, norm: float) -> None:
-        """Update masters, moments and compute weights."""
+    @torch.no_grad()
+    def norm(self, figures: torch.Tensor) -> float:
+        """L2 norm of the whole gradient, each expert counted once (at its primary): equal on every rank (collective).
+
+        Args:
+            figures: float64 [n], summed over ranks along the way, in place.
+        """
+        self.enter("norm")
+        squares = torch.zeros(2, dtype=torch.float64, device=figures.device)  # of dense weights, of experts
+        for w in self.weights:
+            squares[int(w.layer is not None)] += sum_of_squares(w.owned)
+        message = torch.cat([squares[1:], figures])
+        self.group.all_reduce(message)
+        figures.copy_(message[1:])
+        self.group.wait()
+        return float((squares[0] + message[0]).sqrt())
+
+    @torch.no_grad()
+    def update(self, number: int, norm: float) -> None:
+        """Update masters, moments and compute weights by gradients of this norm, which are gone then. Not collective.
+
+        Args:
+            number: of the step, from 0, for the learning rate.
+        """
+        self.enter("update")
         self.updates += 1
         cfg, limit, kinds = self.cfg, self.cfg.clip_norm, self._kept()
         clip = limit / (norm + 1e-6) if limit and norm > limit else 1.0
@@ -136,6 +149,7 @@ class MasterOptimizer:
             numbers = self.learning_rate(number), cfg.beta1, cfg.beta2, cfg.eps, decay, clip, self.updates
             weights = [w for w in self.weights if w.decays is decays and w.master.numel()]
             update(Rule(cfg.kind, *numbers), (_part(w, kinds) for w in weights))
+        self.discard()
 
     def damaged(self) -> str:
         """Name of a weight that is not finite here, or whose moments are not; empty if there is none."""
@@ -144,16 +158,24 @@ class MasterOptimizer:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Copy masters to compute weights (bfloat16) and primaries' weights to their replicas."""
+        """Send primaries' weights to their replicas (collective); again does no harm."""
+        self.enter("publish")
+        for w in self._stacks():
+            self.ep.replicas[w.layer].send_to_replicas(w.param.data.flatten(1))
+
+    @torch.no_grad()
+    def restore(self, moments: dict[str, dict[str, torch.Tensor]], step: int) -> None:
+        """Go on from masters that were overwritten, and these moments by parameter, after `step` updates (collective).
+
+        A moment that is not among them, since the run that wrote them had none, is zero.
+        """
+        self.updates = step
         for w in self.weights:
+            old = moments.get(w.name, {})
+            w.moments = {kind: old[kind] if kind in old else torch.zeros_like(w.master.data) for kind in self._kept()}
             if w.compute is not None:
                 w.compute.copy_(w.master)
-        self._send_to_replicas()
-
-    def restore(self, w: Weight, moments: dict[str, torch.Tensor], step: int) -> None:
-        """Put back a weight's moments, after `step` updates."""
-        self.updates = step
-        w.moments = dict(moments)
+        self.publish()
 
     def pending(self) -> str:
         """Name of a parameter with a gradient that was accumulated and not applied yet; empty if there is none."""
@@ -206,10 +228,6 @@ class MasterOptimizer:
     def _stacks(self) -> Iterator[Any]:
         return (w for w in self.weights if w.layer is not None)
 
-    def _send_to_replicas(self) -> None:
-        for w in self._stacks():
-            self.ep.replicas[w.layer].send_to_replicas(w.param.data.flatten(1))
-
     def _sum_dense(self) -> None:
         """Sum dense gradients over ranks, in float32."""
         if self.group.size == 1:
@@ -225,15 +243,6 @@ class MasterOptimizer:
                 for b, part in zip(bucket, flat.split(sizes), strict=True):
                     b.gradient = part.view_as(b.param)
                 bucket = []
-
-    def _global_norm(self, figures: torch.Tensor) -> float:
-        """L2 norm of the whole gradient, each expert counted once (at its primary); NaN if a figure is not finite."""
-        squares = torch.zeros(2, dtype=torch.float64, device=self.weights[0].master.device)
-        for w in self.weights:
-            squares[int(w.layer is not None)] += sum_of_squares(w.owned)
-        experts = squares[1:] + 0 * figures.sum()
-        self.group.all_reduce(experts)
-        return float((squares[0] + experts[0]).sqrt())
 
 
 def _weight(name: str, p: torch.nn.Parameter, layer: int | None, ep: ExpertParallel) -> Weight:

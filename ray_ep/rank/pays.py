@@ -55,7 +55,7 @@ class Pays:
         """Take one step's figures; a sentence when they gave an answer, else "".
 
         Args:
-            seconds: that the step took.
+            seconds: that the step took up to its update.
             imbalance: load of the fullest rank over the mean if no pair were moved (1 is even).
         """
         if self._warm:
@@ -78,8 +78,8 @@ class Pays:
         return self._answer(
             with_it < without,
             now,
-            f"a step takes {with_it * 1e3:.0f} ms with it and {without * 1e3:.0f} ms without ({ROUNDS} of each, in "
-            f"turn); without it the fullest rank has {now:.2f} of the mean load",
+            f"a step takes {with_it * 1e3:.0f} ms with it and {without * 1e3:.0f} ms without, its update left out "
+            f"({ROUNDS} of each, in turn); without it the fullest rank has {now:.2f} of the mean load",
         )
 
     def _answer(self, on: bool, imbalance: float, why: str) -> str:

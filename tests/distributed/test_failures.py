@@ -16,16 +16,16 @@ import importlib.abc, importlib.util, os, sys, time
 
 class Hook(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "ray_ep.rank.rank":
+        if name != "ray_ep.rank.trainer":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         execute = spec.loader.exec_module
-        spec.loader.exec_module = lambda module: (execute(module), patch(module.Rank))
+        spec.loader.exec_module = lambda module: (execute(module), patch(module.Trainer))
         return spec
 
-def patch(Rank):
-    train_step = Rank.train_step
+def patch(Trainer):
+    train_step = Trainer.train_step
 
     def probed_step(self, step, *more):
         if step == 0:
@@ -36,7 +36,7 @@ def patch(Rank):
             time.sleep(float(os.environ.get("RAY_EP_TEST_SLOW_S", 0)))
         return train_step(self, step, *more)
 
-    Rank.train_step = probed_step
+    Trainer.train_step = probed_step
 
 if "RAY_EP_TEST_PIDS" in os.environ:
     sys.meta_path.insert(0, Hook())

@@ -14,7 +14,7 @@ from ray_ep.driver.loop import Driver
 from ray_ep.driver.rundir import RunDir
 from ray_ep.errors import RankError
 from ray_ep.rank.clock import STEP_PHASES
-from ray_ep.rank.rank import StepResult, Usage
+from ray_ep.rank.results import StepResult, Usage
 from ray_ep.rank.saved.checkpoint import Directory
 from tests.driver.scenes import NOWHERE, RANKS, statistics, step, topology
 

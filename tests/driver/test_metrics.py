@@ -8,7 +8,7 @@ import pytest
 from ray_ep.driver.loop import step_metrics
 from ray_ep.placement import Topology, contiguous
 from ray_ep.rank.clock import STEP_PHASES
-from ray_ep.rank.rank import StepResult, Usage
+from ray_ep.rank.results import StepResult, Usage
 
 
 def result(sent, pairs, exchange=0.1, expert=0.2, load=((3, 1, 2, 2), (2, 2, 2, 2)), spent=0.01, peak=7):

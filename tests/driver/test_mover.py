@@ -12,7 +12,7 @@ from ray_ep.driver.rundir import RunDir
 from ray_ep.errors import PlacementError, RankError
 from ray_ep.placement import Placement, Topology
 from ray_ep.rank.clock import STEP_PHASES
-from ray_ep.rank.rank import StepResult, Usage
+from ray_ep.rank.results import StepResult, Usage
 from tests.driver.scenes import FACTS, NOWHERE, RANKS, Shelf, statistics, step, tokens, topology
 
 

@@ -19,8 +19,9 @@ from ray_ep.collective import SoloGroup
 from ray_ep.driver.rundir import find_checkpoint
 from ray_ep.driver.start import check
 from ray_ep.errors import CheckpointError
-from ray_ep.rank.rank import Rank
+from ray_ep.rank.model_rank import ModelRank
 from ray_ep.rank.saved.directory import Directory
+from ray_ep.rank.trainer import Trainer
 
 NOW = datetime(2026, 7, 1, 12, 30, 5)
 TINY = [
@@ -40,7 +41,7 @@ def made(tmp_path_factory):
         cfg = ray_ep.load_config(None, [*TINY, f"run_dir={RUN}"])
         plan = check(cfg, NOW)
         plan.run.create(cfg)
-        rank = Rank(cfg, plan.config, plan.corpus, SoloGroup(), plan.placement)
+        rank = Trainer(ModelRank(cfg, plan.config, SoloGroup(), plan.placement), plan.corpus)
         directory = Directory(f"{RUN}/checkpoints")
         for step in (1, 2):
             rank.train_step(step - 1)
@@ -48,7 +49,7 @@ def made(tmp_path_factory):
                 manifest = {"format": 1, "step": step, "serial": step, "tensors": rank.save(directory.url, step)}
                 manifest |= {"signature": plan.signature, "model": plan.config.to_dict()}
                 manifest |= {"config": OmegaConf.to_container(cfg), "data": plan.corpus.source}
-                directory.commit(step, manifest, rank.statistics())
+                directory.commit(step, manifest, rank.rank.statistics())
     return place
 
 
@@ -200,7 +201,7 @@ def test_a_checkpoint_is_found_by_run_directory_or_step(newest, tmp_path):
 def test_a_resumed_rank_starts_where_the_checkpoint_was(newest):
     cfg = ray_ep.load_config(None, [*TINY, f"run_dir={RUN}", "resume=auto"])
     plan = check(cfg, NOW)
-    rank = Rank(cfg, plan.config, plan.corpus, SoloGroup(), plan.placement)
+    rank = Trainer(ModelRank(cfg, plan.config, SoloGroup(), plan.placement), plan.corpus)
     rank.load(plan.checkpoint.directory.url, plan.checkpoint.step)
     weight = plan.checkpoint.read("weight/model.norm.weight")
     assert torch.equal(dict(rank.model.named_parameters())["model.norm.weight"].data, weight)

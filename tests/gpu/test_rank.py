@@ -10,14 +10,15 @@ import pytest
 
 from ray_ep.collective import SoloGroup
 from ray_ep.placement import contiguous
-from ray_ep.rank.rank import Rank
+from ray_ep.rank.model_rank import ModelRank
 from ray_ep.rank.saved.directory import Directory
+from ray_ep.rank.trainer import Trainer
 from tests.rank.test_training import CORPUS, EXPERTS, LAYERS, configure
 
 
 def make(group, device, *overrides):
     cfg, config = configure(*overrides)
-    return Rank(cfg, copy.deepcopy(config), CORPUS, group, contiguous(LAYERS, EXPERTS, 1), None, device)
+    return Trainer(ModelRank(cfg, copy.deepcopy(config), group, contiguous(LAYERS, EXPERTS, 1), None, device), CORPUS)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
@@ -32,9 +33,9 @@ def test_steps_statistics_and_checkpoints_are_those_of_the_cpu(group, device, tm
         if not step:  # later a score may flip by rounding
             assert np.array_equal(got.load, want.load)
     assert all(p.device == device for p in gpu.model.parameters())
-    counted = gpu.statistics()
-    assert counted.load.sum() == cpu.statistics().load.sum()
-    assert counted.sample.shape == cpu.statistics().sample.shape
+    counted = gpu.rank.statistics()
+    assert counted.load.sum() == cpu.rank.statistics().load.sum()
+    assert counted.sample.shape == cpu.rank.statistics().sample.shape
     assert gpu.evaluate(trace=True)[0] == pytest.approx(cpu.evaluate()[0], rel=1e-3)
     directory = Directory(str(tmp_path))
     directory.clear(3)

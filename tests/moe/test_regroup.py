@@ -74,7 +74,7 @@ class Worker:
         limits = Limits(guest_mb=64)
         self.model = parallelize(copy.deepcopy(MODEL), self.group, placement, balance, limits=limits, sample=30)
         self.ep = self.model.ray_ep
-        self.optimizer = MasterOptimizer(self.model, OPTIM, self.group)
+        self.optimizer = MasterOptimizer(self.model, OPTIM)
 
     def train(self, step, tolerance):
         """One step on this rank's rows of the global batch, compared with plain transformers."""
@@ -89,7 +89,9 @@ class Worker:
         for n, got in gather_gradients(self.model, group).items():
             assert (got - gradients[n]).abs().max() <= tolerance, (step, n)
         self.optimizer.accumulate()
-        self.optimizer.step(step)
+        self.optimizer.reduce()
+        self.optimizer.update(step, self.optimizer.norm(torch.zeros(1, dtype=torch.float64)))
+        self.optimizer.publish()
         for w in self.optimizer.weights:
             rows = slice(None) if w.layer is None else self.ep.layers[w.layer].experts[: len(w.master)]
             none = torch.zeros_like(w.master.data)  # who owns nothing keeps no moments

@@ -11,7 +11,8 @@ from ray_ep.placement import random
 from ray_ep.rank.balancing import balancing
 from ray_ep.rank.data.corpus import global_batch
 from ray_ep.rank.model import model_config
-from ray_ep.rank.rank import Rank
+from ray_ep.rank.model_rank import ModelRank
+from ray_ep.rank.trainer import Trainer
 from tests import models
 from tests.conftest import run_ranks
 from tests.rank.test_training import CORPUS, MAKING, VOCAB, load_config
@@ -122,7 +123,8 @@ def test_gradients_of_a_step_are_those_of_transformers_with_its_own_loss(tmp_pat
 
     def work(group):
         with MAKING:
-            rank = Rank(cfg, model_config(cfg.model, VOCAB), CORPUS, group, random(layers, experts, size, seed=1))
+            placement = random(layers, experts, size, seed=1)
+            rank = Trainer(ModelRank(cfg, model_config(cfg.model, VOCAB), group, placement), CORPUS)
         before = {n: p.detach().clone() for n, p in rank.model.named_parameters()}
         result = rank.train_step(0)
         assert result.aux_loss == pytest.approx(float(out.aux_loss.detach()), rel=1e-5)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ray_ep.config.schema import BatchConfig
-from ray_ep.rank.broken_off import evaluation_parts
+from ray_ep.rank.evaluation import evaluation_parts
 from tests.conftest import run_ranks
 from tests.rank.test_training import EXPERTS, LAYERS, configure, contiguous, make_rank
 

@@ -42,7 +42,7 @@ def commit(url, step, parts):
 
 def save(rank, url, step):
     Directory(url).clear(step)
-    commit(url, step, [(rank.save(url, step), rank.statistics())])
+    commit(url, step, [(rank.save(url, step), rank.rank.statistics())])
 
 
 def run(url, placement, steps, *overrides, model=QWEN, load=None, save=None):
@@ -62,7 +62,7 @@ def run(url, placement, steps, *overrides, model=QWEN, load=None, save=None):
         for step in steps:
             seen.results.append(rank.train_step(step))
             if step + 1 == save:
-                seen.part, seen.state = (rank.save(url, save), rank.statistics()), state(rank)
+                seen.part, seen.state = (rank.save(url, save), rank.rank.statistics()), state(rank)
         return seen
 
     ranks = run_ranks(placement.num_ranks, work, timeout_s=20)
@@ -223,7 +223,7 @@ def test_a_save_that_dies_while_it_writes_the_manifest_is_not_listed(solo, tmp_p
     tensors = solo.save(str(tmp_path), 3)
     (tmp_path / "step-000003" / "manifest.json.part").mkdir()
     with pytest.raises(SaveError, match=r"manifest\.json.*step 2 is untouched"):
-        directory.commit(3, {"step": 3, "tensors": tensors}, solo.statistics())
+        directory.commit(3, {"step": 3, "tensors": tensors}, solo.rank.statistics())
     assert directory.steps() == [1, 2]
 
 

@@ -31,7 +31,7 @@ def run(size, steps, *overrides, choose, node_of=None):
             assert torch.equal(torch.get_rng_state(), before)
             assert_untouched(rank)
             take(rank.ep, "flat", group)
-        return [rank.train_step(n) for n in range(steps)], rank.statistics(), choice
+        return [rank.train_step(n) for n in range(steps)], rank.rank.statistics(), choice
 
     return run_ranks(size, work)
 
@@ -43,7 +43,7 @@ def assert_untouched(rank):
     assert ep.counters.seen == ep.counters.seconds == 0
     assert ep.meter.sent.sum() == ep.meter.pairs.sum() == sum(ep.meter.seconds.values()) == 0
     assert ep.routing.logits == [None] * LAYERS
-    assert rank.statistics().load.sum() == 0
+    assert rank.rank.statistics().load.sum() == 0
     assert all(p.grad is None for p in rank.model.parameters())
     assert ep.passes.now == Pass()
 

@@ -53,7 +53,7 @@ def losses(size, *overrides, model, resume=None):
         return [r.loss for r in made[0][0]]
     made = run(range(half))
     tensors = {k: v for _, parts, _ in made for k, v in parts.items()}
-    Directory(str(resume)).commit(half, {"step": half, "tensors": tensors}, made[0][2].statistics())
+    Directory(str(resume)).commit(half, {"step": half, "tensors": tensors}, made[0][2].rank.statistics())
     torch.rand(7)  # whatever torch's generator is at
     return [r.loss for r in made[0][0]] + [r.loss for r in run(range(half, STEPS), True)[0][0]]
 

@@ -12,9 +12,10 @@ from ray_ep.config import load_config
 from ray_ep.moe import find_experts, update_bias
 from ray_ep.placement import RoutingStatistics, contiguous
 from ray_ep.rank.model import build, meta_model, model_config
-from ray_ep.rank.rank import Rank
+from ray_ep.rank.model_rank import ModelRank
 from ray_ep.rank.saved.checkpoint import Checkpoint, Directory
 from ray_ep.rank.saved.export import export_checkpoint
+from ray_ep.rank.trainer import Trainer
 from tests.models import BASE, DEEPSEEK, VOCAB
 from tests.rank.quantise import tiny, write
 from tests.rank.test_training import CORPUS
@@ -52,7 +53,7 @@ def trained(path, *overrides, steps=2):
     cfg = load_config(None, [f"model.path={path}", *run, *overrides])
     config = model_config(cfg.model, VOCAB)
     layers = len(find_experts(meta_model(config)))
-    rank = Rank(cfg, copy.deepcopy(config), CORPUS, SoloGroup(), contiguous(layers, 8, 1))
+    rank = Trainer(ModelRank(cfg, copy.deepcopy(config), SoloGroup(), contiguous(layers, 8, 1)), CORPUS)
     for step in range(steps):
         rank.train_step(step)
     return cfg, config, rank

@@ -111,7 +111,7 @@ def test_a_checkpoint_after_migrations_goes_on_on_another_layout(tmp_path):
         for number in range(4):
             rank.train_step(number)
             rank.migrate(drawn(3, number + 2, True))
-        return rank.save(url, 4), rank.statistics()
+        return rank.save(url, 4), rank.rank.statistics()
 
     def read(group):
         rank = make_rank(cfg, config, group, contiguous(LAYERS, EXPERTS, 2))

@@ -19,7 +19,8 @@ from ray_ep.moe.balance.balancer import Balancer
 from ray_ep.placement import contiguous, random
 from ray_ep.rank.data.corpus import Corpus, global_batch
 from ray_ep.rank.model import model_config
-from ray_ep.rank.rank import Rank
+from ray_ep.rank.model_rank import ModelRank
+from ray_ep.rank.trainer import Trainer
 from tests.conftest import run_ranks
 
 LAYERS, EXPERTS, TOP_K, VOCAB = 2, 8, 2, 64
@@ -55,7 +56,7 @@ def configure(*overrides, model=QWEN):
 
 def make_rank(cfg, config, group, placement, node_of=None):
     with MAKING:
-        return Rank(cfg, copy.deepcopy(config), CORPUS, group, placement, node_of)
+        return Trainer(ModelRank(cfg, copy.deepcopy(config), group, placement, node_of), CORPUS)
 
 
 def train(size, steps, *overrides, placement=None, model=QWEN):

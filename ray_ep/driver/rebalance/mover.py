@@ -22,7 +22,7 @@ from ray_ep.moe import Balance
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.placement.links.groups import groups_of
 from ray_ep.placement.planner.survive import check_room
-from ray_ep.rank.rank import StepResult
+from ray_ep.rank.results import StepResult
 
 LOOK = 100
 """Steps between two looks at slowed links where placement.every is 0 and only imbalance asks."""

@@ -243,20 +243,19 @@ def load_rank(checkpoint: Checkpoint, model: Any, optimizer: MasterOptimizer) ->
         raise CheckpointError(
             f"checkpoint {checkpoint.name} is of another model: {sorted(there ^ here)[0]} is in one only"
         )
+    found: dict[str, dict[str, torch.Tensor]] = {}  # a checkpoint of before the first step has none
     for w in optimizer.weights:
         names = [w.name] if w.layer is None else [f"{w.name}/{e}" for e in _owned(ep, w.layer)]
         targets = [w.master] if w.layer is None else list(w.master)
         for name, target in zip(names, targets, strict=True):
             _copy(checkpoint, f"weight/{name}", target)
-        moments = {k: torch.empty_like(w.master) for k in sorted(kinds)}
-        for kind, moment in moments.items():
+        found[w.name] = {k: torch.empty_like(w.master.data) for k in sorted(kinds)}
+        for kind, moment in found[w.name].items():
             for name, target in zip(names, [moment] if w.layer is None else list(moment), strict=True):
                 _copy(checkpoint, f"{kind}/{name}", target)
-        if moments:  # a checkpoint of before the first step has none
-            optimizer.restore(w, moments, int(checkpoint.manifest["step"]))
     for name, buffer in _buffers(model):
         _copy(checkpoint, f"buffer/{name}", buffer)
-    optimizer.publish()
+    optimizer.restore(found, int(checkpoint.manifest["step"]))
 
 
 def _copy(checkpoint: Checkpoint, key: str, target: torch.Tensor) -> None:

@@ -1,0 +1,58 @@
+"""The loss on held-out rows, in passes of bounded size. T tokens of this rank, K top_k."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+
+from ray_ep.config.schema import BatchConfig
+from ray_ep.rank.forward import Forward
+
+PART = 64
+"""Sequences of one pass of an evaluation, unless a pass of a step has more."""
+
+
+@torch.no_grad()
+def evaluate(
+    forward: Forward, batch: np.ndarray, trace: bool = False
+) -> tuple[float, list[dict[str, np.ndarray]]] | None:
+    """Mean loss on `batch` [B, length + 1], equal on every rank (collective); `Trainer.evaluate` says the rest."""
+    rank, ep = forward.rank, forward.ep
+    rank.model.eval()  # type: ignore[no-untyped-call]
+    ep.counters.enabled = False
+    mine = forward.share(batch)
+    first, total = ep.routing.first_token, torch.zeros(2, dtype=torch.float64, device=rank.device)
+    total[1] = mine[:, 1:].size
+    left = False
+    with ep.tracing() if trace else nullcontext([]) as traces:
+        for number, (row, rows) in enumerate(evaluation_parts(mine, len(batch), rank.cfg.batch)):
+            if left := bool(number) and forward.leaving():
+                break
+            ep.routing.first_token = first + row * rank.cfg.batch.length
+            total[0] += forward.cross_entropy(rows)
+    ep.counters.enabled = True
+    ep.routing.forget()
+    if left:
+        return None
+    rank.group.all_reduce(total)
+    found = [
+        {"experts": torch.cat([e for e, _ in x]).cpu().numpy(), "ranks": torch.cat([r for _, r in x]).cpu().numpy()}
+        for x in traces
+        if x
+    ]
+    return float(total[0] / total[1].clamp_min(1)), found
+
+
+def evaluation_parts(mine: np.ndarray, rows: int, batch: BatchConfig) -> Iterator[tuple[int, np.ndarray]]:
+    """This rank's rows of an evaluation over `rows` in passes, as many on every rank: (number of the first, rows).
+
+    A rank may have none in a pass. What fits into one pass is one.
+    """
+    parts = max(1, -(-rows // max(PART, batch.sequences // batch.accumulation)))
+    number = 0
+    for part in np.array_split(mine, parts):
+        yield number, part
+        number += len(part)

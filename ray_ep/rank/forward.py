@@ -1,0 +1,72 @@
+"""Passes of the model over rows of a batch: this rank's share of it, and its share of the losses. No update here.
+
+All are collective: the layers exchange. B sequences of the whole batch, L MoE layers.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import torch
+
+from ray_ep.moe import Draws, router_losses
+from ray_ep.rank.balancing import balancing
+from ray_ep.rank.loss import summed_cross_entropy
+from ray_ep.rank.model_rank import ModelRank
+
+
+class Forward:
+    """Forward passes of one rank; the caller makes the backward.
+
+    Attributes:
+        draws: random draws of training passes.
+        stop: set by another thread: leave at the next pass, once all ranks have agreed.
+    """
+
+    def __init__(self, rank: ModelRank):
+        self.rank, self.ep = rank, rank.ep
+        self.accumulation = rank.cfg.batch.accumulation
+        self.balancing = balancing(rank.cfg, rank.config)
+        self.ep.routing.draws = self.draws = Draws(rank.cfg.seed, rank.device)
+        self.stop = threading.Event()
+
+    def loss(self, part: np.ndarray, step: int, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's share of the loss of pass `number` over `part` [B, length + 1]; its figures main, aux, z."""
+        passes, balancing, routing = self.accumulation, self.balancing, self.ep.routing
+        mine, count, length = self.share(part), part[:, 1:].size, part.shape[1] - 1
+        first = number * len(part) + routing.first_token // length
+        with self.draws.forward(step, first, len(mine), length):
+            main = self.cross_entropy(mine) / (count * passes)
+        if not any(layer.calls for layer in self.ep.layers):
+            raise self.rank.never_called()
+        how = balancing.form, self.rank.top_k, (bool(balancing.coefficient), bool(balancing.z))
+        losses = router_losses(routing.logits, self.ep.pass_load(), routing.routers, self.rank.group, count, *how)
+        loss = main + (balancing.coefficient * losses.aux + balancing.z * losses.z) / passes
+        figures = torch.stack([main.double(), losses.aux.double() / passes, losses.z.double() / passes])
+        return loss, figures.detach()
+
+    def share(self, batch: np.ndarray) -> np.ndarray:
+        """Rows of the batch [B, length + 1] that are this rank's; there may be none."""
+        me, size = self.rank.group.rank, self.rank.group.size
+        low, high = (len(batch) * r // size for r in (me, me + 1))
+        self.ep.routing.first_token = low * (batch.shape[1] - 1)
+        return batch[low:high]
+
+    def cross_entropy(self, rows: np.ndarray) -> torch.Tensor:
+        """Summed loss of predicting rows[:, 1:] from rows[:, :-1]; zero, with all exchanges made, if there are none."""
+        model, device = self.rank.model, self.rank.device
+        if not len(rows):
+            with self.ep.idle():
+                padding = torch.zeros(1, 2, dtype=torch.int64, device=device)
+                nothing: torch.Tensor = 0 * model(input_ids=padding, use_cache=False).logits.sum()
+                return nothing
+        ids = torch.from_numpy(rows).to(device)
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+        return summed_cross_entropy(logits, ids[:, 1:])
+
+    def leaving(self) -> bool:
+        """Whether any rank was asked to stop: the same answer on every rank (collective; on a GPU a host sync)."""
+        asked = torch.tensor([float(self.stop.is_set())], device=self.rank.device)
+        self.rank.group.all_reduce(asked, "max")
+        return bool(asked.item())
