@@ -257,6 +257,32 @@ def test_training_goes_on_as_in_one_process_while_ranks_leave_come_and_die(balan
     run.close()
 
 
+def test_all_ranks_go_back_to_their_snapshots_and_repeat_the_steps_since():
+    run = Run(2)
+    run.start("off")
+    run.train([0, 1], 2e-6)
+    workers = list(run.workers.values())
+    owned = [w.owned() for w in workers]
+    dense = [
+        [(t, t.clone()) for x in w.optimizer.weights if x.layer is None for t in (x.master.data, *x.moments.values())]
+        for w in workers
+    ]
+    run.train([2, 3], 2e-6)
+    run.membership, run.placement = run.membership.next(), run.placement.primaries()  # replicas are of later steps
+
+    def back(rank, worker):
+        run.form(worker.group, rank)
+        worker.optimizer.updates = 2
+        regroup(worker.model, worker.group, run.placement, kept=owned[rank], state=worker.optimizer)
+        for tensor, then in dense[rank]:
+            tensor.copy_(then)
+
+    run.on_all(back)
+    run.move(drawn(2, 9))
+    run.train([2, 3], 2e-6)
+    run.close()
+
+
 @pytest.mark.parametrize(
     ("spoil", "error", "says"),
     [
