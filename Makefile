@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup train test check format test-distributed netlab docs clean
+.PHONY: setup train test test-all check format test-distributed netlab docs clean
 
 setup: $(READY)
 
@@ -20,6 +20,9 @@ train: setup
 test: check
 	$(BIN)/pytest
 
+test-all: test  # and what is slow by nature; the lab's measurements have targets of their own
+	$(BIN)/pytest -m "slow and not lab"
+
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,10 +34,10 @@ format: setup
 	$(BIN)/ruff format .
 
 test-distributed: setup
-	$(BIN)/pytest tests/distributed
+	$(BIN)/pytest -m "not lab" tests/distributed
 
 netlab: setup  # needs root and iproute2: skipped, with the reason, where they are not
-	$(BIN)/pytest -m "lab or not lab" tests/netlab
+	$(BIN)/pytest -m "lab or slow or not slow" tests/netlab
 
 docs: setup
 	$(BIN)/python -m ray_ep.config.docs > docs/configuration.md

@@ -11,9 +11,11 @@ from typing import Any
 
 from ray_ep.config import load_config
 from ray_ep.config.schema import Config
+from ray_ep.driver.drive import drive
 from ray_ep.driver.interrupt import Interrupt
-from ray_ep.driver.loop import drive
 from ray_ep.driver.probe import probe_cluster
+from ray_ep.driver.publisher import Publisher
+from ray_ep.driver.records import Event
 from ray_ep.driver.rundir import RunDir, find_checkpoint
 from ray_ep.driver.start import check
 from ray_ep.errors import BadInput, CheckpointError
@@ -46,7 +48,8 @@ class Run:
         return RunDir(self.dir).metrics()
 
     def events(self) -> list[dict[str, Any]]:
-        """What happened, oldest first, as in events.jsonl: time (ISO 8601, UTC), step, kind, message."""
+        """What happened, oldest first, as in events.jsonl: time (ISO 8601, UTC), step, kind, message, and the
+        figures behind the message as fields."""
         return RunDir(self.dir).events()
 
     @property
@@ -129,15 +132,17 @@ def train(cfg: Config) -> Run:
         try:
             with Progress(cfg.optim.steps, prefix=prefix) as progress:
                 if plan.nothing_to_do:
-                    progress.event("resume", plan.nothing_to_do)
+                    progress.event(Event("resume", plan.nothing_to_do))
                     return Run(plan.run.path, "done", prefix)
 
                 def no_page(why: str) -> None:
-                    plan.run.event("report", why)
-                    progress.event("report", why)
+                    publisher.event(Event("report", why))
 
-                with LivePage(plan.run.path, no_page) as page:
-                    status = drive(cfg, plan, [progress, page], interrupt, phase)
+                with (
+                    LivePage(plan.run.path, no_page) as page,
+                    Publisher([plan.run, progress, page]) as publisher,  # ends first: then nobody starts a page
+                ):
+                    status = drive(cfg, plan, publisher, interrupt, phase)
         finally:
             if (plan.run.path / "config.yaml").exists() and not plan.nothing_to_do:
                 _report(plan.run, prefix)

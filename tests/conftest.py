@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 
 from ray_ep.collective import SoloGroup, gloo
+from tests import least
+from tests.faults import Faults
 
 torch.set_num_threads(1)
 
@@ -25,12 +27,18 @@ def pytest_configure(config):
     """Here and in what tests start: no cluster to join, and a temporary directory without traces of another Ray."""
     for name in ANOTHER:
         os.environ.pop(name, None)
+    least.count(config)
     # Short: sockets lie deep in it, and their paths have at most 107 characters.
     config.ray_dir = os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="r-", dir="/tmp")
 
 
 def pytest_unconfigure(config):
     shutil.rmtree(config.ray_dir, ignore_errors=True)
+
+
+def slow(*values):
+    """Values of a parametrized test that only `make test-all` tries."""
+    return [pytest.param(v, marks=pytest.mark.slow) for v in values]
 
 
 def run_ranks(size, work, timeout_s=60.0, groups=None):
@@ -81,3 +89,12 @@ def in_threads(*calls):
 @pytest.fixture
 def ranks():
     return run_ranks
+
+
+@pytest.fixture
+def faults(tmp_path):
+    """A script of faults for this test; all of them must have happened at its end."""
+    script = Faults(tmp_path / "faults.jsonl")
+    yield script
+    script.disarm()
+    script.check()

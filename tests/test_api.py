@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 import ray_ep
+from ray_ep.driver.records import Event
 from ray_ep.driver.rundir import RunDir
 from ray_ep.placement import RoutingStatistics, Topology, contiguous, random
+from tests.records import record
 
 LAYERS, EXPERTS, RANKS = 2, 8, 2
 
@@ -19,13 +21,13 @@ def run(tmp_path):
     """A run of two steps of three, with everything that the driver writes but checkpoints."""
     made = RunDir(tmp_path / "run")
     made.create(ray_ep.load_config(None, ["optim.steps=3", "router.force=balanced"]))
-    made.start("a model")
+    made.start(Event("start", "a model"))
     made.placement(contiguous(LAYERS, EXPERTS, RANKS))
     made.topology(Topology(np.full((RANKS, RANKS), 1e9), np.full((RANKS, RANKS), 1e-5), [0, 1]))
     counts = np.ones((LAYERS, EXPERTS), np.int64)
     made.statistics(RoutingStatistics(counts, np.ones((LAYERS, EXPERTS, EXPERTS), np.int64)))
     for step in (1, 2):
-        made.step({"step": step, "loss": 5.0 - step})
+        made.step(record(step, loss=5.0 - step))
     return made
 
 
@@ -63,15 +65,15 @@ def test_its_status_is_told_from_its_files_and_a_resume_begins_anew(run):
         return ray_ep.open_run(run.path).status
 
     assert status() == "unfinished"
-    run.event("interrupted", "saving after step 2")
-    run.event("checkpoint", "step-000002")
+    run.event(Event("interrupted", "saving after step 2"))
+    run.event(Event("checkpoint", "step-000002"))
     assert status() == "interrupted"
-    run.start("a model, once more")
+    run.start(Event("start", "a model, once more"))
     assert status() == "unfinished"
-    run.event("failed", "rank 1 died")
+    run.event(Event("failed", "rank 1 died"))
     assert status() == "failed"
-    run.start("a model, for the last time")
-    run.step({"step": 3, "loss": 1.0})
+    run.start(Event("start", "a model, for the last time"))
+    run.step(record(3, loss=1.0))
     assert status() == "done"
 
 

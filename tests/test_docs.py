@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import pkgutil
 import re
 from pathlib import Path
@@ -36,9 +37,10 @@ def test_each_folder_that_the_readme_names_exists():
 
 
 def test_links_between_docs_lead_somewhere():
-    for doc in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
-        for link in re.findall(r"\]\((?!http)([^)#]+)", doc.read_text()):
-            assert (doc.parent / link).exists(), f"{doc.name}: {link}"
+    docs = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    links = [(doc, link) for doc in docs for link in re.findall(r"\]\((?!http)([^)#]+)", doc.read_text())]
+    assert len(links) > 20
+    assert [f"{doc.name}: {link}" for doc, link in links if not (doc.parent / link).exists()] == []
 
 
 def test_each_test_that_the_docs_name_exists():
@@ -75,10 +77,12 @@ def test_each_message_in_troubleshooting_md_is_one_that_the_code_says():
 
 
 def test_each_heading_that_a_link_between_docs_names_exists():
-    for doc in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
-        for file, heading in re.findall(r"\]\(((?!http)[^)#]*)#([^)]+)\)", doc.read_text()):
-            headings = re.findall(r"^#+ (.*)", (doc.parent / file if file else doc).read_text(), re.M)
-            assert heading in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], (doc, heading)
+    docs = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    links = [(d, *found) for d in docs for found in re.findall(r"\]\(((?!http)[^)#]*)#([^)]+)\)", d.read_text())]
+    assert links
+    for doc, file, heading in links:
+        headings = re.findall(r"^#+ (.*)", (doc.parent / file if file else doc).read_text(), re.M)
+        assert heading in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], (doc, heading)
 
 
 def test_the_placement_file_in_placement_md_is_one():
@@ -108,13 +112,16 @@ def test_every_configuration_file_loads_and_steps(path, ranks):
     modules = ray_ep.moe.find_experts(meta_model(config))
     experts = next(iter(modules.values())).num_experts
     placement = contiguous(len(modules), experts, 2, cfg.placement.slots_per_rank or None)
+    alone = contiguous(len(modules), experts, 1)
     lock = threading.Lock()
 
     def work(group):
         with lock:  # weights are drawn from torch's one global generator
-            rank = Trainer(ModelRank(cfg, config, group, placement), corpus)
+            rank = Trainer(ModelRank(cfg, config, group, placement if group.size == 2 else alone), corpus)
         return [rank.train_step(s).loss for s in range(2)] + [rank.evaluate()[0]]
 
-    first, second = ranks(2, work)
+    (one,), (first, second) = ranks(1, work), ranks(2, work)
     assert first == second
-    assert all(0 < x < 10 for x in first)
+    assert first == pytest.approx(one, rel=1e-2 if cfg.model.dtype == "bfloat16" else 1e-4)
+    assert first[0] == pytest.approx(math.log(corpus.vocab_size), rel=0.05)  # of an untrained model
+    assert len(set(first)) == 3  # the second step saw what the first had learnt

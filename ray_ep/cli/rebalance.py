@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import socket
 from pathlib import Path
 
 import click
@@ -34,7 +36,7 @@ def rebalance(run: Path) -> None:
         command = shlex.join(["ray-ep", "train", f"run_dir={run}", "resume=auto"])
         raise BadInput(f"{str(run)!r}: this run has ended{by}: nobody is there to ask; to go on with it: {command}")
     try:
-        RunDir(run).request()
+        RunDir(run).request(f"ray-ep rebalance, process {os.getpid()} on host {socket.gethostname()}")
     except OSError as e:
         raise BadInput(f"{str(run)!r}: cannot ask there: {e.strerror or e}") from None
     click.echo(f"asked: the job of {run} answers in {run / 'events.jsonl'} after its next step")

@@ -31,7 +31,8 @@ def changes(tree: dict[str, Any], cfg: Config, trained: bool) -> list[str]:
         ConfigError: a change that the checkpoint does not allow.
     """
     old, unknown = old_values(tree)
-    new = {key: _plain(OmegaConf.select(OmegaConf.structured(cfg), key)) for key, _, _ in fields()}
+    present = OmegaConf.structured(cfg)  # once: it takes 20 ms
+    new = {key: _plain(OmegaConf.select(present, key)) for key, _, _ in fields()}
     old = beside_path(old)
     said = [f"{key}: it was {value!r}; this version has no such key" for key, value in unknown.items()]
     for key, before in old.items():

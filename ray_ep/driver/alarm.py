@@ -1,13 +1,44 @@
-"""When routing has collapsed: a pure function of recent loads, its answer with its reason. NumPy only."""
+"""When routing has collapsed: a pure function of recent loads, its answer with its reason; and whom it is told.
+
+NumPy only.
+"""
 
 from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from ray_ep.config.schema import RouterConfig
+from ray_ep.driver.records import Event
 
 WINDOW = 20
 """Steps whose loads are added up before they are judged; what was quiet for as long is told again."""
+
+
+class Alarm:
+    """Warns once when routing collapses, and again only after it had recovered for as long as a window.
+
+    Args:
+        publish: tells an operator.
+    """
+
+    def __init__(self, cfg: RouterConfig, publish: Callable[[Event], None]):
+        self.cfg, self.publish = cfg, publish
+        self._loads: deque[np.ndarray[Any, Any]] = deque(maxlen=WINDOW)
+        self._last: dict[tuple[str, int], int] = {}  # step at which each alarm was last true
+
+    def watch(self, done: int, load: np.ndarray[Any, Any]) -> None:
+        """One more step, the `done`-th; load [L, E]: tokens that each expert received in it."""
+        self._loads.append(load)
+        if len(self._loads) < WINDOW:
+            return
+        for (alarm, layer), words in collapse(np.sum(self._loads, axis=0), self.cfg).items():
+            if (alarm, layer) not in self._last or done - self._last[alarm, layer] > WINDOW:
+                self.publish(Event("routing-collapse", f"step {done}: {words}", {"alarm": alarm, "layer": layer}))
+            self._last[alarm, layer] = done
 
 
 def collapse(load: np.ndarray, cfg: RouterConfig) -> dict[tuple[str, int], str]:

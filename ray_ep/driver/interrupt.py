@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a wish that everybody who waits looks at, and the words that answer it. No Ray here."""
+"""SIGINT and SIGTERM as a wish that everybody who waits looks at. What is answered is said elsewhere. No Ray here."""
 
 from __future__ import annotations
 
@@ -61,20 +61,6 @@ class Interrupt:
         again, self.asked = self.asked, signal.Signals(number).name
         if again or not self._held:
             raise KeyboardInterrupt
-
-
-def farewell(name: str, doing: str, left_s: float | None, saving: str) -> str:
-    """What follows a signal, for who waits for the end.
-
-    Args:
-        doing: what is finished or broken off first, such as "step 12 is finished first"; empty: nothing is under way.
-        left_s: seconds that this should still take; None: not known.
-        saving: such as "saving takes about 3 s".
-    """
-    if not doing:
-        return f"{name}: {saving}"
-    left = "it is not known how long that takes" if left_s is None else f"about {max(left_s, 1):.0f} s"
-    return f"{name}: {doing} ({left}), then {saving}"
 
 
 def _leave(name: str) -> None:

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
 
 from ray_ep.config.schema import Config
-from ray_ep.driver.cluster import connected, starting, transports
+from ray_ep.driver.cluster import transports
 from ray_ep.driver.interrupt import Interrupt
-from ray_ep.driver.ranks import Ranks
+from ray_ep.driver.placed import placed
 from ray_ep.errors import ConfigError
 from ray_ep.placement import Topology
-from ray_ep.placement.links.gpu_links import joined
+from ray_ep.placement.links.gpu_links import GpuLinks, joined
 from ray_ep.placement.links.groups import best_of, contradictions
+
+
+class Ranks(Protocol):
+    """What measuring needs of the ranks."""
+
+    def topology(self) -> Topology:
+        """Who shares a node."""
+
+    def probe(self, node_of: np.ndarray[Any, Any], budget_s: float) -> Topology:
+        """The links between all ranks, measured."""
+
+    def gpu_links(self) -> list[GpuLinks | None]:
+        """What the driver of each rank's GPU says of its links."""
 
 
 def measured(ranks: Ranks, budget_s: float) -> Topology:
@@ -26,10 +41,9 @@ def measured(ranks: Ranks, budget_s: float) -> Topology:
         RankError: a rank died or was unreachable while probing, which names it; the group is then unusable.
     """
     node_of = ranks.topology().node_of
-    topology: Topology = ranks.call("probe", node_of, budget_s)[0]
-    topology = replace(topology, joined=joined(ranks.call("gpu_links")))
+    topology = replace(ranks.probe(node_of, budget_s), joined=joined(ranks.gpu_links()))
     if contradictions(topology):
-        again: Topology = ranks.call("probe", node_of, budget_s)[0]
+        again = ranks.probe(node_of, budget_s)
         topology = best_of(topology, replace(again, joined=topology.joined))
     return topology
 
@@ -40,7 +54,7 @@ def probe_cluster(
     """Start or join Ray as a run does, place the ranks, measure the links between them, and leave nothing behind.
 
     Args:
-        cfg: `cluster` is read.
+        cfg: `cluster` and `exchange.transport` are read.
         budget_s: about how long the measuring may take.
         interrupt: looked at in every wait; what was started is taken away first.
         phase: told what it is at.
@@ -52,18 +66,8 @@ def probe_cluster(
     """
     if cfg.cluster.ranks < 2:
         raise ConfigError(f"cluster.ranks={cfg.cluster.ranks}: links are between ranks, so at least 2 are needed")
-    interrupt.hold()
-    phase(starting(cfg.cluster))
-    with connected(cfg.cluster, interrupt) as joined:
-        interrupt.hold()
-        if interrupt():
-            raise KeyboardInterrupt
-        phase(f"placing {cfg.cluster.ranks} ranks")
-        ranks = Ranks(cfg.cluster, f"ray_ep-probe-{time.time_ns() % 10**9}", joined.local, interrupt)
-        try:
-            phase("measuring the links")
-            ways = transports(cfg.exchange.transport, ranks.device, ranks.call("transports"))[:1]
-            ranks.call("join", ranks.name, 0, cfg.cluster.collective_timeout_s, ways)
-            return measured(ranks, budget_s)
-        finally:
-            ranks.kill()
+    with placed(cfg.cluster, "probe", interrupt, phase) as (ranks, _):
+        phase("measuring the links")
+        ways = transports(cfg.exchange.transport, ranks.device, ranks.transports())
+        ranks.join(0, cfg.cluster.collective_timeout_s, ways[:1])
+        return measured(ranks, budget_s)

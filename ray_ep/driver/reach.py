@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ray_ep.errors import ClusterError
 from ray_ep.rank.reach import PATIENCE_S, Trial, seen, words
@@ -15,9 +14,18 @@ from ray_ep.rank.saved.directory import Directory
 SHARED = "checkpoint.dir must be a path that all nodes share, or a URL such as s3://bucket/run"
 
 
+class Ranks(Protocol):
+    """What is needed of the ranks here."""
+
+    where: list[dict[str, Any]]
+    """Node and host of each."""
+
+    def reach(self, trial: Trial) -> list[list[str]]:
+        """What each rank's node cannot read or write, in words."""
+
+
 def try_nodes(
-    call: Callable[..., list[list[str]]],
-    where: list[dict[str, Any]],
+    ranks: Ranks,
     url: str,
     reads: tuple[tuple[str, str], ...] = (),
     patience_s: float = PATIENCE_S,
@@ -27,14 +35,13 @@ def try_nodes(
     Leaves nothing there.
 
     Args:
-        call: `Ranks.call`. where: `Ranks.where`.
         reads: (what the user calls it, file or directory) that every node must read.
 
     Raises:
         ClusterError: something failed; the message names the node, the path and what is needed.
     """
     nodes: dict[str, int] = {}
-    for rank, w in enumerate(where):
+    for rank, w in enumerate(ranks.where):
         nodes.setdefault(w["node"], rank)
     trial = Trial(url, uuid.uuid4().hex, tuple(nodes.values()), reads)
     directory = Directory(url)
@@ -45,7 +52,7 @@ def try_nodes(
             directory.fs.pipe_file(f"{directory.root}/{trial.file()}", trial.name.encode())
         except Exception as e:  # each file system has errors of its own
             raise ClusterError(f"{url}: no checkpoint can be written there: {words(e)}: set checkpoint.dir") from None
-        said = call("reach", trial)
+        said = ranks.reach(trial)
         for rank in trial.ranks:
             found = said[rank]
             if not found and (why := seen(url, trial.file(rank), trial.name, patience_s)):
@@ -53,7 +60,7 @@ def try_nodes(
             if found:
                 read = all(" cannot be read: " in f for f in found)
                 need = "every node must have it under that path" if read else SHARED
-                raise ClusterError(f"rank {rank} on node {where[rank]['host']}: {'; '.join(found)}: {need}")
+                raise ClusterError(f"rank {rank} on node {ranks.where[rank]['host']}: {'; '.join(found)}: {need}")
     finally:
         for rank_or_driver in (None, *trial.ranks):
             with suppress(Exception):

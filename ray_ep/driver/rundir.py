@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from ray_ep.config.paths import is_url
 from ray_ep.config.runs import RUNS, checkpoints_of, newest, remember
 from ray_ep.config.schema import Config
 from ray_ep.driver.claim import LOCK, Claim, holder, in_use
+from ray_ep.driver.records import Event, StepRecord
+from ray_ep.driver.requests import Request, RequestKind
 from ray_ep.errors import CheckpointError, ConfigError, PlacementError
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.rank.saved.checkpoint import Checkpoint
@@ -43,7 +45,6 @@ class RunDir:
     def __init__(self, path: Path):
         self.path = path
         self.claims: list[Claim] = []  # of this directory, and of a checkpoint.dir elsewhere on this machine
-        self.done = 0  # steps behind the run, which its events tell
         self.begun = False
         self.say: Callable[[str], None] = lambda message: print(message, file=sys.stderr)
         self._silent = False  # it was said
@@ -95,19 +96,17 @@ class RunDir:
                     f"{self.path / name} cannot be written: {e.strerror or e}: the run goes on without its records"
                 )
 
-    def start(self, description: str) -> None:
+    def start(self, event: Event) -> None:
         """Listener: the run begins."""
-        self.event("start", description)
+        self.event(event)
 
-    def step(self, metrics: dict[str, Any]) -> None:
+    def step(self, record: StepRecord) -> None:
         """Listener: one line of metrics.jsonl."""
-        self.done = metrics["step"]
-        self._append("metrics.jsonl", metrics)
+        self._append("metrics.jsonl", record.line())
 
-    def event(self, kind: str, message: str) -> None:
+    def event(self, event: Event) -> None:
         """Listener: one line of events.jsonl."""
-        time = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        self._append("events.jsonl", {"time": time, "step": self.done, "kind": kind, "message": message})
+        self._append("events.jsonl", event.line())
 
     def placement(self, placement: Placement) -> None:
         """Keep a placement under its version."""
@@ -122,17 +121,27 @@ class RunDir:
                 return Placement.load(path)
         return None
 
-    def request(self) -> None:
-        """Ask the driver of this run to consider other places for the experts after its next step."""
-        (self.path / REQUEST).touch()
+    def request(self, by: str) -> None:
+        """Ask the driver of this run to consider other places for the experts after its next step.
 
-    def take_request(self) -> bool:
-        """Whether somebody asked for that; asks are then taken for heard."""
+        Args:
+            by: who asks, for people.
+        """
+        self.write(REQUEST, json.dumps({"by": by}))
+
+    def take_request(self) -> Request | None:
+        """What was asked so, once; an empty file, from whoever made it, asks as well."""
+        path = self.path / REQUEST
         try:
-            (self.path / REQUEST).unlink()
+            said = path.read_bytes()
+            path.unlink()
         except OSError:
-            return False
-        return True
+            return None
+        try:
+            by = str(json.loads(said)["by"])
+        except (ValueError, TypeError, KeyError):
+            by = f"the file {REQUEST}"
+        return Request(RequestKind.REBALANCE, by)
 
     def exchange(self, choice: dict[str, Any]) -> None:
         """Keep how tokens travel, and the timings of the ways that it was chosen from."""
@@ -165,7 +174,7 @@ class RunDir:
         name = f"provenance/step-{step:06d}.npz"
         with self._spared(name):
             try:
-                np.savez_compressed(self.path / name, **arrays)
+                np.savez_compressed(self.path / name, allow_pickle=False, **arrays)
             except OSError:
                 (self.path / name).unlink(missing_ok=True)
                 raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -10,6 +9,8 @@ from typing import Any, Protocol
 from omegaconf import OmegaConf
 
 from ray_ep.config.schema import CheckpointConfig, Config
+from ray_ep.driver.publisher import Publisher
+from ray_ep.driver.records import Event
 from ray_ep.driver.rundir import checkpoint_url
 from ray_ep.driver.start import Plan
 from ray_ep.errors import DivergedError, RankError, SaveError
@@ -20,15 +21,18 @@ from ray_ep.rank.saved.directory import Directory
 class Ranks(Protocol):
     """What saving needs of the ranks."""
 
-    def call(self, method: str, *args: Any) -> list[Any]:
-        """Call a method on all ranks."""
+    def save(self, url: str, step: int) -> list[dict[str, list[Any]]]:
+        """Write a checkpoint; each rank's part of the manifest. Raises SaveError."""
+
+    def statistics(self) -> list[RoutingStatistics]:
+        """Routing statistics of each rank since its making."""
 
 
 class Saver:
-    """Checkpoints of one run.
+    """Checkpoints of one run, and the routing statistics that go into them.
 
     Args:
-        event: tells an operator: kind, message.
+        cfg: the whole, for a checkpoint holds it; `checkpoint`, `statistics`, `seed` and the optimizer's kind are read.
         clock: seconds.
 
     Attributes:
@@ -41,14 +45,15 @@ class Saver:
         cfg: Config,
         plan: Plan,
         ranks: Ranks,
-        event: Callable[[str, str], None],
+        publisher: Publisher,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.cfg, self.plan, self.ranks, self.event, self.clock = cfg, plan, ranks, event, clock
+        self.cfg, self.plan, self.ranks, self.publisher, self.clock = cfg, plan, ranks, publisher, clock
         self.directory = Directory(checkpoint_url(cfg, plan.run))
         self.saved = -1 if plan.checkpoint is None else plan.checkpoint.step
         self.seconds: float | None = None
         self._since = clock()  # the last save, or the last try
+        self._earlier = plan.checkpoint.statistics() if plan.checkpoint else None  # counted before a resume
 
     def start(self) -> None:
         """The first step begins: from now on minutes count."""
@@ -60,14 +65,17 @@ class Saver:
         by_step = bool(cfg.every) and done % cfg.every == 0
         return by_step or (bool(cfg.every_minutes) and self.clock() - self._since >= 60 * cfg.every_minutes)
 
-    def save(self, done: int, statistics: RoutingStatistics) -> str:
+    def save(self, done: int) -> str:
         """Write a checkpoint of `done` steps if there is none yet, and drop the oldest; why it failed, empty if not.
 
-        What failed leaves the older ones as they are.
+        The records of its steps are handed to all listeners before it counts as whole. What failed leaves the older
+        checkpoints as they are.
 
         Raises:
             RankError: a rank was lost meanwhile. DivergedError: a weight is not finite.
         """
+        statistics = self._statistics()
+        self.plan.run.statistics(statistics)
         if self.saved == done:
             return ""
         began = self.clock()
@@ -82,25 +90,27 @@ class Saver:
                 why = f"step {done} could not be saved into {self.directory.url}: {why}"
             return f"{why}; {self.newest()}"
         self.saved, self._since, self.seconds = done, self.clock(), self.clock() - began
-        self.event("checkpoint", f"{self.directory.url}/step-{done:06d}")
+        url = f"{self.directory.url}/step-{done:06d}"
+        self.publisher.event(Event("checkpoint", url, {"url": url, "seconds": self.seconds}))
         try:
             self.directory.prune(self.cfg.checkpoint.keep)
         except Exception as e:
-            self.event("checkpoint-kept", str(e))  # the new one is safe, so the run goes on
+            self.publisher.event(Event("checkpoint-kept", str(e)))  # the new one is safe, so the run goes on
         return ""
 
-    def save_and_go_on(self, done: int, statistics: RoutingStatistics) -> None:
+    def save_and_go_on(self, done: int) -> None:
         """A periodic save: if it fails that is told, and the next one tries again."""
-        if why := self.save(done, statistics):
-            self.event("checkpoint-failed", f"{why}; the run goes on, the next checkpoint tries again")
+        if why := self.save(done):
+            words = f"{why}; the run goes on, the next checkpoint tries again"
+            self.publisher.event(Event("checkpoint-failed", words, {"newest": self.saved}))
 
-    def finish(self, done: int, statistics: RoutingStatistics) -> None:
+    def finish(self, done: int) -> None:
         """The last save.
 
         Raises:
             SaveError: it failed; the message says which checkpoint is the newest good one.
         """
-        if why := self.save(done, statistics):
+        if why := self.save(done):
             raise SaveError(why)
 
     def newest(self) -> str:
@@ -124,10 +134,7 @@ class Saver:
 
     def _write(self, done: int, statistics: RoutingStatistics) -> None:
         with self.directory.saving(done):
-            parts = self.ranks.call("save", self.directory.url, done)
-            for error in parts:
-                if isinstance(error, SaveError):
-                    raise error
+            parts = self.ranks.save(self.directory.url, done)
             manifest = {
                 "format": 1,
                 "step": done,
@@ -138,7 +145,14 @@ class Saver:
                 "model": self.plan.config.to_dict(),
                 "data": self.plan.corpus.source,
             }
+            self.publisher.flush()
             self.directory.commit(done, manifest, statistics)
+
+    def _statistics(self) -> RoutingStatistics:
+        """Of all ranks, those before a resume included."""
+        parts = self.ranks.statistics()
+        parts = parts if self._earlier is None else [self._earlier, *parts]
+        return RoutingStatistics.merge(parts, self.cfg.statistics.sample, self.cfg.seed)
 
 
 def when(checkpoint: CheckpointConfig) -> str:
@@ -152,24 +166,6 @@ def when(checkpoint: CheckpointConfig) -> str:
     if not often:
         return "a checkpoint only at the end (checkpoint.every_minutes=0)"
     return f"a checkpoint {' and '.join(often)}"
-
-
-def what_is_lost(run: str, saved: int, done: int) -> str:
-    """After a failure: what the newest checkpoint leaves out, and the command that goes on."""
-    command = shlex.join(["ray-ep", "train", f"run_dir={run}", "resume=auto"])
-    if saved < 0:
-        return f"nothing was saved: {_steps(done)} lost; begin again with: {command}"
-    return f"the newest checkpoint is of step {saved}: {_steps(done - saved)} lost; go on with: {command}"
-
-
-def cause_of(e: BaseException) -> str:
-    """An error in one sentence: of a rank's own traceback the last line."""
-    lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
-    return f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
-
-
-def _steps(n: int) -> str:
-    return "1 step is" if n == 1 else f"{n or 'no'} steps are"
 
 
 def _product(shape: list[int]) -> int:

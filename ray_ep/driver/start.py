@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from ray_ep.config.changes import changes
 from ray_ep.config.runs import settings_of
 from ray_ep.config.schema import Config
+from ray_ep.driver.records import Event
 from ray_ep.driver.rundir import RunDir, checkpoint_url, claimed, find_checkpoint
 from ray_ep.errors import CheckpointError, ConfigError
 from ray_ep.moe import find_experts
@@ -39,7 +40,7 @@ class Plan:
     placement: Placement  # to begin with
     checkpoint: Checkpoint | None  # to go on from
     expert_parameters: int  # of the largest expert
-    notes: tuple[tuple[str, str], ...] = ()  # (kind, message) of events to tell when the run has started
+    notes: tuple[Event, ...] = ()  # to tell when the run has started
     nothing_to_do: str = ""  # why, if the run has all its steps
 
 
@@ -64,7 +65,7 @@ def _checked(cfg: Config, run: RunDir) -> Plan:
     config = model_config(cfg.model, corpus.vocab_size)
     model = meta_model(config)
     modules = find_experts(model)
-    experts = int(next(iter(modules.values())).num_experts)
+    experts: int = next(iter(modules.values())).num_experts  # type: ignore[assignment]
     placement = _placement(cfg, run, len(modules), experts)
     signature = {n: list(p.shape) for n, p in model.named_parameters()}
     size = max(sum(p.numel() for p in m.parameters()) for m in modules.values()) // experts
@@ -72,7 +73,8 @@ def _checked(cfg: Config, run: RunDir) -> Plan:
     notes += inspect(Path(cfg.model.path), model) if cfg.model.path else []
     if checkpoint is not None:
         _check_model(checkpoint, signature)
-    return Plan(run, corpus, config, signature, placement, checkpoint, size, tuple(notes), done)
+    told = tuple(Event(kind, words) for kind, words in notes)
+    return Plan(run, corpus, config, signature, placement, checkpoint, size, told, done)
 
 
 def _placement(cfg: Config, run: RunDir, layers: int, experts: int) -> Placement:

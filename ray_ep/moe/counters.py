@@ -91,9 +91,16 @@ class Counters:
         self.seconds += time.perf_counter() - start
         return load
 
+    def begin_step(self) -> None:
+        """From now on what is seen is kept apart."""
+        assert self._apart is None, "a step was begun that was neither taken nor dropped"
+        self._apart = []
+        self._before = {name: getattr(self, name) for name in _EAGER} | {"step": self.step.clone()}
+        self._before["_rng"] = self._rng.bit_generator.state
+
     def share(self, before: int, ranks: int) -> None:
         """Keep this rank's part of a sample that `before` ranks shared and now `ranks` do; the window likewise."""
-        assert self._apart is None, "ranks change between steps"
+        assert self._apart is None, "a half step was neither taken nor dropped"
         self.window = round(self.window * before / ranks)
         capacity, filled = round(self.capacity * before / ranks), min(self.seen, self.capacity)
         self._kept = None
@@ -105,13 +112,6 @@ class Counters:
         if capacity > self.capacity:  # new places are filled first
             self.seen = filled
         self.capacity = capacity
-
-    def begin_step(self) -> None:
-        """From now on what is seen is kept apart."""
-        assert self._apart is None, "a step was begun that was neither taken nor dropped"
-        self._apart = []
-        self._before = {name: getattr(self, name) for name in _EAGER} | {"step": self.step.clone()}
-        self._before["_rng"] = self._rng.bit_generator.state
 
     def take_step(self) -> torch.Tensor:
         """[L, E] load since the last call, on the device; what was kept apart counts from now on."""

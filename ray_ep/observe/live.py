@@ -1,6 +1,6 @@
 """The page of a run while it goes: written again beside the steps, by a process of its own at the lowest priority.
 
-The driver only starts that process and looks, between two steps, how it went. A page that could not be written is told
+A listener of the run starts that process and looks, step by step, how it went. A page that could not be written is told
 once; the run goes on. The page of a run that has ended is the composition's to write (api.py).
 """
 
@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+
+from ray_ep.driver.records import Event, StepRecord
 
 EVERY_S = 90.0
 """At least this long between two pages (each takes 1.7 s of CPU, which ranks that fill the machine miss),"""
@@ -52,17 +53,17 @@ class LivePage:
             with suppress(subprocess.TimeoutExpired):  # stuck in a file system: it will be gone when that answers
                 self._writer.wait(5)
 
-    def start(self, description: str) -> None:
+    def start(self, event: Event) -> None:
         """The first page."""
         self._news = True
         self._look()
 
-    def step(self, metrics: dict[str, Any]) -> None:
+    def step(self, record: StepRecord) -> None:
         """A page if one is due."""
-        self._news |= "eval_loss" in metrics
+        self._news |= record.eval_loss is not None
         self._look()
 
-    def event(self, kind: str, message: str) -> None:
+    def event(self, event: Event) -> None:
         """A page soon: the next step looks."""
         self._news = True
 

@@ -1,7 +1,7 @@
 """The progress of a run for whoever watches: a live bar on a terminal, plain key=value lines in a file or pipe.
 
 What a step measured is handed in; nothing is measured or stored here. The clock is passed in, for tests.
-Imports rich only.
+Imports rich and the driver's records.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from types import TracebackType
-from typing import Any, Protocol, TextIO
+from typing import Protocol, TextIO
 
 import rich.progress
 from rich.console import Console, Group
@@ -20,7 +20,10 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from ray_ep.driver.records import Event, StepRecord
+
 _EVERY_S = 5.0  # between plain lines; a job's log is read afterwards, too
+_COMMANDS = ("failed", "diverged")  # events that the command ends with itself, with all there is to say
 _SHORT = {"tokens_per_second": "tokens/s", "eval_loss": "held out"}  # on the bar, where room is scarce
 
 
@@ -53,18 +56,20 @@ class Progress:
         """Leave the last state on the screen, also after an error, which goes on to the caller."""
         self._view.close()
 
-    def start(self, description: str) -> None:
-        """Say what begins now, such as "loading the model" or "training"; may be called again for the next phase."""
-        self._view.start(description)
+    def start(self, event: Event) -> None:
+        """Say what begins now."""
+        self._view.start(event.words)
 
-    def step(self, metrics: Mapping[str, Any]) -> None:
-        """Show one step, a line of metrics.jsonl; figures that it lacks are left out."""
-        self._held_out = metrics.get("eval_loss", self._held_out)
-        self._view.step(int(metrics["step"]), _figures({**metrics, "eval_loss": self._held_out}))
+    def step(self, record: StepRecord) -> None:
+        """Show one step, with the newest loss on the held-out split."""
+        if record.eval_loss is not None:
+            self._held_out = record.eval_loss
+        self._view.step(record.step, _figures(record, self._held_out))
 
-    def event(self, kind: str, message: str) -> None:
-        """Show an event at once."""
-        self._view.event(kind, message)
+    def event(self, event: Event) -> None:
+        """Show an event at once, unless the command that shows this says it at its end."""
+        if event.kind not in _COMMANDS:
+            self._view.event(event.kind, event.words)
 
 
 class _View(Protocol):
@@ -148,15 +153,12 @@ def _led(lead: str, text: str) -> str:
     return "\n".join(lead + line for line in text.splitlines() or [""])
 
 
-def _figures(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """Name -> figure as text, without those that a step lacks."""
-    figures = {"loss": _formatted(metrics.get("loss"), ".4f"), "eval_loss": _formatted(metrics.get("eval_loss"), ".4f")}
-    figures["tokens_per_second"] = _formatted(metrics.get("tokens_per_second"), ".0f")
-    exchange, whole = metrics.get("exchange_seconds"), metrics.get("step_seconds")
-    figures["exchange"] = _formatted(exchange / whole, ".0%") if exchange is not None and whole else ""
-    figures["balancedness"] = _formatted(metrics.get("balancedness"), ".2f")
-    return {name: text for name, text in figures.items() if text}
-
-
-def _formatted(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+def _figures(record: StepRecord, held_out: float | None) -> dict[str, str]:
+    """Name -> figure as text; `held_out` once there was one."""
+    figures = {"loss": format(record.loss, ".4f")}
+    if held_out is not None:
+        figures["eval_loss"] = format(held_out, ".4f")
+    figures["tokens_per_second"] = format(record.tokens_per_second, ".0f")
+    figures["exchange"] = format(record.exchange_seconds / record.step_seconds, ".0%")
+    figures["balancedness"] = format(record.balancedness, ".2f")
+    return figures

@@ -5,15 +5,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from ray_ep.bench.contenders import Work
 from ray_ep.bench.device import gemms
+from ray_ep.cli import main
 
 RAY_EP = Path(sys.executable).with_name("ray-ep")
 
 
 def bench(*args):
     return subprocess.run([RAY_EP, "bench", "layer", *args], capture_output=True, text=True, timeout=120, check=False)
+
+
+def refused(*args):
+    done = CliRunner().invoke(main, ["bench", "layer", *args])
+    assert done.exit_code == 2
+    return done.stderr
 
 
 def test_a_row_has_both_contenders_speed_their_ratio_and_what_bounds_ours():
@@ -40,6 +48,7 @@ def test_a_row_has_both_contenders_speed_their_ratio_and_what_bounds_ours():
     assert 0 < row["bytes_sent"] <= 2 * 16 * (4 * 512 * 2 + 1 + 2 * (6 + 4))
 
 
+@pytest.mark.slow
 def test_our_layer_can_be_measured_alone():
     done = bench("--work=C", "--dtype=float32", "--pass=forward", "--malloc=tuned", "--rounds=2", "--peers=", "--json")
     assert done.returncode == 0, done.stderr
@@ -50,16 +59,13 @@ def test_our_layer_can_be_measured_alone():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_the_bench_on_it_is_refused_with_words():
-    done = bench("--work=C", "--device=cuda")
-    assert done.returncode == 2
-    assert "needs a CUDA device" in done.stderr
-    assert len(done.stderr.splitlines()) < 3
+    said = refused("--work=C", "--device=cuda")
+    assert "needs a CUDA device" in said
+    assert len(said.splitlines()) < 4
 
 
 def test_several_ranks_on_the_one_gpu_are_refused():
-    done = bench("--work=C", "--device=cuda", "--ranks=2")
-    assert done.returncode == 2
-    assert "--ranks=1" in done.stderr
+    assert "--ranks=1" in refused("--work=C", "--device=cuda", "--ranks=2")
 
 
 def test_the_roofline_computes_the_works_products_alike_one_by_one_and_batched():
@@ -72,7 +78,6 @@ def test_the_roofline_computes_the_works_products_alike_one_by_one_and_batched()
 
 @pytest.mark.parametrize("wrong", ["--work=D", "--dtype=float16", "--pass=backward", "--ranks=two", "--peers=megatron"])
 def test_a_word_that_is_not_allowed_is_named_with_what_is(wrong):
-    done = bench(wrong)
-    assert done.returncode == 2
-    assert wrong.partition("=")[2] in done.stderr
-    assert len(done.stderr.splitlines()) < 5
+    said = refused(wrong)
+    assert wrong.partition("=")[2] in said
+    assert len(said.splitlines()) < 6

@@ -49,6 +49,7 @@ def test_an_unknown_routing_is_named_with_what_is_allowed(wrong):
         check(wrong)
 
 
+@pytest.mark.slow
 def test_brief_leaves_out_the_layer_without_balance():
     command = [RAY_EP, "bench", "layer", "--work=C", "--dtype=float32", "--pass=forward", "--malloc=tuned"]
     done = subprocess.run(

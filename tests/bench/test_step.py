@@ -15,6 +15,7 @@ TINY = [
 ]
 
 
+@pytest.mark.slow
 def test_it_compares_imposed_balance_with_the_routing_as_it_is():
     done = CliRunner().invoke(main, ["bench", "step", "--json", "--warm", "2", "--rounds", "1", *TINY])
     assert done.exit_code == 0, done.output

@@ -88,6 +88,7 @@ def test_a_peer_that_is_not_installed_is_refused_if_named_and_else_left_out():
     assert case.peers == ("plain", "ddp", "transformers")
 
 
+@pytest.mark.slow
 def test_all_contenders_do_the_same_work_and_one_that_fails_is_left_out(tmp_path, monkeypatch):
     package = tmp_path / "path" / "deepspeed"
     (package / "moe").mkdir(parents=True)
@@ -134,6 +135,7 @@ def processes_of_ray():
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 def test_deepspeed_does_the_same_work():
     (case,) = cases(ray_ep.load_config(None, TINY), [OWN], ["float32"], [2], ["plain", "deepspeed"], 1, 1)

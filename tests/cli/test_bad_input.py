@@ -137,6 +137,7 @@ def test_a_damaged_checkpoint_of_the_run_directory_is_not_passed_over(place):
     assert "unreadable manifest" in message
 
 
+@pytest.mark.slow
 def test_gpus_that_are_not_there_are_named_with_what_is_there(place):
     message = refused(place, [*TINY, "cluster.device=cuda"])
     assert "cluster.device=cuda" in message
@@ -151,6 +152,7 @@ def test_more_ranks_than_the_machine_has_cpus_are_refused_with_its_count(place):
     assert "cpus_per_rank" in message
 
 
+@pytest.mark.slow
 def test_a_cluster_that_does_not_answer_is_refused_within_half_a_minute(place):
     command = [Path(sys.executable).parent / "ray-ep", "train", *TINY, "cluster.address=127.0.0.1:1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)

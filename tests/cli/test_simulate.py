@@ -165,6 +165,7 @@ def test_few_layers_stand_for_many_and_it_is_said():
     assert "4 of the 12 layers, evenly spaced, are predicted and stand for all (--layers)" in last["notes"]
 
 
+@pytest.mark.slow
 def test_four_thousand_ranks_are_simulated_on_as_many_layers_as_a_minute_has_room_for():
     flags = ("--synthetic", "layers=58,experts=256,top_k=8,tokens=1024", "--nodes", "512")
     (row,), last = rows(*flags, "--layers", 2)

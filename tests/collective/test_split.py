@@ -176,6 +176,7 @@ print(f"rank {group.rank} split", flush=True)
 """
 
 
+@pytest.mark.slow
 def test_a_torchrun_job_splits_torchs_default_group(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(JOB)

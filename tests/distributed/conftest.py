@@ -7,9 +7,11 @@ Everything that a command starts inherits a mark in its environment: that, not t
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ from pathlib import Path
 import pytest
 
 BIN = Path(sys.executable).parent
+ROOT = Path(__file__).parents[2]
 MARK = "RAY_EP_TEST_MARK"
 TINY = (
     "model.overrides={hidden_size: 32, intermediate_size: 32, moe_intermediate_size: 16, num_hidden_layers: 2, "
@@ -113,9 +116,15 @@ class Place:
         steady = "balance.in_step=off"  # what it does depends on the clock
         return [TINY, "data.files=[text.txt]", "batch.sequences=8", "batch.length=32", steady, *overrides]
 
-    def train(self, *overrides, **env):
-        """Start `ray-ep train` with the tiny model."""
-        return self.start("ray-ep", "train", *self.tiny(*overrides), **env)
+    def train(self, *overrides, faults=None, **env):
+        """Start `ray-ep train` with the tiny model; its ranks follow the script of faults."""
+        return self.ray_ep("train", *self.tiny(*overrides), faults=faults, **env)
+
+    def ray_ep(self, *arguments, faults=None, **env):
+        """Start `ray-ep`."""
+        if faults is None:
+            return self.start("ray-ep", *arguments, **env)
+        return self.start("python", "-m", "tests.faults", faults.save(), *arguments, PYTHONPATH=str(ROOT), **env)
 
 
 def place(path):
@@ -123,6 +132,56 @@ def place(path):
     text = "".join((library / name).read_text() for name in ("argparse.py", "ast.py", "shutil.py", "inspect.py"))
     (path / "text.txt").write_text(text[:200_000])
     return Place(path)
+
+
+AUTH = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}  # the mode is Ray's default
+"""What every process of the cluster and its clients needs to know."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Addresses: for RAY_ADDRESS and ray.init, and for `ray job submit`."""
+
+    driver: str
+    job: str
+
+
+def free_ports(count):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [s.getsockname()[1] for s in sockets]
+    [s.close() for s in sockets]
+    return ports
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    """A Ray of four CPUs on ports of its own, for all tests that are not about starting Ray; at the end it is gone."""
+    ports = (
+        "port",
+        "dashboard-port",
+        "dashboard-agent-listen-port",
+        "dashboard-agent-grpc-port",
+        "ray-client-server-port",
+    )
+    numbers = dict(zip(ports, free_ports(len(ports)), strict=True))
+    its = Place(tmp_path_factory.mktemp("cluster"))
+    with (
+        pytest.MonkeyPatch.context() as environment,
+        tempfile.TemporaryDirectory(
+            prefix="ray_ep-",
+            dir="/tmp",
+            ignore_cleanup_errors=True,  # short, as in tests/conftest.py
+        ) as short,
+    ):
+        [environment.setenv(*pair) for pair in AUTH.items()]
+        options = [f"--{k}={v}" for k, v in numbers.items()]
+        head = its.start(
+            "ray", "start", "--head", "--block", "--include-dashboard=true", "--num-cpus=4", f"--temp-dir={short}",
+            "--disable-usage-stats", *options,
+        )  # fmt: skip
+        head.until(lambda: "Ray runtime started" in head.out, 60, "the cluster")
+        yield Cluster(f"127.0.0.1:{numbers['port']}", f"http://127.0.0.1:{numbers['dashboard-port']}")
+        head.end()
 
 
 @pytest.fixture

@@ -10,55 +10,17 @@ import pytest
 from ray_ep.rank.saved.checkpoint import Checkpoint
 from ray_ep.rank.saved.directory import Directory
 
-PROBE = """
-# Put on PYTHONPATH as sitecustomize. The hook waits for the module, so nothing is imported early.
-import importlib.abc, importlib.util, os, sys, time
-
-class Hook(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name != "ray_ep.rank.trainer":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        execute = spec.loader.exec_module
-        spec.loader.exec_module = lambda module: (execute(module), patch(module.Trainer))
-        return spec
-
-def patch(Trainer):
-    train_step = Trainer.train_step
-
-    def probed_step(self, step, *more):
-        if step == 0:
-            open(f"{os.environ['RAY_EP_TEST_PIDS']}/rank-{self.group.rank}.pid", "w").write(str(os.getpid()))
-        if self.group.rank == 1 and step == 3 and os.environ.get("RAY_EP_TEST_FAULT") == "1":
-            raise ValueError("boom from rank 1")
-        if step >= 3:
-            time.sleep(float(os.environ.get("RAY_EP_TEST_SLOW_S", 0)))
-        return train_step(self, step, *more)
-
-    Trainer.train_step = probed_step
-
-if "RAY_EP_TEST_PIDS" in os.environ:
-    sys.meta_path.insert(0, Hook())
-"""
-
 
 @pytest.fixture
-def running(here, lines):
-    """Start a run without end and wait until it has done three steps; each rank leaves its process id in a file."""
-    (here.path / "sitecustomize.py").write_text(PROBE)
+def running(here, lines, faults):
+    """Start a run without end and wait until it has done three steps."""
 
-    def start(*overrides, **env):
-        paths = {"PYTHONPATH": str(here.path), "RAY_EP_TEST_PIDS": str(here.path)}
-        command = here.train("optim.steps=100000", "run_dir=run", *overrides, **paths, **env)
+    def start(*overrides):
+        command = here.train("optim.steps=100000", "run_dir=run", *overrides, faults=faults)
         command.until(lambda: len(lines(here.path / "run" / "metrics.jsonl")) >= 3, 60, "three steps")
         return command
 
     return start
-
-
-def pid_of(here, rank):
-    return int((here.path / f"rank-{rank}.pid").read_text())
 
 
 def check_interrupted(here, lines, command):
@@ -75,19 +37,23 @@ def check_interrupted(here, lines, command):
     return done
 
 
-def test_control_c_saves_leaves_nothing_behind_and_a_restart_goes_on_at_the_next_step(here, lines, running):
+def test_control_c_saves_leaves_nothing_behind_and_a_restart_goes_on_at_the_next_step(
+    here, lines, running, faults, cluster
+):
     command = running()
-    assert {pid_of(here, 0), pid_of(here, 1)} <= command.offspring().keys()
+    assert {faults.pid(0), faults.pid(1)} <= command.offspring().keys()
     os.killpg(command.process.pid, signal.SIGINT)  # a terminal sends it to every process in the foreground
     done = check_interrupted(here, lines, command)
 
-    again = here.train(f"optim.steps={done + 2}", "run_dir=run", "resume=auto")
+    again = here.train(f"optim.steps={done + 2}", "run_dir=run", "resume=auto", RAY_ADDRESS=cluster.driver)
     assert again.wait(60) == 0, again.err
     assert [m["step"] for m in lines(here.path / "run" / "metrics.jsonl")] == list(range(1, done + 3))
 
 
-def test_termination_in_a_long_step_is_answered_at_once_saves_and_leaves_nothing_behind(here, lines, running):
-    command = running(RAY_EP_TEST_SLOW_S="4")
+@pytest.mark.slow
+def test_termination_in_a_long_step_is_answered_at_once_saves_and_leaves_nothing_behind(here, lines, running, faults):
+    faults.slow(4, call=4)
+    command = running()
     command.process.terminate()  # as Kubernetes and Slurm do: to the command alone
     events = here.path / "run" / "events.jsonl"
     sent = time.monotonic()
@@ -98,6 +64,7 @@ def test_termination_in_a_long_step_is_answered_at_once_saves_and_leaves_nothing
     check_interrupted(here, lines, command)
 
 
+@pytest.mark.slow
 def test_a_command_that_is_terminated_while_it_starts_leaves_nothing_behind(here):
     command = here.train("run_dir=run")
     command.until(lambda: any("raylet" in line for line in command.offspring().values()), 40, "a raylet")
@@ -106,9 +73,9 @@ def test_a_command_that_is_terminated_while_it_starts_leaves_nothing_behind(here
     assert command.left(15) == {}
 
 
-def test_a_killed_rank_is_named_and_ends_the_run_without_orphans(here, lines, running):
+def test_a_killed_rank_is_named_and_ends_the_run_without_orphans(here, lines, running, faults):
+    faults.kill(rank=1, call=4)
     command = running()
-    os.kill(pid_of(here, 1), signal.SIGKILL)
     assert command.wait(20) == 1, command.err
     assert re.search(r"rank 1 on \S+ died", command.err)
     assert len(command.err.splitlines()) < 40
@@ -120,12 +87,14 @@ def test_a_killed_rank_is_named_and_ends_the_run_without_orphans(here, lines, ru
     assert (here.path / "run" / "report.html").exists()
 
 
-def test_a_rank_that_raises_is_named_with_its_own_traceback(here, lines, running):
-    command = running(RAY_EP_TEST_FAULT="1")
+@pytest.mark.slow
+def test_a_rank_that_raises_is_named_with_its_own_traceback(here, lines, running, faults):
+    faults.raise_in(rank=1, call=4, words="boom from rank 1")
+    command = running()
     assert command.wait(20) == 1, command.err
     assert "ValueError: boom from rank 1" in command.err
     assert "rank 1 raised" in command.err
-    assert "in probed_step" in command.err  # its own stack, not that of the rank that lost its peer
+    assert "in with_faults" in command.err  # its own stack, not that of the rank that lost its peer
     assert "GroupError" not in command.err
     assert command.left() == {}
     assert len(lines(here.path / "run" / "metrics.jsonl")) == 3

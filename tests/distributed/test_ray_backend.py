@@ -103,8 +103,8 @@ class Member:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster():
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+def joined(cluster):
+    ray.init(address=cluster.driver, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 
@@ -119,7 +119,7 @@ def form(members, name, epoch=0):
 
 
 @pytest.fixture(scope="module")
-def pool(cluster):
+def pool(joined):
     """Actors for all tests; those that a test has killed are replaced."""
     return []
 

@@ -8,10 +8,11 @@ import pytest
 
 from ray_ep.driver.claim import holder
 
+pytestmark = pytest.mark.slow
 PARTS = """
 import json, shutil, sys
 import ray
-ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+ray.init(address=sys.argv[2], log_to_driver=False)
 import ray_ep
 from ray_ep.driver.claim import holder
 
@@ -28,8 +29,8 @@ print(json.dumps([str(first.dir), str(again.dir), str(third.dir), third.status])
 
 
 @pytest.fixture(scope="module")
-def parts(shared):
-    command = shared.start("python", "-c", PARTS, json.dumps(shared.tiny()))
+def parts(shared, cluster):
+    command = shared.start("python", "-c", PARTS, json.dumps(shared.tiny()), cluster.driver)
     assert command.wait(150) == 0, command.err
     return command
 

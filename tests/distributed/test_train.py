@@ -2,9 +2,6 @@
 
 import json
 import re
-import socket
-import tempfile
-import uuid
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +20,12 @@ FILES = {
 }  # fmt: skip
 
 IN_ONE_PROCESS = """
-import json, os, signal, sys, time
+import json, sys, time
 from pathlib import Path
 import ray
-given = {"GIVEN": "kept", "MALLOC_TRIM_THRESHOLD_": "7000000"}
-ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": given})
+ray.init(address=sys.argv[2], log_to_driver=False)
 import ray_ep
-from ray_ep.driver.ranks import Ranks
-from ray_ep.driver.probe import measured
-from ray_ep.errors import CheckpointError, RankError
+from ray_ep.errors import CheckpointError
 
 tiny = json.loads(sys.argv[1])
 def train(*overrides):
@@ -50,26 +44,6 @@ try:
 except CheckpointError as e:
     status["damaged"] = str(e)
 
-ranks = Ranks(ray_ep.load_config(None, ["cluster.ranks=1", "cluster.cpus_per_rank=0.5"]).cluster, "one", True, bool)
-environ = Path(f"/proc/{ranks.where[0]['pid']}/environ").read_text().split(chr(0))
-status["environ"] = dict(line.split("=", 1) for line in environ if line.startswith(("GIVEN", "MALLOC", "TORCH_NCCL")))
-ranks.kill()
-three = ["cluster.ranks=3", "cluster.cpus_per_rank=0.5", "cluster.collective_timeout_s=5"]
-cfg = ray_ep.load_config(None, three).cluster
-ranks = Ranks(cfg, "three", False, lambda: False)
-try:
-    ranks.call("join", ranks.name, 0, cfg.collective_timeout_s, ["gloo"])
-    status["probe"] = measured(ranks, 1.0).to_json()
-    os.kill(ranks.where[1]["pid"], signal.SIGSTOP)
-    try:
-        measured(ranks, 1.0)
-    except RankError as e:
-        status["stopped"] = e.rank, str(e)
-    finally:
-        os.kill(ranks.where[1]["pid"], signal.SIGCONT)
-finally:
-    ranks.kill()
-
 @ray.remote
 def alive():
     return 6 * 7
@@ -80,6 +54,39 @@ while ray.available_resources().get("CPU") != 4 and time.monotonic() < limit:
     time.sleep(0.1)
 status["free"] = [ray.available_resources()["CPU"], ray.util.list_named_actors(all_namespaces=True)]
 ray.shutdown()
+print(json.dumps(status))
+"""
+
+RANKS_ALONE = """
+import json, os, signal, sys
+from pathlib import Path
+import ray
+given = {"GIVEN": "kept", "MALLOC_TRIM_THRESHOLD_": "7000000"}
+ray.init(address=sys.argv[1], log_to_driver=False, runtime_env={"env_vars": given})
+import ray_ep
+from ray_ep.driver.ranks import Ranks
+from ray_ep.driver.probe import measured
+from ray_ep.errors import RankError
+
+status = {}
+three = ["cluster.ranks=3", "cluster.cpus_per_rank=0.5", "cluster.collective_timeout_s=5"]
+cfg = ray_ep.load_config(None, three).cluster
+ranks = Ranks(cfg, "three", False, lambda: False)
+try:
+    environ = Path(f"/proc/{ranks.where[0]['pid']}/environ").read_text().split(chr(0))
+    own = ("GIVEN", "MALLOC", "TORCH_NCCL")
+    status["environ"] = dict(line.split("=", 1) for line in environ if line.startswith(own))
+    ranks.join(0, cfg.collective_timeout_s, ["gloo"])
+    status["probe"] = measured(ranks, 1.0).to_json()
+    os.kill(ranks.where[1]["pid"], signal.SIGSTOP)
+    try:
+        measured(ranks, 1.0)
+    except RankError as e:
+        status["stopped"] = e.rank, str(e)
+    finally:
+        os.kill(ranks.where[1]["pid"], signal.SIGCONT)
+finally:
+    ranks.kill()
 print(json.dumps(status))
 """
 
@@ -94,10 +101,18 @@ def run(shared):
 
 
 @pytest.fixture(scope="module")
-def one_process(shared):
+def one_process(shared, cluster):
     """What a Python program that had its own Ray says after several runs in it."""
-    command = shared.start("python", "-c", IN_ONE_PROCESS, json.dumps(shared.tiny()))
+    command = shared.start("python", "-c", IN_ONE_PROCESS, json.dumps(shared.tiny()), cluster.driver)
     assert command.wait(200) == 0, command.err
+    return json.loads(command.out.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def ranks_alone(shared, cluster):
+    """What a program says that placed ranks without a model, of which one was stopped."""
+    command = shared.start("python", "-c", RANKS_ALONE, cluster.driver)
+    assert command.wait(120) == 0, command.err
     return json.loads(command.out.splitlines()[-1])
 
 
@@ -136,6 +151,7 @@ def test_how_tokens_travel_was_measured_at_the_start_and_is_told_everywhere(run,
     assert page.count("<td>taken</td>") == 1
 
 
+@pytest.mark.slow
 def test_experts_that_the_fused_body_does_not_cover_train_and_tell_of_themselves_where_all_ranks_get_all(here, lines):
     sizes = "hidden_size: 32, intermediate_size: 32, num_hidden_layers: 2, num_local_experts: 4, head_dim: 16"
     command = here.start(
@@ -161,8 +177,9 @@ def test_a_lone_rank_has_nothing_to_choose(one_process, shared):
     assert (choice["kind"], choice["timings"]) == ("flat", [])
 
 
-def test_rank_processes_keep_their_memory_and_what_the_program_gave_its_ray(one_process):
-    assert one_process["environ"] == {
+@pytest.mark.slow
+def test_rank_processes_keep_their_memory_and_what_the_program_gave_its_ray(ranks_alone):
+    assert ranks_alone["environ"] == {
         "GIVEN": "kept",
         "MALLOC_TRIM_THRESHOLD_": "7000000",  # the program's own word counts
         "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
@@ -205,16 +222,18 @@ def test_every_run_measures_its_links_and_shows_them(run, lines):
     assert "rank 0 to 1, in node 0" in (run[1] / "report.html").read_text()
 
 
-def test_a_probe_without_a_model_measures_every_link(one_process):
-    topology = Topology.from_json(one_process["probe"])
+@pytest.mark.slow
+def test_a_probe_without_a_model_measures_every_link(ranks_alone):
+    topology = Topology.from_json(ranks_alone["probe"])
     off = ~np.eye(3, dtype=bool)
     assert topology.measured[off].all()
     assert (topology.bandwidth[off] > 1e6).all()
     assert topology.node_of.tolist() == [0, 0, 0]
 
 
-def test_a_rank_that_is_unreachable_while_probing_is_named(one_process):
-    rank, words = one_process["stopped"]
+@pytest.mark.slow
+def test_a_rank_that_is_unreachable_while_probing_is_named(ranks_alone):
+    rank, words = ranks_alone["stopped"]
     assert rank == 1
     assert words.startswith("rank 1 was unreachable while probing the links:")
 
@@ -254,42 +273,11 @@ def test_a_program_keeps_the_ray_it_had_started_with_all_its_cpus_and_no_ranks(o
     assert one_process["free"] == [4.0, []]
 
 
-AUTH = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}  # the mode is Ray's default
-"""What every process of the cluster and its clients needs to know."""
-
-
-def free_ports(count):
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    [s.close() for s in sockets]
-    return ports
-
-
-@pytest.fixture(scope="module")
-def cluster(shared):
-    """Addresses of a Ray cluster on ports of its own; of its processes none is left at the end."""
-    ports = [
-        "port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "ray-client-server-port",
-    ]  # fmt: skip
-    numbers = dict(zip(ports, free_ports(len(ports)), strict=True))
-    with tempfile.TemporaryDirectory(prefix="ray_ep-", dir="/tmp", ignore_cleanup_errors=True) as short:
-        options = [f"--{k}={v}" for k, v in numbers.items()]
-        head = shared.start(
-            "ray", "start", "--head", "--block", "--include-dashboard=true", "--num-cpus=2", f"--temp-dir={short}",
-            "--disable-usage-stats", *options, **AUTH,
-        )  # fmt: skip
-        head.until(lambda: "Ray runtime started" in head.out, 60, "the cluster")
-        yield {
-            "job": f"http://127.0.0.1:{numbers['dashboard-port']}",
-            "driver": f"127.0.0.1:{numbers['port']}",
-        }
-        head.end()
-
-
+@pytest.mark.slow
 def test_the_probe_command_joins_a_cluster_and_writes_what_it_measured(cluster, shared):
     command = shared.start(
         "ray-ep", "probe", "--budget=1", "--out=links.json", "cluster.cpus_per_rank=0.5",
-        RAY_ADDRESS=cluster["driver"], **AUTH,
+        RAY_ADDRESS=cluster.driver,
     )  # fmt: skip
     assert command.wait(90) == 0, command.err
     assert command.out.startswith("2 ranks on 1 node(s)\nlink")
@@ -307,13 +295,13 @@ def again(cluster, run, shared):
         f"run_dir={run[1]}",
         "resume=auto",
         "router.force=balanced",
-        RAY_ADDRESS=cluster["driver"],
-        **AUTH,
+        RAY_ADDRESS=cluster.driver,
     )
     assert command.wait(90) == 0, command.err
     return command, before
 
 
+@pytest.mark.slow
 def test_a_second_start_goes_on_at_the_next_step_in_the_same_directory(again, run, shared, lines):
     before, path = again[1], run[1]
     assert [p.name for p in (shared.path / "runs").glob("[!.]*")] == [path.name]
@@ -323,6 +311,7 @@ def test_a_second_start_goes_on_at_the_next_step_in_the_same_directory(again, ru
     assert load.sum(1).tolist() == [23 * 256 * 2] * 2  # those before the resume included
 
 
+@pytest.mark.slow
 def test_a_forced_router_is_marked_on_every_line_and_balances(again, run, lines):
     said = again[0].err.splitlines()
     assert len(said) >= 3
@@ -336,9 +325,10 @@ def submit(here, cluster, *overrides):
     work.mkdir()
     (here.path / "text.txt").rename(work / "text.txt")
     arguments = ["--working-dir", str(work), "--", "ray-ep", "train", *here.tiny(*overrides)]
-    return here.start("ray", "job", "submit", "--address", cluster["job"], *arguments, **AUTH)
+    return here.start("ray", "job", "submit", "--address", cluster.job, *arguments)
 
 
+@pytest.mark.slow
 def test_a_submitted_job_streams_its_log_and_ends_well(cluster, here, lines):
     command = submit(here, cluster, "optim.steps=5", f"run_dir={here.path / 'run'}")
     assert command.wait(90) == 0, command.out + command.err
@@ -350,6 +340,7 @@ def test_a_submitted_job_streams_its_log_and_ends_well(cluster, here, lines):
     assert [m["step"] for m in lines(here.path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_a_submitted_job_with_bad_input_fails_with_its_message(cluster, here):
     command = submit(here, cluster, "optim.stpes=5")
     assert command.wait(60) != 0

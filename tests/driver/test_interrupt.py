@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from ray_ep.driver.interrupt import Interrupt, farewell
+from ray_ep.driver.interrupt import Interrupt
 
 
 @pytest.fixture
@@ -51,12 +51,3 @@ def test_a_start_is_left_at_the_next_look():
         send(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             interrupt()
-
-
-def test_the_answer_says_what_is_finished_first_and_how_long_saving_takes():
-    step, saving = "step 12 is finished first", "saving takes about 3 s"
-    assert farewell("SIGTERM", step, 8.2, saving) == (
-        "SIGTERM: step 12 is finished first (about 8 s), then saving takes about 3 s"
-    )
-    assert "not known" in farewell("SIGTERM", step, None, saving)
-    assert farewell("SIGINT", "", None, saving) == "SIGINT: saving takes about 3 s"

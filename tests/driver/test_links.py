@@ -1,6 +1,7 @@
 """A link that slows is measured, one that recovers is looked for: with ranks and exchanges of the test's own."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -35,16 +36,19 @@ class FakeRanks:
     def topology(self):
         return self.links
 
-    def call(self, method, *args):
-        if method == "probe_links":
-            known, pairs, budget = args
-            self.asked.append((method, pairs, budget))
-            bandwidth = known.bandwidth.copy()
-            for a, b in pairs:
-                bandwidth[a, b] = self.links.bandwidth[a, b]
-            return [Topology(bandwidth, known.latency, known.node_of)] * RANKS
-        self.asked += [(method, *args)] if method == "probe" else []
-        return [self.links if method == "probe" else None] * RANKS
+    def gpu_links(self):
+        return [None] * RANKS
+
+    def probe(self, node_of, budget):
+        self.asked.append(("probe", node_of, budget))
+        return self.links
+
+    def probe_links(self, known, pairs, budget):
+        self.asked.append(("probe_links", pairs, budget))
+        bandwidth = known.bandwidth.copy()
+        for a, b in pairs:
+            bandwidth[a, b] = self.links.bandwidth[a, b]
+        return Topology(bandwidth, known.latency, known.node_of)
 
 
 class Run:
@@ -52,9 +56,8 @@ class Run:
 
     def __init__(self, every=10, node_of=None):
         links = topology(node_of=node_of)
-        self.ranks, self.kept, self.said, self.done = FakeRanks(links), [], [], 0
-        tell = lambda kind, message: self.said.append((self.done, message))  # noqa: E731
-        self.links = Links(self.ranks, links, 5.0, every, self.kept.append, tell)
+        self.ranks, self.kept, self.heard, self.done = FakeRanks(links), [], [], 0
+        self.links = Links(self.ranks, links, 5.0, every, self.kept.append, self.heard.append)
 
     def steps(self, count, seconds=None, sent=1e6):
         """Steps after which a link had changed."""
@@ -69,6 +72,11 @@ class Run:
                 found.append(self.done)
         return found
 
+    @property
+    def said(self):
+        """(step, words) of what was told."""
+        return [(int(re.match(r"after step (\d+):", e.words)[1]), e.words) for e in self.heard]
+
     def looks(self):
         """What was measured: probe, or probe_links."""
         return [name for name, *_ in self.ranks.asked]
@@ -82,6 +90,7 @@ def test_a_link_that_slows_is_named_and_one_that_recovers_is_too_though_nothing_
     assert run.said == [
         (17, "after step 17: the link from rank 0 to rank 2 is 10.0 times slower: 10 MB/s instead of 100 MB/s")
     ]
+    assert run.heard[0].fields == {"changed": [{"source": 0, "destination": 2, "before": 1e8, "now": 1e7}]}
     assert run.links.slowed == {(0, 2): 1e8}
     run.links.moved()
     assert run.steps(20, seconds=0.02, sent=1e3) == []

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from ray_ep.driver.loop import step_metrics
+from ray_ep.driver.measures import step_record
 from ray_ep.placement import Topology, contiguous
 from ray_ep.rank.clock import STEP_PHASES
 from ray_ep.rank.results import StepResult, Usage
@@ -25,7 +25,7 @@ def result(sent, pairs, exchange=0.1, expert=0.2, load=((3, 1, 2, 2), (2, 2, 2, 
 
 def metrics(node_of=(0, 0), pairs=((3, 4), (1, 4))):
     results = [result([0, 20], pairs[0], 0.1, 0.2), result([30, 0], pairs[1], 0.3, 0.6)]
-    return step_metrics(5, results, 0.5, Topology.of_nodes(list(node_of)), contiguous(2, 4, 2))
+    return step_record(5, results, 0.5, Topology.of_nodes(list(node_of)), contiguous(2, 4, 2)).line()
 
 
 def test_global_figures_are_those_of_any_rank_and_the_step_is_counted_from_one():
@@ -49,7 +49,7 @@ def test_seconds_of_exchange_and_experts_are_means_over_ranks():
 
 def test_phases_are_means_over_ranks_and_add_up_to_the_step_with_what_the_driver_took():
     results = [result([0, 20], [1, 1], spent=0.01, peak=7), result([30, 0], [1, 1], spent=0.03, peak=9)]
-    m = step_metrics(5, results, 0.5, Topology.of_nodes([0, 0]), contiguous(2, 4, 2))
+    m = step_record(5, results, 0.5, Topology.of_nodes([0, 0]), contiguous(2, 4, 2)).line()
     assert list(m["phase_seconds"]) == [*STEP_PHASES, "driver"]
     assert m["phase_seconds"]["norm"] == pytest.approx(0.02)
     assert sum(m["phase_seconds"].values()) == pytest.approx(m["step_seconds"])
@@ -69,7 +69,7 @@ def test_bytes_between_ranks_of_two_nodes_are_inter_node():
 def test_bytes_of_three_ranks_on_two_nodes_are_split_by_pair():
     sent = [[0, 1, 10], [2, 0, 20], [100, 200, 0]]  # ranks 0 and 2 share a node
     results = [result(row, [1, 1]) for row in sent]
-    m = step_metrics(1, results, 1.0, Topology.of_nodes([0, 1, 0]), contiguous(2, 4, 3, 2))
+    m = step_record(1, results, 1.0, Topology.of_nodes([0, 1, 0]), contiguous(2, 4, 3, 2)).line()
     assert (m["bytes_intra_node"], m["bytes_inter_node"]) == (110, 223)
 
 
@@ -87,7 +87,7 @@ def test_a_layer_without_pairs_is_even_and_every_figure_is_a_number(pairs):
     results = [result([0, 0], of_rank, 0.0, 0.0, ((0, 0, 0, 0), (0, 0, 0, 0))) for of_rank in pairs]
     for r in results:
         r.usage.balance[:] = 0
-    m = step_metrics(1, results, 0.5, Topology.of_nodes([0, 0]), contiguous(2, 4, 2))
+    m = step_record(1, results, 0.5, Topology.of_nodes([0, 0]), contiguous(2, 4, 2)).line()
     assert (m["balancedness"], m["imbalance_before"], m["imbalance_after"]) == (1.0, 1.0, 1.0)
     assert (m["balance_saved_measured"], m["max_expert_load"]) == (0.0, [0.0, 0.0])
     json.dumps(m, allow_nan=False)

@@ -7,90 +7,75 @@ import numpy as np
 import pytest
 
 from ray_ep.config import load_config
-from ray_ep.driver.rebalance.mover import Mover, check_survival, level_of
+from ray_ep.driver.rebalance.links import Links
+from ray_ep.driver.rebalance.mover import Mover, Scope, check_survival, level_of, look_every
 from ray_ep.driver.rundir import RunDir
+from ray_ep.driver.states import State, States
 from ray_ep.errors import PlacementError, RankError
 from ray_ep.placement import Placement, Topology
-from ray_ep.rank.clock import STEP_PHASES
-from ray_ep.rank.results import StepResult, Usage
-from tests.driver.scenes import FACTS, NOWHERE, RANKS, Shelf, statistics, step, tokens, topology
+from tests.driver.fakes import Ear, FakeRanks, results
+from tests.driver.scenes import FACTS, NOWHERE, Shelf, statistics, topology
 
 
-class FakeRanks:
-    """Ranks that answer at once."""
-
-    def __init__(self, refuse=None, links=None):
-        self.calls, self.refuse, self.links = [], refuse, links or topology()
-
-    def topology(self):
-        return self.links
-
-    def call(self, method, *args):
-        self.calls.append(method)
-        if method == "migrate" and self.refuse:
-            raise self.refuse
-        nothing = [None] * RANKS
-        answers = {"sample": np.split(tokens(True), RANKS, axis=1), "migrate": nothing, "gpu_links": nothing}
-        return answers[method] if method in answers else [self.links] * RANKS
-
-
-def results(load=None, sent=0, exchange=(0.01, 0.03)):
-    s = step(load=load, sent=sent)
-    usage = [
-        Usage(0.2, exchange[r], s.experts[r], 0.0, s.sent[r], s.pairs[r], np.zeros(7), np.zeros(len(STEP_PHASES)))
-        for r in range(RANKS)
-    ]
-    return [StepResult(0, 1.0, 0.0, 0.0, 0.0, 0.0, 1024, s.load, u) for u in usage]
-
-
-def mover(tmp_path, *overrides, ranks=None, measure=False):
+def mover(tmp_path, *overrides, refuse=None, links=None, measure=False):
+    """A mover on ranks that answer at once, over `links` that were measured whole and fast."""
     cfg = load_config(None, ["optim.steps=1000", f"topology.measure={measure}", "balance.in_step=off", *overrides])
-    run, said, ranks = RunDir(tmp_path), [], ranks or FakeRanks()
+    run, ear, ranks, states = RunDir(tmp_path), Ear(), FakeRanks(links), States()
     run.create(cfg)
-    said_links = topology(node_of=ranks.links.node_of)
-    it = Mover(cfg, run, ranks, said_links, NOWHERE, FACTS, lambda kind, message: said.append((kind, message)))
+    states.to(State.STEPPING, "formed")
+    if refuse:
+        ranks.meanwhile["migrate", 1] = lambda: throw(refuse)
+    watched = Links(ranks, topology(node_of=ranks.links.node_of), 5.0, look_every(cfg), run.topology, ear.event)
+    it = Mover(Scope.of(cfg), ranks, watched, NOWHERE, FACTS, states, run.placement, ear.event)
     shelf = it.rebalancer.background = Shelf()
-    return SimpleNamespace(it=it, run=run, said=said, ranks=ranks, shelf=shelf, path=tmp_path)
+    return SimpleNamespace(it=it, run=run, said=ear.heard, ranks=ranks, shelf=shelf, states=states)
+
+
+def throw(e):
+    raise e
 
 
 def test_a_step_asks_the_next_ones_go_on_and_a_later_one_moves(tmp_path):
     m = mover(tmp_path, "placement.every=3")
     for n in range(1, 6):
-        assert m.it.after_step(n, results(), 0.2)["migration_seconds"] == 0
+        assert m.it.after_step(n, results(), 0.2)[0] == 0
     assert m.ranks.calls == ["sample"]
     m.shelf.make()
-    figures = m.it.after_step(6, results(), 0.2)
-    assert 0 < figures["migration_seconds"] <= figures["rebalance_seconds"]
+    moved_s, stood_s = m.it.after_step(6, results(), 0.2)
+    assert 0 < moved_s <= stood_s
     assert m.ranks.calls[:2] == ["sample", "migrate"]
     assert m.it.placement.version == 1
     assert Placement.load(tmp_path / "placements" / "0001.json").slots.tolist() == m.it.placement.slots.tolist()
-    assert m.said[0][0] == "rebalance"
-    assert m.said[0][1].startswith("move ")
+    assert m.said[0].kind == "rebalance"
+    assert m.said[0].words.startswith("move ")
+    assert m.said[0].fields["placement_version"] == 1
+    assert m.said[0].fields["gain_predicted"] > 0
 
 
 def test_a_refused_move_keeps_the_placement_and_the_run_goes_on(tmp_path):
     no = PlacementError("rank 1 has no memory for the experts that arrive")
-    m = mover(tmp_path, "placement.every=1", ranks=FakeRanks(refuse=no))
+    m = mover(tmp_path, "placement.every=1", refuse=no)
     m.it.after_step(1, results(), 0.2)
     m.shelf.make()
     m.it.after_step(2, results(), 0.2)
     assert m.it.placement is NOWHERE
     assert not (tmp_path / "placements" / "0001.json").exists()
-    assert "the move failed: rank 1 has no memory" in m.said[-1][1]
-    assert "the placement stays" in m.said[-1][1]
-    assert m.it.after_step(3, results(), 0.2)["migration_seconds"] == 0
+    assert "the move failed: rank 1 has no memory" in m.said[-1].words
+    assert "the placement stays" in m.said[-1].words
+    assert m.it.after_step(3, results(), 0.2)[0] == 0
 
 
 def test_a_rank_lost_during_a_move_ends_the_run_as_in_a_step_and_it_goes_on_with_the_old_placement(tmp_path):
-    m = mover(tmp_path, "placement.every=1", ranks=FakeRanks(refuse=RankError(1, "rank 1 died: killed\nits own words")))
+    m = mover(tmp_path, "placement.every=1", refuse=RankError(1, "rank 1 died: killed\nits own words"))
     m.run.placement(NOWHERE)
     m.it.after_step(1, results(), 0.2)
     m.shelf.make()
     with pytest.raises(RankError, match="rank 1 died"):
         m.it.after_step(2, results(), 0.2)
+    assert m.states.now is State.MIGRATING  # for whoever recovers from there
     assert m.it.placement is NOWHERE
     assert m.run.newest_placement().slots.tolist() == NOWHERE.slots.tolist()
-    assert m.said[-1][1].startswith("the move was broken off: rank 1 died: killed; the placement stays (asked")
+    assert m.said[-1].words.startswith("the move was broken off: rank 1 died: killed; the placement stays (asked")
 
 
 def test_statistics_that_cannot_be_are_told_and_the_run_goes_on(tmp_path):
@@ -98,8 +83,8 @@ def test_statistics_that_cannot_be_are_told_and_the_run_goes_on(tmp_path):
     bad = statistics().load.astype(float)
     bad[0, 0] = math.nan
     m.it.after_step(1, results(load=bad), 0.2)
-    assert m.said[-1][0] == "rebalance"
-    assert "no decision: statistics: load has shape (2, 8): expected finite counts" in m.said[-1][1]
+    assert m.said[-1].kind == "rebalance"
+    assert "no decision: statistics: load has shape (2, 8): expected finite counts" in m.said[-1].words
     assert m.shelf.waiting == []
 
 
@@ -114,22 +99,21 @@ def test_steps_in_which_nothing_was_computed_are_a_reason_to_stay(tmp_path):
     m.shelf.make()
     m.it.after_step(3, nothing, 0.2)
     assert m.it.placement is NOWHERE
-    ((kind, message),) = m.said
-    assert kind == "rebalance"
-    assert message.startswith("stay: ")
+    (event,) = m.said
+    assert event.kind == "rebalance"
+    assert event.words.startswith("stay: ")
 
 
-def test_a_request_is_taken_once_and_answered(tmp_path):
+def test_a_decision_that_is_asked_for_is_made_once_after_the_next_step(tmp_path):
     m = mover(tmp_path, "placement.every=0")
     m.it.after_step(1, results(), 0.2)
     assert m.shelf.waiting == []
-    m.run.request()
+    m.it.asked = True
     m.it.after_step(2, results(), 0.2)
     assert len(m.shelf.waiting) == 1
-    assert not (tmp_path / "rebalance").exists()
     m.shelf.make()
     m.it.after_step(3, results(), 0.2)
-    assert "(asked after step 2: on demand)" in m.said[0][1]
+    assert "(asked after step 2: on demand)" in m.said[0].words
 
 
 def test_after_the_last_step_nothing_is_asked(tmp_path):
@@ -143,7 +127,7 @@ def test_slow_exchanges_have_the_links_measured_again_and_what_is_found_is_plann
     links = topology(1e9, node_of=(0, 1))
     if degraded:
         links.bandwidth[0, 1] = 1e8
-    m = mover(tmp_path, "placement.every=1000", ranks=FakeRanks(links=links), measure=True)
+    m = mover(tmp_path, "placement.every=1000", links=links, measure=True)
     for n in range(1, 9):
         m.it.after_step(n, results(sent=1e7, exchange=(0.03, 0.05)), 0.2)
     assert m.ranks.calls == []
@@ -152,27 +136,29 @@ def test_slow_exchanges_have_the_links_measured_again_and_what_is_found_is_plann
         n += 1
         m.it.after_step(n, results(sent=1e7, exchange=(0.3, 0.32)), 0.2)
     assert m.ranks.calls[0] == "probe"
-    assert m.said[0][0] == "topology"
+    assert m.said[0].kind == "topology"
     assert Topology.from_json((tmp_path / "topology.json").read_text()).bandwidth[0, 1] == links.bandwidth[0, 1]
     if degraded:
-        assert "the link from rank 0 to rank 1 is 10.0 times slower: 100 MB/s instead of 1 GB/s" in m.said[0][1]
+        assert "the link from rank 0 to rank 1 is 10.0 times slower: 100 MB/s instead of 1 GB/s" in m.said[0].words
         assert len(m.shelf.waiting) == 1
         assert m.it.topology.bandwidth[0, 1] == 1e8
     else:
-        assert "found as before" in m.said[0][1]
+        assert "found as before" in m.said[0].words
         assert m.shelf.waiting == []
 
 
 def test_plans_leave_to_the_balance_inside_the_step_what_it_does():
-    auto = load_config(None, ["balance.in_step=auto"])
-    assert level_of(load_config(None, ["balance.in_step=off"]), True) == "rank"
-    assert level_of(auto, True) == "node"
-    assert level_of(auto, False) == "rank", "it does not pay, and is off"
-    assert level_of(load_config(None, ["balance.in_step=auto", "placement.level=rank"]), True) == "rank"
+    def level(balanced, *overrides):
+        return level_of(Scope.of(load_config(None, overrides)), balanced)
+
+    assert level(True, "balance.in_step=off") == "rank"
+    assert level(True, "balance.in_step=auto") == "node"
+    assert level(False, "balance.in_step=auto") == "rank", "it does not pay, and is off"
+    assert level(True, "balance.in_step=auto", "placement.level=rank") == "rank"
 
 
 def test_more_nodes_to_survive_than_there_are_is_refused_at_the_start():
-    cfg = load_config(None, ["placement.survive_nodes=1"])
+    cfg = load_config(None, ["placement.survive_nodes=1"]).placement
     with pytest.raises(PlacementError, match="survive_nodes=1 of 1 nodes"):
         check_survival(cfg, topology(), NOWHERE)
     with pytest.raises(PlacementError, match="8 slots a rank"):

@@ -13,18 +13,20 @@ from ray_ep.rank.reach import unreadable
 WHERE = [{"node": "a", "host": "alpha"}, {"node": "a", "host": "alpha"}, {"node": "b", "host": "beta"}]
 
 
-def ranks_that_see(places):
-    """Calls of ranks for which the directory that the driver names lies elsewhere: a disk of their own."""
+class FakeRanks:
+    """Ranks for which the directory that the driver names lies elsewhere: a disk of their own."""
 
-    def call(method, trial):
-        assert method == "reach"
-        return [replace(trial, url=place or trial.url).on_rank(r, 0) for r, place in enumerate(places)]
+    where = WHERE
 
-    return call
+    def __init__(self, *places):
+        self.places = places
+
+    def reach(self, trial):
+        return [replace(trial, url=place or trial.url).on_rank(r, 0) for r, place in enumerate(self.places)]
 
 
 def try_them(url, *places, reads=()):
-    try_nodes(ranks_that_see(places), WHERE, str(url), reads, patience_s=0)
+    try_nodes(FakeRanks(*places), str(url), reads, patience_s=0)
 
 
 def test_a_shared_directory_passes_and_nothing_stays_in_it(tmp_path):
@@ -59,11 +61,10 @@ def test_a_directory_that_no_file_can_be_made_in_is_refused_by_the_driver(tmp_pa
 
 
 def test_memory_of_the_driver_is_no_shared_place():
-    def call(method, trial):
-        return [["it sees nothing"] if r in trial.ranks else [] for r in range(3)]
-
+    ranks = FakeRanks()
+    ranks.reach = lambda trial: [["it sees nothing"] if r in trial.ranks else [] for r in range(3)]
     with pytest.raises(ClusterError, match="rank 0 on node alpha"):
-        try_nodes(call, WHERE, "memory://checkpoints", patience_s=0)
+        try_nodes(ranks, "memory://checkpoints", patience_s=0)
 
 
 def test_a_model_that_a_node_does_not_have_is_named(tmp_path):

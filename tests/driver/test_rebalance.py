@@ -29,7 +29,7 @@ def test_regular_times_are_kept_and_one_decision_is_made_at_a_time():
     shelf.make(Verdict(None, "stay: so", 1.0))
     verdict, said = r.answer()
     assert verdict is None
-    assert (said.kind, said.message) == ("rebalance", "stay: so (asked after step 10: every 10 steps)")
+    assert (said.kind, said.words) == ("rebalance", "stay: so (asked after step 10: every 10 steps)")
     assert r.due(21, 1.0) == "every 10 steps"  # that of step 20 has waited
 
 
@@ -52,7 +52,7 @@ def test_an_answer_to_links_that_have_changed_meanwhile_is_dropped_and_asked_aga
     shelf.make()
     verdict, said = r.answer()
     assert verdict is None
-    assert "links have changed meanwhile" in said.message
+    assert "links have changed meanwhile" in said.words
     assert r.due(12, 1.0) == "links have changed"
 
 
@@ -72,7 +72,7 @@ def test_gains_are_measured_and_told_beside_what_was_predicted():
     moved(r, shelf, 40)
     said = [s for _ in range(WINDOW + 1) for s in r.stepped(0.16)]
     assert [s.kind for s in said] == ["rebalance"]
-    assert said[0].message == (
+    assert said[0].words == (
         "measured after the move of step 40: step 200 -> 160 ms over 10 steps, 40 ms gained where 50 ms were "
         "predicted; the move took 2 s, predicted 1 s"
     )
@@ -85,7 +85,7 @@ def test_a_move_that_made_steps_longer_makes_the_next_one_promise_more_and_a_goo
     for n in range(6):
         moved(r, shelf, 40 + 40 * n)
         said = [s for _ in range(WINDOW + 1) for s in r.stepped(0.25)]
-        assert f"must promise {r.caution:g} times as much" in said[-1].message
+        assert f"must promise {r.caution:g} times as much" in said[-1].words
     assert r.caution == MOST_CAUTION
     q = question(caution=r.caution, step_seconds=1.0)
     assert decide(question(step_seconds=1.0)).placement is not None
@@ -111,7 +111,7 @@ def test_the_gain_of_a_move_is_not_taken_from_steps_over_other_links():
     r, _, shelf = rebalancer("every=0")
     moved(r, shelf, 40)
     [r.stepped(0.4) for _ in range(WINDOW - 1)]  # a link has slowed meanwhile
-    assert r.links_changed().message == (
+    assert r.links_changed().words == (
         "the gain of the move of step 40 was not measured: links have changed meanwhile; 50 ms a step were predicted"
     )
     assert r.due(50, 1.0) == "links have changed"
@@ -119,7 +119,7 @@ def test_the_gain_of_a_move_is_not_taken_from_steps_over_other_links():
     shelf.make(Verdict(contiguous(LAYERS, EXPERTS, RANKS, 5), "move", 0.35, 0.05, 1.0, 0.5))
     r.moved(r.answer()[0], 50, 2.0)
     said = [s for _ in range(WINDOW + 1) for s in r.stepped(0.3)]
-    assert "step 400 -> 300 ms" in said[0].message  # no step before the links changed counts: as the verdict has it
+    assert "step 400 -> 300 ms" in said[0].words  # no step before the links changed counts: as the verdict has it
 
 
 def test_a_move_that_disappointed_since_a_link_slowed_is_not_held_against_the_next_one():
@@ -141,7 +141,7 @@ def test_a_decision_that_does_not_come_raises_one_alert_and_the_next_one_another
         clock.now += 2
         (alert,) = r.stepped(0.1)
         assert alert.kind == "rebalance-alert"
-        assert f"after step {s} (every 1 steps)" in alert.message
+        assert f"after step {s} (every 1 steps)" in alert.words
         assert r.stepped(0.1) == []
         shelf.make(Verdict(None, "stay: so", 1.0))
         r.answer()
@@ -158,7 +158,7 @@ def test_failing_again_and_again_is_no_progress():
         shelf.make()
         verdict, said = r.answer()
         assert verdict is None
-        assert said.message.startswith("no decision: PlacementError: ")
+        assert said.words.startswith("no decision: PlacementError: ")
         clock.now += 10
         kinds += [x.kind for x in r.stepped(0.1)]
     assert kinds == ["rebalance-alert"]

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 import ray_ep
+from ray_ep.driver.records import Event
 from ray_ep.driver.rundir import RunDir, checkpoint_url, choose
 from ray_ep.errors import ConfigError
 from ray_ep.placement import contiguous
+from tests.records import record
 
 NOW = datetime(2026, 7, 1, 12, 30, 5)
 
@@ -105,14 +107,14 @@ def test_checkpoints_go_into_the_run_unless_told_otherwise():
 def test_of_a_step_that_was_repeated_the_last_line_counts():
     run = made(NOW)
     for step, loss in [(1, 5.0), (2, 4.0), (3, 3.0), (2, 4.5), (3, 3.5), (4, 2.5)]:
-        run.step({"step": step, "loss": loss})
+        run.step(record(step, loss=loss))
     assert [(m["step"], m["loss"]) for m in run.metrics()] == [(1, 5.0), (2, 4.5), (3, 3.5), (4, 2.5)]
     assert len((run.path / "metrics.jsonl").read_text().splitlines()) == 6  # nothing is taken back
 
 
 def test_a_line_that_a_crash_cut_short_does_not_spoil_the_others():
     run = made(NOW)
-    run.step({"step": 1, "loss": 5.0})
+    run.step(record(1, loss=5.0))
     with open(run.path / "metrics.jsonl", "a") as f:
         f.write('{"step": 2, "lo')
     assert [m["step"] for m in run.metrics()] == [1]
@@ -124,8 +126,8 @@ def test_a_run_without_steps_has_no_metrics():
 
 def test_events_are_dated_and_in_order():
     run = made(NOW)
-    run.start("a model on two ranks")
-    run.event("checkpoint", "step-000005")
+    run.start(Event("start", "a model on two ranks"))
+    run.event(Event("checkpoint", "step-000005"))
     events = [json.loads(x) for x in (run.path / "events.jsonl").read_text().splitlines()]
     assert [(e["kind"], e["message"]) for e in events] == [
         ("start", "a model on two ranks"), ("checkpoint", "step-000005"),
@@ -133,15 +135,26 @@ def test_events_are_dated_and_in_order():
     assert all(datetime.fromisoformat(e["time"]).tzinfo for e in events)
 
 
-def test_events_tell_the_step_after_which_they_came():
+def test_events_tell_the_step_after_which_they_came_and_the_figures_behind_their_words():
     run = made(NOW)
-    run.start("a model on two ranks")
-    run.step({"step": 1, "loss": 5.0})
-    run.event("checkpoint", "step-000001")
-    run.done = 7  # the driver knows first
-    run.event("balance", "off")
+    run.start(Event("start", "a model on two ranks"))
+    run.event(Event("checkpoint", "step-000001", {"seconds": 0.5}, 1))
     events = [json.loads(x) for x in (run.path / "events.jsonl").read_text().splitlines()]
-    assert [(e["kind"], e["step"]) for e in events] == [("start", 0), ("checkpoint", 1), ("balance", 7)]
+    assert [(e["kind"], e["step"], e["fields"]) for e in events] == [
+        ("start", 0, {}), ("checkpoint", 1, {"seconds": 0.5}),
+    ]  # fmt: skip
+
+
+def test_a_request_is_taken_once_and_says_who_asked():
+    run = made(NOW)
+    assert run.take_request() is None
+    run.request("ray-ep rebalance, process 7 on host alpha")
+    request = run.take_request()
+    assert (request.kind.value, request.by) == ("rebalance", "ray-ep rebalance, process 7 on host alpha")
+    assert run.take_request() is None
+    (run.path / "rebalance").touch()  # by hand
+    assert run.take_request().by == "the file rebalance"
+    assert run.take_request() is None
 
 
 def test_the_resolved_configuration_can_be_loaded_again():

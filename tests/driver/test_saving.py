@@ -10,11 +10,15 @@ import pytest
 from transformers import AutoConfig
 
 from ray_ep.config import load_config
+from ray_ep.driver.publisher import Publisher
+from ray_ep.driver.records import Event
 from ray_ep.driver.rundir import RunDir
-from ray_ep.driver.saving import Saver, cause_of, what_is_lost, when
+from ray_ep.driver.saving import Saver, when
 from ray_ep.errors import RankError, SaveError
 from ray_ep.rank.saved.checkpoint import Checkpoint, Directory
+from tests.driver.fakes import Ear
 from tests.driver.scenes import Clock, statistics
+from tests.records import record
 
 
 class FakeRanks:
@@ -23,8 +27,10 @@ class FakeRanks:
     def __init__(self):
         self.fails = None
 
-    def call(self, method, url, step):
-        assert method == "save"
+    def statistics(self):
+        return [statistics()]
+
+    def save(self, url, step):
         directory = Directory(url)
         directory.fs.pipe_file(f"{directory.path(step)}/dense-0000.safetensors", b"half of it")
         if self.fails is not None:
@@ -38,8 +44,15 @@ def saver(tmp_path):
         cfg = load_config(None, [f"run_dir={tmp_path}", *overrides])
         given = {"run": RunDir(tmp_path), "checkpoint": None, "signature": {"w": [1000, 1000]},
                  "config": AutoConfig.for_model("qwen3_moe"), "corpus": SimpleNamespace(source="a text")}  # fmt: skip
-        said, clock, ranks = [], Clock(), FakeRanks()
-        it = Saver(cfg, SimpleNamespace(**given | plan), ranks, lambda k, m: said.append((k, m)), clock)
+        ear, clock, ranks = Ear(), Clock(), FakeRanks()
+        publisher = Publisher([ear])
+        it = Saver(cfg, SimpleNamespace(**given | plan), ranks, publisher, clock)
+
+        def said():
+            assert publisher.flush(30)
+            return [(e.kind, e.words) for e in ear.heard]
+
+        (tmp_path / "statistics").mkdir(exist_ok=True)
         return SimpleNamespace(it=it, said=said, clock=clock, ranks=ranks)
 
     return make
@@ -54,7 +67,7 @@ def test_a_run_saves_when_ten_minutes_have_passed_since_the_last_save(saver):
     assert not s.it.due(2)
     s.clock.now += 1
     assert s.it.due(3)
-    s.it.save_and_go_on(3, statistics())
+    s.it.save_and_go_on(3)
     assert not s.it.due(4)
     s.clock.now += 600
     assert s.it.due(5)
@@ -84,31 +97,31 @@ def test_saving_by_time_may_be_switched_off(saver):
 
 def test_a_periodic_save_that_fails_is_told_takes_no_room_and_is_tried_again(saver):
     s = saver()
-    s.it.save_and_go_on(2, statistics())
+    s.it.save_and_go_on(2)
     s.ranks.fails = OSError(errno.ENOSPC, "No space left on device", "/x/part")
-    s.it.save_and_go_on(4, statistics())
-    kind, message = s.said[-1]
+    s.it.save_and_go_on(4)
+    kind, message = s.said()[-1]
     assert kind == "checkpoint-failed"
     for part in ("step 4", s.it.directory.url, "No space left on device", "step 2", "goes on"):
         assert part in message
     assert not os.path.exists(s.it.directory.path(4))
     assert s.it.directory.steps() == [2]
     s.ranks.fails = None
-    s.it.save_and_go_on(6, statistics())
-    assert s.said[-1][0] == "checkpoint"
+    s.it.save_and_go_on(6)
+    assert s.said()[-1][0] == "checkpoint"
     assert s.it.directory.steps() == [2, 6]
     assert Checkpoint(s.it.directory, 6).manifest["step"] == 6
 
 
 def test_a_failed_last_save_ends_the_run_and_names_the_newest_good_checkpoint(saver):
     s = saver()
-    s.it.finish(2, statistics())
+    s.it.finish(2)
     s.ranks.fails = SaveError("rank 1 on b: No space left on device")
     with pytest.raises(
         SaveError, match=r"step 4 could not be saved.*No space left.*newest good checkpoint is of step 2"
     ):
-        s.it.finish(4, statistics())
-    s.it.finish(2, statistics())  # it is there
+        s.it.finish(4)
+    s.it.finish(2)  # it is there
 
 
 def test_a_failed_save_names_its_directory_once(saver):
@@ -116,7 +129,7 @@ def test_a_failed_save_names_its_directory_once(saver):
     where = s.it.directory.url
     s.ranks.fails = SaveError(f"the checkpoint of step 2 could not be saved in {where}: No space left on device")
     with pytest.raises(SaveError) as e:
-        s.it.finish(2, statistics())
+        s.it.finish(2)
     assert str(e.value).count(where) == 1
     assert "no older checkpoint" in str(e.value)
 
@@ -125,47 +138,31 @@ def test_a_lost_rank_is_no_failed_save(saver):
     s = saver()
     s.ranks.fails = RankError(1, "rank 1 died: killed")
     with pytest.raises(RankError):
-        s.it.save_and_go_on(2, statistics())
+        s.it.save_and_go_on(2)
 
 
 def test_how_long_saving_takes_is_that_of_the_last_save(saver):
     s = saver()
     assert "12 MB are saved, for the first time" in s.it.ahead(1)
-    write = s.ranks.call
-    s.ranks.call = lambda *a: (setattr(s.clock, "now", s.clock.now + 7.4), write(*a))[1]
-    s.it.save_and_go_on(1, statistics())
+    write = s.ranks.save
+    s.ranks.save = lambda *a: (setattr(s.clock, "now", s.clock.now + 7.4), write(*a))[1]
+    s.it.save_and_go_on(1)
     assert s.it.ahead(2) == "saving takes about 7 s"
     assert s.it.ahead(1) == "there is nothing left to save"
-
-
-def test_after_a_failure_the_steps_lost_and_the_command_that_goes_on_are_named():
-    words = what_is_lost("/a b/run", 40, 46)
-    assert "step 40: 6 steps are lost" in words
-    assert "ray-ep train 'run_dir=/a b/run' resume=auto" in words
-    assert "nothing was saved: 1 step is lost" in what_is_lost("r", -1, 1)
-
-
-def test_the_cause_of_a_failure_is_one_sentence():
-    assert (
-        cause_of(RankError(1, "rank 1 raised:\nTraceback\n  File\nValueError: boom"))
-        == "rank 1 raised: ValueError: boom"
-    )
-    assert cause_of(RankError(1, "rank 1 died: killed\nclass_name: X")) == "rank 1 died: killed"
-    assert cause_of(ValueError()) == "ValueError"
 
 
 def test_a_record_that_cannot_be_written_ends_no_run_and_is_said_once(tmp_path):
     run, said = RunDir(tmp_path / "run"), []
     run.say = said.append
     run.create(load_config(None, []))
-    run.step({"step": 1})
+    run.step(record(1))
     for name in ("metrics.jsonl", "events.jsonl", "statistics", "provenance"):
         path = tmp_path / "run" / name
         os.rename(path, path.with_suffix(".kept")) if path.exists() else None
     (tmp_path / "run" / "metrics.jsonl").mkdir()
     (tmp_path / "run" / "events.jsonl").mkdir()
-    run.step({"step": 2})
-    run.event("checkpoint", "x")
+    run.step(record(2))
+    run.event(Event("checkpoint", "x"))
     run.statistics(statistics())
     run.provenance(2, [[{"experts": np.zeros((3, 2)), "ranks": np.zeros((3, 2))}]])
     assert len(said) == 1
@@ -177,9 +174,9 @@ def test_half_a_line_is_taken_back_when_the_disk_is_full(tmp_path):
     run, said = RunDir(tmp_path), []
     run.say = said.append
     run.create(load_config(None, []))
-    run.step({"step": 1})
+    run.step(record(1))
     (tmp_path / "events.jsonl").symlink_to("/dev/full")
-    run.event("checkpoint", "x")
+    run.event(Event("checkpoint", "x"))
     assert "No space left on device" in said[0]
-    run.step({"step": 2})
+    run.step(record(2))
     assert [json.loads(x)["step"] for x in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]

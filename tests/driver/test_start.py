@@ -64,7 +64,7 @@ def resumed(*overrides):
 
 
 def told(plan, kind="config-changed"):
-    return [message for k, message in plan.notes if k == kind]
+    return [note.words for note in plan.notes if note.kind == kind]
 
 
 def settings(cfg):
@@ -86,7 +86,7 @@ def test_a_resume_goes_on_with_the_configuration_of_the_run(how, place):
     plan, cfg = resumed(*how)
     assert settings(cfg) == settings(load_config(None, OWN))
     assert plan.checkpoint.step == 3
-    assert {kind for kind, _ in plan.notes} == {"router"}
+    assert {note.kind for note in plan.notes} == {"router"}
     assert (plan.run.path == place / "r") == ("resume=auto" in how)
 
 

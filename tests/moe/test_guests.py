@@ -15,6 +15,7 @@ from ray_ep.errors import BadInput
 from ray_ep.moe import Limits
 from ray_ep.moe.balance.guests import destinations
 from ray_ep.moe.cpu import kernels
+from tests.conftest import slow
 from tests.models import MODELS, VOCAB, assert_equals, build, even_shards, parallel_pass, placement_of, reference
 
 
@@ -51,7 +52,7 @@ def passes(ranks, model, ids, size, kind, before=free, **options):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [3, *slow(2, 4)])
 def test_with_guests_logits_and_every_gradient_equal_one_process(ranks, name, size):
     model = build(name)
     guests = 0

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.conftest import slow
 from tests.models import MODELS, VOCAB, build, even_shards, logits_differ, parallel_pass, placement_of, reference
 
 PLACEMENTS = ["contiguous", "shuffled", "replicated", "uneven", "empty_rank"]
@@ -26,7 +27,7 @@ def assert_equal_to_reference(ranks, model, ids, size, kind, shards=None, tolera
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [3, *slow(1, 2, 4)])
 def test_logits_and_every_gradient_equal_single_process_on_every_placement(ranks, name, size):
     model = build(name)
     ids = torch.randint(3, VOCAB, (5, 9), generator=torch.Generator().manual_seed(1))

@@ -36,6 +36,7 @@ def close_to(bits):
     return pytest.approx(bits, rel=0.2)
 
 
+@pytest.mark.slow
 def test_each_link_moves_what_the_lab_says(three):
     _, lab = three
     assert len(set(lab.rates.values())) >= 4
@@ -52,6 +53,7 @@ def test_links_of_a_host_do_not_take_from_each_other(three):
     assert found == [close_to(lab.rates[pair]) for pair in pairs]
 
 
+@pytest.mark.slow
 def test_a_link_changes_while_a_transfer_runs_over_it(three):
     path, lab = three
     with ThreadPoolExecutor() as pool:
@@ -67,6 +69,7 @@ def test_a_link_changes_while_a_transfer_runs_over_it(three):
     assert network.rates_now(lab)["h2", "h1"] == 16_000_000
 
 
+@pytest.mark.slow
 def test_a_host_that_is_cut_is_silent_until_it_is_healed(three):
     path, lab = three
     netlab("cut", path, "h2")

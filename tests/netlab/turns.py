@@ -19,7 +19,7 @@ import ray
 import ray_ep
 from ray_ep.cli.plan.inputs import read_recorded, run_costs
 from ray_ep.driver.cluster import connected
-from ray_ep.driver.loop import step_metrics
+from ray_ep.driver.measures import step_record
 from ray_ep.driver.probe import measured
 from ray_ep.driver.ranks import Ranks
 from ray_ep.driver.start import check
@@ -68,7 +68,7 @@ def turn(ranks, checked, cfg, placement, topology, steps):
     for step in range(steps):
         began = time.perf_counter()
         results = ranks.train_step(step)
-        lines.append(step_metrics(step, results, time.perf_counter() - began, topology, placement))
+        lines.append(step_record(step, results, time.perf_counter() - began, topology, placement).line())
     return lines
 
 

@@ -5,9 +5,11 @@ import time
 
 import pytest
 
+from ray_ep.driver.records import Event
 from ray_ep.driver.rundir import RunDir
 from ray_ep.observe.live import EVERY_S, NEWS_S, LivePage
 from ray_ep.observe.report import write_report
+from tests.records import record
 
 
 class Watched:
@@ -21,7 +23,7 @@ class Watched:
         """A step that ends so many seconds later; whether it began a new page, which is then written."""
         self.now += after_s
         before = self.page._writer
-        self.page.step({"step": n, "loss": 2.0, **figures})
+        self.page.step(record(n, loss=2.0, **figures))
         began = self.page._writer is not None and self.page._writer is not before
         if self.page._writer is not None:
             self.page._writer.wait(60)
@@ -32,20 +34,20 @@ class Watched:
 def run(tmp_path):
     made = RunDir(tmp_path / "run")
     made.path.mkdir()
-    made.start("a model")
+    made.start(Event("start", "a model"))
     return made
 
 
 def test_a_page_is_written_at_the_start_then_seldom_and_sooner_after_an_evaluation_or_an_event(run):
     it = Watched(run.path)
     with it.page:
-        it.page.start("a model")
+        it.page.start(Event("start", "a model"))
         it.page._writer.wait(60)
         assert "In progress at" in (run.path / "report.html").read_text()
         assert not it.step(1, 1.0)
         assert not it.step(2, NEWS_S)  # no news
         assert it.step(3, EVERY_S - NEWS_S)
-        it.page.event("balance", "off")
+        it.page.event(Event("balance", "off"))
         assert not it.step(4, 1.0)  # too soon
         assert it.step(5, NEWS_S)
         assert it.step(6, NEWS_S, eval_loss=2.0)
@@ -54,7 +56,7 @@ def test_a_page_is_written_at_the_start_then_seldom_and_sooner_after_an_evaluati
 
 
 def test_the_page_of_a_run_in_progress_says_so_and_loads_itself_again_that_of_an_ended_one_does_not(run):
-    run.step({"step": 1, "loss": 2.0})
+    run.step(record(1, loss=2.0))
     text = write_report(run.path, running=True).read_text()
     assert '<meta http-equiv="refresh" content="30">' in text
     assert "Final loss" not in text
@@ -68,9 +70,9 @@ def test_a_page_that_cannot_be_written_is_told_once_with_its_reason(run):
     (run.path / "report.html").mkdir()
     it = Watched(run.path)
     with it.page:
-        it.page.start("a model")
+        it.page.start(Event("start", "a model"))
         it.page._writer.wait(60)
-        for n in range(1, 5):
+        for n in (1, 2):
             it.step(n, EVERY_S)
     (why,) = it.told
     assert "the run goes on" in why
@@ -82,8 +84,8 @@ def test_the_step_does_not_wait_for_the_page_and_nobody_writes_it_once_the_run_h
     (run.path / "metrics.jsonl").write_text("\n".join(lines))  # a page that takes its time
     began = time.monotonic()
     with LivePage(run.path, pytest.fail) as page:
-        page.start("a model")
-        page.step({"step": 1})
+        page.start(Event("start", "a model"))
+        page.step(record(1))
         assert time.monotonic() - began < 0.5
         writer = page._writer
     assert writer.returncode is not None

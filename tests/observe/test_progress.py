@@ -5,7 +5,9 @@ import re
 
 import pytest
 
+from ray_ep.driver.records import Event
 from ray_ep.observe.progress import Progress
+from tests.records import record
 
 
 class Clock:
@@ -32,9 +34,9 @@ def terminal(monkeypatch):
     return Terminal()
 
 
-def metrics(step, **more):
+def measured(step, **more):
     base = {"loss": 2.10341, "tokens_per_second": 13012.4, "exchange_seconds": 0.03, "step_seconds": 0.25}
-    return {"step": step, "balancedness": 0.831, **base, **more}
+    return record(step, **{"balancedness": 0.831, **base, **more})
 
 
 def lines_of(run, **options):
@@ -45,28 +47,24 @@ def lines_of(run, **options):
 
 
 def test_a_plain_line_names_every_figure():
-    assert lines_of(lambda p, _: p.step(metrics(20))) == [
+    assert lines_of(lambda p, _: p.step(measured(20))) == [
         "step=20/150 loss=2.1034 tokens_per_second=13012 exchange=12% balancedness=0.83"
     ]
 
 
-def test_figures_that_a_step_lacks_are_left_out():
-    assert lines_of(lambda p, _: p.step({"step": 1, "loss": 3.0})) == ["step=1/150 loss=3.0000"]
-
-
 def test_the_newest_held_out_loss_stays_in_sight():
     def run(progress, clock):
-        progress.step({"step": 1, "loss": 3.0, "eval_loss": 3.5})
+        progress.step(measured(1, loss=3.0, eval_loss=3.5))
         clock.now += 5
-        progress.step({"step": 2, "loss": 2.0})
+        progress.step(measured(2, loss=2.0))
 
-    assert lines_of(run)[-1] == "step=2/150 loss=2.0000 eval_loss=3.5000"
+    assert lines_of(run)[-1].startswith("step=2/150 loss=2.0000 eval_loss=3.5000 ")
 
 
 def test_between_two_plain_lines_pass_five_seconds():
     def run(progress, clock):
         for step in range(1, 151):
-            progress.step(metrics(step))
+            progress.step(measured(step))
             clock.now += 1.0
 
     shown = [int(re.match(r"step=(\d+)/150", line)[1]) for line in lines_of(run)]
@@ -75,9 +73,9 @@ def test_between_two_plain_lines_pass_five_seconds():
 
 def test_a_run_that_stops_early_still_shows_its_last_step_once():
     def run(progress, _):
-        progress.step(metrics(1))
-        progress.step(metrics(2))
-        progress.step(metrics(3))
+        progress.step(measured(1))
+        progress.step(measured(2))
+        progress.step(measured(3))
 
     assert [line.split()[0] for line in lines_of(run)] == ["step=1/150", "step=3/150"]
 
@@ -85,16 +83,20 @@ def test_a_run_that_stops_early_still_shows_its_last_step_once():
 def test_an_event_is_printed_at_once():
     stream = io.StringIO()
     with Progress(10, stream, clock=Clock()) as progress:
-        progress.start("training")
-        progress.event("rank_lost", "rank 1 died")
+        progress.start(Event("start", "training"))
+        progress.event(Event("rank_lost", "rank 1 died"))
         assert stream.getvalue() == "start training\nevent kind=rank_lost rank 1 died\n"
+
+
+def test_what_the_command_ends_with_itself_is_not_said_twice():
+    assert lines_of(lambda p, _: p.event(Event("failed", "rank 1 died"))) == []
 
 
 def test_every_plain_line_carries_the_prefix():
     def run(progress, _):
-        progress.start("training")
-        progress.step(metrics(1))
-        progress.event("rank_lost", "rank 1 died:\nTraceback")
+        progress.start(Event("start", "training"))
+        progress.step(measured(1))
+        progress.event(Event("rank_lost", "rank 1 died:\nTraceback"))
 
     lines = lines_of(run, prefix="[router.force=balanced]")
     assert len(lines) == 4
@@ -108,9 +110,9 @@ def test_an_error_of_the_run_goes_on_to_the_caller():
 
 def test_a_terminal_gets_a_bar_with_figures_and_events_under_the_prefix(terminal):
     with Progress(150, terminal, prefix="[router.force=balanced]") as progress:
-        progress.start("training")
-        progress.event("rank_lost", "rank 1 died")
-        progress.step(metrics(20))
+        progress.start(Event("start", "training"))
+        progress.event(Event("rank_lost", "rank 1 died"))
+        progress.step(measured(20))
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
     assert "[router.force=balanced] training" in text
     assert "20/150" in text
@@ -121,5 +123,5 @@ def test_a_terminal_gets_a_bar_with_figures_and_events_under_the_prefix(terminal
 def test_a_dumb_terminal_gets_plain_lines(terminal, monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     with Progress(150, terminal) as progress:
-        progress.step(metrics(20))
+        progress.step(measured(20))
     assert terminal.getvalue().startswith("step=20/150 loss=2.1034")

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import yaml
 
+from ray_ep.driver.records import Event
 from ray_ep.driver.rundir import RunDir
 from ray_ep.observe import figures
 from ray_ep.observe.report import write_report
 from ray_ep.observe.routing import expected_pairs, strongest_coactivation
 from ray_ep.observe.run_files import read_run
+from tests.records import record
 
 LAYERS, EXPERTS, TOP_K, TOKENS = 4, 16, 2, 4000
 FILES = ("config.yaml", "metrics.jsonl", "events.jsonl", "statistics/routing.npz", "placements/0000.json",
@@ -187,14 +189,14 @@ def test_what_the_driver_tells_is_marked_at_its_step_on_the_curves(tmp_path):
         return figures.loss(read_run(tmp_path)).count("stroke-dasharray")
 
     run = RunDir(tmp_path)
-    run.start("a model")
+    run.start(Event("start", "a model"))
     for step in range(1, 6):
-        run.step({"step": step, "loss": 2.0})
+        run.step(record(step, loss=2.0))
         if step == 1:
             plain = dotted()
         if step in (3, 4):
-            run.event("balance", "twice at one step is one line")
-            run.event("balance", "twice at one step is one line")
+            run.event(Event("balance", "twice at one step is one line", step=step))
+            run.event(Event("balance", "twice at one step is one line", step=step))
     assert dotted() == plain + 2
 
 

@@ -98,6 +98,7 @@ def test_layers_that_it_is_not_for_are_left_alone():
     assert not by_time.fits(layer_of(statistics(16), cluster())[0], np.pad(start, ((0, 0), (0, 1)), mode="edge"))
 
 
+@pytest.mark.slow
 def test_replans_get_away_from_a_link_that_slowed_nearly_as_well_as_plans_from_nothing():
     """Summed over draws: how much one slow link costs differs by what plans put there by chance."""
     seconds = []

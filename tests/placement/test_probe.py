@@ -376,6 +376,7 @@ def test_sixty_four_ranks_on_eight_nodes_are_probed_in_less_than_thirty_seconds(
     assert find_groups(t).groups.tolist() == t.node_of.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("across", [(2e-5, 3e9), (1e-3, 1e7)])
 def test_the_time_grows_at_most_linearly_with_nodes_up_to_1024_ranks(across):
     nodes = (8, 16, 32, 64, 128)

@@ -13,7 +13,7 @@ from ray_ep.rank.saved import checkpoint as module
 from ray_ep.rank.saved.checkpoint import Checkpoint
 from ray_ep.rank.saved.directory import Directory
 from ray_ep.rank.saved.disk import checksum
-from tests.conftest import run_ranks
+from tests.conftest import run_ranks, slow
 from tests.rank.test_optimizer import LAYOUTS, state
 from tests.rank.test_training import EXPERTS, LAYERS, QWEN, SIZES, configure, make_rank
 
@@ -81,7 +81,7 @@ def written(request, tmp_path_factory):
     return SimpleNamespace(variant=request.param, url=url, ranks=ranks, state=whole, kinds=kinds, tensors=tensors)
 
 
-@pytest.mark.parametrize("layout", READ_BY)
+@pytest.mark.parametrize("layout", ["replicas on 3", *slow(*sorted(READ_BY.keys() - {"replicas on 3"}))])
 def test_training_goes_on_from_any_layout_as_if_undisturbed(written, layout):
     overrides, model, _ = VARIANTS[written.variant]
     ranks = run(written.url, READ_BY[layout], range(4, 8), *overrides, model=model, load=4)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ray_ep.driver.loop import step_metrics
+from ray_ep.driver.measures import step_record
 from ray_ep.moe import KINDS
 from ray_ep.moe.exchange.choose import take
 from ray_ep.moe.passes import Pass
@@ -102,7 +102,7 @@ def test_a_step_reports_the_pairs_it_computed_and_where_its_time_went_on_every_w
     results = run_ranks(3, work)
     pairs = sum(r.usage.pairs for r in results)
     assert pairs.tolist() == results[0].load.sum(1).tolist() == [4 * 32 * TOP_K] * LAYERS
-    m = step_metrics(1, results, 1.0, Topology.of_nodes([0, 0, 1]), placement)
+    m = step_record(1, results, 1.0, Topology.of_nodes([0, 0, 1]), placement).line()
     json.dumps(m, allow_nan=False)
     inside = [f"{what}_{way}" for what in INSIDE for way in ("forward", "backward")]
     assert [name for name in inside if not m["phase_seconds"][name] > 0] == []

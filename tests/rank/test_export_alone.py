@@ -140,6 +140,7 @@ def test_an_export_that_ends_early_leaves_what_was_there(checkpoint, tmp_path, m
     assert not (out / ".export.part").exists()
 
 
+@pytest.mark.slow
 def test_an_export_that_was_killed_does_not_refuse_the_next_one(checkpoint, tmp_path):
     program = f"""
 import os, signal

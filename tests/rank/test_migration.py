@@ -10,7 +10,7 @@ from ray_ep.errors import ModelError, PlacementError
 from ray_ep.moe import Balance
 from ray_ep.placement import Placement, contiguous, random
 from ray_ep.rank.saved.directory import Directory
-from tests.conftest import run_ranks
+from tests.conftest import run_ranks, slow
 from tests.rank.test_checkpoint import commit
 from tests.rank.test_optimizer import copies, state, together
 from tests.rank.test_training import EXPERTS, GPT_OSS, LAYERS, QWEN, assert_follows, configure, make_rank, reference
@@ -47,7 +47,7 @@ def train(placements, *overrides, model=QWEN, steps=STEPS, before=lambda rank: N
 
 
 @pytest.mark.parametrize("replicas", [False, True], ids=["no replicas", "replicas"])
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [3, *slow(1, 2, 4)])
 def test_the_loss_curve_over_migrations_is_that_of_one_process(size, replicas):
     ranks = train([drawn(size, seed, replicas) for seed in range(6)])
     assert_follows([r.results for r in ranks], reference(STEPS)[0])

@@ -21,7 +21,7 @@ from ray_ep.rank.data.corpus import Corpus, global_batch
 from ray_ep.rank.model import model_config
 from ray_ep.rank.model_rank import ModelRank
 from ray_ep.rank.trainer import Trainer
-from tests.conftest import run_ranks
+from tests.conftest import run_ranks, slow
 
 LAYERS, EXPERTS, TOP_K, VOCAB = 2, 8, 2, 64
 SIZES = f"hidden_size: 32, intermediate_size: 32, num_hidden_layers: {LAYERS}, num_attention_heads: 4, head_dim: 8, \
@@ -155,8 +155,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("size", "sequences"), [(1, 4), (2, 4), (4, 4), (3, 5), (4, 3)])
-def test_thirty_steps_follow_the_single_process_trainer(case, size, sequences):
+@pytest.mark.parametrize("batch", [(3, 5), *slow((1, 4), (2, 4), (4, 4), (4, 3))])
+def test_thirty_steps_follow_the_single_process_trainer(case, batch):
+    size, sequences = batch
     overrides = (*CASES[case], f"batch.sequences={sequences}")
     want, _ = reference(30, *overrides)
     assert want[-1].loss < want[0].loss - 0.2, "the reference learns"
@@ -164,7 +165,7 @@ def test_thirty_steps_follow_the_single_process_trainer(case, size, sequences):
     assert_follows(train(size, 30, *overrides)[0], want)
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [3, *slow(2, 4)])
 def test_balance_inside_the_step_keeps_thirty_losses_to_1e_5_and_evens_skewed_ranks(size, monkeypatch):
     free = lambda self, *_: (np.ones(self.group.size), 1e12)  # noqa: E731 so that a tiny layer has guests
     monkeypatch.setattr(Balancer, "_measure", free)
@@ -205,7 +206,7 @@ BALANCED = ("router.aux_coefficient=0.2", "router.z_coefficient=0.02")
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("layout", FIGURE_LAYOUTS)
+@pytest.mark.parametrize("layout", ["replicas on 3", *slow(*sorted(FIGURE_LAYOUTS.keys() - {"replicas on 3"}))])
 def test_logged_figures_do_not_depend_on_the_layout(layout, accumulation):
     overrides = (*BALANCED, f"batch.accumulation={accumulation}")
     placement = FIGURE_LAYOUTS[layout]

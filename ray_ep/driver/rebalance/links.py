@@ -1,18 +1,19 @@
 """The links of a run, kept as they are: one that slows or recovers while the job steps is noticed, measured and named.
 
-What is made of it is decided elsewhere (rebalance.py). Every call here is made between two steps of the driver.
+What is made of it is decided elsewhere (rebalancer.py). Every call here is made between two steps of the driver.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from ray_ep.driver.probe import measured
+from ray_ep.driver import probe
 from ray_ep.driver.rebalance.recent import Step
+from ray_ep.driver.records import Event
 from ray_ep.placement import Topology
 from ray_ep.placement.links.groups import in_words
 from ray_ep.placement.links.watch import LinkWatch
@@ -34,14 +35,11 @@ LOOKED_AT = 8
 Pair = tuple[int, int]
 
 
-class Ranks(Protocol):
+class Ranks(probe.Ranks, Protocol):
     """Of the driver's ranks what is used here."""
 
-    def call(self, method: str, *args: Any) -> list[Any]:
-        """Call a method on all ranks; results in rank order."""
-
-    def topology(self) -> Topology:
-        """Who shares a node."""
+    def probe_links(self, known: Topology, pairs: list[Pair], budget_s: float) -> Topology:
+        """`known` with the links between `pairs` of ranks measured again."""
 
 
 class Links:
@@ -51,8 +49,8 @@ class Links:
     links alone are measured again, shortly, every so many steps; after a look in vain the next one is twice as far.
 
     Args:
-        every: steps between two looks at slowed links.
-        keep: is given each new topology. event: tells an operator: kind, message.
+        every: steps between two looks at slowed links; 0: nothing is watched.
+        keep: is given each new topology. publish: tells an operator.
 
     Attributes:
         topology: as it was measured last.
@@ -66,10 +64,10 @@ class Links:
         budget_s: float,
         every: int,
         keep: Callable[[Topology], None],
-        event: Callable[[str, str], None],
+        publish: Callable[[Event], None],
     ):
         self.ranks, self.topology, self.budget_s, self.every = ranks, topology, budget_s, every
-        self.keep, self.event = keep, event
+        self.keep, self.publish = keep, publish
         self.slowed: dict[Pair, float] = {}
         self._watch = LinkWatch(topology)
         self._suspected = ""  # what the next measurement is for
@@ -86,6 +84,8 @@ class Links:
         Raises:
             RankError: a rank was lost while measuring.
         """
+        if not self.every:
+            return False
         self._observe(step)
         if self._suspected and done >= self._quiet_until:
             return self._measure(done)
@@ -113,7 +113,7 @@ class Links:
     def _recovers(self) -> bool:
         """Whether a link that was slowed seems faster now: a short measurement of those links alone."""
         pairs = sorted(self.slowed, key=lambda p: float(self.topology.bandwidth[p]) / self.slowed[p])[:LOOKED_AT]
-        now: Topology = self.ranks.call("probe_links", self.topology, pairs, self.budget_s * GLANCE)[0]
+        now = self.ranks.probe_links(self.topology, pairs, self.budget_s * GLANCE)
         faster = {p: float(now.bandwidth[p] / self.topology.bandwidth[p]) for p in pairs}
         least = least_change(self.topology)
         a, b = max(faster, key=lambda p: faster[p] / least[p])
@@ -124,13 +124,11 @@ class Links:
 
     def _measure(self, done: int) -> bool:
         """All links, whole; whether one has changed."""
-        old, self.topology = self.topology, measured(self.ranks, self.budget_s)  # type: ignore[arg-type]
+        old, self.topology = self.topology, probe.measured(self.ranks, self.budget_s)
         found = changed_links(old, self.topology)
         words = "; ".join(_phrase(old, self.topology, p) for p in list(found)[:8])
-        self.event(
-            "topology",
-            f"after step {done}: {words or f'measured again and found as before (suspected: {self._suspected})'}",
-        )
+        words = words or f"measured again and found as before (suspected: {self._suspected})"
+        self.publish(Event("topology", f"after step {done}: {words}", {"changed": _figures(old, self.topology, found)}))
         self._suspected, self._watch = "", LinkWatch(self.topology)
         self.keep(self.topology)
         if found:  # no quiet: until the new watch knows what is usual, and a link is slow again, ten steps pass
@@ -152,7 +150,7 @@ class Links:
 
 
 def _twice(times: int) -> int:
-    return min(2**times, MOST)
+    return int(min(2**times, MOST))
 
 
 def least_change(topology: Topology) -> npt.NDArray[np.float64]:
@@ -172,6 +170,14 @@ def changed_links(old: Topology, new: Topology) -> dict[Pair, float]:
     amount[amount <= np.log(least_change(new))] = 0.0
     order = np.argsort(-amount, axis=None, kind="stable")[: int((amount > 0).sum())]
     return {(a, b): float(factor[a, b]) for a, b in (divmod(int(i), n) for i in order)}
+
+
+def _figures(old: Topology, new: Topology, pairs: Iterable[Pair]) -> list[dict[str, float]]:
+    """Of each of these links what it carried before and now, bytes/s."""
+    return [
+        {"source": a, "destination": b, "before": float(old.bandwidth[a, b]), "now": float(new.bandwidth[a, b])}
+        for a, b in pairs
+    ]
 
 
 def _phrase(old: Topology, new: Topology, pair: Pair) -> str:

@@ -1,22 +1,25 @@
 """The rebalancer's hands: between steps it asks the ranks for samples, has links watched (links.py) and experts moved.
 
-When and whether is decided in rebalance.py and verdict.py. Every call here is made between two steps of the driver.
+When and whether is decided in rebalancer.py and verdict.py. Every call here is made between two steps of the driver.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from transformers import PreTrainedConfig
 
-from ray_ep.config.schema import Config
-from ray_ep.driver.rebalance.links import Links, Ranks
-from ray_ep.driver.rebalance.rebalancer import Rebalancer, Said
+from ray_ep.config.schema import Config, PlacementConfig
+from ray_ep.driver.rebalance.links import Links
+from ray_ep.driver.rebalance.rebalancer import Rebalancer
 from ray_ep.driver.rebalance.recent import Facts, Recent, Step
 from ray_ep.driver.rebalance.verdict import Question, Verdict, room_of
-from ray_ep.driver.rundir import RunDir
+from ray_ep.driver.records import Event
+from ray_ep.driver.states import State, States
 from ray_ep.errors import BadInput, RankError
 from ray_ep.moe import Balance
 from ray_ep.placement import Placement, RoutingStatistics, Topology
@@ -28,61 +31,102 @@ LOOK = 100
 """Steps between two looks at slowed links where placement.every is 0 and only imbalance asks."""
 
 
-class Mover:
-    """Rebalancing of one run.
+class Ranks(Protocol):
+    """Of the driver's ranks what is used here."""
+
+    def migrate(self, placement: Placement, buffer_mb: float) -> None:
+        """Have the experts moved. Raises BadInput: every rank has refused, nothing has changed."""
+
+    def sample(self) -> np.ndarray[Any, Any]:
+        """[L, N, K] expert sets of the ranks' reservoirs of recent tokens."""
+
+    def statistics(self) -> list[RoutingStatistics]:
+        """Routing statistics of each rank since its making."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """The part of a run's configuration that decisions depend on.
 
     Args:
-        event: tells an operator: kind, message.
+        placement: its section.
+        steps: of the whole run: none beyond them pays a move back.
+        sample: tokens of the ranks' reservoirs, all together. seed: of the planner.
+        in_step: balance inside the step, as configured.
+    """
+
+    placement: PlacementConfig
+    steps: int
+    sample: int
+    seed: int
+    in_step: str
+
+    @staticmethod
+    def of(cfg: Config) -> Scope:
+        """That of a whole configuration."""
+        return Scope(cfg.placement, cfg.optim.steps, cfg.statistics.sample, cfg.seed, cfg.balance.in_step)
+
+
+class Mover:
+    """Rebalancing of one run under one membership.
+
+    Args:
+        keep: is given each placement that the ranks have moved to.
+        publish: tells an operator.
 
     Attributes:
         placement: that the ranks have now.
+        asked: somebody wants a decision after the next step.
     """
 
     def __init__(
         self,
-        cfg: Config,
-        run: RunDir,
+        scope: Scope,
         ranks: Ranks,
-        topology: Topology,
+        links: Links,
         placement: Placement,
         facts: Facts,
-        event: Callable[[str, str], None],
+        states: States,
+        keep: Callable[[Placement], None],
+        publish: Callable[[Event], None],
     ):
-        self.cfg, self.run, self.ranks, self.facts, self.event = cfg, run, ranks, facts, event
-        self.placement = placement
-        self.rebalancer = Rebalancer(cfg.placement)
-        self.recent = Recent(cfg.placement.decay)
-        self.level = level_of(cfg, True)
-        self.links = Links(ranks, topology, cfg.topology.budget_s, cfg.placement.every or LOOK, run.topology, event)
-        self.watched = bool(cfg.topology.measure and (cfg.placement.every or cfg.placement.imbalance))
+        self.scope, self.ranks, self.links, self.facts, self.states = scope, ranks, links, facts, states
+        self.placement, self.keep, self.publish = placement, keep, publish
+        self.rebalancer = Rebalancer(scope.placement)
+        self.recent = Recent(scope.placement.decay)
+        self.level = level_of(scope, True)
+        self.asked = False
 
     @property
     def topology(self) -> Topology:
         """The links as they were measured last."""
         return self.links.topology
 
-    def after_step(self, done: int, results: list[StepResult], seconds: float) -> dict[str, float]:
+    def after_step(self, done: int, results: list[StepResult], seconds: float) -> tuple[float, float]:
         """What is due after `done` steps, of which the last took `seconds`.
 
         Returns:
-            metrics: rebalance_seconds, for which the job stood still for all this, and migration_seconds of them.
+            seconds that a move took, and those for which the job stood still for all this, the move included.
+
+        Raises:
+            RankError: a rank was lost meanwhile.
         """
         began = time.perf_counter()
         step = step_of(results, seconds)
         self.recent.add(step)
-        self.level = level_of(self.cfg, Balance(*results[0].usage.balance).layers > 0)
+        self.level = level_of(self.scope, Balance(*results[0].usage.balance).layers > 0)
         self._say(*self.rebalancer.stepped(seconds))
         moving = self._answer(done)
-        asked = self.run.take_request()
-        if self.watched and self.links.changed(done, step):
+        asked, self.asked = self.asked, False
+        if self.links.changed(done, step):
             self._say(self.rebalancer.links_changed())
         if self.rebalancer.due(done, self._imbalance(), asked):
             self._ask(done)
-        return {"migration_seconds": moving, "rebalance_seconds": time.perf_counter() - began}
+        return moving, time.perf_counter() - began
 
     def _imbalance(self) -> float:
         """Busiest over mean, where somebody wants to know."""
-        if not self.cfg.placement.imbalance:
+        if not self.scope.placement.imbalance:
             return 1.0
         unit = groups_of(self.topology) if self.level == "node" else np.arange(self.topology.num_ranks)
         return self.recent.imbalance(unit.tolist())
@@ -97,28 +141,37 @@ class Mover:
         """Have the experts moved, after `done` steps; returns the seconds that it took. A refusal is told, and no more.
 
         Raises:
-            RankError: a rank was lost; the others' group is then unusable.
+            RankError: a rank was lost; the others' group is then unusable, the state stays at migrating.
         """
         placement = verdict.placement
         assert placement is not None
         began = time.perf_counter()
         try:
-            self.ranks.call("migrate", placement, self.cfg.placement.migration_buffer_mb)
-        except BadInput as e:  # every rank has refused: the old placement is whole
-            self._say(self.rebalancer.failed(done, f"the move failed: {e}"))
-            return time.perf_counter() - began
-        except RankError as e:  # as in a step, the run is over; it may go on from here with the old placement
+            with self.states.during(State.MIGRATING, f"placement version {placement.version} after step {done}"):
+                refused = self._refusal(placement)
+        except RankError as e:  # it may go on from here with the old placement
             self._say(self.rebalancer.failed(done, f"the move was broken off: {str(e).splitlines()[0]}"))
             raise
         seconds = time.perf_counter() - began
+        if refused:
+            self._say(self.rebalancer.failed(done, f"the move failed: {refused}"))
+            return seconds
         self.placement = placement
-        self.run.placement(placement)
+        self.keep(placement)
         self.rebalancer.moved(verdict, done, seconds)
         self.links.moved()
         return seconds
 
+    def _refusal(self, placement: Placement) -> str:
+        """Move; why the ranks would not, empty if they have. Every rank refuses: the old placement is whole then."""
+        try:
+            self.ranks.migrate(placement, self.scope.placement.migration_buffer_mb)
+        except BadInput as e:
+            return str(e)
+        return ""
+
     def _ask(self, done: int) -> None:
-        left = self.cfg.optim.steps - done
+        left = self.scope.steps - done
         if left < 1:
             return
         try:
@@ -130,7 +183,7 @@ class Mover:
 
     def _question(self, left: int) -> Question:
         """Raises PlacementError: figures that cannot be."""
-        cfg, recent = self.cfg.placement, self.recent
+        cfg, recent = self.scope.placement, self.recent
         return Question(
             statistics=self._statistics(),
             topology=self.topology,
@@ -142,41 +195,46 @@ class Mover:
             moe_seconds=recent.moe_seconds(),
             horizon_steps=min(cfg.horizon_steps, left),
             survive_nodes=cfg.survive_nodes,
-            seed=self.cfg.seed,
+            seed=self.scope.seed,
             caution=self.rebalancer.caution,
             slower=self.rebalancer.slower,
         )
 
     def _statistics(self) -> RoutingStatistics:
         """Decayed loads with the ranks' samples of recent tokens; without those, with pair counts of the whole run."""
-        if self.cfg.statistics.sample >= self.topology.num_ranks:
-            sample = np.concatenate(self.ranks.call("sample"), axis=1)
-            return RoutingStatistics(self.recent.load, sample=sample)
-        counted = RoutingStatistics.merge(self.ranks.call("statistics"), 0)
-        return RoutingStatistics(self.recent.load, counted.coactivation)
+        load: np.ndarray[Any, Any] = self.recent.load
+        if self.scope.sample >= self.topology.num_ranks:
+            return RoutingStatistics(load, sample=self.ranks.sample())
+        return RoutingStatistics(load, RoutingStatistics.merge(self.ranks.statistics(), 0).coactivation)
 
-    def _say(self, *said: Said | None) -> None:
-        for s in said:
-            if s is not None:
-                self.event(s.kind, s.message)
+    def _say(self, *said: Event | None) -> None:
+        for event in said:
+            if event is not None:
+                self.publish(event)
 
 
-def level_of(cfg: Config, balanced: bool) -> str:
+def look_every(cfg: Config) -> int:
+    """Steps between two looks at slowed links; 0: none are watched, for nothing would be made of what is found."""
+    watched = cfg.topology.measure and (cfg.placement.every or cfg.placement.imbalance)
+    return (cfg.placement.every or LOOK) if watched else 0
+
+
+def level_of(scope: Scope, balanced: bool) -> str:
     """What plans make even: as configured, or what balance inside the step leaves to them; `balanced`: it is on now."""
-    if cfg.placement.level != "auto":
-        return cfg.placement.level
-    return "node" if balanced and cfg.balance.in_step != "off" else "rank"
+    if scope.placement.level != "auto":
+        return scope.placement.level
+    return "node" if balanced and scope.in_step != "off" else "rank"
 
 
-def facts_of(cfg: Config, config: PreTrainedConfig, expert_parameters: int, kind: str) -> Facts:
+def facts_of(cfg: Config, config: PreTrainedConfig, expert_parameters: int, kind: str, ranks: int) -> Facts:
     """What the price of a step and of a move depends on, beside what is measured.
 
     Args:
-        config: of the model. expert_parameters: of one expert. kind: how tokens travel.
+        config: of the model. expert_parameters: of one expert. kind: how tokens travel. ranks: how many there are.
     """
     moments = 2 if cfg.optim.kind == "adamw" else int(cfg.optim.beta1 > 0)
     return Facts(
-        tokens_per_rank=cfg.batch.sequences * cfg.batch.length // cfg.cluster.ranks,
+        tokens_per_rank=cfg.batch.sequences * cfg.batch.length // ranks,
         hidden=config.get_text_config().hidden_size,
         parameters=expert_parameters,
         item_bytes=2 if cfg.model.dtype == "bfloat16" else 4,
@@ -186,11 +244,11 @@ def facts_of(cfg: Config, config: PreTrainedConfig, expert_parameters: int, kind
     )
 
 
-def check_survival(cfg: Config, topology: Topology, placement: Placement) -> None:
+def check_survival(cfg: PlacementConfig, topology: Topology, placement: Placement) -> None:
     """Raise PlacementError unless the nodes that the ranks were given have room for placement.survive_nodes."""
-    if cfg.placement.survive_nodes:
-        room = np.broadcast_to(room_of(placement, cfg.placement.slots_per_rank), (placement.num_ranks,))
-        check_room(np.asarray(room, np.int64), placement.num_experts, topology.node_of, cfg.placement.survive_nodes)
+    if cfg.survive_nodes:
+        room = np.broadcast_to(room_of(placement, cfg.slots_per_rank), (placement.num_ranks,))
+        check_room(np.asarray(room, np.int64), placement.num_experts, topology.node_of, cfg.survive_nodes)
 
 
 def step_of(results: list[StepResult], seconds: float) -> Step:

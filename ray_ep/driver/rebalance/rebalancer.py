@@ -16,9 +16,11 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 from ray_ep.config.schema import PlacementConfig
 from ray_ep.driver.rebalance.verdict import Question, Verdict, decide
+from ray_ep.driver.records import Event
 
 WINDOW = 10
 """Steps before a move and after it whose medians are compared; the first one after it is left out."""
@@ -58,14 +60,6 @@ class Trial:
     after: list[float] = field(default_factory=list)  # step seconds since
 
 
-@dataclass(frozen=True, slots=True)
-class Said:
-    """Something that an operator should see: an event of kind rebalance or rebalance-alert."""
-
-    kind: str
-    message: str
-
-
 class Rebalancer:
     """Knows when a decision is due, makes it beside the steps, and judges the moves by what steps took afterwards.
 
@@ -92,9 +86,9 @@ class Rebalancer:
         self._waits_since: float | None = None  # no progress since then
         self._alerted = False
 
-    def stepped(self, seconds: float) -> list[Said]:
+    def stepped(self, seconds: float) -> list[Event]:
         """One step is done; says how the last move did, once it can be told, and whether nothing moves on."""
-        said = []
+        said: list[Event] = []
         self._seconds.append(seconds)
         if self._trial is not None:
             self._trial.after.append(seconds)
@@ -106,15 +100,16 @@ class Rebalancer:
             self._alerted = True
             step, reason = self._asked
             said.append(
-                Said(
+                Event(
                     "rebalance-alert",
                     f"no progress for {waited:.3g} s (placement.alert_s={alert:g}): no decision since it was asked for "
                     f"after step {step} ({reason}); the placement stays",
+                    {"waited_seconds": waited, "asked_after": step, "reason": reason},
                 )
             )
         return said
 
-    def links_changed(self) -> Said | None:
+    def links_changed(self) -> Event | None:
         """The topology is another one: a decision is due, one being made does not hold, steps before and after differ.
 
         Returns:
@@ -127,10 +122,11 @@ class Rebalancer:
         trial, self._trial = self._trial, None
         if trial is None:
             return None
-        return Said(
+        return Event(
             "rebalance",
             f"the gain of the move of step {trial.step} was not measured: links have changed meanwhile; "
             f"{1e3 * trial.verdict.gain:.3g} ms a step were predicted",
+            {"moved_after": trial.step, "gain_predicted": trial.verdict.gain},
         )
 
     def due(self, step: int, imbalance: float, on_demand: bool = False) -> str:
@@ -153,7 +149,7 @@ class Rebalancer:
         self._begin(step)
         self._planning = self.background(lambda: decide(question))
 
-    def answer(self) -> tuple[Verdict | None, Said | None]:
+    def answer(self) -> tuple[Verdict | None, Event | None]:
         """The decision that was begun, if it is made by now: a verdict to move by, and what to say."""
         if self._planning is None or not self._planning.done():
             return None, None
@@ -165,10 +161,11 @@ class Rebalancer:
         if stale:
             return None, self._say("no decision: links have changed meanwhile")
         verdict = future.result()
+        said = self._say(verdict.words, figures(verdict))
         if verdict.placement is None:
             self._progress()
-            return None, self._say(verdict.words)
-        return verdict, self._say(verdict.words)
+            return None, said
+        return verdict, said
 
     def moved(self, verdict: Verdict, step: int, seconds: float) -> None:
         """The move was made after `step` steps and took that long."""
@@ -179,7 +176,7 @@ class Rebalancer:
         self._trial = Trial(verdict, step, before, seconds)
         self._seconds.clear()
 
-    def failed(self, step: int, message: str) -> Said:
+    def failed(self, step: int, message: str) -> Event:
         """A question could not be put, or a move not be made; what to say."""
         if self._wanted:
             self._begin(step)
@@ -205,14 +202,15 @@ class Rebalancer:
     def _waited(self) -> float:
         return 0.0 if self._waits_since is None else self.clock() - self._waits_since
 
-    def _say(self, words: str) -> Said:
+    def _say(self, words: str, fields: dict[str, Any] | None = None) -> Event:
         step, reason = self._asked
-        return Said("rebalance", f"{words} (asked after step {step}: {reason})")
+        fields = {"asked_after": step, "reason": reason, **(fields or {})}
+        return Event("rebalance", f"{words} (asked after step {step}: {reason})", fields)
 
-    def _failure(self, message: str) -> Said:
+    def _failure(self, message: str) -> Event:
         return self._say(f"{message}; the placement stays")
 
-    def _judge(self, trial: Trial) -> Said:
+    def _judge(self, trial: Trial) -> Event:
         """Measured against predicted gain; adjusts the caution."""
         after = median(trial.after[1:])
         gain, promised = trial.before - after, trial.verdict.gain
@@ -226,4 +224,21 @@ class Rebalancer:
             words += f"; steps got longer: the next move must promise {self.caution:g} times as much as usual"
         elif gain >= promised / 2:
             self.caution = max(self.caution / 2, 1.0)
-        return Said("rebalance", words)
+        fields = {
+            "moved_after": trial.step, "step_seconds_before": trial.before, "step_seconds_after": after,
+            "gain_measured": gain, "gain_predicted": promised, "move_seconds": trial.seconds,
+            "move_predicted": trial.verdict.cost, "caution": self.caution,
+        }  # fmt: skip
+        return Event("rebalance", words, fields)
+
+
+def figures(verdict: Verdict) -> dict[str, Any]:
+    """What a verdict says beside its sentence: predicted seconds, and the version of the placement to move to."""
+    placement = verdict.placement
+    return {
+        "moves": placement is not None,
+        "placement_version": None if placement is None else placement.version,
+        "step_predicted": float(verdict.step_seconds),
+        "gain_predicted": float(verdict.gain),
+        "move_predicted": float(verdict.cost),
+    }

@@ -1,0 +1,42 @@
+"""A checked run from the start of Ray to its end: ranks are placed, the loop runs on them, all of it is taken away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ray_ep.config.schema import Config
+from ray_ep.driver.interrupt import Interrupt
+from ray_ep.driver.loop import Driver
+from ray_ep.driver.placed import placed
+from ray_ep.driver.publisher import Publisher
+from ray_ep.driver.records import Event
+from ray_ep.driver.requests import Requests
+from ray_ep.driver.start import Plan
+
+
+def drive(
+    cfg: Config,
+    plan: Plan,
+    publisher: Publisher,
+    interrupt: Interrupt,
+    phase: Callable[[str], None] = lambda name: None,
+) -> str:
+    """Run to the end or to an interruption; returns done or interrupted.
+
+    Args:
+        publisher: its first listener is the run's directory.
+        phase: told what a start is at; empty: it has ended.
+
+    Raises:
+        ClusterError: the cluster has no room, or its nodes cannot reach what the run needs; nothing was written.
+        RankError: a rank failed; every process that was started is gone.
+        DivergedError: a loss, gradient or weight is not finite; what was saved before stays the newest.
+        SaveError: the last checkpoint could not be written.
+    """
+    plan.run.say = lambda words: publisher.event(Event("not-written", words))
+    with placed(cfg.cluster, plan.run.path.name, interrupt, phase) as (ranks, ray):
+        driver = Driver(cfg, plan, ranks, publisher, Requests(interrupt, [plan.run.take_request]))
+        with driver.told():
+            driver.form(ray, phase)
+            interrupt.tell = driver.signalled
+            return driver.run()

@@ -1,0 +1,90 @@
+"""What makes placed ranks ready to step: tried, joined, measured, built, loaded; and the value that says how.
+
+Everything that the driver derives from who the ranks are is in `Formed`, so that other ranks are another `Formed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ray_ep.config.schema import Config
+from ray_ep.driver.cluster import transports
+from ray_ep.driver.probe import measured
+from ray_ep.driver.ranks import Ranks
+from ray_ep.driver.reach import try_nodes
+from ray_ep.driver.rebalance.links import Links
+from ray_ep.driver.rebalance.mover import Mover, Scope, check_survival, facts_of, look_every
+from ray_ep.driver.rebalance.recent import Facts
+from ray_ep.driver.records import Event
+from ray_ep.driver.rundir import RunDir, checkpoint_url
+from ray_ep.driver.start import Plan
+from ray_ep.driver.states import States
+from ray_ep.moe import Choice
+from ray_ep.placement import Placement, Topology
+from ray_ep.rank.saved.directory import MANIFEST
+
+
+@dataclass(frozen=True, slots=True)
+class Formed:
+    """Ranks that hold the model in their group and can make the next step.
+
+    Args:
+        topology: their links as measured. placement: that they hold.
+        choice: how tokens travel. facts: what a step's price depends on with so many ranks.
+        done: steps behind them.
+    """
+
+    topology: Topology
+    placement: Placement
+    choice: Choice
+    facts: Facts
+    done: int
+
+
+def form(cfg: Config, plan: Plan, ranks: Ranks, phase: Callable[[str], None] = lambda name: None) -> Formed:
+    """Join the groups, measure the links, build or load the model, choose the exchange. Writes nothing of the run.
+
+    Args:
+        ranks: placed, in no group yet.
+        phase: told what it is at.
+
+    Raises:
+        ClusterError: a node cannot reach what the run needs, or ranks have no transport in common.
+        PlacementError: the nodes have no room for placement.survive_nodes.
+        RankError: a rank was lost.
+    """
+    reads = (("model.path", cfg.model.path),) if cfg.model.path else ()
+    if plan.checkpoint is not None:
+        reads = (*reads, ("resume", f"{plan.checkpoint.name}/{MANIFEST}"))
+    try_nodes(ranks, checkpoint_url(cfg, plan.run), reads)
+    phase("connecting the ranks")
+    ways = transports(cfg.exchange.transport, ranks.device, ranks.transports())
+    ranks.join(0, cfg.cluster.collective_timeout_s, ways)
+    topology = ranks.topology()
+    if cfg.topology.measure and topology.num_ranks > 1:
+        phase("measuring the links")
+        topology = measured(ranks, cfg.topology.budget_s)
+    check_survival(cfg.placement, topology, plan.placement)
+    phase("loading the model" if cfg.model.path or plan.checkpoint else "building the model")
+    ranks.build(cfg, plan.config, plan.corpus, plan.placement, topology)
+    done = 0
+    if plan.checkpoint is not None:
+        done = plan.checkpoint.step
+        ranks.load(plan.checkpoint.directory.url, done)
+    phase("choosing the exchange")
+    choice = ranks.choose_exchange(done)
+    facts = facts_of(cfg, plan.config, plan.expert_parameters, choice.kind, topology.num_ranks)
+    return Formed(topology, plan.placement, choice, facts, done)
+
+
+def mover_of(
+    cfg: Config, run: RunDir, ranks: Ranks, formed: Formed, states: States, publish: Callable[[Event], None]
+) -> Mover:
+    """Rebalancing of the ranks that have formed; it knows nothing of those before them.
+
+    Args:
+        run: keeps the topologies and placements that follow. publish: tells an operator.
+    """
+    links = Links(ranks, formed.topology, cfg.topology.budget_s, look_every(cfg), run.topology, publish)
+    return Mover(Scope.of(cfg), ranks, links, formed.placement, formed.facts, states, run.placement, publish)

@@ -1,0 +1,57 @@
+"""The first words of a run, once its ranks have formed: what runs, where, and what is to be known of it. Pure."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+from ray_ep.config.schema import Config
+from ray_ep.driver.forming import Formed
+from ray_ep.driver.reach import in_job_copy
+from ray_ep.driver.records import Event
+from ray_ep.driver.saving import when
+from ray_ep.driver.start import Plan
+from ray_ep.placement.links.groups import contradictions
+
+JOB_COPY = (
+    "lies in the job's own copy of its working directory, which Ray deletes with the job's files: give run_dir=/a/path "
+    "that outlives the job"
+)
+
+
+def start_of(cfg: Config, plan: Plan, formed: Formed, ray: str) -> Event:
+    """The run begins; `ray` says on which Ray."""
+    fields: dict[str, Any] = {
+        "model": plan.config.model_type,
+        "parameters": sum(prod(shape) for shape in plan.signature.values()),
+        "layers": formed.placement.num_layers,
+        "experts": formed.placement.num_experts,
+        "ranks": formed.topology.num_ranks,
+        "nodes": len(set(formed.topology.node_of.tolist())),
+        "data": plan.corpus.source,
+        "ray": ray,
+        "run_dir": str(plan.run.path.absolute()),
+    }
+    words = (
+        "{model}, {millions:.1f}M parameters, {layers} MoE layers x {experts} experts on {ranks} ranks of {nodes} "
+        "node(s); {data}; on {ray}; {saves}; run in {run_dir}"
+    ).format(**fields, millions=fields["parameters"] / 1e6, saves=when(cfg.checkpoint))
+    return Event("start", words, fields)
+
+
+def notes_of(cfg: Config, plan: Plan, formed: Formed) -> list[Event]:
+    """What is to be known of the run that begins, in the order in which it is told."""
+    notes = list(plan.notes)
+    if in_job_copy(plan.run.path):
+        notes.append(Event("run-dir", f"{plan.run.path.absolute()} {JOB_COPY}"))
+    if cfg.topology.measure:
+        notes += [Event("topology", sentence) for sentence in contradictions(formed.topology)]
+    if plan.checkpoint is not None:
+        name, before, now = plan.checkpoint.name, plan.checkpoint.manifest.get("data"), plan.corpus.source
+        notes.append(Event("resume", f"goes on from {name}", {"checkpoint": name}))
+        if before != now:
+            words = f"trained on {before} until here, on {now} from here"
+            notes.append(Event("data-changed", words, {"before": before, "now": now}))
+    choice = formed.choice
+    notes.append(Event("exchange", choice.words(), {"kind": choice.kind, "transport": choice.transport}))
+    return notes

@@ -1,0 +1,61 @@
+"""What a run is at, as a state machine: the states, the one table of moves between them, one log line a move.
+
+Nothing is done here; the loop does it. Imports nothing of ray_ep.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+
+log = logging.getLogger("ray_ep.driver")
+
+
+class State(Enum):
+    """What a run is at."""
+
+    FORMING = "forming"  # ranks join, measure, build and load; no step is made
+    STEPPING = "stepping"  # steps follow one another; evaluations and periodic saves come between them
+    MIGRATING = "migrating"  # experts move between two steps; the old placement holds until all have moved
+    RECOVERING = "recovering"  # a rank was lost; who is left decides the membership and the step to go on from
+    DRAINING = "draining"  # no further step is begun; the last checkpoint is written
+    STOPPED = "stopped"  # the end, whichever way it came
+
+
+TRANSITIONS: dict[State, frozenset[State]] = {
+    State.FORMING: frozenset({State.STEPPING, State.STOPPED}),
+    State.STEPPING: frozenset({State.MIGRATING, State.RECOVERING, State.DRAINING, State.STOPPED}),
+    State.MIGRATING: frozenset({State.STEPPING, State.RECOVERING, State.STOPPED}),
+    State.RECOVERING: frozenset({State.STEPPING, State.DRAINING, State.STOPPED}),
+    State.DRAINING: frozenset({State.RECOVERING, State.STOPPED}),
+    State.STOPPED: frozenset(),
+}
+
+
+class IllegalTransition(RuntimeError):
+    """A move that the table does not have: a mistake in the driver."""
+
+
+class States:
+    """The state of one run; begins as forming."""
+
+    def __init__(self) -> None:
+        self.now = State.FORMING
+
+    def to(self, state: State, why: str) -> None:
+        """Go to `state`. Raises IllegalTransition."""
+        if state not in TRANSITIONS[self.now]:
+            allowed = ", ".join(sorted(s.value for s in TRANSITIONS[self.now])) or "none: it is the end"
+            raise IllegalTransition(f"from {self.now.value} to {state.value} ({why}): allowed are {allowed}")
+        log.info("state from=%s to=%s why=%r", self.now.value, state.value, why)
+        self.now = state
+
+    @contextmanager
+    def during(self, state: State, why: str) -> Iterator[None]:
+        """Inside: `state`, then the one before again. After an error it stays: whoever catches that goes on from it."""
+        before = self.now
+        self.to(state, why)
+        yield
+        self.to(before, "done")

@@ -1,0 +1,147 @@
+"""Ranks that do at once what they are asked, with the methods of `ray_ep.driver.ranks.Ranks`; a listener that keeps."""
+
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+from transformers import AutoConfig
+
+from ray_ep.config import load_config
+from ray_ep.driver.loop import Driver
+from ray_ep.driver.publisher import Publisher
+from ray_ep.driver.requests import Requests
+from ray_ep.driver.rundir import RunDir
+from ray_ep.moe import Choice
+from ray_ep.rank.clock import STEP_PHASES
+from ray_ep.rank.results import StepResult, Usage
+from tests.driver.scenes import NOWHERE, RANKS, statistics, step, tokens, topology
+
+CHOICE = Choice("flat", "gloo", True, 0, 512, True, 0.0, [])
+
+
+def results(load=None, sent=0, exchange=(0.01, 0.03)):
+    """Of each rank what it says of a step."""
+    s = step(load=load, sent=sent)
+    usage = [
+        Usage(0.2, exchange[r], s.experts[r], 0.0, s.sent[r], s.pairs[r], np.zeros(7), np.zeros(len(STEP_PHASES)))
+        for r in range(RANKS)
+    ]
+    return [StepResult(0, 1.0, 0.0, 0.0, 0.0, 0.0, 1024, s.load, u) for u in usage]
+
+
+class FakeRanks:
+    """Ranks on one host.
+
+    Attributes:
+        calls: names of what was called, in order.
+        meanwhile: {(name, n-th time): function} of what happens while that call is under way; what it returns that is
+            not None is the call's answer.
+        look: called in every call, as a wait does between its slices.
+    """
+
+    device, name = "cpu", "fake"
+    where = [{"node": "a", "host": "alpha"}] * RANKS
+
+    def __init__(self, links=None, look=bool):
+        self.calls, self.meanwhile, self.links, self.look = [], {}, links or topology(), look
+        self.counts = Counter()
+
+    def _answer(self, method, answer=None):
+        self.calls.append(method)
+        self.counts[method] += 1
+        said = self.meanwhile.pop((method, self.counts[method]), lambda: None)()
+        self.look()
+        return answer if said is None else said
+
+    def topology(self):
+        return self.links
+
+    def reach(self, trial):
+        return self._answer("reach", [trial.on_rank(r) for r in range(RANKS)])
+
+    def transports(self):
+        return self._answer("transports", [["gloo"]] * RANKS)
+
+    def join(self, epoch, timeout_s, transports):
+        self._answer("join")
+
+    def probe(self, node_of, budget_s):
+        return self._answer("probe", self.links)
+
+    def probe_links(self, known, pairs, budget_s):
+        return self._answer("probe_links", self.links)
+
+    def gpu_links(self):
+        return self._answer("gpu_links", [None] * RANKS)
+
+    def build(self, cfg, config, corpus, placement, topology):
+        self._answer("build")
+
+    def load(self, url, step):
+        self._answer("load")
+
+    def choose_exchange(self, step):
+        return self._answer("choose_exchange", CHOICE)
+
+    def train_step(self, step):
+        answer = self._answer("train_step", results())
+        return None if answer == "left" else answer
+
+    def evaluate(self):
+        answer = self._answer("evaluate", (2.0, [[], []]))
+        return None if answer == "left" else answer
+
+    def save(self, url, step):
+        return self._answer("save", [{}] * RANKS)
+
+    def statistics(self):
+        return self._answer("statistics", [statistics()] * RANKS)
+
+    def sample(self):
+        return self._answer("sample", tokens(True))
+
+    def migrate(self, placement, buffer_mb):
+        self._answer("migrate")
+
+    def stop(self):
+        self.calls.append("stop")
+
+
+class Ear:
+    """A listener that keeps what it hears, in order."""
+
+    def __init__(self):
+        self.heard = []
+
+    def start(self, event):
+        self.heard.append(event)
+
+    def step(self, record):
+        self.heard.append(record)
+
+    def event(self, event):
+        self.heard.append(event)
+
+    def steps(self):
+        """Records of the steps."""
+        return [x for x in self.heard if hasattr(x, "loss")]
+
+    def words(self, kind):
+        """What was said of one kind."""
+        return [x.words for x in self.heard if getattr(x, "kind", "") == kind]
+
+
+def driven(path, *overrides, listeners=(), look=bool, links=None):
+    """A driver of a run in `path` on fake ranks that have not formed, with all that it was made of."""
+    own = ["optim.steps=5", "eval.every=2", "topology.measure=false", "balance.in_step=off"]
+    cfg = load_config(None, [f"run_dir={path}", *own, *overrides])
+    run, ear, ranks = RunDir(path), Ear(), FakeRanks(links, look)
+    plan = SimpleNamespace(
+        run=run, corpus=SimpleNamespace(source="a text", held_out=[1]), config=AutoConfig.for_model("qwen3_moe"),
+        placement=NOWHERE, signature={"w": [4]}, checkpoint=None, expert_parameters=1000, notes=(),
+    )  # fmt: skip
+    publisher, requests = Publisher([run, ear, *listeners]), Requests(look, [run.take_request])
+    driver = Driver(cfg, plan, ranks, publisher, requests)
+    return SimpleNamespace(
+        driver=driver, ranks=ranks, ear=ear, run=run, publisher=publisher, requests=requests, path=path
+    )

@@ -1,0 +1,211 @@
+"""The whole driver on fake ranks: the order of its calls, its events and states, requests, failures, listeners."""
+
+import json
+import logging
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+
+from ray_ep.driver.forming import form
+from ray_ep.driver.rebalance.verdict import Verdict
+from ray_ep.driver.requests import Request, RequestKind
+from ray_ep.driver.states import State
+from ray_ep.errors import RankError
+from ray_ep.placement import contiguous
+from ray_ep.rank.saved.checkpoint import Directory
+from tests.driver.fakes import Ear, driven
+from tests.driver.scenes import EXPERTS, LAYERS, RANKS, Shelf, topology
+
+MOVE = Verdict(replace(contiguous(LAYERS, EXPERTS, RANKS, 5), version=1), "move 2 experts", 0.15, 0.05, 1.0, 0.5)
+
+
+def die():
+    raise RankError(1, "rank 1 on beta died: killed")
+
+
+def whole(it):
+    """Form and run to the end."""
+    with it.driver.told():
+        it.driver.form()
+        return it.driver.run()
+
+
+def moving(it):
+    """Let decisions of the formed driver wait until the test has them made."""
+    it.driver.form()
+    shelf = it.driver.mover.rebalancer.background = Shelf()
+    return shelf
+
+
+def test_a_run_calls_its_ranks_in_this_order_and_tells_what_it_did(tmp_path, caplog):
+    it = driven(tmp_path, "optim.steps=3", "checkpoint.every=2", "topology.measure=true")
+    with caplog.at_level(logging.INFO, "ray_ep.driver"):
+        assert whole(it) == "done"
+    assert it.ranks.calls == [
+        "reach", "transports", "join", "probe", "gpu_links", "build", "choose_exchange",
+        "train_step", "train_step", "evaluate", "statistics", "save", "train_step", "evaluate", "statistics", "save",
+    ]  # fmt: skip
+    heard = [getattr(x, "kind", "step") for x in it.ear.heard]
+    assert heard == ["start", "exchange", "step", "step", "checkpoint", "step", "checkpoint"]
+    assert [r.message for r in caplog.records] == [
+        "state from=forming to=stepping why='2 ranks are formed, 0 steps are done'",
+        "state from=stepping to=draining why='after step 3'",
+        "state from=draining to=stopped why='done'",
+    ]
+
+
+def test_files_hold_every_record_with_its_figures_and_metrics_have_the_keys_that_they_had(tmp_path):
+    it = driven(tmp_path, "optim.steps=2")
+    whole(it)
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    usual = (
+        "step loss grad_norm lr tokens step_seconds tokens_per_second exchange_seconds expert_seconds phase_seconds "
+        "peak_mib statistics_seconds bytes_intra_node bytes_inter_node balancedness world_size epoch placement_version "
+        "aux_loss z_loss imbalance_before imbalance_after guests guest_bytes balance_saved_predicted "
+        "balance_saved_measured max_expert_load migration_seconds rebalance_seconds"
+    )
+    assert [" ".join(m) for m in lines] == [usual, f"{usual} eval_loss"]
+    start = it.run.events()[0]
+    assert list(start) == ["time", "step", "kind", "message", "fields"]
+    assert (start["fields"]["ranks"], start["fields"]["experts"]) == (2, 8)
+    assert json.loads((tmp_path / "topology.json").read_text())["node_of"] == [0, 0]
+    assert [p.name for p in (tmp_path / "placements").iterdir()] == ["0000.json"]
+
+
+def test_a_request_to_stop_that_is_put_between_steps_ends_the_run_with_a_checkpoint(tmp_path):
+    it = driven(tmp_path)
+    it.ranks.meanwhile["train_step", 2] = lambda: it.requests.put(Request(RequestKind.STOP, "a client"))
+    assert whole(it) == "interrupted"
+    assert it.ranks.calls.count("train_step") == 2
+    assert it.ear.steps()[-1].rebalance_seconds is None  # experts are not moved any more
+    assert Directory(f"{tmp_path}/checkpoints").steps() == [2]
+
+
+@pytest.mark.parametrize("by_file", [True, False])
+def test_a_request_to_rebalance_is_answered_after_the_next_step_with_the_figures_of_the_verdict(tmp_path, by_file):
+    it = driven(tmp_path, "placement.every=0")
+    shelf = moving(it)
+
+    def ask():
+        it.run.request("me") if by_file else it.requests.put(Request(RequestKind.REBALANCE, "me"))
+
+    it.ranks.meanwhile["train_step", 2] = ask
+    it.ranks.meanwhile["train_step", 3] = lambda: shelf.make(MOVE)
+    it.driver.run()
+    (moved,) = [e for e in it.run.events() if e["kind"] == "rebalance"]
+    assert moved["message"].endswith("(asked after step 2: on demand)")
+    fields = moved["fields"]
+    assert (fields["moves"], fields["placement_version"], fields["asked_after"]) == (True, 1, 2)
+    assert (fields["step_predicted"], fields["gain_predicted"], fields["move_predicted"]) == (0.15, 0.05, 1.0)
+    assert [m["placement_version"] for m in it.run.metrics()] == [0, 0, 0, 1, 1]
+    assert it.run.metrics()[2]["migration_seconds"] > 0
+    assert it.driver.states.now is State.STOPPED
+
+
+@pytest.mark.parametrize(
+    ("call", "state"),
+    [
+        (("build", 1), State.FORMING),
+        (("train_step", 3), State.STEPPING),
+        (("migrate", 1), State.MIGRATING),
+        (("evaluate", 1), State.STEPPING),
+        (("save", 1), State.STEPPING),
+        (("save", 2), State.DRAINING),
+    ],
+)
+def test_a_rank_that_is_lost_in_any_state_ends_the_run_from_that_state_with_one_event(tmp_path, caplog, call, state):
+    it = driven(tmp_path, "placement.every=1", "checkpoint.every=3")
+    it.ranks.meanwhile["train_step", 2] = lambda: shelf.make(MOVE)
+    it.ranks.meanwhile[call] = die
+
+    def told():
+        nonlocal shelf
+        with it.driver.told():
+            shelf = moving(it)
+            it.driver.run()
+
+    shelf = None
+    with caplog.at_level(logging.INFO, "ray_ep.driver"), pytest.raises(RankError):
+        told()
+    assert caplog.messages[-1].startswith(f"state from={state.value} to=stopped why='rank 1 on beta died")
+    assert it.ranks.counts[call[0]] == call[1]
+    failed = [e for e in it.run.events() if e["kind"] == "failed"]
+    assert len(failed) == (0 if state is State.FORMING else 1)  # a run that never formed has left no directory
+    assert (tmp_path / "config.yaml").exists() == bool(failed)
+
+
+def test_a_lost_rank_comes_up_where_recovery_will_catch_it_and_a_new_membership_is_adopted_there(tmp_path):
+    """What the layer above `step_and_rebalance` needs, acted out: another `Formed`, and the loop goes on."""
+    it = driven(tmp_path)
+    driver = it.driver
+    driver.form()
+    before, usual = driver.mover, driver.step_with_recovery
+
+    def recovers():
+        try:
+            usual()
+        except RankError:
+            driver.states.to(State.RECOVERING, "rank 1 is lost")
+            it.ranks.links = topology(node_of=(0, 1))
+            driver.adopt(form(driver.cfg, driver.plan, it.ranks))
+
+    driver.step_with_recovery = recovers
+    it.ranks.meanwhile["train_step", 3] = die
+    assert driver.run() == "done"
+    assert [r.step for r in it.ear.steps()] == [1, 2, 1, 2, 3, 4, 5]
+    assert driver.mover is not before
+    assert driver.mover.topology.node_of.tolist() == [0, 1]
+
+
+class Slow(Ear):
+    """A listener that is handed a step only once the test lets it go on."""
+
+    def __init__(self):
+        super().__init__()
+        self.go = threading.Event()
+
+    def step(self, record):
+        assert self.go.wait(30)
+        super().step(record)
+
+
+def test_steps_do_not_wait_for_a_slow_listener_but_a_checkpoint_does(tmp_path):
+    slow = Slow()
+    it = driven(tmp_path, "optim.steps=4", "eval.every=0", listeners=[slow])
+    steps_made, committed = threading.Event(), []
+    it.ranks.meanwhile["save", 1] = steps_made.set
+    running = threading.Thread(target=lambda: committed.append(whole(it)))
+    running.start()
+    assert steps_made.wait(30)  # all steps are made, and no listener behind the slow one knows of the second
+    assert slow.steps() == []
+    time.sleep(0.05)
+    assert Directory(f"{tmp_path}/checkpoints").steps() == []
+    slow.go.set()
+    running.join(30)
+    assert committed == ["done"]
+    assert [r.step for r in slow.steps()] == [1, 2, 3, 4]
+    assert Directory(f"{tmp_path}/checkpoints").steps() == [4]
+
+
+def test_the_failed_event_is_on_disk_before_the_error_leaves_however_far_behind_listeners_are(tmp_path):
+    slow = Slow()
+    it = driven(tmp_path, listeners=[slow])
+    it.ranks.meanwhile["train_step", 3] = die
+    threading.Timer(0.2, slow.go.set).start()
+    with pytest.raises(RankError):
+        whole(it)
+    assert [e["kind"] for e in it.run.events()] == ["start", "exchange", "failed"]
+    assert [m["step"] for m in it.run.metrics()] == [1, 2]
+
+
+def test_a_listener_that_raises_is_told_of_once_and_ends_no_run(tmp_path):
+    class Broken(Ear):
+        def step(self, record):
+            raise ValueError("no room on the screen")
+
+    it = driven(tmp_path, listeners=[Broken()])
+    assert whole(it) == "done"
+    assert it.ear.words("listener") == ["Broken raised ValueError: no room on the screen; the run goes on"]
+    assert len(it.ear.steps()) == 5
