@@ -67,3 +67,14 @@ def test_a_process_is_killed_or_stopped_after_a_line_about_it(script, what, sent
     assert sent == (os.WTERMSIG(status) if what == "kill" else os.WSTOPSIG(status))
     assert script.happened(what) == 1
     script.check()
+
+
+def test_once_disarmed_actors_are_made_as_ever(script):
+    from ray_ep.rank.actor import RankActor
+
+    made = RankActor.__ray_metadata__.modified_class
+    before, build = dict(vars(made)), made.build
+    script.kill(rank=0, at="build").arm()
+    assert made.build is not build
+    script.disarm()
+    assert dict(vars(made)) == before

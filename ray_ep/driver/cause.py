@@ -65,7 +65,8 @@ def root_cause(failed: dict[int, Exception], silent: list[int], where: list[dict
         rank = rank if lost is None else lost
         return RankError(rank, f"rank {rank} was unreachable while probing the links:\n{e}")
     if isinstance(e, (BadInput, DivergedError, SaveError)) and isinstance(e, RayTaskError):
-        return type(e.cause)(str(e.cause))
+        ours: Exception = type(e.cause)(str(e.cause))
+        return ours
     if lost_peer(e) and silent:
         busy = RankError(silent[0], f"{_who(silent, where)} did not come back, while rank {rank} raised:\n{e}")
         busy.__cause__ = e

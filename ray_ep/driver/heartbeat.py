@@ -17,7 +17,7 @@ from typing import Any
 import ray
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.state import state
-from ray.core.generated.gcs_pb2 import ActorTableData
+from ray.core.generated.gcs_pb2 import ActorTableData  # type: ignore[attr-defined]
 from ray.exceptions import RayError
 
 PERIOD_S = 1.0

@@ -34,7 +34,7 @@ from ray_ep.rank.results import StepResult
 from ray_ep.rank.trainer import Trainer
 
 
-@ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"control": 2})
+@ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"control": 2})  # type: ignore[call-overload]
 class RankActor:
     """One rank of a run."""
 
