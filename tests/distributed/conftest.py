@@ -6,6 +6,7 @@ Everything that a command starts inherits a mark in its environment: that, not t
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import sysconfig
 import tempfile
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -147,10 +149,15 @@ class Cluster:
 
 
 def free_ports(count):
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    [s.close() for s in sockets]
-    return ports
+    """Free ports that stay so: below those that the kernel gives to connections, above those of Ray's workers."""
+    found = []
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 1000):
+        with socket.socket() as it, suppress(OSError):
+            it.bind(("", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    pytest.fail(f"no {count} free ports in 1000 of 20000 to 32000")
 
 
 @pytest.fixture(scope="session")
