@@ -67,6 +67,25 @@ def run_ranks(size, work, timeout_s=60.0, groups=None):
     return results
 
 
+def in_threads(*calls):
+    """Results of calls made at once, each in a thread; raises the first error."""
+    results, errors = [None] * len(calls), []
+
+    def run(i):
+        try:
+            results[i] = calls[i]()
+        except BaseException as e:
+            errors.append(e)
+
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(calls))]
+    [t.start() for t in threads]
+    [t.join(60) for t in threads]
+    assert not any(t.is_alive() for t in threads), "a rank hangs"
+    if errors:
+        raise errors[0]
+    return results
+
+
 @pytest.fixture
 def ranks():
     return run_ranks

@@ -219,6 +219,7 @@ _AT_LEAST: dict[str, float] = {
     "cluster.ranks": 1,
     "cluster.cpus_per_rank": 0.01,
     "cluster.wait_s": 0,
+    "cluster.silence_s": 2,
     "cluster.collective_timeout_s": 1,
     "data.max_bytes": 0,
     "batch.sequences": 1,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
+from enum import Enum
 from typing import Any
 
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
@@ -19,6 +21,21 @@ LOWER = (
 def lost_peer(e: Exception) -> bool:
     """Whether a rank failed only since another did."""
     return isinstance(e, GroupError)
+
+
+class Kind(Enum):
+    """What a rank's failure means for the others."""
+
+    OWN = 1  # nothing: the call was not collective, they end by themselves
+    BY_ALL = 2  # as a rule every rank finds it by itself
+    ALONE = 3  # they may wait for this rank in vain
+
+
+def kind_of(e: Exception) -> Kind:
+    """Whether the other ranks have to be released after this failure of one."""
+    if isinstance(e, SaveError):
+        return Kind.OWN
+    return Kind.BY_ALL if isinstance(e, (BadInput, DivergedError, ProbeError)) else Kind.ALONE
 
 
 def unreachable(partners: dict[int, int | None], silent: list[int]) -> int | None:
@@ -38,16 +55,22 @@ def root_cause(failed: dict[int, Exception], silent: list[int], where: list[dict
     """Of several ranks' failures the one that explains the others, as an error of ours.
 
     Args:
-        silent: ranks that have not answered.
+        failed: in the order in which they failed.
+        silent: ranks that have not come back from the call, though they answer otherwise.
         where: host, node and process of each rank; empty before they are known.
     """
-    rank, e = min(failed.items(), key=lambda item: (lost_peer(item[1]), item[0]))
+    rank, e = min(failed.items(), key=lambda item: lost_peer(item[1]))  # of equals the first to fail
     if isinstance(e, ProbeError):  # all are: a rank that died or raised would have come first
         lost = unreachable({r: x.partner for r, x in failed.items() if isinstance(x, ProbeError)}, silent)
         rank = rank if lost is None else lost
         return RankError(rank, f"rank {rank} was unreachable while probing the links:\n{e}")
     if isinstance(e, (BadInput, DivergedError, SaveError)) and isinstance(e, RayTaskError):
-        return type(e.cause)(str(e.cause))
+        ours: Exception = type(e.cause)(str(e.cause))
+        return ours
+    if lost_peer(e) and silent:
+        busy = RankError(silent[0], f"{_who(silent, where)} did not come back, while rank {rank} raised:\n{e}")
+        busy.__cause__ = e
+        return busy
     place = f" on {where[rank]['host']}" if where else ""
     if isinstance(e, OutOfMemoryError):  # Ray's monitor, which ends a process before the node has none left
         told = str(e).strip().partition("\n")[0]  # its table of the node's processes follows
@@ -57,6 +80,35 @@ def root_cause(failed: dict[int, Exception], silent: list[int], where: list[dict
         died.__cause__ = e
         return died
     return RankError(rank, f"rank {rank} raised:\n{e}")
+
+
+def silent_cause(lost: dict[int, str], cut_off: Collection[int], where: list[dict[str, Any]]) -> RankError:
+    """The error of ranks that went silent, as one of the first of them.
+
+    Args:
+        lost: {rank: how it was silent}.
+        cut_off: those whose node does not answer.
+    """
+    ranks = sorted(lost)
+    if all(rank in cut_off for rank in ranks):
+        nodes = " and ".join(dict.fromkeys(f"{where[r]['host']} ({where[r]['address']})" for r in ranks))
+        why = f"no answer from node {nodes}, which is down or cut off"
+    else:
+        ranks = [rank for rank in ranks if rank not in cut_off]
+        why = "its node answers, so its process is stopped or hangs"
+    return RankError(ranks[0], f"{_who(ranks, where)} {lost[ranks[0]]}: {why}")
+
+
+def _who(ranks: list[int], where: list[dict[str, Any]]) -> str:
+    """Ranks with their host and process, as far as they are known."""
+
+    def one(rank: int) -> str:
+        if not where:
+            return f"rank {rank}"
+        process = f" (process {where[rank]['pid']})" if "pid" in where[rank] else ""
+        return f"rank {rank} on {where[rank]['host']}{process}"
+
+    return " and ".join(map(one, ranks))
 
 
 def _reason(e: Exception) -> str:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from queue import SimpleQueue
 from typing import Protocol
 
-from ray_ep.driver.records import Event, StepRecord
+from ray_ep.driver.records import Event, StepRecord, now
 
 LAST_S = 30.0
 """Seconds that the end of a broken run waits for listeners that hang: its processes are taken away after that."""
@@ -68,7 +68,7 @@ class Publisher:
 
     def start(self, event: Event) -> None:
         """The ranks are ready."""
-        stamped = replace(event, step=self.done)
+        stamped = self._stamped(event)
         self._put(lambda listener: listener.start(stamped))
 
     def step(self, record: StepRecord) -> None:
@@ -77,7 +77,7 @@ class Publisher:
 
     def event(self, event: Event) -> None:
         """Something happened; any thread may say so."""
-        stamped = replace(event, step=self.done)
+        stamped = self._stamped(event)
         self._put(lambda listener: listener.event(stamped))
 
     def flush(self, limit_s: float | None = None) -> bool:
@@ -100,6 +100,9 @@ class Publisher:
         else:
             log.error("listeners hang: not all records were handed over within limit_s=%g", limit_s)
 
+    def _stamped(self, event: Event) -> Event:
+        return replace(event, step=self.done, at=now())
+
     def _put(self, handing: Handing) -> None:
         if threading.current_thread() is self._thread:
             self._own.append(handing)
@@ -118,10 +121,10 @@ class Publisher:
     def _hand(self, handing: Handing) -> None:
         self._own.append(handing)
         while self._own:
-            now = self._own.popleft()
+            following = self._own.popleft()
             for number, listener in enumerate(self._listeners):
                 try:
-                    now(listener)
+                    following(listener)
                 except Exception as e:  # of any kind: it is no reason to end a run
                     self._tell(number, listener, e)
 

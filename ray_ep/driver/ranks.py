@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
-from ipaddress import ip_address
 from typing import Any
 
 import numpy as np
 import ray
 from omegaconf import OmegaConf
+from ray._private.state import workers
 from ray.exceptions import RayActorError, RayError
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from transformers import PreTrainedConfig
 
 from ray_ep.config.process import RANK
 from ray_ep.config.schema import ClusterConfig, Config
-from ray_ep.driver.cause import for_memory, lost_peer, root_cause
+from ray_ep.driver.cause import Kind, for_memory, kind_of, root_cause, silent_cause
 from ray_ep.driver.cluster import SLICE_S, device_of
-from ray_ep.errors import ClusterError, RankError, SaveError
+from ray_ep.driver.heartbeat import Heartbeat, process_of, reachable
+from ray_ep.driver.placing import Place, Places, check_room, nodes, resources
+from ray_ep.errors import RankError, SaveError
 from ray_ep.moe import Choice
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.placement.links.gpu_links import GpuLinks
@@ -30,44 +32,50 @@ from ray_ep.rank.memory import oom_kills
 from ray_ep.rank.reach import Trial
 from ray_ep.rank.results import StepResult
 
-_ROOT_CAUSE_S = 2.0
-"""How long to wait for other ranks' words after one failed with a lost peer: the peer's own traceback says why."""
+log = logging.getLogger(__name__)
+_workers: Callable[[], dict[str, Any]] = workers
+
+_RELEASED_S = 1.0
+"""How long to wait for the other ranks once one is lost: aborted, they come back within 0.2 s, and may say why."""
+_SAID_S = 2.0
+"""How long to wait for all ranks to say what each finds by itself, before those that have not are aborted."""
+_START_S = 60.0
+"""Least time that a rank has to start: imports took 4 to 20 s."""
+_POLL_S = 0.01
+_GONE_S = 8.0
+"""How long to wait for killed processes to go: Ray gives one that does not answer 5 s, then it sends SIGKILL."""
 
 
 class Ranks:
     """The rank actors of one epoch."""
 
-    def __init__(self, cfg: ClusterConfig, name: str, local: bool, interrupted: Callable[[], bool]):
+    def __init__(
+        self, cfg: ClusterConfig, name: str, local: bool, interrupted: Callable[[], bool], actor: Any = RankActor
+    ):
         """Place one actor a rank.
 
         Args:
             interrupted: asked every moment of every wait; may raise KeyboardInterrupt to leave it.
+            actor: class of the actors, made with rank, number of ranks, threads and device.
 
         Raises:
             ClusterError: the cluster has no room for them; the message says what it has.
+            RankError: a rank died or went silent while it started.
         """
-        self.cfg, self.name, self._interrupted = cfg, name, interrupted
-        self.where: list[dict[str, Any]] = []
-        self.device = device_of(cfg, ray.cluster_resources())
-        _check_room(cfg, local)
-        gpus = int(self.device == "cuda")
-        bundles = [{"CPU": float(cfg.cpus_per_rank)} | ({"GPU": 1.0} if gpus else {})] * cfg.ranks
-        self._group = placement_group(bundles, strategy="PACK", name=name)
+        self.cfg, self.name, self._interrupted, self._actor = cfg, name, interrupted, actor
+        self.device = device_of(cfg, resources())
+        check_room(cfg, local)
+        self._room = Places(cfg, name, self.device == "cuda", interrupted)
+        self._places: list[Place] = []
         self.actors: list[Any] = []
+        self.where: list[dict[str, Any]] = []
+        self._cut_off: set[int] = set()  # ranks whose node did not answer when they were lost
         try:
-            self._await_room()
-            for rank, bundle in enumerate(_by_host(self._group)):
-                strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
-                options = {
-                    "num_cpus": cfg.cpus_per_rank,
-                    "num_gpus": gpus,
-                    "runtime_env": {"env_vars": _environment()},
-                    "scheduling_strategy": strategy,
-                    "name": f"{name}-rank-{rank}",
-                }
-                threads = max(1, int(cfg.cpus_per_rank))
-                self.actors.append(RankActor.options(**options).remote(rank, cfg.ranks, threads, self.device))
-            self.where = self.call("where")
+            self._places = self._room.take(cfg.ranks)
+            self.where = [{"node": p.node, "host": p.host, "address": p.address} for p in self._places]
+            self.actors = [self._started(rank, place) for rank, place in enumerate(self._places)]
+            self._heartbeat = Heartbeat(self.actors, cfg.silence_s, max(cfg.wait_s, _START_S))
+            self.where = [{**w, **said} for w, said in zip(self.where, self._call("where"), strict=True)]
         except BaseException:
             self.kill()
             raise
@@ -77,96 +85,118 @@ class Ranks:
         nodes = list(dict.fromkeys(w["node"] for w in self.where))
         return Topology.of_nodes([nodes.index(w["node"]) for w in self.where])
 
-    def call(self, method: str, *args: Any) -> list[Any]:
+    def _call(self, method: str, *args: Any) -> list[Any]:
         """Call a method on all ranks; results in rank order.
 
         Raises:
-            RankError: a rank raised or died, with its own traceback; the other ranks are released first.
+            RankError: a rank raised, died or went silent; it is named, with its own traceback if it has one. The others
+                were aborted, which ends the life of their group.
             BadInput, DivergedError: a rank found the user's input wrong, or values that are not finite.
             SaveError: a rank could not write; all have answered.
         """
         calls = {getattr(a, method).remote(*args): r for r, a in enumerate(self.actors)}
         results: list[Any] = [None] * len(self.actors)
-        pending, failed = list(calls), {}
-        limit = None
-        while pending:
+        failed: dict[int, Exception] = {}  # in the order in which they failed
+        pending, limit, aborted = list(calls), float("inf"), False
+        while pending and (left := limit - time.monotonic()) > 0:
             self._interrupted()
-            left = SLICE_S if limit is None else limit - time.monotonic()
-            if left <= 0:
-                break
             done, pending = ray.wait(pending, num_returns=1, timeout=min(left, SLICE_S))
-            if not done:
-                continue
-            try:
-                results[calls[done[0]]] = ray.get(done[0])
-            except Exception as e:
-                failed[calls[done[0]]] = e
-                if isinstance(e, SaveError):  # not collective: the others end by themselves
-                    continue
-                limit = limit or time.monotonic() + _ROOT_CAUSE_S
-                if not lost_peer(e):
-                    break
+            for call in done:
+                try:
+                    results[calls[call]] = ray.get(call)
+                except Exception as e:
+                    failed[calls[call]] = e
+            lost, dead = self._heartbeat.look()
+            if lost and not aborted:
+                raise self._silent(lost, [c for c in pending if calls[c] not in lost])
+            failed = dead | failed
+            kinds = {kind_of(e) for e in failed.values()}
+            if Kind.ALONE in kinds and not aborted:
+                limit, aborted = time.monotonic() + _RELEASED_S, True
+                self._abort(failed.keys())
+            elif Kind.BY_ALL in kinds:
+                limit = min(limit, time.monotonic() + _SAID_S)
         if failed:
-            raise self._explained(root_cause(failed, [calls[c] for c in pending], self.where))
+            quiet = [calls[c] for c in pending if calls[c] not in failed]
+            if quiet and not aborted:
+                self._abort(failed.keys())
+            raise self._explained(root_cause(failed, quiet, self.where))
         return results
+
+    def _silent(self, lost: dict[int, str], pending: list[Any]) -> RankError:
+        """Ranks are silent: kill them, release the others; the error that says so."""
+        self._locate()
+        for rank in lost:
+            ray.kill(self.actors[rank], no_restart=True)  # should it wake up, it finds itself dead
+        self._abort(lost.keys())
+        ray.wait(pending, num_returns=len(pending), timeout=_RELEASED_S) if pending else None
+        answers = {p.node: reachable(p.address, p.port) for p in (self._places[rank] for rank in lost)}
+        self._cut_off |= {rank for rank in lost if not answers[self._places[rank].node]}
+        return silent_cause(lost, self._cut_off, self.where)
+
+    def _abort(self, but: Collection[int]) -> None:
+        """Release ranks from collectives, for whose end they would wait in vain."""
+        for rank, actor in enumerate(self.actors):
+            if rank not in but:
+                actor.abort.remote()
 
     def reach(self, trial: Trial) -> list[list[str]]:
         """What each rank's node cannot read or write of what the run needs there, in words."""
-        return self.call("reach", trial)
+        return self._call("reach", trial)
 
     def transports(self) -> list[list[str]]:
         """Transports that each rank's process could use."""
-        return self.call("transports")
+        return self._call("transports")
 
     def join(self, epoch: int, timeout_s: float, transports: list[str]) -> None:
         """Form the group of an epoch, once over each of the transports."""
-        self.call("join", self.name, epoch, timeout_s, transports)
+        self._call("join", self.name, epoch, timeout_s, transports)
 
     def probe(self, node_of: np.ndarray, budget_s: float) -> Topology:
         """The links between all ranks, measured."""
-        topology: Topology = self.call("probe", node_of, budget_s)[0]
+        topology: Topology = self._call("probe", node_of, budget_s)[0]
         return topology
 
     def probe_links(self, known: Topology, pairs: list[tuple[int, int]], budget_s: float) -> Topology:
         """`known` with the links between `pairs` of ranks measured again."""
-        topology: Topology = self.call("probe_links", known, pairs, budget_s)[0]
+        topology: Topology = self._call("probe_links", known, pairs, budget_s)[0]
         return topology
 
     def gpu_links(self) -> list[GpuLinks | None]:
         """What the driver of each rank's GPU says of its links; None without one."""
-        return self.call("gpu_links")
+        return self._call("gpu_links")
 
     def build(
         self, cfg: Config, config: PreTrainedConfig, corpus: Corpus, placement: Placement, topology: Topology
     ) -> None:
         """Build the model on every rank, and put the corpus where every rank of a node reads the same copy."""
-        self.call("build", OmegaConf.to_container(cfg), config, ray.put(corpus), placement, topology)
+        self._call("build", OmegaConf.to_container(cfg), config, ray.put(corpus), placement, topology)
 
     def load(self, url: str, step: int) -> None:
         """Take on checkpoint `step` of the directory `url`."""
-        self.call("load", url, step)
+        self._call("load", url, step)
 
     def choose_exchange(self, step: int) -> Choice:
         """The fastest way to exchange, timed on the batch of `step`; the ranks have taken it."""
-        choice: Choice = self.call("choose_exchange", step)[0]
+        choice: Choice = self._call("choose_exchange", step)[0]
         return choice
 
     def train_step(self, step: int) -> list[StepResult] | None:
         """One optimizer step (from 0), as each rank saw it; None: it was broken off (`stop`), on every rank."""
-        results: list[StepResult | None] = self.call("train_step", step)
+        results: list[StepResult | None] = self._call("train_step", step)
         whole = [r for r in results if r is not None]
         return whole if len(whole) == len(results) else None
 
     def evaluate(self) -> tuple[float, list[list[dict[str, np.ndarray]]]] | None:
         """Loss on the held-out split, and each rank's trace of who answered; None: it was broken off (`stop`)."""
-        answers = self.call("evaluate", True)
+        answers = self._call("evaluate", True)
         if any(a is None for a in answers):
             return None
         return float(answers[0][0]), [trace for _, trace in answers]
 
     def save(self, url: str, step: int) -> list[dict[str, list[Any]]]:
         """Write checkpoint `step` into the directory `url`; each rank's part of the manifest. Raises SaveError."""
-        parts = self.call("save", url, step)
+        parts = self._call("save", url, step)
         for part in parts:
             if isinstance(part, SaveError):
                 raise part
@@ -174,15 +204,15 @@ class Ranks:
 
     def statistics(self) -> list[RoutingStatistics]:
         """Routing statistics of each rank since its making."""
-        return self.call("statistics")
+        return self._call("statistics")
 
     def sample(self) -> np.ndarray:
         """[L, N, K] expert sets of the ranks' reservoirs of recent tokens."""
-        return np.concatenate(self.call("sample"), axis=1)
+        return np.concatenate(self._call("sample"), axis=1)
 
     def migrate(self, placement: Placement, buffer_mb: float) -> None:
         """Have the experts moved. Raises BadInput: every rank has refused, nothing has changed."""
-        self.call("migrate", placement, buffer_mb)
+        self._call("migrate", placement, buffer_mb)
 
     def stop(self) -> None:
         """Ask all ranks, which may be computing, to leave an evaluation or a step of several passes early."""
@@ -191,9 +221,11 @@ class Ranks:
 
     def _explained(self, cause: Exception) -> Exception:
         """Of a rank that is dead: whether the kernel killed processes of its node for memory meanwhile."""
-        if not (isinstance(cause, RankError) and isinstance(cause.__cause__, RayActorError) and self.where):
+        if not (isinstance(cause, RankError) and isinstance(cause.__cause__, RayActorError)):
             return cause
         lost = self.where[cause.rank]
+        if "oom_kills" not in lost:  # it had not come up
+            return cause
         there = [r for r, w in enumerate(self.where) if w["node"] == lost["node"] and r != cause.rank]
         killed = 0
         with suppress(RayError):
@@ -203,77 +235,62 @@ class Ranks:
                 killed = oom_kills() - lost["oom_kills"]
         return for_memory(cause, lost["host"], killed) if killed > 0 else cause
 
-    def kill(self) -> None:
-        """Stop every rank and give its place back; returns once they are gone."""
+    def kill(self) -> list[str]:
+        """Stop every rank and give its place back.
+
+        Returns:
+            Within _GONE_S, what is not known to be gone, in words, which are logged, too.
+        """
+        self._locate()
         for actor in self.actors:
             ray.kill(actor, no_restart=True)
-        for actor in self.actors:
-            _await_gone(actor)
-        self.actors = []
-        remove_placement_group(self._group)
+        left = self._awaited_end()
+        for place in self._places:
+            self._room.give_up(place)
+        self.actors, self._places = [], []
+        for words in left:
+            log.warning(words)
+        return left
 
-    def _await_room(self) -> None:
-        limit = time.monotonic() + self.cfg.wait_s
-        while not self._group.wait(SLICE_S):
-            if self._interrupted():
-                raise KeyboardInterrupt
-            if time.monotonic() > limit:
-                each = f"{self.cfg.cpus_per_rank:g} CPUs{' and a GPU' if self.device == 'cuda' else ''}"
-                raise ClusterError(
-                    f"the cluster could not place {self.cfg.ranks} ranks of {each} within "
-                    f"cluster.wait_s={self.cfg.wait_s:g} s; it has {_have()}, free now: {_free()}"
-                )
+    def _locate(self) -> None:
+        """Ask Ray for the processes of ranks that have not come up."""
+        for where, actor in zip(self.where, self.actors, strict=False):
+            if "worker" not in where and (process := process_of(actor)):
+                where |= {"worker": process.worker, "pid": process.pid}
 
+    def _awaited_end(self) -> list[str]:
+        """Wait until Ray says of every rank's process that it is dead, or of its node; what it does not say that of."""
+        alive = {r: str(w["worker"]) for r, w in enumerate(self.where) if "worker" in w and r < len(self.actors)}
+        limit = time.monotonic() + _GONE_S
+        while alive:
+            there, up = set(_workers()), {n["NodeID"] for n in nodes() if n["Alive"]}
+            alive = {r: w for r, w in alive.items() if w in there and self.where[r]["node"] in up}
+            if alive.keys() <= self._cut_off or time.monotonic() > limit:
+                break
+            time.sleep(_POLL_S)
+        return [self._still_there(rank) for rank in alive]
 
-def _by_host(group: PlacementGroup) -> list[int]:
-    """Numbers of a placed group's bundles by the address of their node: Ray's order differs from run to run.
+    def _still_there(self, rank: int) -> str:
+        where = self.where[rank]
+        who = f"rank {rank} (process {where['pid']} on {where['host']}, {where['address']})"
+        if rank in self._cut_off:
+            return f"{who} was killed, but its node does not answer: whether it is gone is not known"
+        return f"{who} is still there {_GONE_S:g} s after it was killed"
 
-    So a placement or a topology of one run fits the next one on the same hosts.
-    """
-    address = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes()}
-    node_of: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
-
-    def place(bundle: int) -> tuple[int, str, int]:
-        host = address[node_of[bundle]]
-        try:
-            return int(ip_address(host)), node_of[bundle], bundle
-        except ValueError:  # a name
-            return 0, host, bundle
-
-    return sorted(node_of, key=place)
-
-
-def _check_room(cfg: ClusterConfig, local: bool) -> None:
-    """Refuse at once what no waiting can give: more CPUs than a local Ray has."""
-    need, have = cfg.ranks * cfg.cpus_per_rank, ray.cluster_resources().get("CPU", 0.0)
-    if need > have and local:  # a cluster that was joined may grow: there the placement waits
-        raise ClusterError(
-            f"cluster.ranks={cfg.ranks} of {cfg.cpus_per_rank:g} CPUs need {need:g} CPUs; this machine has {have:g}: "
-            "lower cluster.ranks or cluster.cpus_per_rank (fractions such as 0.5 are allowed)"
-        )
+    def _started(self, rank: int, place: Place) -> Any:
+        """The actor of a rank in its place."""
+        options = {
+            "num_cpus": self.cfg.cpus_per_rank,
+            "num_gpus": int(self.device == "cuda"),
+            "runtime_env": {"env_vars": _environment()},
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(place.group, placement_group_bundle_index=0),
+            "name": f"{self.name}-rank-{rank}",
+        }
+        threads = max(1, int(self.cfg.cpus_per_rank))
+        return self._actor.options(**options).remote(rank, self.cfg.ranks, threads, self.device)
 
 
 def _environment() -> dict[str, str]:
     """Variables of a rank's process: Ray adds them to those of the job, which go first here."""
     given = ray.get_runtime_context().runtime_env.get("env_vars") or {}
     return {k: v for k, v in RANK.items() if k not in given}
-
-
-def _have() -> str:
-    cpus = [n["Resources"].get("CPU", 0.0) for n in ray.nodes() if n["Alive"]]
-    gpus = sum(n["Resources"].get("GPU", 0.0) for n in ray.nodes() if n["Alive"])
-    return f"{len(cpus)} node(s) with {' + '.join(f'{c:g}' for c in cpus)} CPUs and {gpus:g} GPUs"
-
-
-def _free() -> str:
-    return (
-        ", ".join(f"{k} {v:g}" for k, v in sorted(ray.available_resources().items()) if k in ("CPU", "GPU"))
-        or "nothing"
-    )
-
-
-def _await_gone(actor: Any) -> None:
-    try:
-        ray.get(actor.where.remote(), timeout=10)
-    except (RayActorError, RayError):
-        return

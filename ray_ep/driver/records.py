@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 
-def _now() -> datetime:
+def now() -> datetime:
+    """The time, UTC."""
     return datetime.now(timezone.utc)
 
 
@@ -25,15 +26,14 @@ class Event:
         kind: what it is about, such as rebalance or checkpoint.
         words: the sentence.
         fields: the figures behind it; JSON can hold them.
-        step: steps that were done by then; the publisher stamps it.
-        at: when, UTC.
+        step: steps that were done when it was published. at: when that was, UTC. The publisher stamps both.
     """
 
     kind: str
     words: str
     fields: Mapping[str, Any] = field(default_factory=dict)
     step: int = 0
-    at: datetime = field(default_factory=_now)
+    at: datetime = field(default_factory=now)
 
     def line(self) -> dict[str, Any]:
         """As a line of events.jsonl."""

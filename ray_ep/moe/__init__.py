@@ -6,7 +6,7 @@ from ray_ep.moe.draws import Draws
 from ray_ep.moe.exchange.choose import Choice, choose, settle
 from ray_ep.moe.exchange.meter import PHASES
 from ray_ep.moe.exchange.ways import KINDS
-from ray_ep.moe.migrate import Moved, OwnedState, apply_placement
+from ray_ep.moe.migrate import Moved, OwnedState, Rows, apply_placement
 from ray_ep.moe.parallelize import ExpertParallel, find_experts, parallelize
 from ray_ep.moe.regroup import regroup
 
@@ -20,6 +20,7 @@ __all__ = [
     "Limits",
     "Moved",
     "OwnedState",
+    "Rows",
     "apply_placement",
     "choose",
     "find_experts",

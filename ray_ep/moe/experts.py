@@ -45,23 +45,30 @@ class ExpertLayer:
         self.calls = 0
         self.pass_load = torch.zeros(num_experts, dtype=torch.int64)
         self.exchange = Exchange()
+        self._chosen: dict[Exchange, Bodies] = {}  # a way that is taken again finds its own
         self._bodies: Bodies | None = None  # None: to be chosen in the next pass
 
     def place(self, placement: Placement, node_of: np.ndarray | None, device: torch.device) -> None:
         """Take on a placement's maps; moving the weights is the caller's task."""
         self.slots = Slots(placement, self.index, self.group.rank, node_of, device)
         self.pass_load = self.pass_load.to(device)
+        self._chosen.clear()
         self._bodies = None
         self.forget()
 
     def exchange_by(self, exchange: Exchange) -> None:
         """Exchange like this from the next pass on; every rank calls it with the same."""
-        self.exchange, self._bodies = exchange, None
+        self.exchange, self._bodies = exchange, self._chosen.get(exchange)
 
     def forget(self) -> None:
         """Weights have changed: in a pass of inference, give up what was kept of them."""
         if self.shared.passes.now.inference is not None:
             self.shared.passes.now.inference.forget(self.index)
+
+    @property
+    def body(self) -> Body | None:
+        """What the last pass computed with, but for traces; None: it will be chosen in the next one."""
+        return None if self._bodies is None else self._bodies.taken
 
     @property
     def group(self) -> Group:
@@ -106,7 +113,7 @@ class ExpertLayer:
         bodies = self._bodies
         if bodies is None or (hidden.device, hidden.dtype) != (bodies.device, bodies.dtype):
             site = Site(index=self.index, slots=self.slots, exchange=self.exchange, shared=self.shared)
-            bodies = self._bodies = Bodies(site, module, hidden)
+            bodies = self._bodies = self._chosen[self.exchange] = Bodies(site, module, hidden)
         body = bodies.taken if now.trace is None else bodies.traced
         return body.compute(module, hidden, top_k_index, top_k_weights)
 

@@ -1,7 +1,8 @@
 """Placement of experts: pure NumPy and compiled kernels, usable alone, for a cluster that does not exist."""
 
 from ray_ep.placement.baselines import contiguous, random, slots_needed
-from ray_ep.placement.cost.predict import Migration, Prediction, StepCosts, migration, predict
+from ray_ep.placement.cost.figures import StepCosts
+from ray_ep.placement.cost.predict import Migration, Prediction, migration, predict
 from ray_ep.placement.in_step.rules import StepPlan, StepRules, balance_step
 from ray_ep.placement.migration import Move, moves
 from ray_ep.placement.placement import Placement

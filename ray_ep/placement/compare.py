@@ -12,20 +12,16 @@ import numpy as np
 
 from ray_ep.errors import PlacementError
 from ray_ep.placement.baselines import contiguous, random
-from ray_ep.placement.cost.predict import (
-    Migration,
-    Prediction,
-    StepCosts,
-    dispatch_layer,
-    migration,
-    predict,
-    token_sets,
-)
+from ray_ep.placement.cost.dispatch import dispatch_layer
+from ray_ep.placement.cost.figures import StepCosts
+from ray_ep.placement.cost.predict import Migration, Prediction, migration
+from ray_ep.placement.cost.sets import token_sets
 from ray_ep.placement.links.groups import groups_of
 from ray_ep.placement.placement import Floats, Placement
 from ray_ep.placement.planner.load_only import load_only
 from ray_ep.placement.planner.plan import plan
 from ray_ep.placement.planner.survive import Price, price
+from ray_ep.placement.planner.verdict import Question, Verdict, judge, predicted
 from ray_ep.placement.statistics import RoutingStatistics
 from ray_ep.placement.topology import Topology
 
@@ -55,6 +51,14 @@ class Case:
     seed: int = 0
     survive_nodes: int = 0
     free_slots: int | Sequence[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a run's steps took lately: step_seconds, and moe_seconds of them in the expert layers."""
+
+    step_seconds: float
+    moe_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +96,6 @@ def candidates(case: Case, current: Placement | None) -> dict[str, Placement]:
 def compare(case: Case, placements: Mapping[str, Placement], now: str) -> list[Candidate]:
     """Predict each of the placements, and the move to it from the one named `now`.
 
-    Of counts alone, without token sets: the compute of a step alone, see `Prediction.of_compute_alone`.
-
     Raises:
         PlacementError: a name that is not there, placements that do not fit the case.
     """
@@ -101,9 +103,7 @@ def compare(case: Case, placements: Mapping[str, Placement], now: str) -> list[C
         raise PlacementError(f"compare: no placement {now!r}: allowed are {', '.join(placements)}")
     found = []
     for name, placement in placements.items():
-        prediction = predict(placement, case.statistics, case.topology, case.costs, case.level)
-        if not case.statistics.tells_visits:
-            prediction = prediction.of_compute_alone()
+        prediction = predicted(placement, case.statistics, case.topology, case.costs, case.level)
         moving = None if name == now else migration(placements[now], placement, case.topology, case.costs)
         size = 0.0 if moving is None else moving_bytes(moving, case.costs)
         found.append(Candidate(name, placement, prediction, moving, size))
@@ -115,10 +115,20 @@ def moving_bytes(moving: Migration, costs: StepCosts) -> float:
     return moving.replicas * costs.expert_bytes + moving.primaries * costs.optimizer_bytes
 
 
-def pays_back(moving: Migration, now: Prediction, new: Prediction) -> float:
-    """Steps after which the time that a move takes is won back; inf where nothing is gained."""
-    gain = now.step_seconds - new.step_seconds
-    return moving.seconds / gain if gain > 0 else float("inf")
+def question(case: Case, current: Placement, measured: Measured | None = None) -> Question:
+    """What a running job would ask of the case."""
+    step, moe = (None, None) if measured is None else (measured.step_seconds, measured.moe_seconds)
+    return Question(
+        case.statistics, case.topology, current, case.slots, case.costs, case.level, case.horizon_steps, step, moe,
+        case.survive_nodes, case.seed,
+    )  # fmt: skip
+
+
+def verdict(case: Case, found: Sequence[Candidate], now: str, measured: Measured | None = None) -> Verdict:
+    """Whether to move from the candidate named `now` to the plan: the answer that a running job would come to."""
+    by_name = {c.name: c for c in found}
+    old, new = by_name[now], by_name[PLAN]
+    return judge(question(case, old.placement, measured), new.placement, old.prediction, new.prediction)
 
 
 def safety(case: Case, placements: Mapping[str, Placement]) -> Price | None:

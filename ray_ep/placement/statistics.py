@@ -61,11 +61,6 @@ class RoutingStatistics:
         sampled = self.sample is not None and self.sample.shape[1] > 0
         return sampled or self.coactivation is not None
 
-    def max_over_mean(self) -> npt.NDArray[np.float64]:
-        """[L] load of the busiest expert over the mean load (1 is perfect; 1 too where nothing was counted)."""
-        mean = self.load.mean(1)
-        return np.where(mean > 0, self.load.max(1) / np.maximum(mean, 1e-30), 1.0)
-
     def balancedness(self, placement: Placement) -> float:
         """Mean over layers of mean rank load / max rank load (1 is perfect)."""
         ranks = placement.rank_load(self.load.astype(np.float64))

@@ -34,7 +34,7 @@ from ray_ep.rank.results import StepResult
 from ray_ep.rank.trainer import Trainer
 
 
-@ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"control": 1})
+@ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"control": 2})  # type: ignore[call-overload]
 class RankActor:
     """One rank of a run."""
 
@@ -50,10 +50,14 @@ class RankActor:
 
     @ray.method(concurrency_group="control")
     def where(self) -> dict[str, Any]:
-        """Host, Ray node and process of this rank."""
+        """Host, Ray node and process of this rank, as its system and as Ray's table of workers name it."""
         context = ray.get_runtime_context()
         who = {"rank": self.rank, "node": context.get_node_id(), "host": socket.gethostname(), "pid": os.getpid()}
-        return {**who, "oom_kills": oom_kills()}
+        return {**who, "oom_kills": oom_kills(), "worker": context.get_worker_id()}
+
+    @ray.method(concurrency_group="control")
+    def ping(self) -> None:
+        """Answer: whoever asked knows that this process runs."""
 
     @ray.method(concurrency_group="control")
     def oom_kills(self) -> int:

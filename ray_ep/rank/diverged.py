@@ -46,7 +46,7 @@ def locate(model: Any, group: Group, passes: list[Callable[[], tuple[torch.Tenso
         if first >= 0:
             return f"every layer's output is finite, {LOSSES[first]} is not {ranks}"
         with _watched_gradients(weights) as seen:
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
         first, ranks = _first(model, group, *(seen[0] if seen else (-1, -1)))
         if first >= 0:
             name = _told(model, weights[first][0])
@@ -97,7 +97,11 @@ def _watched_gradients(weights: list[tuple[str, torch.nn.Parameter]]) -> Iterato
 
         return after
 
-    handles = [p.register_post_accumulate_grad_hook(hook(i)) for i, (_, p) in enumerate(weights) if p.requires_grad]
+    handles = [
+        p.register_post_accumulate_grad_hook(hook(i))  # type: ignore[no-untyped-call]
+        for i, (_, p) in enumerate(weights)
+        if p.requires_grad
+    ]
     try:
         yield seen
     finally:

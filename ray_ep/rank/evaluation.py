@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 
 from ray_ep.config.schema import BatchConfig
+from ray_ep.moe.passes import Trace
 from ray_ep.rank.forward import Forward
 
 PART = 64
@@ -27,7 +28,8 @@ def evaluate(
     first, total = ep.routing.first_token, torch.zeros(2, dtype=torch.float64, device=rank.device)
     total[1] = mine[:, 1:].size
     left = False
-    with ep.tracing() if trace else nullcontext([]) as traces:
+    tracing: AbstractContextManager[Trace] = ep.tracing() if trace else nullcontext([])
+    with tracing as traces:
         for number, (row, rows) in enumerate(evaluation_parts(mine, len(batch), rank.cfg.batch)):
             if left := bool(number) and forward.leaving():
                 break

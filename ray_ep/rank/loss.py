@@ -56,7 +56,7 @@ class _Blocks(torch.autograd.Function):
         ctx.save_for_backward(logits, targets)
         ctx.rows = rows
         buffers, losses = _buffers(logits, rows, 2), []
-        for x, t in zip(logits.split(rows), targets.split(rows), strict=True):
+        for x, t in zip(torch.split(logits, rows), torch.split(targets, rows), strict=True):
             losses.append(nll_loss(_log_softmax(x, *(b[: len(x)] for b in buffers)), t, reduction="sum"))
         return torch.stack(losses).sum()
 

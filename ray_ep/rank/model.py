@@ -38,7 +38,9 @@ _NOT_TAKEN = {"auto_map", "quantization_config", "compression_config", "transfor
 
 def model_config(cfg: ModelConfig, vocab_size: int) -> PreTrainedConfig:
     """The transformers config of a run; raises ModelError for an unknown type or field, or a vocabulary too small."""
-    overrides = OmegaConf.to_container(cfg.overrides) if OmegaConf.is_config(cfg.overrides) else dict(cfg.overrides)
+    overrides: Any = (
+        OmegaConf.to_container(cfg.overrides) if OmegaConf.is_config(cfg.overrides) else dict(cfg.overrides)
+    )
     if cfg.path:
         config = _config_of_path(cfg.path, cfg.type, overrides)
     else:
@@ -63,7 +65,8 @@ def meta_model(config: PreTrainedConfig, dtype: str = "float32") -> PreTrainedMo
         raise ModelError(f"transformers has no causal language model of {kind}: give a model that predicts tokens")
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False)
+            kwargs = {"dtype": getattr(torch, dtype), "trust_remote_code": False}
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **kwargs)  # type: ignore[no-untyped-call]
     except Exception as e:
         raise ModelError(f"transformers cannot build a causal language model of {kind}: {brief(e)}") from None
     same_count(find_experts(model))
@@ -93,10 +96,11 @@ def build(
         load_pretrained(model, Path(cfg.path), rows)
     else:
         draw_weights(model, seed, rows)
-    model.to(torch.device(device))
+    torch.nn.Module.to(model, torch.device(device))
     parallelize(model, group, placement, seed=seed, **options)
     if cfg.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        how = {"use_reentrant": False}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)  # type: ignore[no-untyped-call]
     return model
 
 
@@ -182,7 +186,7 @@ def _config_of_path(path: str, kind: str, overrides: dict[str, Any]) -> PreTrain
     _check_fields(cls, overrides, raw)
     for alias, value in typed(cls, overrides).items():
         key = cls.attribute_map.get(alias, alias)
-        own = raw.get(key)
+        own: Any = raw.get(key)
         raw = {k: v for k, v in raw.items() if cls.attribute_map.get(k, k) != key}
         nested = isinstance(value, dict) and isinstance(own, dict)
         raw[key] = {**own, **value} if nested else value  # nested fields that are not named stay

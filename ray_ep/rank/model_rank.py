@@ -6,8 +6,7 @@ L MoE layers, R ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from math import ceil
 
 import numpy as np
@@ -17,7 +16,19 @@ from transformers import PreTrainedConfig
 from ray_ep.collective import Group
 from ray_ep.config.schema import Config
 from ray_ep.errors import ModelError
-from ray_ep.moe import KINDS, Choice, ExpertParallel, Limits, Moved, OwnedState, apply_placement, choose, settle
+from ray_ep.moe import (
+    KINDS,
+    Choice,
+    ExpertParallel,
+    Limits,
+    Moved,
+    OwnedState,
+    Rows,
+    apply_placement,
+    choose,
+    regroup,
+    settle,
+)
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.rank.before import unseen
 from ray_ep.rank.model import build
@@ -50,7 +61,7 @@ class ModelRank:
         self.model = build(
             cfg.model, config, cfg.seed, group, placement, self.device,
             node_of=node_of, sample=cfg.statistics.sample // group.size, balance=cfg.balance.in_step,
-            limits=Limits(cfg.balance.guest_mb, cfg.balance.most, _links(topology)),
+            limits=Limits(cfg.balance.guest_mb, cfg.balance.most, None if topology is None else topology.by_groups()),
         )  # fmt: skip
         self.ep: ExpertParallel = self.model.ray_ep  # type: ignore[assignment]
         self.ep.routing.force = cfg.router.force
@@ -96,6 +107,21 @@ class ModelRank:
         """
         return apply_placement(self.model, placement, buffer_mb=buffer_mb, state=state)
 
+    def regroup(
+        self,
+        placement: Placement,
+        topology: Topology,
+        kept: Mapping[tuple[int, int], Rows] | None = None,
+        state: OwnedState | None = None,
+        equal: Mapping[str, object] | None = None,
+    ) -> None:
+        """Go on over the group, which was re-formed in place (collective over it, between steps).
+
+        Raises:
+            PlacementError, ModelError, GroupError: see ray_ep.moe.regroup; then nothing has changed, but the group.
+        """
+        regroup(self.model, self.ep.group, placement, topology, kept=kept, state=state, equal=equal)
+
     def statistics(self) -> RoutingStatistics:
         """Routing statistics of this rank since its making. Not collective."""
         return self.ep.counters.statistics()
@@ -107,10 +133,3 @@ class ModelRank:
     def never_called(self) -> ModelError:
         """What to say of a model that keeps its experts to itself."""
         return ModelError(f"{type(self.model).__name__} never called its experts through transformers' interface")
-
-
-def _links(topology: Topology | None) -> Topology | None:
-    """Measured links, with the groups that they make in place of what nodes are called; None: not measured."""
-    if topology is None or topology.groups is None or not np.isfinite(topology.bandwidth).any():
-        return None
-    return replace(topology, node_of=topology.groups)

@@ -240,7 +240,7 @@ class MasterOptimizer:
             if sum(sizes) >= BUCKET or i + 1 == len(dense):
                 flat = torch.cat([b.gradient.flatten().float() for b in bucket if b.gradient is not None])
                 self.group.all_reduce(flat)
-                for b, part in zip(bucket, flat.split(sizes), strict=True):
+                for b, part in zip(bucket, torch.split(flat, sizes), strict=True):
                     b.gradient = part.view_as(b.param)
                 bucket = []
 

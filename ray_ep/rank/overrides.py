@@ -23,7 +23,8 @@ def typed(cls: type[PreTrainedConfig], overrides: Mapping[str, Any]) -> dict[str
     Raises:
         ModelError: a value that its field cannot take.
     """
-    plain: Any = OmegaConf.to_container(overrides) if OmegaConf.is_config(overrides) else dict(overrides)
+    tree: Any = OmegaConf.to_container(overrides) if OmegaConf.is_config(overrides) else dict(overrides)
+    plain: dict[str, Any] = tree
     hints = {k: v for base in reversed(cls.__mro__) for k, v in vars(base).get("__annotations__", {}).items()}
     names = dict(getattr(cls, "attribute_map", {}))
     names |= {own: other for other, own in names.items()}

@@ -7,7 +7,7 @@ B sequences of the global batch, L MoE layers, E experts, R ranks.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import astuple, replace
 from functools import partial
 from math import log
@@ -18,8 +18,8 @@ import torch
 
 from ray_ep.collective import Group
 from ray_ep.errors import DivergedError, GroupError
-from ray_ep.moe import Choice, Moved, update_bias
-from ray_ep.placement import Placement
+from ray_ep.moe import Choice, Moved, Rows, update_bias
+from ray_ep.placement import Placement, Topology
 from ray_ep.rank.before import Before
 from ray_ep.rank.clock import StepClock
 from ray_ep.rank.data.corpus import Corpus, global_batch, held_out_batch
@@ -51,7 +51,7 @@ class Trainer:
         self.ep.counters.window = round(self.cfg.placement.decay / log(2) * tokens)
         self.clock = StepClock(self.ep.meter.seconds)
         self.optimizer = MasterOptimizer(self.model, self.cfg.optim, self.clock.enter)
-        self.pays = Pays() if self.cfg.balance.in_step == "auto" and self.group.size > 1 else None
+        self.pays = self._fresh_pays()
         self._costs_told = False  # what balance costs
         self.forward = Forward(rank)
         self.draws, self.stop = self.forward.draws, self.forward.stop
@@ -172,6 +172,17 @@ class Trainer:
         """`ModelRank.migrate`, masters and moments with their primaries (between steps)."""
         return self.rank.migrate(placement, buffer_mb, self.optimizer)
 
+    def regroup(
+        self, placement: Placement, topology: Topology, kept: Mapping[tuple[int, int], Rows] | None = None
+    ) -> None:
+        """`ModelRank.regroup` with masters and moments; whether balance pays is asked again (between steps).
+
+        One that comes has been told before how many updates there were; dense weights are handed over after it.
+        """
+        equal = {"updates": self.optimizer.updates, "balance.in_step": self.cfg.balance.in_step}
+        self.rank.regroup(placement, topology, kept, self.optimizer, equal)
+        self.pays, self._costs_told = self._fresh_pays(), False
+
     def save(self, url: str, step: int) -> dict[str, list[Any]]:
         """Write what this rank owns into checkpoint `step`; returns its part of the manifest. Not collective.
 
@@ -196,6 +207,9 @@ class Trainer:
         balance = np.array(astuple(self.ep.balancer.done), np.float64)
         phases = np.array(list(self.clock.seconds.values()))
         return Usage(now, exchange, experts, counters.seconds, meter.sent.copy(), meter.pairs.copy(), balance, phases)
+
+    def _fresh_pays(self) -> Pays | None:
+        return Pays() if self.cfg.balance.in_step == "auto" and self.group.size > 1 else None
 
     def _batch(self, step: int) -> np.ndarray:
         """[B, length + 1] the global batch."""

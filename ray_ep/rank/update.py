@@ -52,10 +52,11 @@ class Rule:
 def sum_of_squares(gradient: torch.Tensor) -> torch.Tensor:
     """float64 scalar on the gradient's device."""
     if gradient.device.type != "cpu":
-        return torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+        norm: torch.Tensor = torch.linalg.vector_norm(gradient, dtype=torch.float64)
+        return norm.square()
     flat, total = gradient.detach().reshape(-1), torch.zeros((), dtype=torch.float64)
     wide = torch.empty(min(CPU_BLOCK, len(flat)), dtype=torch.float32)
-    for part in flat.split(CPU_BLOCK):
+    for part in flat.split(CPU_BLOCK):  # type: ignore[no-untyped-call]
         part = part if part.dtype == torch.float32 else wide[: len(part)].copy_(part)
         rows, rest = part[: len(part) // _SUMMED * _SUMMED].view(-1, _SUMMED), part[len(part) // _SUMMED * _SUMMED :]
         squares = torch.linalg.vector_norm(rows, dim=1).double().square().sum() + rest.double().square().sum()

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from ray_ep.cli.engines.files import read_placement, read_record, read_statistics, write_placement
+from ray_ep.cli.engines.files import read_placement, read_record, write_placement
 from ray_ep.errors import PlacementError
 from ray_ep.placement import Placement, RoutingStatistics, contiguous, random
 
@@ -55,7 +55,7 @@ def test_sglang_stat_file_and_init_location_counts(tmp_path):
     assert got.statistics.load.tolist() == [[1, 2, 3, 4], [4, 0, 0, 1]]
     assert (got.engine, got.layer_ids, got.num_layers) == ("sglang", (1, 2), 3)
     (tmp_path / "counts.json").write_text(json.dumps({"logical_count": [[0, 0], [3, 1]]}))
-    assert read_statistics(tmp_path / "counts.json").load.tolist() == [[3, 1]]
+    assert read_record(tmp_path / "counts.json").statistics.load.tolist() == [[3, 1]]
 
 
 def test_sglang_per_token_directory_has_a_file_a_rank(tmp_path):
@@ -78,9 +78,9 @@ def test_vllm_arrays_and_responses_of_both_kinds(tmp_path):
         got = read_record(tmp_path / name)
         assert (got.engine, got.layer_ids, got.statistics.load.tolist()) == ("vllm", (1,), LOAD), name
     (tmp_path / "e.jsonl").write_text(json.dumps(old) + "\n" + json.dumps(new) + "\n")
-    assert read_statistics(tmp_path / "e.jsonl").load.tolist() == [[0, 4, 2, 2]]
-    assert read_statistics(tmp_path).load.tolist() == [[0, 12, 6, 6]]  # all five
-    assert read_statistics(tmp_path / "a.npy", num_experts=6).load.tolist() == [[0, 2, 1, 1, 0, 0]]
+    assert read_record(tmp_path / "e.jsonl").statistics.load.tolist() == [[0, 4, 2, 2]]
+    assert read_record(tmp_path).statistics.load.tolist() == [[0, 12, 6, 6]]  # all five
+    assert read_record(tmp_path / "a.npy", num_experts=6).statistics.load.tolist() == [[0, 2, 1, 1, 0, 0]]
 
 
 def test_tensorrt_directory(tmp_path):
@@ -283,8 +283,8 @@ def test_placements_that_cannot_be_written_or_read(tmp_path):
 def test_reading_without_pt_files_loads_no_torch(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps({"logical_count": [[3, 1]]}))
     code = (
-        "import sys; from ray_ep.cli.engines.files import read_statistics; "
-        f"read_statistics({str(tmp_path / 'c.json')!r}); print('torch' in sys.modules)"
+        "import sys; from ray_ep.cli.engines.files import read_record; "
+        f"read_record({str(tmp_path / 'c.json')!r}); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

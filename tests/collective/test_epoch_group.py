@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from ray_ep.collective import EpochGroup, SoloGroup, gloo
 from ray_ep.errors import GroupError
+from tests.conftest import in_threads
 
 
 def form(held, store, rank, size, epoch, timeout_s=20.0, limit_s=20.0):
@@ -26,25 +27,6 @@ def total(group):
     out, mine = torch.empty(size), torch.full((size,), group.rank + 1.0)
     group.all_to_all(out, mine, [1] * size, [1] * size)
     return out.sum().item()
-
-
-def in_threads(*calls):
-    """Results of calls made at once, each in a thread; raises the first error."""
-    results, errors = [None] * len(calls), []
-
-    def run(i):
-        try:
-            results[i] = calls[i]()
-        except BaseException as e:
-            errors.append(e)
-
-    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(calls))]
-    [t.start() for t in threads]
-    [t.join(60) for t in threads]
-    assert not any(t.is_alive() for t in threads), "a rank hangs"
-    if errors:
-        raise errors[0]
-    return results
 
 
 @pytest.fixture

@@ -98,3 +98,23 @@ def test_a_rank_that_raises_is_named_with_its_own_traceback(here, lines, running
     assert "GroupError" not in command.err
     assert command.left() == {}
     assert len(lines(here.path / "run" / "metrics.jsonl")) == 3
+
+
+STOPPED = (
+    r"rank 1 on \S+ \(process (\d+)\) has not answered for \d\.\d s \(cluster.silence_s=2\): its node answers, so its "
+)
+
+
+@pytest.mark.parametrize(
+    "at", ["build", *(pytest.param(at, marks=pytest.mark.slow) for at in ("join", "train_step", "save"))]
+)
+def test_a_rank_that_is_stopped_is_named_whatever_it_is_at_and_the_run_ends(here, faults, cluster, at):
+    faults.stop(rank=1, at=at)
+    options = ["optim.steps=3", "run_dir=run", "checkpoint.every=2", "cluster.silence_s=2"]
+    command = here.train(*options, faults=faults, RAY_ADDRESS=cluster.driver)
+    command.until(lambda: faults.happened("stop"), 60, "the fault")
+    began = time.monotonic()
+    assert command.wait(12) == 1, command.err
+    assert time.monotonic() - began < 12
+    assert (named := re.search(STOPPED, command.err)), command.err
+    assert not os.path.exists(f"/proc/{named[1]}")

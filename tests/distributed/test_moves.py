@@ -30,7 +30,7 @@ from ray_ep.driver.loop import Driver
 from ray_ep.driver.publisher import Publisher
 from ray_ep.driver.requests import Requests
 from ray_ep.driver.start import check
-from ray_ep.driver.rebalance.verdict import Verdict
+from ray_ep.placement.planner.verdict import Verdict
 from ray_ep.placement import contiguous
 from ray_ep.placement.planner import plan as planner
 

@@ -5,8 +5,8 @@ from concurrent.futures import Future
 import numpy as np
 
 from ray_ep.driver.rebalance.recent import Facts, Step
-from ray_ep.driver.rebalance.verdict import Question
 from ray_ep.placement import RoutingStatistics, StepCosts, Topology, contiguous
+from ray_ep.placement.planner.verdict import Question
 
 LAYERS, EXPERTS, RANKS = 2, 8, 2
 FACTS = Facts(tokens_per_rank=512, hidden=32, parameters=1000, item_bytes=4, state_bytes=12, passes=2, kind="flat")

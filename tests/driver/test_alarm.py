@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ray_ep.config.schema import RouterConfig
-from ray_ep.driver.alarm import collapse
+from ray_ep.driver.alarm import WINDOW, Alarm, collapse
 
 CFG = RouterConfig()  # balancedness 0.25, starved 0.05
 
@@ -53,3 +53,25 @@ def test_a_long_list_of_starved_experts_is_cut():
 
 def test_limits_of_zero_switch_both_alarms_off():
     assert collapse(np.array([[0, 0, 0, 50]]), RouterConfig(alarm_balancedness=0.0, alarm_starved=0.0)) == {}
+
+
+def test_a_collapse_is_told_once_and_again_only_after_a_window_without_it():
+    told = []
+    alarm = Alarm(CFG, told.append)
+    even, starving = np.full((1, 4), 100), np.array([[100, 100, 100, 1]])
+
+    def steps(load, count):
+        for _ in range(count):
+            alarm.watch(len(seen), load)
+            seen.append(load)
+
+    seen = []
+    steps(starving, WINDOW - 1)
+    assert told == []  # too few to judge by
+    steps(starving, 50)
+    (event,) = told
+    assert (event.kind, event.fields) == ("routing-collapse", {"alarm": "starved", "layer": 0})
+    assert event.words == f"step {WINDOW - 1}: layer 0: 1 of 4 experts starve (under 0.05 of their fair load): 3"
+    steps(even, 2 * WINDOW)
+    steps(starving, WINDOW)
+    assert len(told) == 2

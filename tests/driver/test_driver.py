@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 
 from ray_ep.driver.forming import form
-from ray_ep.driver.rebalance.verdict import Verdict
 from ray_ep.driver.requests import Request, RequestKind
 from ray_ep.driver.states import State
 from ray_ep.errors import RankError
 from ray_ep.placement import contiguous
+from ray_ep.placement.planner.verdict import Verdict
 from ray_ep.rank.saved.checkpoint import Directory
 from tests.driver.fakes import Ear, driven
 from tests.driver.scenes import EXPERTS, LAYERS, RANKS, Shelf, topology

@@ -29,6 +29,17 @@ def test_records_come_in_order_from_one_thread_that_is_not_the_callers():
     assert not threads.pop().is_alive()
 
 
+def test_an_event_that_was_made_before_is_dated_when_it_is_told():
+    ear, note = Ear(), Event("router", "made while the run was checked")
+    with Publisher([ear]) as publisher:
+        publisher.done = 3
+        publisher.start(Event("start", "a model"))
+        publisher.event(note)
+    first, second = ear.heard
+    assert note.at < first.at <= second.at
+    assert second.step == 3
+
+
 def test_what_a_listener_says_itself_goes_out_behind_what_it_was_handed_and_before_a_flush_ends():
     class Speaker(Ear):
         def step(self, record):

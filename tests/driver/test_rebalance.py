@@ -4,8 +4,8 @@ import threading
 
 from ray_ep.config import load_config
 from ray_ep.driver.rebalance.rebalancer import MOST_CAUTION, WINDOW, Rebalancer, beside
-from ray_ep.driver.rebalance.verdict import Verdict, decide
 from ray_ep.placement import contiguous
+from ray_ep.placement.planner.verdict import Verdict, decide
 from tests.driver.scenes import EXPERTS, LAYERS, RANKS, Clock, Shelf, question
 
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from ray_ep.driver.rebalance.rebalancer import MOST_CAUTION
 from ray_ep.driver.rebalance.recent import NOW, Facts, Recent
-from ray_ep.driver.rebalance.verdict import LEAST, decide, room_of
 from ray_ep.placement import Placement, StepCosts, moves
+from ray_ep.placement.planner.verdict import LEAST_GAIN, decide, room_of
 from tests.driver.scenes import EXPERTS, FACTS, LAYERS, NOWHERE, question, step, topology
 
 
@@ -62,11 +62,11 @@ def test_whatever_is_adopted_keeps_the_rules(caution, slower, horizon, moe, band
     assert v.words.startswith("move " if v.placement is not None else "stay: ")
     assert v.gain <= moe * (1 + 1e-9)
     if v.placement is not None:
-        assert v.gain >= LEAST * caution * q.step_seconds
+        assert v.gain >= LEAST_GAIN * caution * q.step_seconds
         assert v.cost * caution <= v.gain * horizon
         assert v.cost == pytest.approx(v.links * slower)
     else:
-        assert v.gain < LEAST * caution * q.step_seconds or v.cost * caution > v.gain * horizon
+        assert v.gain < LEAST_GAIN * caution * q.step_seconds or v.cost * caution > v.gain * horizon
 
 
 def test_experts_are_put_where_lost_nodes_do_not_take_them_even_if_nothing_is_gained():

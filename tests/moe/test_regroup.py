@@ -74,7 +74,7 @@ class Worker:
         limits = Limits(guest_mb=64)
         self.model = parallelize(copy.deepcopy(MODEL), self.group, placement, balance, limits=limits, sample=30)
         self.ep = self.model.ray_ep
-        self.optimizer = MasterOptimizer(self.model, OPTIM, self.group)
+        self.optimizer = MasterOptimizer(self.model, OPTIM)
 
     def train(self, step, tolerance):
         """One step on this rank's rows of the global batch, compared with plain transformers."""
@@ -89,7 +89,9 @@ class Worker:
         for n, got in gather_gradients(self.model, group).items():
             assert (got - gradients[n]).abs().max() <= tolerance, (step, n)
         self.optimizer.accumulate()
-        self.optimizer.step(step)
+        self.optimizer.reduce()
+        self.optimizer.update(step, self.optimizer.norm(torch.zeros(1, dtype=torch.float64)))
+        self.optimizer.publish()
         for w in self.optimizer.weights:
             rows = slice(None) if w.layer is None else self.ep.layers[w.layer].experts[: len(w.master)]
             none = torch.zeros_like(w.master.data)  # who owns nothing keeps no moments
@@ -252,6 +254,32 @@ def test_training_goes_on_as_in_one_process_while_ranks_leave_come_and_die(balan
         assert ep.balancer.nodes.num_ranks == 2
     if balance == "always":
         assert run.workers["m2"].ep.balancer.done.layers > 0
+    run.close()
+
+
+def test_all_ranks_go_back_to_their_snapshots_and_repeat_the_steps_since():
+    run = Run(2)
+    run.start("off")
+    run.train([0, 1], 2e-6)
+    workers = list(run.workers.values())
+    owned = [w.owned() for w in workers]
+    dense = [
+        [(t, t.clone()) for x in w.optimizer.weights if x.layer is None for t in (x.master.data, *x.moments.values())]
+        for w in workers
+    ]
+    run.train([2, 3], 2e-6)
+    run.membership, run.placement = run.membership.next(), run.placement.primaries()  # replicas are of later steps
+
+    def back(rank, worker):
+        run.form(worker.group, rank)
+        worker.optimizer.updates = 2
+        regroup(worker.model, worker.group, run.placement, kept=owned[rank], state=worker.optimizer)
+        for tensor, then in dense[rank]:
+            tensor.copy_(then)
+
+    run.on_all(back)
+    run.move(drawn(2, 9))
+    run.train([2, 3], 2e-6)
     run.close()
 
 

@@ -7,11 +7,15 @@ from hypothesis import strategies as st
 
 from ray_ep.errors import PlacementError
 from ray_ep.placement import Placement, contiguous, random
-from ray_ep.placement.engines.maps import document, from_document
+from ray_ep.placement.engines.maps import document, map_of
 from ray_ep.placement.engines.records import sglang_record, tensorrt_record, vllm_record
 
 # 3 layers, the first dense; 3 experts on 4 slots; slot 3 is a replica of another expert in each MoE layer.
 MAP = [[0, 1, 2, 0], [0, 1, 2, 0], [2, 1, 0, 1]]
+
+
+def from_document(*arguments):
+    return map_of(*arguments)[0]
 
 
 def sglang_dump(passes, topk=False):

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_ep.driver.rebalance.verdict import Question, decide
 from ray_ep.placement import Placement, RoutingStatistics, StepCosts, Topology, contiguous, plan, predict
 from ray_ep.placement.planner import plan as planner
 from ray_ep.placement.planner.survive import survives
+from ray_ep.placement.planner.verdict import Question, decide
 from tests.placement.traces import statistics, trace
 
 

@@ -16,9 +16,9 @@ from ray_ep.placement import (
     migration,
     predict,
 )
-from ray_ep.placement.cost.dispatch import deal, simulate
-from ray_ep.placement.planner import grouping as kernels
-from ray_ep.placement.planner import packing, swaps
+from ray_ep.placement.bits import token_bits
+from ray_ep.placement.cost.dispatch import deal, play
+from ray_ep.placement.planner import grouping, packing, swaps
 from ray_ep.placement.planner.forecast import DRIFT, expected_load
 
 
@@ -86,7 +86,7 @@ def test_simulated_dispatch_splits_as_the_routes_of_the_placement(case):
     ranks, experts = placement.num_ranks, placement.num_experts
     held = np.array([[r in placement.ranks_of(0, e) for r in range(ranks)] for e in range(experts)])
     dealt = deal(sets.astype(np.int64), experts, ranks, ranks)
-    part, to_rank, to_node = simulate(dealt, held, held.astype(float), node_of, int(node_of.max()) + 1)
+    part, to_rank, to_node = play(dealt, held, held.astype(float), node_of, int(node_of.max()) + 1)
     expected = np.zeros((experts, ranks))
     for source in range(ranks):
         for e, row in enumerate(placement.routes(0, source, node_of)):
@@ -103,28 +103,29 @@ def test_simulated_dispatch_splits_as_the_routes_of_the_placement(case):
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 10_000), st.integers(3, 9), st.integers(2, 3))
-@example(742, 3, 2)  # a swap that gains less than swaps.LEAST
+@example(742, 3, 2)  # a swap that gains less than swaps.LEAST_SWAP
 def test_swaps_of_the_search_lower_the_cost_that_is_counted_token_by_token(seed, experts, nodes):
     rng = np.random.default_rng(seed)
     sets = np.stack([rng.permutation(experts)[:2] for _ in range(100)]).astype(np.int64)
     load = np.bincount(sets.ravel(), minlength=experts) / 100
-    bits = kernels.token_bits(sets, experts)
+    bits = token_bits(sets, experts)
     place = rng.permutation(np.arange(experts) % nodes)
     for n in range(nodes):
         visits = sum(any(place[e] == n for e in s) for s in sets)
-        assert kernels.visits_of(bits, place, nodes)[n] == visits
-    world = (np.full(nodes, 1 / nodes), np.full(nodes, 2 / nodes), np.full(nodes, 0.01), 0.7, 10.0, 0.0)
+        assert grouping.visits_of(bits, place, nodes)[n] == visits
+    even = np.full(nodes, 1 / nodes), np.full(nodes, 2 / nodes), np.full(nodes, 0.01)
+    goals = grouping.NodeGoals(*even, 0.7, 10.0, 0.0)
 
     def cost(place):
         visits = sum(len({int(place[e]) for e in s}) for s in sets)
         uneven = [(load[place == n].sum() * nodes / 2 - 1) ** 2 for n in range(nodes)]
         return 0.01 * visits + 0.7 * sum(uneven)
 
-    assert kernels.grouping_cost(bits, load, place, world) == pytest.approx(cost(place))
+    assert grouping.grouping_cost(bits, load, place, goals) == pytest.approx(cost(place))
     found, none = place.copy(), np.full(experts, -1)
     order = np.argsort(rng.random((20, experts)), axis=1)
     zero = np.zeros((experts, experts))
-    swaps.improve_grouping(bits, load, zero, found, world, none, np.zeros(experts), order)
+    swaps.improve_grouping(bits, load, zero, found, goals, none, np.zeros(experts), order)
     assert (np.bincount(found, minlength=nodes) == np.bincount(place, minlength=nodes)).all()
     assert cost(found) <= cost(place) + 1e-9
     for a, b in itertools.combinations(range(experts), 2):  # no single swap is left that gains what one must
@@ -161,7 +162,7 @@ def test_rare_topics_weigh_more_in_the_load_that_is_expected():
     # 90 tokens choose {0, 1}, 10 choose {2, 3}: the pairs' densities say that the second topic is rarer.
     sets = np.array([[0, 1]] * 90 + [[2, 3]] * 10)
     load = np.bincount(sets.ravel()) / 100
-    cov = kernels.covariance(sets, load)
+    cov = grouping.covariance(sets, load)
     later = expected_load(load, sets, cov)
     assert later.sum() == pytest.approx(2)
     assert (later[2:] > load[2:]).all()

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_ep.placement import Placement, RoutingStatistics, StepCosts, Topology, migration, plan, predict
-from ray_ep.placement.planner import grouping as kernels
-from ray_ep.placement.planner import relief
+from ray_ep.placement.bits import token_bits
+from ray_ep.placement.planner import gains, relief
 from tests.placement.test_groups_of import links
 from tests.placement.traces import statistics, trace
 
@@ -43,15 +43,16 @@ def test_relief_lowers_its_norms_within_the_moves_that_are_left(seed, nodes, mos
 def relieve(who, sets, everywhere, fixed, node_of, price, most, before=None):
     """Relief of slots `who` [R, S], in place, on nodes that must be even; what counts as moved is not as `before`."""
     ranks, experts, nodes = len(who), len(everywhere), len(price)
-    flat, marks = who.ravel(), kernels.token_bits(sets, experts)
+    flat, marks = who.ravel(), token_bits(sets, experts)
     load = np.bincount(sets.ravel(), minlength=experts) / len(sets)
     had = np.zeros((experts + 1, ranks), bool)
     had[who if before is None else before, np.arange(ranks)[:, None]] = True
     here = np.where(everywhere[flat], load[flat] / nodes, load[flat])
     bits = np.where(everywhere[flat][:, None], np.uint64(0), marks[flat])
-    whole = everywhere.copy(), load, marks, np.full(nodes, 1 / nodes)
-    where = node_of, node_of, np.full(nodes, load.sum() / nodes), price
-    return relief.relieve(who, (here, bits, fixed, had), whole, where, (3.0, 2.0, 1.0), (0.0, most, 1e-9))
+    whole = gains.Everywhere(everywhere.copy(), load, marks, np.full(nodes, 1 / nodes))
+    where = gains.Units(node_of, node_of, np.full(nodes, load.sum() / nodes), price)
+    held, limits = gains.Held(here, bits, fixed, had), gains.ExchangeLimits(0.0, most, 1e-9)
+    return relief.relieve(who, held, whole, where, (3.0, 1.0), limits)
 
 
 def test_relief_takes_moves_back_even_when_none_are_left():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from ray_ep.placement import StepCosts, Topology
-from ray_ep.placement.cost.predict import Links
+from ray_ep.placement.cost.links import LinkSeconds
 from ray_ep.placement.planner.problem import Problem
 
 ONE = StepCosts(tokens_per_rank=1, token_bytes=1, two_level=False)
@@ -17,7 +17,7 @@ ONE = StepCosts(tokens_per_rank=1, token_bytes=1, two_level=False)
 
 def links(bandwidth, node_of):
     bandwidth = np.asarray(bandwidth, np.float64)
-    return Links.of(Topology(bandwidth, np.zeros_like(bandwidth), np.asarray(node_of)), np.asarray(node_of))
+    return LinkSeconds.of(Topology(bandwidth, np.zeros_like(bandwidth), np.asarray(node_of)), np.asarray(node_of))
 
 
 def seconds(bandwidth, node_of, to_rank, costs=ONE):
@@ -65,7 +65,7 @@ def test_ranks_that_share_a_network_card_wait_for_each_other_but_not_for_those_o
     costs, took = replace(ONE, two_level=two_level), []
     for lanes in (None, np.full(4, 2.0), np.full(4, 1.0), np.array([1.5, 1.5, 2, 2])):
         t = replace(topology, lanes=lanes)
-        took.append(Links.of(t, t.node_of).seconds(tuple(c.astype(float) for c in copies), costs))
+        took.append(LinkSeconds.of(t, t.node_of).seconds(tuple(c.astype(float) for c in copies), costs))
     inside = took[0] - 2 * 4 / 10
     assert took == pytest.approx([inside + 2 * x for x in (4 / 10, 4 / 10, 8 / 10, 8 / 15)])
     assert inside == pytest.approx(2 * 2 / 100 if two_level else 0.0)  # half of what arrives is for the other rank

@@ -124,6 +124,32 @@ def test_a_checkpoint_after_migrations_goes_on_on_another_layout(tmp_path):
     assert_follows_from(4, run_ranks(2, read))
 
 
+@pytest.mark.parametrize(("wrote", "reads"), [(0, 0.9), (0.9, 0)])
+def test_a_run_resumed_with_another_momentum_migrates_before_its_first_update(tmp_path, wrote, reads):
+    url, old, new = str(tmp_path), drawn(2, 1, True), drawn(2, 2, True)
+    Directory(url).clear(2)
+    written, read = (configure("optim.kind=sgd", "optim.learning_rate=0.3", f"optim.beta1={b}") for b in (wrote, reads))
+
+    def write(group):
+        rank = make_rank(*written, group, old)
+        [rank.train_step(number) for number in range(2)]
+        return rank.save(url, 2), rank.rank.statistics()
+
+    def resume(group, migrates):
+        rank = make_rank(*read, group, old)
+        rank.load(url, 2)
+        assert rank.optimizer.updates == 2
+        if migrates:
+            rank.migrate(new)
+        losses = [rank.train_step(number).loss for number in (2, 3, 4)]
+        return losses, {len(w.moments) for w in rank.optimizer.weights}
+
+    commit(url, 2, run_ranks(2, write))
+    moved, stayed = (run_ranks(2, lambda group, m=m: resume(group, m)) for m in (True, False))
+    assert moved[0][1] == ({1} if reads else {0})
+    assert moved[0][0] == pytest.approx(stayed[0][0], rel=1e-5)
+
+
 def assert_follows_from(step, results):
     for got, want in zip(results[0], reference(STEPS)[0][step:], strict=False):
         assert got.loss == pytest.approx(want.loss, rel=1e-4)

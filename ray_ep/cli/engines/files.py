@@ -41,11 +41,6 @@ SUFFIXES = (".pt", ".npy", ".npz", ".json", ".jsonl")
 """Files of a directory that are looked at; the rest of it is nobody's record."""
 
 
-def read_statistics(path: str | Path, num_experts: int | None = None) -> RoutingStatistics:
-    """Routing statistics that ray_ep, SGLang, vLLM or TensorRT-LLM recorded; see `read_record`."""
-    return read_record(path, num_experts).statistics
-
-
 def read_record(path: str | Path, num_experts: int | None = None, shape: tuple[int, int] | None = None) -> Recorded:
     """Statistics with the engine's name and its layer numbers, of a file or a directory of one run's files.
 

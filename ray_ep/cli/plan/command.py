@@ -1,6 +1,6 @@
 """`ray-ep plan`: would other places for the experts be faster, and what would moving them cost. Needs no cluster.
 
-Reading is plan_inputs.py, deciding ray_ep.placement, drawing ray_ep.observe.plan_page; plan_run.py puts them together.
+Reading is inputs.py, deciding ray_ep.placement, drawing ray_ep.observe.plan_page; run.py puts them together.
 """
 
 from __future__ import annotations

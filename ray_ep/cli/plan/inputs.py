@@ -17,8 +17,10 @@ import yaml
 
 from ray_ep.cli.engines.files import read_map, read_placement, read_record
 from ray_ep.cli.engines.formats import text_of, yaml_file
+from ray_ep.driver.rebalance.recent import NOW
 from ray_ep.errors import BadInput, PlacementError
 from ray_ep.placement import Placement, RoutingStatistics, StepCosts, Topology
+from ray_ep.placement.compare import Measured
 from ray_ep.placement.engines.records import Recorded
 from ray_ep.placement.planner.survive import fewest_slots
 from ray_ep.placement.whatif.description import describe
@@ -29,7 +31,7 @@ COSTS = ("tokens_per_rank", "token_bytes", "expert_seconds", "expert_bytes", "op
 
 
 @dataclass(frozen=True, slots=True)
-class Costs:
+class SourcedCosts:
     """Figures of the cost model, where they come from, and whether an expert's size among them is the model's own."""
 
     figures: StepCosts
@@ -123,7 +125,7 @@ def read_current(
 
 def read_costs(
     given: Sequence[str], run: Path | None, recorded: Recorded, ranks: int, speed: tuple[float, ...] | None
-) -> Costs:
+) -> SourcedCosts:
     """Costs of the run's own model and steps where it tells, else the defaults; `given` NAME=VALUE wins."""
     own = {} if run is None else run_costs(run, recorded, ranks)
     if recorded.engine != "ray_ep":
@@ -143,7 +145,7 @@ def read_costs(
     if "tokens_per_rank" in values:
         values["tokens_per_rank"] = max(1, round(values["tokens_per_rank"]))
     figures = replace(StepCosts(**values), speed=speed)
-    return Costs(figures, source, "expert_bytes" not in defaults)
+    return SourcedCosts(figures, source, "expert_bytes" not in defaults)
 
 
 def read_level(given: str | None, run: Path | None, own: bool) -> tuple[str, str]:
@@ -225,6 +227,24 @@ def run_costs(run: Path, recorded: Recorded, ranks: int) -> dict[str, float]:
     if seconds and sample is not None and sample.shape[1]:
         found["expert_seconds"] = float(np.median(seconds)) / (len(load) * sample.shape[2])
     return {k: v for k, v in found.items() if np.isfinite(v) and v > 0}
+
+
+def measured_steps(run: Path | None, options: Mapping[str, Any]) -> Measured | None:
+    """What the run's last steps took, as the running job sees it; None: nothing is known, or other links or costs are.
+
+    Args:
+        options: of the command line; a topology or costs that are given there are not those of the run's steps.
+    """
+    if run is None or options["topology"] is not None or options["costs"]:
+        return None
+    last = []
+    for line in _lines(run / "metrics.jsonl")[-NOW:]:
+        try:
+            last.append((line["step_seconds"], line["exchange_seconds"] + line["expert_seconds"]))
+        except (KeyError, TypeError):
+            continue
+    step, moe = np.median(last, axis=0).tolist() if last else (0.0, 0.0)
+    return Measured(step, moe) if np.isfinite(step + moe) and step > 0 and moe > 0 else None
 
 
 def _model(run: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -10,16 +10,16 @@ import numpy as np
 
 from ray_ep.cli.engines.files import write_placement
 from ray_ep.cli.plan import inputs as plan_inputs
+from ray_ep.cli.plan.words import assumed, remote_nodes, sentences
 from ray_ep.cli.table import table
 from ray_ep.cli.units import in_bytes, in_seconds
 from ray_ep.errors import BadInput, PlacementError
 from ray_ep.placement import Placement
-from ray_ep.placement.advice import advice_words
-from ray_ep.placement.compare import PLAN, Candidate, Case, candidates, compare, pays_back, safety
+from ray_ep.placement.compare import PLAN, Candidate, Case, candidates, compare, safety, verdict
 from ray_ep.placement.cost.predict import Prediction
 from ray_ep.placement.engines.records import Recorded
-from ray_ep.placement.placement import Floats
 from ray_ep.placement.planner.survive import Price, survives
+from ray_ep.placement.planner.verdict import pays_back
 
 HEAD = ("placement", "step", "of now", "compute", "traffic", "ranks", "nodes", "remote", "moved", "bytes", "pays back")
 LEGEND = (
@@ -43,7 +43,7 @@ class Planned:
 
     case: Case
     recorded: Recorded
-    costs: plan_inputs.Costs
+    costs: plan_inputs.SourcedCosts
     now: str
     found: tuple[Candidate, ...]
     words: tuple[str, ...]
@@ -79,14 +79,13 @@ def planned(path: Path, options: dict[str, Any]) -> Planned:
     placements = candidates(case, current)
     now = next(iter(placements))
     found = tuple(compare(case, placements, now))
-    told = {
-        name: placements[name]
-        for name in dict.fromkeys((now, "load-only", PLAN))
-        if name in (now, PLAN) or survives(placements[name], topology.node_of, lost)  # no advice to give up what is due
-    }
-    size = round(costs.figures.expert_bytes) if costs.sized else None
+    told = [
+        c
+        for c in found
+        if c.name in (now, PLAN) or (c.name == "load-only" and survives(c.placement, topology.node_of, lost))
+    ]
+    size = costs.figures.expert_bytes if costs.sized else None
     nearest = recorded.engine in NEAREST and engine in NEAREST
-    words = advice_words(recorded.statistics, told, topology.node_of, size, now, nearest, level)
     notes = (*_notes(recorded, case, costs, why), *left)
     where = numbers = None
     if out is not None:
@@ -94,7 +93,8 @@ def planned(path: Path, options: dict[str, Any]) -> Planned:
         write_placement(written, engine, out, recorded.layer_ids, recorded.num_layers)
         where, numbers = f"{out} ({engine})", _in_numbers(written)
     price = safety(case, placements)
-    words = [_move(found, now, case), *_safety_in_words(price, lost), *words]
+    answer = verdict(case, found, now, plan_inputs.measured_steps(run, options))
+    words = [answer.words, *_safety_in_words(price, lost), *sentences(told, now, level, size), *assumed(told, nearest)]
     return Planned(case, recorded, costs, now, found, tuple(words), notes, where, numbers, price)
 
 
@@ -117,7 +117,7 @@ def _safety_in_words(price: Price | None, lost: int) -> list[str]:
     return [f"{nodes} may go and every expert keeps a replica; that costs, against the unprotected plan: {price}"]
 
 
-def _notes(recorded: Recorded, case: Case, costs: plan_inputs.Costs, why: str) -> tuple[str, ...]:
+def _notes(recorded: Recorded, case: Case, costs: plan_inputs.SourcedCosts, why: str) -> tuple[str, ...]:
     """What was read and assumed."""
     topology, (layers, experts) = case.topology, case.statistics.load.shape
     slots = "as many slots as experts" if case.slots is None else f"{case.slots} slots a rank"
@@ -140,25 +140,6 @@ def _notes(recorded: Recorded, case: Case, costs: plan_inputs.Costs, why: str) -
     return tuple(notes)
 
 
-def _move(found: tuple[Candidate, ...], now: str, case: Case) -> str:
-    """The planner's own word: stay, or what moves and when that has paid back."""
-    by_name = {c.name: c for c in found}
-    old, new = by_name[now].prediction, by_name[PLAN].prediction
-    moving = by_name[PLAN].moving
-    if moving is None or not (moving.replicas or moving.primaries):
-        return f"stay with {now}: no move wins back its price within {case.horizon_steps:g} steps"
-    steps = pays_back(moving, old, new)
-    unsafe = not survives(by_name[now].placement, case.topology.node_of, case.survive_nodes)
-    what = f"{moving.replicas} experts ({in_bytes(by_name[PLAN].moving_bytes)})"
-    change = f"{in_seconds(old.step_seconds)} -> {in_seconds(new.step_seconds)}"
-    then = f"predicted step {change}, costs {in_seconds(moving.seconds)}"
-    if unsafe:
-        return f"move {what}: {now} cannot lose {case.survive_nodes} node(s); {then}"
-    if steps > case.horizon_steps:
-        return f"stay with {now}: to move {what} does not pay back within {case.horizon_steps:g} steps: {then}"
-    return f"move {what}: {then}, pays back in {steps:.3g} steps"
-
-
 def text(planned: Planned) -> str:
     """For the terminal: notes, the table, the advice."""
     by_name = {c.name: c for c in planned.found}
@@ -175,24 +156,18 @@ def _row(c: Candidate, old: Prediction) -> tuple[str, ...]:
     if c.moving is not None and not c.moving.replicas and not c.moving.primaries:
         moved = ("0", "0 B", "-")
     elif c.moving is not None:
-        steps = pays_back(c.moving, old, p)
+        steps = pays_back(c.moving.seconds, old.step_seconds - p.step_seconds)
         moved = (
             str(c.moving.replicas),
             in_bytes(c.moving_bytes),
             f"{steps:.3g} steps" if np.isfinite(steps) else "never",
         )
-    remote = _known(p.remote_nodes)
+    remote = remote_nodes(c)
     return (
         c.name, in_seconds(p.step_seconds), f"{of_now:.2f}", in_seconds(float(p.compute.sum())),
         "-" if remote is None else in_seconds(float(p.traffic.sum())), f"{p.balancedness:.3f}",
         f"{p.node_balancedness:.3f}", "-" if remote is None else f"{remote:.2f}", *moved,
     )  # fmt: skip
-
-
-def _known(remote_nodes: Floats) -> float | None:
-    """Mean [L] of what a token visits; None where it is not known."""
-    mean = float(np.mean(remote_nodes)) if len(remote_nodes) else 0.0
-    return None if np.isnan(mean) else mean
 
 
 def tree(planned: Planned) -> dict[str, Any]:
@@ -220,7 +195,8 @@ def tree(planned: Planned) -> dict[str, Any]:
 
 def _figures(c: Candidate, old: Prediction) -> dict[str, Any]:
     p = c.prediction
-    steps, remote = None if c.moving is None else pays_back(c.moving, old, p), _known(p.remote_nodes)
+    steps = None if c.moving is None else pays_back(c.moving.seconds, old.step_seconds - p.step_seconds)
+    remote = remote_nodes(c)
     return {
         "name": c.name,
         "step_seconds": p.step_seconds,

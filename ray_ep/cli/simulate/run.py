@@ -15,7 +15,7 @@ from ray_ep.cli.simulate.inputs import Clusters
 from ray_ep.cli.table import table
 from ray_ep.cli.units import in_bytes, in_seconds
 from ray_ep.errors import BadInput, PlacementError
-from ray_ep.placement.cost.predict import StepCosts
+from ray_ep.placement.cost.figures import StepCosts
 from ray_ep.placement.engines.records import Recorded
 from ray_ep.placement.whatif.answer import Option, answer
 from ray_ep.placement.whatif.simulate import PLANNED_SLOTS, simulate

@@ -1,6 +1,6 @@
 """The rebalancer's hands: between steps it asks the ranks for samples, has links watched (links.py) and experts moved.
 
-When and whether is decided in rebalancer.py and verdict.py. Every call here is made between two steps of the driver.
+When is decided in rebalancer.py, whether in placement.planner.verdict. Every call is made between two steps.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from ray_ep.config.schema import Config, PlacementConfig
 from ray_ep.driver.rebalance.links import Links
 from ray_ep.driver.rebalance.rebalancer import Rebalancer
 from ray_ep.driver.rebalance.recent import Facts, Recent, Step
-from ray_ep.driver.rebalance.verdict import Question, Verdict, room_of
 from ray_ep.driver.records import Event
 from ray_ep.driver.states import State, States
 from ray_ep.errors import BadInput, RankError
@@ -25,6 +24,7 @@ from ray_ep.moe import Balance
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.placement.links.groups import groups_of
 from ray_ep.placement.planner.survive import check_room
+from ray_ep.placement.planner.verdict import Question, Verdict, room_of
 from ray_ep.rank.results import StepResult
 
 LOOK = 100

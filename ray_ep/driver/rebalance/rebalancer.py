@@ -1,7 +1,7 @@
 """When to think about other places for the experts, and what became of it. Decides; moves nothing. No Ray, no torch.
 
-A decision (verdict.py) is made beside the steps, in a thread; between steps its answer is picked up. After a move the
-steps are timed, and a move that made them longer makes the next one harder to get.
+Whether to move is decided (planner.verdict) beside the steps, in a thread; between steps its answer is picked up. After
+a move the steps are timed, and a move that made them longer makes the next one harder to get.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from statistics import median
 from typing import Any
 
 from ray_ep.config.schema import PlacementConfig
-from ray_ep.driver.rebalance.verdict import Question, Verdict, decide
 from ray_ep.driver.records import Event
+from ray_ep.placement.planner.verdict import Question, Verdict, decide
 
 WINDOW = 10
 """Steps before a move and after it whose medians are compared; the first one after it is left out."""

@@ -101,7 +101,9 @@ class Gemm:
             torch.mm(a.t(), b, out=out)
 
     def takes_plain(self, weight: torch.Tensor, rows: int) -> bool:
-        """Whether `rows` are multiplied by the plain weight [N, K] where there is a packed copy too."""
+        """Whether `rows` are multiplied by the plain weight [N, K] where it can be packed."""
+        if self._widens(weight):
+            return True
         return not self._by_onednn(weight) and weight.numel() <= self.reuse[weight.dtype] * rows
 
     def _by_onednn(self, x: torch.Tensor) -> bool:

@@ -6,22 +6,19 @@ T tokens, K top_k, R ranks, S experts held, N rows, P pairs; "sorted" pairs are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+from ray_ep.placement.compiled import kernel_with
+
 _1, _16 = np.uint32(1), np.uint32(16)
 _FIRST = np.uint16(1 << 15)
-
-
-def kernel(function: Function) -> Function:
-    """Compile at the first call for its argument types, or load that from numba's cache; sums in any order."""
-    return cast(Function, njit(cache=True, nogil=True, fastmath=True, error_model="numpy")(function))
+kernel = kernel_with(fastmath=True)
+"""Sums may be added in any order here."""
 
 
 def view(t: Any) -> Any:

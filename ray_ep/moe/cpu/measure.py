@@ -128,7 +128,8 @@ def _race(
             start = clock()
             if work is not None:
                 work()
-            found[name].append(clock() - start if work is not None else float("inf"))
+            took = clock() - start
+            found[name].append(float("inf") if work is None else took)
     least = torch.tensor([min(times) for times in found.values()], dtype=torch.float64)
     group.all_reduce(least, "max")
     return [ProductTiming(name, seconds, rounds) for name, seconds in zip(works, least.tolist(), strict=True)]

@@ -202,7 +202,7 @@ def _choose_library(
     found = time_libraries(shapes, ep.group, clock, _LIBRARY_S)
     library = fastest({t.library: t.seconds for t in found}, LIBRARY_CLEARLY)
     ep.gemm.library[dtype] = library
-    if not backward and ep.passes.now.inference is not None and library != "onednn":
+    if not backward and ep.passes.now.inference is not None and library == "torch":
         plain, packed = time_packed(shapes, library, ep.group, clock, _LIBRARY_S)
         found.append(packed)
         reuse = ep.gemm.reuse[dtype]

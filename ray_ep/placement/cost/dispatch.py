@@ -6,12 +6,36 @@ T tokens, K top_k, E experts, R ranks, N nodes, B words of 64 tokens of a rank.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ray_ep.placement.bits import ones
 from ray_ep.placement.compiled import kernel
-from ray_ep.placement.planner.grouping import ones
+from ray_ep.placement.migration import held
+from ray_ep.placement.placement import Floats, Ints, Placement
+
+DRAWS = 32768
+"""A layer's prediction plays this many dispatches of sampled tokens through. More take longer and vary less."""
+
+
+class Dealt(NamedTuple):
+    """Sampled tokens by the rank that they start from."""
+
+    bits: Any  # [R, E, B] which of a rank's tokens chose each expert, 64 in a word
+    moment: Any  # [R, 64 * B] position of each token in the sequence that draws among replicas
+    tokens: Any  # [R] how many start there
+
+
+class Hosts(NamedTuple):
+    """Who computes each expert's tokens; expert e's hosts are member[start[e] : start[e + 1]]."""
+
+    part: Any  # as of `play`
+    member: Any  # [M]
+    start: Any  # [E + 1]
+    below: Any  # [M] a host's share of tokens that may go to any host, and of those before it
+    on: Any  # [E, N] hosts there
+    only: Any  # [N, E] where a node's tokens go if one rank comes into question, else -1
 
 
 @kernel
@@ -51,14 +75,8 @@ def _smooth(to_rank: Any, to_node: Any, node_of: Any, members: Any) -> None:
 
 
 @kernel
-def _hosts(held: Any, weight: Any, node_of: Any, members: Any) -> Any:
-    """Who computes each expert's tokens; members: [N] ranks of each node.
-
-    Returns:
-        part: as of `simulate`. member [M], start [E + 1]: expert e's hosts are member[start[e] : start[e + 1]].
-        below: [M] a host's share of tokens that may go to any host, and of those before it. on: [E, N] hosts there.
-        only: [N, E] where a node's tokens go if one rank comes into question, else -1.
-    """
+def _hosts(held: Any, weight: Any, node_of: Any, members: Any) -> Hosts:
+    """Who computes each expert's tokens; members: [N] ranks of each node."""
     experts, ranks = held.shape
     nodes = members.shape[0]
     part = np.zeros((experts, ranks))
@@ -97,18 +115,14 @@ def _hosts(held: Any, weight: Any, node_of: Any, members: Any) -> Any:
             below[at] = ahead
             at += 1
         below[at - 1] = np.inf
-    return part, member, start, below, on, only
+    return Hosts(part, member, start, below, on, only)
 
 
 @kernel
-def deal(sample: Any, experts: int, ranks: int, sources: int) -> Any:
+def deal(sample: Any, experts: int, ranks: int, sources: int) -> Dealt:
     """Spread sampled tokens [T, K] evenly over source ranks, each token over `sources` of them, at most R.
 
     The more sources, the less noise.
-
-    Returns:
-        bits: [R, E, B] which of a rank's tokens chose each expert, 64 in a word. moment: [R, 64 * B] position of each
-            token in the sequence that draws among replicas. tokens: [R] how many start there.
     """
     words = (sample.shape[0] * sources + 64 * ranks - 1) // (64 * ranks)
     bits, moment = np.zeros((ranks, experts, words), np.uint64), np.zeros((ranks, 64 * words))
@@ -123,11 +137,11 @@ def deal(sample: Any, experts: int, ranks: int, sources: int) -> Any:
                     bits[s, sample[t, k], at >> 6] |= np.uint64(1) << np.uint64(at & 63)
                 at += 1
         tokens[s] = at
-    return bits, moment, tokens
+    return Dealt(bits, moment, tokens)
 
 
 @kernel
-def simulate(dealt: Any, held: Any, weight: Any, node_of: Any, nodes: int) -> Any:
+def play(dealt: Dealt, held: Any, weight: Any, node_of: Any, nodes: int) -> Any:
     """Dispatch sampled tokens: those of a rank that choose an expert travel together where one rank takes them all.
 
     Args:
@@ -181,3 +195,26 @@ def simulate(dealt: Any, held: Any, weight: Any, node_of: Any, nodes: int) -> An
         to_node[s] /= max(tokens[s], 1)
     _smooth(to_rank, to_node, node_of, members)
     return part, to_rank, to_node
+
+
+def dispatch_layer(
+    placement: Placement, layer: int, sample: Ints, node_of: Ints
+) -> tuple[Floats, tuple[Floats, Floats]]:
+    """part [E, R] of each expert's tokens that a rank computes, and copies (to ranks [R, R], across to nodes [R, N])
+
+    that the mean token of each source rank sends.
+    """
+    weight = np.zeros((placement.num_experts + 1, placement.num_ranks))
+    slots = placement.slots[layer]
+    ranks = np.broadcast_to(np.arange(placement.num_ranks)[:, None], slots.shape)
+    share = 1.0 if placement.shares is None else placement.shares[layer]
+    np.add.at(weight, (slots, ranks), share)
+    nodes = int(node_of.max()) + 1
+    dealt = deal(sample, placement.num_experts, placement.num_ranks, sources_of(sample, placement.num_ranks))
+    part, to_rank, to_node = play(dealt, held(placement, layer), weight[:-1], node_of, nodes)
+    return part, (to_rank, to_node)
+
+
+def sources_of(sample: Ints, ranks: int) -> int:
+    """Ranks that each sampled token starts from, so that a layer plays DRAWS dispatches through."""
+    return int(np.clip(DRAWS // max(len(sample), 1), 1, ranks))

@@ -13,7 +13,7 @@ import numpy as np
 from ray_ep.placement.compiled import kernel
 
 TILE = 64
-"""Links are read in squares of so many ranks: the way back of a row is a column."""
+"""Ranks. Links are read in squares of this side: the way back of a row is a column."""
 
 
 @kernel

@@ -84,13 +84,6 @@ def document(
     return _ascend(slots)
 
 
-def from_document(
-    tree: Mapping[str, Any], where: str, ranks: int | None = None, layer_ids: Sequence[int] | None = None
-) -> Placement:
-    """The placement of `map_of`."""
-    return map_of(tree, where, ranks, layer_ids)[0]
-
-
 def map_of(
     tree: Mapping[str, Any],
     where: str,

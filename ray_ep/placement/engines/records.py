@@ -1,6 +1,6 @@
 """What other engines record about routing, as RoutingStatistics. Pure NumPy: documents in, statistics out.
 
-Opening files is ray_ep.cli.engines.files; writing placements for those engines is engine_maps.py beside this file.
+Opening files is ray_ep.cli.engines.files; writing placements for those engines is maps.py beside this file.
 Dimensions: P forward passes, T tokens, L layers, E experts, X physical experts (slots of all ranks), K top_k.
 
 Sources of the formats (commits of public repositories, read in 2026):

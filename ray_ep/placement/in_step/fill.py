@@ -10,14 +10,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ray_ep.placement.in_step.flows import compiled, inlined
+from ray_ep.placement.compiled import inlined, kernel
 
 SHORTLIST = 4
-"""Receivers that are looked at for a new guest before all others: those with most room."""
+"""Ranks. A new guest is first sought among this many with most room, then among all."""
+
+
+class RuleArrays(NamedTuple):
+    """The arrays of a `rules.StepRules`; hosts of expert e are host[start[e]:start[e + 1]]."""
+
+    start: Any  # [E + 1]
+    host: Any
+    holds: Any  # bool [E, R]
+    owner: Any  # [E]
+    node_of: Any  # [R]
+    per_pair: Any  # [R]
+    expert_seconds: Any  # [R, R]
+    pair_seconds: Any  # [R, R]
+    fast: Any  # bool [R, R]
 
 
 class Rules(NamedTuple):
-    """`step.StepRules` as the kernels want it; hosts of expert e are host[start[e]:start[e + 1]]."""
+    """What one search goes by: those, and what the caller of `balance_step` asks for."""
 
     start: Any  # [E + 1]
     host: Any
@@ -44,7 +58,7 @@ class State(NamedTuple):
     taken: Any  # [R] guests of each rank
 
 
-class Move(NamedTuple):
+class Transfer(NamedTuple):
     """Pairs of one expert that change their rank; `pairs` 0: no move."""
 
     gain: float
@@ -99,7 +113,7 @@ def _portion(giver: Any, taker: Any, kinds: Any, travel: float, level: float, le
 
 
 @inlined
-def _try(best: Move, state: State, counts: Any, rules: Rules, level: float, way: Any) -> Move:
+def _try(best: Transfer, state: State, counts: Any, rules: Rules, level: float, way: Any) -> Transfer:
     """The better of `best` and the move `way` = (expert, from, to, rank that sends the weights or -1)."""
     e, a, b, h = way  # a sender of weights may rise above the giver: it is helped next, the score of the level decides
     top, cost, least = state.seconds[a], 0.0, 1
@@ -112,14 +126,14 @@ def _try(best: Move, state: State, counts: Any, rules: Rules, level: float, way:
     # What the receiver does beside computing (weights, travelling pairs) counts against the move.
     gain = top - after - (loaded - state.seconds[b] - x * rules.per_pair[b])
     if x >= least and after < top and loaded < top and (best.pairs == 0 or gain > best.gain):
-        return Move(gain, e, b, h, x, after, loaded)
+        return Transfer(gain, e, b, h, x, after, loaded)
     return best
 
 
 @inlined
-def _to_holders(a: int, state: State, made: int, counts: Any, rules: Rules, level: float) -> Move:
+def _to_holders(a: int, state: State, made: int, counts: Any, rules: Rules, level: float) -> Transfer:
     """The best move from rank a to a replica or to a guest made before: no weights travel."""
-    best = Move(0.0, -1, -1, -1, 0, 0.0, 0.0)
+    best = Transfer(0.0, -1, -1, -1, 0, 0.0, 0.0)
     for e in range(state.rows.shape[1]):
         first, last = rules.start[e], rules.start[e + 1]
         if state.rows[a, e] == 0 or state.is_guest[a, e] or last - first < 2:
@@ -170,9 +184,9 @@ def _roomiest(a: int, state: State, rules: Rules, level: float, out: Any) -> int
 
 
 @inlined
-def _to_guest(a: int, state: State, counts: Any, rules: Rules, level: float, takers: Any) -> Move:
+def _to_guest(a: int, state: State, counts: Any, rules: Rules, level: float, takers: Any) -> Transfer:
     """The best move from rank a to a new guest on one of its roomiest ranks (as many as `takers` has entries)."""
-    best = Move(0.0, -1, -1, -1, 0, 0.0, 0.0)
+    best = Transfer(0.0, -1, -1, -1, 0, 0.0, 0.0)
     found = _roomiest(a, state, rules, level, takers)
     for e in range(state.rows.shape[1]):
         if state.rows[a, e] < rules.least or state.is_guest[a, e]:
@@ -187,7 +201,7 @@ def _to_guest(a: int, state: State, counts: Any, rules: Rules, level: float, tak
 
 
 @inlined
-def apply(a: int, move: Move, state: State, made: int, rules: Rules) -> int:
+def apply(a: int, move: Transfer, state: State, made: int, rules: Rules) -> int:
     """Do the move; returns the number of guests."""
     state.rows[a, move.expert] -= move.pairs
     state.rows[move.to, move.expert] += move.pairs
@@ -205,7 +219,7 @@ def apply(a: int, move: Move, state: State, made: int, rules: Rules) -> int:
     return made + 1
 
 
-@compiled
+@kernel
 def fill(level: float, state: State, counts: Any, rules: Rules) -> int:
     """Bring every rank down to `level` seconds, the busiest first; ends at the first that nobody can help.
 

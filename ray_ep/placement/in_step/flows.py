@@ -1,6 +1,5 @@
 """Compiled kernels of a step's flows: which rank computes which source's pairs. search.py finds the quotas.
 
-After a change here or in fill.py, `BELOW` of search.py changes, too: see there.
 No fastmath: every rank must reach the same plan bit for bit, on whatever CPU it runs. `rows` is a quota transposed
 to [R, E]: a rank's experts lie side by side. E experts, R ranks, G guests.
 """
@@ -10,13 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-compiled = njit(cache=True, nogil=True, error_model="numpy")
-inlined = njit(cache=True, nogil=True, error_model="numpy", forceinline=True)  # calls with many arrays cost more
+from ray_ep.placement.compiled import kernel
 
 
-@compiled
+@kernel
 def nearest(counts: Any, start: Any, host: Any, holds: Any, node_of: Any) -> Any:
     """The split without balancing: the source itself, else its node's replicas evenly, else all replicas evenly.
 
@@ -47,7 +44,7 @@ def nearest(counts: Any, start: Any, host: Any, holds: Any, node_of: Any) -> Any
     return rows
 
 
-@compiled
+@kernel
 def single_rank(rows: Any) -> Any:
     """rows [R, E] -> int64 [E]: the only rank that computes an expert, -1 where it is split, -2 where nobody does."""
     ranks, experts = rows.shape
@@ -59,7 +56,7 @@ def single_rank(rows: Any) -> Any:
     return only
 
 
-@compiled
+@kernel
 def _meet(left: Any, room: Any, hosts: Any, node_of: Any, far: bool, note: Any) -> None:
     """Give what sources have `left` [R] to `hosts` with `room` [R], both ascending; `far`: to other nodes, too.
 
@@ -82,7 +79,7 @@ def _meet(left: Any, room: Any, hosts: Any, node_of: Any, far: bool, note: Any) 
             begin += 1
 
 
-@compiled
+@kernel
 def flows(counts: Any, rows: Any, only: Any, node_of: Any, source: int) -> Any:
     """Who sends what where: each source's pairs against the quotas; itself first, then its node, then the rest.
 
@@ -118,7 +115,7 @@ def flows(counts: Any, rows: Any, only: Any, node_of: Any, source: int) -> Any:
     return out
 
 
-@compiled
+@kernel
 def rank_seconds(between: Any, per_pair: Any, pair_seconds: Any, guests: Any, expert_seconds: Any) -> Any:
     """Predicted seconds of each rank [R]: compute, pairs on both ends of their way, guests on both ends of theirs."""
     ranks = len(per_pair)

@@ -14,29 +14,32 @@ import numpy as np
 import numpy.typing as npt
 
 from ray_ep.errors import PlacementError
+from ray_ep.placement.in_step.fill import RuleArrays
 from ray_ep.placement.in_step.flows import flows
-from ray_ep.placement.in_step.search import plan as _plan
+from ray_ep.placement.in_step.search import plan_step
 from ray_ep.placement.placement import Floats, Ints, Placement
 from ray_ep.placement.topology import Topology
 
 Bools = npt.NDArray[np.bool_]
 
 NEAR_BANDWIDTH, NEAR_LATENCY = 3e9, 1e-4
-"""Bytes/s and seconds of links inside a node that were not measured."""
+"""Bytes/s and seconds. Links inside a node that nobody measured count as this fast."""
 
 FAR_BANDWIDTH, FAR_LATENCY = 1.25e8, 1e-3
-"""The same between nodes (1 Gbit/s): careful, since crossing by mistake costs more than staying."""
+"""Bytes/s (1 Gbit/s) and seconds. Links between nodes that nobody measured count as this slow: crossing by mistake
+costs more than staying."""
 
 FAST_SHARE = 0.5
-"""A link between nodes is fast when it has this share of the median measured bandwidth inside nodes."""
+"""Share of the median bandwidth inside nodes. A link between nodes with at least this counts as fast."""
 
 MIN_PAIRS = 16
-"""Fewest pairs worth a guest: smaller GEMMs take nearly as long as this one."""
+"""Pairs. A guest computes at least this many: smaller GEMMs take nearly as long."""
 
 NO_CAP = 2**62
+"""Pairs. The cap of a plan without one; no count comes near."""
 
 TOLERANCE = 0.01
-"""Imbalance that is left alone."""
+"""Share of the mean. Imbalance below it is left alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +71,7 @@ class StepRules:
     guest_slots: int
     min_pairs: int
     fast: Bools
-    _arrays: tuple[npt.NDArray[Any], ...] = field(init=False, repr=False, default=())
+    _arrays: RuleArrays = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         kinds = {"holds": np.bool_, "fast": np.bool_, "owner": np.int64, "node_of": np.int64}
@@ -80,7 +83,7 @@ class StepRules:
         self._check()
         start = np.concatenate([[0], np.cumsum(self.holds.sum(1))]).astype(np.int64)
         host = np.ascontiguousarray(np.nonzero(self.holds)[1].astype(np.int64))
-        arrays = (
+        arrays = RuleArrays(
             start, host, self.holds, self.owner, self.node_of,
             self.seconds_per_pair, self.expert_seconds, self.pair_seconds, self.fast,
         )  # fmt: skip
@@ -245,14 +248,13 @@ def balance_step(
     if bound < 1 or (cap is not None and cap < 1):
         raise PlacementError(f"bound={bound}, cap={cap}: both are at least 1")
     most = NO_CAP if cap is None else int(cap)
-    numbers = (int(rules.guest_slots), int(rules.min_pairs), bool(cross), most, min(TOLERANCE, bound - 1.0))
-    rows, guests, between, only, figures, moved, fullest = _plan(array, rules._arrays, numbers)
-    if fullest < 0:
+    numbers = int(rules.guest_slots), int(rules.min_pairs), bool(cross), most, min(TOLERANCE, bound - 1.0)
+    found = plan_step(array, rules._arrays, *numbers)
+    if found.most < 0:
         raise PlacementError(f"counts: {array.min()} pairs: expected 0 or more")
-    uneven, even, before, after, cost = figures
     return StepPlan(
-        rows.T, guests, moved, uneven, even, before - after, cost, max(fullest - most, 0), array, rules.node_of, only,
-        between,
+        found.rows.T, found.guests, found.moved, found.uneven, found.even, found.before - found.after, found.weights,
+        max(found.most - most, 0), array, rules.node_of, found.only, found.between,
     )  # fmt: skip
 
 

@@ -7,25 +7,23 @@ level is not the best one. E experts, R ranks, G guests; `rows` is a quota trans
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ray_ep.placement.in_step.fill import Move, Rules, State, apply, fill, sender
-from ray_ep.placement.in_step.flows import compiled, flows, nearest, rank_seconds, single_rank
+from ray_ep.placement.compiled import kernel
+from ray_ep.placement.in_step.fill import RuleArrays, Rules, State, Transfer, apply, fill, sender
+from ray_ep.placement.in_step.flows import flows, nearest, rank_seconds, single_rank
 
-BELOW = "a4dca6aa4b8fb11a"
-"""Digest of flows.py and fill.py. numba's cache looks at the text of one file alone: without a change in this
-one, it would go on with the old kernels of those (also after an upgrade, which leaves the cache where it is)."""
-
-ROUNDS = 6
-"""Most levels that are tried for one plan."""
+MOST_LEVELS = 6
+"""Levels. One plan tries at most this many."""
 
 GUEST_WEIGHT = 0.01
-"""One guest a rank must make the step faster by at least this share: of plans nearly alike the one with fewer wins."""
+"""Share of a step's time. One guest a rank must shorten the step by at least this: of nearly equal plans the one
+with fewer guests wins."""
 
 
-@compiled
+@kernel
 def even_level(seconds: Any, per_pair: Any, near: Any) -> float:
     """Seconds that the busiest group's ranks would take if its work were spread perfectly."""
     ranks, level = len(seconds), 0.0
@@ -39,7 +37,7 @@ def even_level(seconds: Any, per_pair: Any, near: Any) -> float:
     return level
 
 
-@compiled
+@kernel
 def enforce_cap(state: State, made: int, rules: Rules) -> int:
     """Move pairs off ranks that have more than the cap, whatever it costs, to ranks under it that may take them.
 
@@ -53,7 +51,7 @@ def enforce_cap(state: State, made: int, rules: Rules) -> int:
         a = int(np.argmax(state.pairs))
         if state.pairs[a] <= rules.cap:
             break
-        best, score = Move(0.0, -1, -1, -1, 0, 0.0, 0.0), (0, 0)
+        best, score = Transfer(0.0, -1, -1, -1, 0, 0.0, 0.0), (0, 0)
         for e in range(experts):
             if state.rows[a, e] == 0:
                 continue
@@ -65,14 +63,14 @@ def enforce_cap(state: State, made: int, rules: Rules) -> int:
                     continue
                 h = -1 if has else sender(e, b, rules, True)
                 if has or (h >= 0 and state.taken[b] < rules.slots):
-                    best, score = Move(0.0, e, b, h, x, state.seconds[a], state.seconds[b]), (rank, x)
+                    best, score = Transfer(0.0, e, b, h, x, state.seconds[a], state.seconds[b]), (rank, x)
         if best.pairs == 0:
             break
         made = apply(a, best, state, made, rules)
     return made
 
 
-@compiled
+@kernel
 def _fresh(rows: Any, seconds: Any, pairs: Any, room: int) -> State:
     ranks = len(seconds)
     return State(
@@ -81,7 +79,7 @@ def _fresh(rows: Any, seconds: Any, pairs: Any, room: int) -> State:
     )  # fmt: skip
 
 
-@compiled
+@kernel
 def _guest_share(seconds: Any, level: float, rules: Rules) -> float:
     """Seconds a rank that guests will cost, were there one on each rank under the level: where the search begins."""
     ranks, takers, cost, links = len(seconds), 0, 0.0, 0
@@ -96,7 +94,7 @@ def _guest_share(seconds: Any, level: float, rules: Rules) -> float:
     return 2.0 * takers * cost / (max(links, 1) * ranks)
 
 
-@compiled
+@kernel
 def search(rows: Any, seconds: Any, tolerance: float, counts: Any, rules: Rules) -> tuple[State, int]:
     """The best plan over the levels tried, from the split `rows` [R, E] that takes `seconds` [R].
 
@@ -114,7 +112,7 @@ def search(rows: Any, seconds: Any, tolerance: float, counts: Any, rules: Rules)
     # `low` bounds what can be reached from below: no level under it is worth a trial. Travelling pairs may come home.
     low, high, best_score = even_level(pairs * rules.per_pair, rules.per_pair, rules.near), top, top
     level = (start + _guest_share(seconds, start, rules)) * slack
-    for _ in range(ROUNDS):
+    for _ in range(MOST_LEVELS):
         state = _fresh(rows, seconds, pairs, room)
         made = fill(level, state, counts, rules)
         reached = state.seconds.max()
@@ -135,7 +133,7 @@ def search(rows: Any, seconds: Any, tolerance: float, counts: Any, rules: Rules)
     return best, best_made
 
 
-@compiled
+@kernel
 def _sorted_guests(state: State, made: int) -> Any:
     """[G, 3] the guests that compute something, by (to, expert)."""
     ranks, experts = state.rows.shape
@@ -152,7 +150,7 @@ def _sorted_guests(state: State, made: int) -> Any:
     return out
 
 
-@compiled
+@kernel
 def _same(a: Any, b: Any) -> bool:
     for r in range(a.shape[0]):
         for e in range(a.shape[1]):
@@ -161,9 +159,34 @@ def _same(a: Any, b: Any) -> bool:
     return True
 
 
-@compiled
-def _outcome(state: State, made: int, counts: Any, rules: Rules) -> tuple[Any, Any, Any, float, float]:
-    """guests [G, 3], `single_rank` [E], pairs between ranks [R, R], the slowest rank's seconds, the most for guests."""
+class Outcome(NamedTuple):
+    """What a split of the pairs leads to."""
+
+    guests: Any  # [G, 3]
+    only: Any  # [E] of `single_rank`
+    between: Any  # [R, R] pairs between ranks
+    slowest: float  # seconds of the slowest rank
+    weights: float  # most seconds of a rank for guests
+
+
+class Found(NamedTuple):
+    """A whole plan."""
+
+    rows: Any  # [R, E]
+    guests: Any  # this and the next four are those of `Outcome`
+    only: Any
+    between: Any
+    after: float
+    weights: float
+    uneven: float  # slowest rank's compute over that of an even spread, before
+    even: float  # after
+    before: float  # slowest rank's seconds
+    moved: bool  # the plan is not the nearest-replica split
+    most: int  # pairs of a rank; -1: there are negative counts
+
+
+@kernel
+def _outcome(state: State, made: int, counts: Any, rules: Rules) -> Outcome:
     guests = _sorted_guests(state, made)
     only = single_rank(state.rows)
     between = flows(counts, state.rows, only, rules.node_of, -1)
@@ -171,32 +194,25 @@ def _outcome(state: State, made: int, counts: Any, rules: Rules) -> tuple[Any, A
     ranks = len(seconds)
     weights = rank_seconds(np.zeros((ranks, ranks), np.int64), rules.per_pair, rules.pair_seconds, guests,
                            rules.expert_seconds)  # fmt: skip
-    return guests, only, between, seconds.max(), weights.max()
+    return Outcome(guests, only, between, seconds.max(), weights.max())
 
 
-@compiled
+@kernel
 def _imbalance(pairs: Any, per_pair: Any) -> float:
     """Slowest rank's compute time over the time that all would take if the load were spread by their speeds."""
     even = pairs.sum() / (1.0 / per_pair).sum()
     return (pairs * per_pair).max() / even if even > 0.0 else 1.0
 
 
-@compiled
-def plan(counts: Any, arrays: Any, numbers: Any) -> Any:
-    """All of `balance_step` in one call.
+@kernel
+def plan_step(
+    counts: Any, arrays: RuleArrays, slots: int, min_pairs: int, cross: bool, cap: int, tolerance: float
+) -> Found:
+    """All of `balance_step` in one call, from counts [R, E]; cap: most pairs of a rank.
 
-    Args:
-        counts: [R, E].
-        arrays: the first eight of `Rules`, and `fast`.
-        numbers: (slots, min_pairs, cross, cap, tolerance).
-
-    Returns:
-        rows [R, E], guests [G, 3], pairs between ranks [R, R], `single_rank` [E],
-        (max/mean load before, after, slowest rank's seconds before, after, most seconds for guests on a rank),
-        whether anything moved, most pairs of a rank (-1: there are negative counts).
+    Numbers come one by one, and the answer is flat: a named tuple that Python hands over costs half a microsecond.
     """
     start, host, holds, owner, node_of, per_pair, expert_seconds, pair_seconds, fast = arrays
-    slots, min_pairs, cross, cap, tolerance = numbers
     near = np.ones_like(fast) if cross else fast
     rules = Rules(
         start, host, holds, owner, node_of, per_pair, expert_seconds, pair_seconds, near,
@@ -208,21 +224,22 @@ def plan(counts: Any, arrays: Any, numbers: Any) -> Any:
     guests = np.empty((0, 3), np.int64)
     seconds = rank_seconds(between, per_pair, pair_seconds, guests, expert_seconds)
     before = seconds.max()
-    after, weights = before, 0.0
+    outcome = Outcome(guests, only, between, before, 0.0)
     pairs = first.sum(1)
     uneven = _imbalance(pairs, per_pair)
 
     state, made = search(first, seconds, tolerance, counts, rules)
     if not _same(first, state.rows):
-        guests, only, between, after, weights = _outcome(state, made, counts, rules)
+        outcome = _outcome(state, made, counts, rules)
         # The search adds up single moves; the flows as they will be have the last word.
-        if after >= before * (1 - tolerance):
+        if outcome.slowest >= before * (1 - tolerance):
             state, made = _fresh(first, seconds, pairs, len(state.guests)), 0
-            guests, only, between, after, weights = _outcome(state, made, counts, rules)
+            outcome = _outcome(state, made, counts, rules)
     if state.pairs.max() > cap:
         made = enforce_cap(state, made, rules)
-        guests, only, between, after, weights = _outcome(state, made, counts, rules)
-    moved = not _same(first, state.rows)
-    figures = (uneven, _imbalance(state.pairs, per_pair), before, after, weights)
+        outcome = _outcome(state, made, counts, rules)
     most = state.pairs.max() if counts.size == 0 or counts.min() >= 0 else -1
-    return state.rows, guests, between, only, figures, moved, most
+    moved = not _same(first, state.rows)
+    guests, only, between, after, weights = outcome
+    even = _imbalance(state.pairs, per_pair)
+    return Found(state.rows, guests, only, between, after, weights, uneven, even, before, moved, most)

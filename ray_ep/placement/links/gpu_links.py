@@ -15,6 +15,7 @@ from ray_ep.placement.placement import Ints
 KINDS = ("not known", "PCIe", "PCIe across sockets", "NVLink", "one GPU")
 """Names of the numbers in `Topology.joined`."""
 PCIE, SOCKETS, NVLINK, SAME = 1, 2, 3, 4
+"""Numbers of the kinds in KINDS."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,10 @@ from ray_ep.placement.topology import Topology
 Pair = tuple[int, int]
 
 MESSAGE = 1 << 20
-"""Bytes by whose time two ranks are near or far: latency and bandwidth in one figure, at a size that exchanges have."""
+"""Bytes. The time of such a message says whether two ranks are near: latency and bandwidth in one figure, at a size
+that exchanges have."""
 FASTER = 1.5
-"""Links inside a node must be this much faster than those across for its ranks to count as one group."""
+"""Factor. Links inside a node at least this much faster than those across make its ranks one group."""
 
 
 def groups_of(topology: Topology) -> npt.NDArray[np.int64]:

@@ -21,15 +21,19 @@ from ray_ep.placement.topology import Topology
 Pair = tuple[int, int]
 
 SIZES = (1, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
-"""Bytes of the messages tried, smallest first; a link that is too slow for its time stops earlier, after two sizes."""
+"""Bytes. Messages of these sizes are tried, smallest first; a link that is too slow for its time stops earlier,
+after two."""
 REPEATS = (5, 9)
-"""Fewest and most messages of a size: the lower quartile of five is the second fastest, so three may be disturbed."""
+"""Messages. Each size is sent at least and at most this often: of five, the lower quartile is the second fastest, so
+three may be disturbed."""
 COMPANY = 3
-"""Rounds in which whole nodes meet: so each meets two others, if there are, of which one may have the fewer cards."""
+"""Rounds. Whole nodes meet this often, so that each meets two others, if there are, of which one may have fewer
+cards."""
 OWN_CARDS = 0.75
-"""Ranks that keep this share of their speed while their node's others send, too, are taken to share nothing."""
+"""Share of a rank's lone speed. A rank that keeps it while its node's others send shares no card."""
 ROUND_S = 1.0
-"""Longest planned time of a round: a 3 GB/s link is done in 30 ms, one of 10 MB/s gets to messages of 256 KiB."""
+"""Seconds. A round is planned to take at most this: a 3 GB/s link is done in 30 ms, one of 10 MB/s gets to messages
+of 256 KiB."""
 
 
 # --- which pairs when

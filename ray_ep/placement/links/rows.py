@@ -11,11 +11,11 @@ from ray_ep.placement.links.groups import in_words
 from ray_ep.placement.topology import Topology
 
 EACH = 8
-"""Ranks up to which each link has a row; 9 ranks would have 72."""
+"""Ranks. Up to this many each link has a row; 9 ranks would have 72."""
 SLOW = 2.0
-"""A link this many times slower than its class has a row of its own, below the classes."""
+"""Factor. A link this many times slower than its class has a row of its own, below the classes."""
 NAMED = 8
-"""At most so many slow links are named, slowest first."""
+"""Links. At most this many slow ones are named, slowest first."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,11 +17,11 @@ from ray_ep.placement.links.groups import in_words
 from ray_ep.placement.topology import Topology
 
 MIN_BYTES = 1 << 16
-"""A smaller message says more about the machine's scheduling than about the link."""
+"""Bytes. Smaller messages are ignored: they say more about the machine's scheduling than about the link."""
 
 
 @dataclass(frozen=True)
-class Change:
+class LinkChange:
     """A link that is not as the topology says."""
 
     source: int
@@ -34,8 +34,8 @@ class Change:
 class LinkWatch:
     """Notices links that became slower, or recovered, by a factor over several observations.
 
-    One slow observation may be a busy receiver, so each of the last `observations` must be slow. After a `Change` the
-    link's bandwidth in `topology` is the observed one, so the next change is judged against that.
+    One slow observation may be a busy receiver, so each of the last `observations` must be slow. After a `LinkChange`
+    the link's bandwidth in `topology` is the observed one, so the next change is judged against that.
 
     Args:
         topology: as it was measured.
@@ -57,7 +57,7 @@ class LinkWatch:
         self._usual: dict[int, float] = {}  # seconds of a rank's exchange over what the links say, when all was well
         self._before: dict[int, float] = {}  # that, with other bytes on the links
 
-    def observe(self, source: int, destination: int, size: float, seconds: float) -> Change | None:
+    def observe(self, source: int, destination: int, size: float, seconds: float) -> LinkChange | None:
         """One message of `size` bytes took `seconds`, nothing waited for.
 
         Raises:
@@ -81,7 +81,7 @@ class LinkWatch:
             return None
         return self._change(source, destination, float(np.median(ratios)), True)
 
-    def observe_exchange(self, sizes: npt.ArrayLike, seconds: npt.ArrayLike) -> list[Change]:
+    def observe_exchange(self, sizes: npt.ArrayLike, seconds: npt.ArrayLike) -> list[LinkChange]:
         """One all-to-all of all ranks that began together (after another collective, or a barrier).
 
         A rank's time covers all its links, sent and received, so it is compared with their sum, and with how the two
@@ -137,8 +137,8 @@ class LinkWatch:
         slow = now >= self.factor * usual and min(ratios) >= self.factor**0.5 * usual
         return now / usual if slow else 0.0
 
-    def _blame(self, slow: dict[int, float]) -> list[Change]:
-        changes: list[Change] = []
+    def _blame(self, slow: dict[int, float]) -> list[LinkChange]:
+        changes: list[LinkChange] = []
         explained: set[int] = set()
         for rank in sorted(slow, key=lambda r: -slow[r]):
             if rank in explained:
@@ -172,7 +172,7 @@ class LinkWatch:
         rivals = [s for s in scores[1:] if s[0] == apart and s[1] < 2 * error + 0.02]
         return (other, rank, not rivals) if side == 0 else (rank, other, not rivals)
 
-    def _change(self, source: int, destination: int, factor: float, sure: bool) -> Change:
+    def _change(self, source: int, destination: int, factor: float, sure: bool) -> LinkChange:
         was = float(self.topology.bandwidth[source, destination])
         bandwidth = self.topology.bandwidth.copy()
         bandwidth[source, destination] = was / factor
@@ -187,4 +187,4 @@ class LinkWatch:
         )
         if not sure:
             words += f"; another link of rank {source} or {destination} may be the one: measure again"
-        return Change(source, destination, factor, sure, words)
+        return LinkChange(source, destination, factor, sure, words)

@@ -19,31 +19,31 @@ from ray_ep.placement.planner import replan
 from ray_ep.placement.planner.layer import Traffic
 from ray_ep.placement.planner.problem import Problem
 
-FEW = 24
-"""Empty slots of a layer up to which each is tried by itself; of more, all are filled by load and tried together."""
-LOOKED_AT = 3
-"""Experts and ranks that are tried of a kind."""
-ROUNDS = 16
-"""Most times that a share of the busiest rank is lessened."""
-SAME = 1e-9
-"""Times that differ by this share are the same."""
+FEW_EMPTY = 24
+"""Empty slots of a layer. Up to this many are filled one by one; of more, all are filled by load at once."""
+TRIED = 3
+"""Experts, and ranks. Of each kind (hot, cold, on the busiest rank) this many are tried for a slot."""
+SHARE_ROUNDS = 16
+"""Rounds. The shares of the busiest rank's replicas are lessened at most this often."""
+SAME_TIME = 1e-9
+"""Share of a time. Two times that differ by less count as equal."""
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class FilledLayer:
     """slots [R, S] of a layer and how much of its expert's far tokens each takes, shares [R, S]."""
 
     slots: Ints
     shares: Floats
 
-    def put(self, rank: int, expert: int, share: float) -> Layer:
+    def put(self, rank: int, expert: int, share: float) -> FilledLayer:
         """With the expert in the first empty slot of the rank."""
         slots, shares = self.slots.copy(), self.shares.copy()
         at = rank, int(np.argmax(slots[rank] < 0))
         slots[at], shares[at] = expert, share
-        return Layer(slots, shares)
+        return FilledLayer(slots, shares)
 
-    def put_by_way_of(self, other: int, goes: int, rank: int, comes: int, share: float) -> Layer:
+    def put_by_way_of(self, other: int, goes: int, rank: int, comes: int, share: float) -> FilledLayer:
         """With a replica of `goes` on rank `other` in place of `comes`, which moves to an empty slot of `rank`."""
         slots, shares = self.slots.copy(), self.shares.copy()
         place, home = int(np.argmax(slots[other] == comes)), int(np.argmax(slots[rank] == goes))
@@ -51,7 +51,7 @@ class Layer:
         slots[rank, to], shares[rank, to] = comes, shares[other, place]
         slots[other, place], shares[other, place] = goes, shares[rank, home] * share
         shares[rank, home] *= 1.0 if share == 1.0 else 1.0 - share
-        return Layer(slots, shares)
+        return FilledLayer(slots, shares)
 
 
 def empty_slots(problem: Problem, slots: Ints) -> Ints:
@@ -59,7 +59,7 @@ def empty_slots(problem: Problem, slots: Ints) -> Ints:
     return np.asarray(np.maximum(problem.room - (slots >= 0).sum(-1), 0), np.int64)
 
 
-def fill_layer(problem: Problem, traffic: Traffic, layer: Layer, free: bool, safe: bool = False) -> Layer:
+def fill_layer(problem: Problem, traffic: Traffic, layer: FilledLayer, free: bool, safe: bool = False) -> FilledLayer:
     """The layer with every slot filled.
 
     Args:
@@ -68,7 +68,7 @@ def fill_layer(problem: Problem, traffic: Traffic, layer: Layer, free: bool, saf
     """
     left, start = int(empty_slots(problem, layer.slots).sum()), layer
     found = [_by_load(problem, traffic.load, layer, *how) for how in ((False, 1.0), (False, 0.0), (True, 0.0))]
-    if left <= FEW:
+    if left <= FEW_EMPTY:
         for _ in range(left):
             layer = _one_more(problem, traffic, layer, free, safe)
         found.append(layer)
@@ -76,21 +76,21 @@ def fill_layer(problem: Problem, traffic: Traffic, layer: Layer, free: bool, saf
     return _relieved(problem, traffic, best) if slower(problem, traffic, best, start) else best
 
 
-def slower(problem: Problem, traffic: Traffic, layer: Layer, before: Layer) -> bool:
+def slower(problem: Problem, traffic: Traffic, layer: FilledLayer, before: FilledLayer) -> bool:
     """Whether a step is predicted to be longer than it was."""
-    return _value(problem, traffic, layer)[0] > _value(problem, traffic, before)[0] * (1 + SAME)
+    return _value(problem, traffic, layer)[0] > _value(problem, traffic, before)[0] * (1 + SAME_TIME)
 
 
-def _value(problem: Problem, traffic: Traffic, layer: Layer) -> tuple[float, float]:
+def _value(problem: Problem, traffic: Traffic, layer: FilledLayer) -> tuple[float, float]:
     """Predicted seconds, and how uneven ranks are: the first counts, the other where that is the same."""
     seconds, load = replan.layer_figures(problem, traffic, layer.slots, layer.shares)
     return float(f"{seconds:.9g}"), float(np.square(load / problem.speed).sum())
 
 
-def _relieved(problem: Problem, traffic: Traffic, layer: Layer) -> Layer:
+def _relieved(problem: Problem, traffic: Traffic, layer: FilledLayer) -> FilledLayer:
     """The layer with less for the busiest rank's replicas and more for those elsewhere, while that gains."""
     value = _value(problem, traffic, layer)
-    for _ in range(ROUNDS):
+    for _ in range(SHARE_ROUNDS):
         _, load = replan.layer_figures(problem, traffic, layer.slots, layer.shares)
         busiest = int(np.argmax(load / problem.speed))
         filled = layer.slots >= 0
@@ -102,7 +102,7 @@ def _relieved(problem: Problem, traffic: Traffic, layer: Layer) -> Layer:
                 for part in (0.0, 0.5, 0.8, 0.95):
                     shares = layer.shares.copy()
                     shares[busiest, slot] *= part
-                    other = Layer(layer.slots, shares)
+                    other = FilledLayer(layer.slots, shares)
                     found.append((_value(problem, traffic, other), other))
         best = min(found, key=lambda x: x[0])
         if best[1] is layer:
@@ -111,7 +111,7 @@ def _relieved(problem: Problem, traffic: Traffic, layer: Layer) -> Layer:
     return layer
 
 
-def _by_load(problem: Problem, load: Floats, layer: Layer, coldest: bool, share: float) -> Layer:
+def _by_load(problem: Problem, load: Floats, layer: FilledLayer, coldest: bool, share: float) -> FilledLayer:
     """All empty slots at once: the experts with most load a replica (or the coldest) to the rank with most room."""
     slots, shares = layer.slots.copy(), layer.shares.copy()
     free = empty_slots(problem, slots)
@@ -125,41 +125,41 @@ def _by_load(problem: Problem, load: Floats, layer: Layer, coldest: bool, share:
         slots[at], shares[at] = expert, share
         count[expert] += 1
         free[rank] -= 1
-    return Layer(slots, shares)
+    return FilledLayer(slots, shares)
 
 
-def _one_more(problem: Problem, traffic: Traffic, layer: Layer, free: bool, safe: bool) -> Layer:
+def _one_more(problem: Problem, traffic: Traffic, layer: FilledLayer, free: bool, safe: bool) -> FilledLayer:
     """The layer with one more slot filled, on the rank that has least to do of those with room."""
     seconds, load = replan.layer_figures(problem, traffic, layer.slots, layer.shares)
     each = load / problem.speed
     rank = int(np.argmin(np.where(empty_slots(problem, layer.slots) > 0, each, np.inf)))
     found = [(_value(problem, traffic, x), x) for x in _replicas(traffic.load, layer, rank, int(np.argmax(each)))]
     best = min(found, key=lambda x: x[0])
-    if not safe and (free or best[0][0] > seconds * (1 + SAME)):
+    if not safe and (free or best[0][0] > seconds * (1 + SAME_TIME)):
         others = _exchanges(traffic.load, layer, rank, each)
         best = min([best, *((_value(problem, traffic, x), x) for x in others)], key=lambda x: x[0])
     return best[1]
 
 
-def _replicas(load: Floats, layer: Layer, rank: int, busiest: int) -> Iterator[Layer]:
+def _replicas(load: Floats, layer: FilledLayer, rank: int, busiest: int) -> Iterator[FilledLayer]:
     """A replica on `rank` of an expert that is hot, cold, or on the busiest rank."""
     each = load / np.maximum(np.bincount(layer.slots[layer.slots >= 0], minlength=len(load)), 1)
     others = np.setdiff1d(np.arange(len(load)), layer.slots[rank])
     by_load = others[np.argsort(-each[others], kind="stable")]
     there = by_load[np.isin(by_load, layer.slots[busiest])]
-    for expert in dict.fromkeys([*by_load[:LOOKED_AT], *there[:LOOKED_AT], *by_load[-LOOKED_AT:]]):
+    for expert in dict.fromkeys([*by_load[:TRIED], *there[:TRIED], *by_load[-TRIED:]]):
         for share in (1.0, 0.0):
             yield layer.put(rank, int(expert), share)
 
 
-def _exchanges(load: Floats, layer: Layer, rank: int, busy: Floats) -> Iterator[Layer]:
+def _exchanges(load: Floats, layer: FilledLayer, rank: int, busy: Floats) -> Iterator[FilledLayer]:
     """A replica of one of the rank's own experts on another rank, one of whose coldest comes to the rank instead."""
     each = load / np.maximum(np.bincount(layer.slots[layer.slots >= 0], minlength=len(load)), 1)
     mine = layer.slots[rank][layer.slots[rank] >= 0]
-    hot = mine[np.argsort(-each[mine], kind="stable")][:LOOKED_AT]
-    for other in np.argsort(busy, kind="stable")[: LOOKED_AT + 1]:
+    hot = mine[np.argsort(-each[mine], kind="stable")][:TRIED]
+    for other in np.argsort(busy, kind="stable")[: TRIED + 1]:
         theirs = np.setdiff1d(layer.slots[other][layer.slots[other] >= 0], mine)
-        cold = theirs[np.argsort(each[theirs], kind="stable")][:LOOKED_AT]
+        cold = theirs[np.argsort(each[theirs], kind="stable")][:TRIED]
         for goes in np.setdiff1d(hot, layer.slots[other]):
             for comes in cold:
                 for share in (1.0, 0.5, 0.75):

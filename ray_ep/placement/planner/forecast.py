@@ -16,9 +16,9 @@ from ray_ep.placement.compiled import kernel
 from ray_ep.placement.placement import Floats, Ints
 
 DRIFT = 0.1
-"""Share of the later tokens that are taken to come from the more even mix."""
+"""Share of the later tokens. The forecast takes this share from a more even mix of topics than the one counted."""
 FLOOR = 0.3
-"""Least density of a set, as a share of what pairs of experts have by chance: bounds the weight of the rarest."""
+"""Share of the density that pairs of experts have by chance. No set counts as rarer, so no token's weight explodes."""
 
 
 @kernel

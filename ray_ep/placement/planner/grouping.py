@@ -10,57 +10,23 @@ E experts, N nodes, B words of 64 tokens.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ray_ep.placement.bits import common, ones
 from ray_ep.placement.compiled import kernel
 
-_M1, _M2, _M4 = np.uint64(0x5555555555555555), np.uint64(0x3333333333333333), np.uint64(0x0F0F0F0F0F0F0F0F)
-_H, _S1, _S2, _S4, _S56 = (
-    np.uint64(0x0101010101010101),
-    np.uint64(1),
-    np.uint64(2),
-    np.uint64(4),
-    np.uint64(56),
-)
 
+class NodeGoals(NamedTuple):
+    """What a search for a grouping is told of nodes."""
 
-@kernel
-def ones(x: Any) -> Any:
-    """Bits set in a word; LLVM turns this into its population count."""
-    x = x - ((x >> _S1) & _M1)
-    x = (x & _M2) + ((x >> _S2) & _M2)
-    x = (x + (x >> _S4)) & _M4
-    return (x * _H) >> _S56
-
-
-@kernel
-def common(a: Any, b: Any) -> Any:
-    """Tokens in both sets [B]."""
-    total = np.uint64(0)
-    for w in range(a.shape[0]):
-        total += ones(a[w] & b[w])
-    return np.int64(total)
-
-
-@kernel
-def common3(a: Any, b: Any, c: Any) -> Any:
-    """Tokens in all three sets [B]."""
-    total = np.uint64(0)
-    for w in range(a.shape[0]):
-        total += ones(a[w] & b[w] & c[w])
-    return np.int64(total)
-
-
-@kernel
-def token_bits(sample: Any, experts: int) -> Any:
-    """sample [T, K] -> [E, B] which tokens chose each expert."""
-    bits = np.zeros((experts, (sample.shape[0] + 63) // 64), np.uint64)
-    for t in range(sample.shape[0]):
-        for k in range(sample.shape[1]):
-            bits[sample[t, k], t >> 6] |= np.uint64(1) << np.uint64(t & 63)
-    return bits
+    source: Any  # [N] share of tokens that start on each node
+    target: Any  # [N] load that each node should have
+    price: Any  # [N] cost of one sampled token's visit
+    stiff: Any  # cost of squared relative deviation from the target
+    bulk: Any  # load above which an expert that is everywhere must stay so
+    steep: Any  # how much more a visit costs per unit of traffic that the node has already: none becomes the bottleneck
 
 
 @kernel
@@ -80,20 +46,16 @@ def away(place: Any, home: Any, nodes: Any) -> Any:
 
 
 @kernel
-def start_grouping(bits: Any, load: Any, room: Any, world: Any, order: Any) -> Any:
+def start_grouping(bits: Any, load: Any, room: Any, goals: NodeGoals, order: Any) -> Any:
     """Greedy start: experts in `order` [E], each to the node where it adds least; the first room[N] go everywhere.
 
     Args:
         bits: [E, B]; load: [E]; room: [N + 1] experts that fit on each node, and everywhere.
-        world: source [N] share of tokens that start on each node; target [N] load that each node should have;
-            price [N] cost of one sampled token's visit; stiff: cost of squared relative deviation from the target;
-            bulk: load above which an expert that is everywhere must stay so; steep: how much more a visit to a node
-            costs per unit of traffic that the node has already, so that no node becomes the bottleneck.
 
     Returns:
         place [E], N for everywhere.
     """
-    source, target, price, stiff = world[:4]
+    source, target, price, stiff = goals.source, goals.target, goals.price, goals.stiff
     nodes = target.shape[0]
     place = np.full(load.shape[0], -1, np.int64)
     left, weight = room.copy(), np.zeros(nodes)
@@ -135,9 +97,9 @@ def visits_of(bits: Any, place: Any, nodes: int) -> Any:
 
 
 @kernel
-def grouping_cost(bits: Any, load: Any, place: Any, world: Any) -> Any:
+def grouping_cost(bits: Any, load: Any, place: Any, goals: NodeGoals) -> Any:
     """Priced visits, steeper where a node has many, + stiff * imbalance of a grouping."""
-    source, target, price, stiff, _, steep = world
+    source, target, price, stiff, _, steep = goals
     total = 0.0
     flow = price * visits_of(bits, place, target.shape[0])
     for n in range(target.shape[0]):
@@ -147,32 +109,6 @@ def grouping_cost(bits: Any, load: Any, place: Any, world: Any) -> Any:
         x = weight / target[n] - 1.0
         total += flow[n] + steep * flow[n] * flow[n] + stiff * x * x
     return total
-
-
-@kernel
-def split_bits(bits: Any, item: Any) -> Any:
-    """Deal each expert's tokens out to its items in turn: [E, B], item [I] expert of each -> [I, B]."""
-    total = np.zeros(bits.shape[0], np.int64)
-    number = np.empty(item.shape[0], np.int64)
-    for x in range(item.shape[0]):
-        number[x] = total[item[x]]
-        total[item[x]] += 1
-    out = np.zeros((item.shape[0], bits.shape[1]), np.uint64)
-    for x in range(item.shape[0]):
-        e = item[x]
-        if total[e] == 1:
-            out[x] = bits[e]
-            continue
-        turn = 0
-        for w in range(bits.shape[1]):
-            left = bits[e, w]
-            while left:
-                rest = left & (left - np.uint64(1))
-                if turn % total[e] == number[x]:
-                    out[x, w] |= left ^ rest
-                turn += 1
-                left = rest
-    return out
 
 
 @kernel

@@ -10,43 +10,48 @@ E experts, R ranks, S slots, N nodes, I items (replicas that are placed on their
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ray_ep.placement.cost.dispatch import deal
-from ray_ep.placement.cost.predict import sources_of
+from ray_ep.placement.bits import split_bits, token_bits
+from ray_ep.placement.cost.dispatch import Dealt, deal, sources_of
 from ray_ep.placement.placement import Floats, Ints
-from ray_ep.placement.planner import grouping as search
-from ray_ep.placement.planner import packing, relief, small, swaps
+from ray_ep.placement.planner import gains, grouping, packing, relief, small, swaps
 from ray_ep.placement.planner.forecast import expected_load
 from ray_ep.placement.planner.problem import STIFF, Problem
 
 HOT = 0.8
-"""Share of a unit's fair load above which an expert gets a second replica."""
+"""Share of a unit's even load. An expert with more than this gets a second replica."""
 LESS = 1.03
-"""How much more a replica is let bear, again and again, where there are not slots enough."""
+"""Factor. Where slots are short, the load that one replica may bear grows by this factor until they suffice."""
 RISK = 0.04
-"""Weight of the covariance of loads beside the loads: the variance of topics' shares from window to window."""
+"""Weight of the loads' covariance beside the loads. It stands for how much topics' shares vary from window to
+window."""
 NODE_RISK = {"node": 0.12, "rank": 0.04}
-"""Of that, what counts between nodes, where it is at odds with traffic: tokens of a topic want few nodes."""
+"""Share of that weight between nodes, by level. It is low: tokens of a topic want few nodes, risk wants them apart."""
 FLOW = 8.0
-"""How much dearer a visit is to a node with the usual traffic, where it has its whole price, than to one without,
-as a share of the latter. Sums of visits hide the busiest node, for which a step waits."""
+"""Penalty slope. A visit to a node with average traffic costs 9 times one to an idle node, so that no node becomes
+the busiest, for which a step waits."""
 RANK_MOVE = {"node": 80.0, "rank": 40.0}
-"""Moves between ranks of a node against those between nodes: evening out ranks that are near the mean gains nothing."""
+"""Price of a move between ranks of a node, in moves between nodes, by level. It is high: evening out ranks that are
+near the mean gains nothing."""
 STARTS = 2
-SWEEPS = 20
+"""Greedy starts. A fresh search improves this many and keeps the best."""
+FRESH_SWEEPS = 20
+"""Passes over all items. A fresh search makes at most this many."""
 CROWD = 64
-"""Ranks for which each sampled token starts once more: with few a rank, the busiest would look busier than it is."""
+"""Ranks. Each sampled token starts from one more rank for every 64 ranks: with few tokens a rank, the busiest would
+look busier than it is."""
 COARSE = 32
-"""Words of 64 sampled tokens from which on a fresh search begins with half of them."""
+"""Words of 64 tokens. A fresh search with this many or more looks at half of them first."""
 WARM_SWEEPS = 3
-LEAST = 0.0015
-"""What an exchange of two slots must gain, in visits: less would even out the noise of this sample of tokens."""
+"""Passes over all items. A search from a current placement makes at most this many."""
+LEAST_EXCHANGE = 0.0015
+"""Visits of the mean token. An exchange of two slots that gains less is not made: it would even out the noise of
+this sample."""
 SMALL = 2e6
-"""Cost of one sweep (in additions) up to which a layer is refined slot by slot on its exact expectation."""
+"""Additions. A layer whose sweep costs at most this many is refined slot by slot on its exact expectation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,7 @@ class Traffic:
     load: Floats
     bits: npt.NDArray[np.uint64]
     sets: Ints
-    dealt: tuple[npt.NDArray[np.uint64], Floats, Ints]
+    dealt: Dealt
     risk: Floats
     tokens: float
 
@@ -74,14 +79,14 @@ class Traffic:
         total = counts.sum()
         share = counts / total if total > 0 else np.full(len(counts), 1 / len(counts))
         share = share * sets.shape[1]
-        bits = search.token_bits(sets, len(counts))
-        cov = search.covariance(sets, share)
+        bits = token_bits(sets, len(counts))
+        cov = grouping.covariance(sets, share)
         dealt = deal(sets, len(counts), ranks, max(1, ranks // CROWD))
         return Traffic(expected_load(share, sets, cov), bits, sets, dealt, RISK * cov, total / max(sets.shape[1], 1))
 
     def as_predicted(self, load: Floats) -> Traffic:
         """What `cost.predict` goes by, for counts [E]: those as they are, and more draws of the tokens' sources."""
-        ranks = len(self.dealt[2])
+        ranks = len(self.dealt.tokens)
         dealt = deal(self.sets, len(load), ranks, sources_of(self.sets, ranks))
         share = load / max(load.sum(), 1) * self.sets.shape[1]
         return replace(self, load=share, dealt=dealt)
@@ -121,8 +126,8 @@ def warm_layer(problem: Problem, traffic: Traffic, current: Ints, stay: float, o
     place[empty] = _free_places(problem, items)
     order = _orders(len(place), seed, WARM_SWEEPS)
     risk = _item_risk(problem, traffic, items)
-    world = _world(problem, traffic, bits, place)
-    swaps.improve_grouping(bits, load, risk, place, world, items.home, price, order)
+    goals = _goals(problem, traffic, bits, place)
+    swaps.improve_grouping(bits, load, risk, place, goals, items.home, price, order)
     return _pack_nodes(problem, traffic, items, place, current, RANK_MOVE[problem.level] * stay)
 
 
@@ -131,7 +136,7 @@ def relieved(
 ) -> Ints:
     """Slots [R, S] with the busiest relieved by exchanges, so that at most `most` slots are new beside `before` [R, S].
 
-    Each exchange gains `stay` for every slot that it fills anew, and at least LEAST; None: nothing counts as new.
+    Each exchange gains `stay` for every slot that it fills anew, and at least LEAST_EXCHANGE. None: nothing is new.
     """
     ranks, width = slots.shape
     flat = slots.ravel()
@@ -146,7 +151,7 @@ def relieved(
     load, bits = np.zeros(len(flat)), np.zeros((len(flat), traffic.bits.shape[1]), np.uint64)
     share = np.where(single, 1.0, problem.source[node])
     load[real] = traffic.load[expert] * share / np.where(single, count.sum(1)[expert], count[expert, node])
-    bits[np.flatnonzero(real)[single]] = search.split_bits(traffic.bits, expert[single])
+    bits[np.flatnonzero(real)[single]] = split_bits(traffic.bits, expert[single])
     fixed = np.zeros(len(flat), bool)
     fixed[real] = count.sum(1)[expert] > 1
     had = np.full((problem.experts + 1, ranks), before is None)
@@ -156,11 +161,14 @@ def relieved(
     moved = int((~had[expert, np.flatnonzero(real) // width]).sum())
     speed = np.bincount(problem.unit_of, problem.speed)
     price = problem.price() / len(traffic.sets)
-    where = node_of, problem.unit_of, traffic.load.sum() * speed / speed.sum(), price
+    where = gains.Units(node_of, problem.unit_of, traffic.load.sum() * speed / speed.sum(), price)
     who = np.where(np.arange(width)[None] < problem.room[:, None], slots, -2)
-    whole = everywhere & (count.sum(1) == problem.nodes), traffic.load, traffic.bits, problem.source
+    alone = everywhere & (count.sum(1) == problem.nodes)
+    whole = gains.Everywhere(alone, traffic.load, traffic.bits, problem.source)
+    held = gains.Held(load, bits, fixed, had)
+    limits = gains.ExchangeLimits(stay, most - moved, LEAST_EXCHANGE)
     costs = problem.prices.compute, _inside(problem)
-    relief.relieve(who, (load, bits, fixed, had), whole, where, costs, (stay, most - moved, LEAST))
+    relief.relieve(who, held, whole, where, costs, limits)
     return np.where(who < 0, -1, who)
 
 
@@ -238,7 +246,7 @@ def _item_arrays(traffic: Traffic, items: Items) -> tuple[npt.NDArray[np.uint64]
     count = np.bincount(real, minlength=len(traffic.load))
     bits = np.zeros((len(items.expert), traffic.bits.shape[1]), np.uint64)
     load = np.zeros(len(items.expert))
-    bits[: len(real)] = search.split_bits(traffic.bits, real)
+    bits[: len(real)] = split_bits(traffic.bits, real)
     load[: len(real)] = (traffic.load / np.maximum(count, 1))[real]
     return bits, load
 
@@ -252,17 +260,15 @@ def _item_risk(problem: Problem, traffic: Traffic, items: Items) -> Floats:
     return out
 
 
-def _world(
-    problem: Problem, traffic: Traffic, bits: npt.NDArray[np.uint64], place: Ints
-) -> tuple[Floats, Floats, Floats, float, float, float]:
+def _goals(problem: Problem, traffic: Traffic, bits: npt.NDArray[np.uint64], place: Ints) -> grouping.NodeGoals:
     """What the search is told of nodes; `place` gives the traffic that is usual for one."""
     speed = problem.node_speed()
     target = traffic.load.sum() * speed / speed.sum()
     price = problem.price() / len(traffic.sets) * traffic.bits.shape[1] / bits.shape[1] / (1 + FLOW)
-    usual = float((price * search.visits_of(bits, place, problem.nodes)).mean())
+    usual = float((price * grouping.visits_of(bits, place, problem.nodes)).mean())
     steep = FLOW / (2 * usual) if usual > 0 else 0.0
     stiff = problem.prices.stiff / (1 + FLOW)
-    return problem.source, target, price, stiff, _bulk(problem, traffic.load), steep
+    return grouping.NodeGoals(problem.source, target, price, stiff, _bulk(problem, traffic.load), steep)
 
 
 def _bulk(problem: Problem, load: Floats) -> float:
@@ -283,26 +289,28 @@ def _group(problem: Problem, traffic: Traffic, items: Items, seed: int, starts: 
     risk = _item_risk(problem, traffic, items)
     room = np.append(problem.node_room() - items.everywhere, items.everywhere)
     # Any spread tells what traffic is usual: items in turn over the nodes.
-    world = _world(problem, traffic, bits, np.arange(len(load)) % problem.nodes)
+    goals = _goals(problem, traffic, bits, np.arange(len(load)) % problem.nodes)
     none, free = np.full(len(load), -1, np.int64), np.zeros(len(load))
     rng = np.random.default_rng(seed)
     # Hot experts go everywhere, so the order starts with them, whole; later starts shuffle the others a little.
     heat = np.where(items.expert >= 0, traffic.load[items.expert], -1.0) + 1e-9 * load
     # A first look at every other 64 tokens: most swaps are clear from those, and each costs half.
     few = np.ascontiguousarray(bits[:, ::2]) if bits.shape[1] >= COARSE else bits
-    rough = _world(problem, traffic, few, np.arange(len(load)) % problem.nodes)
+    rough = _goals(problem, traffic, few, np.arange(len(load)) % problem.nodes)
     best, best_cost = none, np.inf
     for start in range(starts):
         shuffled = heat * (rng.uniform(0.7, 1.3, len(heat)) if start else 1.0)
         shuffled = np.where(load > _bulk(problem, traffic.load), np.inf, shuffled)
         order = np.argsort(-shuffled, kind="stable")
-        place = search.start_grouping(few, load, room, rough, order)
-        swaps.improve_grouping(few, load, risk, place, rough, none, free, _orders(len(load), seed + start, SWEEPS))
-        cost = search.grouping_cost(few, load, place, rough)
+        place = grouping.start_grouping(few, load, room, rough, order)
+        swaps.improve_grouping(
+            few, load, risk, place, rough, none, free, _orders(len(load), seed + start, FRESH_SWEEPS)
+        )
+        cost = grouping.grouping_cost(few, load, place, rough)
         if cost < best_cost:
             best, best_cost = place, cost
     if few is not bits:
-        swaps.improve_grouping(bits, load, risk, best, world, none, free, _orders(len(load), seed, SWEEPS))
+        swaps.improve_grouping(bits, load, risk, best, goals, none, free, _orders(len(load), seed, FRESH_SWEEPS))
     return best
 
 
@@ -329,7 +337,9 @@ def _pack_nodes(
         least = np.minimum(times[n] + times[nodes], len(members))
         now = slots[members] if current is None else current[members]  # of nothing, or what is there
         ranks = problem.room[members], problem.speed[members], now
-        slots[members] = packing.spread(weight[n], least, traffic.load, traffic.risk, scale, ranks, stay, SWEEPS)
+        slots[members] = packing.spread_on_ranks(
+            weight[n], least, traffic.load, traffic.risk, scale, ranks, stay, FRESH_SWEEPS
+        )
     return slots
 
 
@@ -345,7 +355,7 @@ def _refine_small(problem: Problem, traffic: Traffic, slots: Ints, seed: int, ro
         return slots
     unit_of = problem.unit_of
     speed = np.bincount(unit_of, problem.speed)
-    world: tuple[Any, ...] = problem.node_of, unit_of, (problem.source / np.bincount(problem.node_of))[problem.node_of]
+    source = (problem.source / np.bincount(problem.node_of))[problem.node_of]
     target = traffic.load.sum() * speed / speed.sum()
     start = np.where(np.arange(room)[None] < problem.room[:, None], slots, -2)
     rng = np.random.default_rng(seed)
@@ -353,6 +363,8 @@ def _refine_small(problem: Problem, traffic: Traffic, slots: Ints, seed: int, ro
     kicks = np.stack([rng.integers(0, end, (rounds, 2)) for end in ends], axis=-1)
     weight = times / times.sum()
     stiff = problem.prices.stiff / STIFF[problem.level]
-    world += target, problem.prices.compute, problem.prices.pair, stiff
-    best, _ = small.refine(sets, weight, traffic.load, traffic.risk, start, world, kicks)
+    goals = small.LayerGoals(
+        problem.node_of, unit_of, source, target, problem.prices.compute, problem.prices.pair, stiff
+    )  # fmt: skip
+    best, _ = small.refine(sets, weight, traffic.load, traffic.risk, start, goals, kicks)
     return np.where(best < 0, -1, best)

@@ -58,6 +58,31 @@ def _stays(home: Any, p: Any, r: Any, u: Any, stay: Any) -> Any:
 
 
 @kernel
+def _begun(expert: Any, joint: Any, load: Any, room: Any, inv: Any, home: Any) -> Any:
+    """Items on their ranks for a start: at home where there is room, then the heaviest where it adds least.
+
+    Returns:
+        rank [M] of each item, -1 for none; slots left [P]; sum of joint over the items of a rank [M, P].
+    """
+    items, ranks = load.shape[0], room.shape[0]
+    where, left = np.full(items, -1, np.int64), room.copy()
+    inter = np.zeros((items, ranks))  # sum of joint over the items of a rank
+    for p in range(items):
+        if home[p] >= 0 and left[home[p]] > 0:
+            _seat(p, home[p], where, left, inter, joint)
+    for p in np.argsort(-load, kind="mergesort"):
+        best, best_cost = -1, np.inf
+        for r in range(ranks):
+            if where[p] < 0 and left[r] > 0 and _may_join(expert, where, p, r, -1):
+                cost = (2.0 * inter[p, r] + joint[p, p]) * inv[r]
+                if cost < best_cost:
+                    best, best_cost = r, cost
+        if best >= 0:
+            _seat(p, best, where, left, inter, joint)
+    return where, left, inter
+
+
+@kernel
 def pack(  # noqa: C901 (one pass over its loops)
     expert: Any, joint: Any, load: Any, room: Any, speed: Any, home: Any, stay: Any, sweeps: int
 ) -> Any:
@@ -73,21 +98,8 @@ def pack(  # noqa: C901 (one pass over its loops)
         rank [M], -1 for a replica that found no rank without its expert.
     """
     items, ranks = load.shape[0], room.shape[0]
-    where, left = np.full(items, -1, np.int64), room.copy()
-    inter = np.zeros((items, ranks))  # sum of joint over the items of a rank
     inv = 1.0 / speed
-    for p in range(items):
-        if home[p] >= 0 and left[home[p]] > 0:
-            _seat(p, home[p], where, left, inter, joint)
-    for p in np.argsort(-load, kind="mergesort"):
-        best, best_cost = -1, np.inf
-        for r in range(ranks):
-            if where[p] < 0 and left[r] > 0 and _may_join(expert, where, p, r, -1):
-                cost = (2.0 * inter[p, r] + joint[p, p]) * inv[r]
-                if cost < best_cost:
-                    best, best_cost = r, cost
-        if best >= 0:
-            _seat(p, best, where, left, inter, joint)
+    where, left, inter = _begun(expert, joint, load, room, inv, home)
     for _ in range(sweeps):
         moved = False
         for p in range(items):
@@ -154,7 +166,9 @@ def _arranged(expert: Any, where: Any, now: Any, room: Any) -> Any:
 
 
 @kernel
-def spread(weight: Any, least: Any, load: Any, risk: Any, scale: Any, ranks: Any, stay: Any, sweeps: int) -> Any:
+def spread_on_ranks(
+    weight: Any, least: Any, load: Any, risk: Any, scale: Any, ranks: Any, stay: Any, sweeps: int
+) -> Any:
     """A node's experts on its ranks: replicas in spare slots, all packed; what stays on a rank keeps its slot.
 
     Args:

@@ -17,9 +17,11 @@ import numpy as np
 
 from ray_ep.errors import PlacementError
 from ray_ep.placement.baselines import contiguous
-from ray_ep.placement.cost.dispatch import deal, simulate
+from ray_ep.placement.cost.dispatch import deal, play
+from ray_ep.placement.cost.figures import StepCosts
 from ray_ep.placement.cost.link_time import busiest
-from ray_ep.placement.cost.predict import StepCosts, check_fit, predict, token_sets
+from ray_ep.placement.cost.predict import check_fit, predict
+from ray_ep.placement.cost.sets import token_sets
 from ray_ep.placement.placement import Ints, Placement
 from ray_ep.placement.planner import by_time, fill, packing, relief, small, survive, swaps
 from ray_ep.placement.planner.layer import Traffic
@@ -27,7 +29,7 @@ from ray_ep.placement.planner.problem import Problem
 from ray_ep.placement.planner.replan import (
     SETTLE,
     WORTH,
-    Change,
+    LayerChange,
     best_change,
     fresh_slots,
     layer_seconds,
@@ -40,9 +42,9 @@ from ray_ep.placement.topology import Topology
 T = TypeVar("T")
 
 CLEAR = 0.9
-"""A plan that takes this share of contiguous's time, by a rough look, is not compared with it exactly."""
+"""Share of the time that contiguous takes. A plan that a rough look finds below it is not compared exactly."""
 SURE = 2048
-"""Sampled tokens from which on a rough look is good to a few percent."""
+"""Sampled tokens. With this many a rough look is right to a few percent."""
 
 
 def plan(
@@ -120,7 +122,7 @@ def _planned(
     width = int(problem.room.max(initial=0))
     plain = contiguous(layers, experts, problem.ranks, problem.room.tolist()) if current is None else None
 
-    def one(i: int) -> tuple[Change, bool]:
+    def one(i: int) -> tuple[LayerChange, bool]:
         traffic = Traffic.of(np.asarray(statistics.load[i], np.float64), sets[i], problem.ranks)
         now = None if start is None else _fitted(start[i], problem)
         if now is not None:
@@ -128,7 +130,7 @@ def _planned(
             return best_change(replace(problem, shares=table), traffic, now, seed), False
         slots, seconds = settled(problem, traffic, fresh_slots(problem, traffic, seed), seed)
         doubtful = plain is not None and _doubtful(problem, traffic, seconds, plain.slots[i])
-        return Change(slots, slots, 0.0, 0.0, 0.0), doubtful
+        return LayerChange(slots, slots, 0.0, 0.0, 0.0), doubtful
 
     found = _by_layer(one, range(layers))
     together = pays([change for change, _ in found])
@@ -177,10 +179,10 @@ def _filled(
     shares[:, :, : made.slots.shape[2]] = 1.0 if made.shares is None else made.shares
     sets = np.asarray(statistics.sample, np.int64)
 
-    def one(i: int) -> fill.Layer:
+    def one(i: int) -> fill.FilledLayer:
         load = np.asarray(statistics.load[i], np.float64)
         traffic = Traffic.of(load, sets[i], problem.ranks).as_predicted(load)
-        before = fill.Layer(slots[i], shares[i])
+        before = fill.FilledLayer(slots[i], shares[i])
         full = fill.fill_layer(problem, traffic, before, current is None, survive_nodes > 0)
         return full if asked or not fill.slower(problem, traffic, full, before) else before
 
@@ -320,7 +322,7 @@ def warm() -> None:
 
 
 KERNELS = (
-    packing.spread, packing.unit_risk, swaps.improve_grouping, relief.relieve, small.refine, by_time.descend, deal,
-    simulate, busiest,
+    packing.spread_on_ranks, packing.unit_risk, swaps.improve_grouping, relief.relieve, small.refine, by_time.descend,
+    deal, play, busiest,
 )  # fmt: skip
 """What `warm` compiles; a test checks that no plan compiles another."""

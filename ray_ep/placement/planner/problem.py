@@ -14,13 +14,15 @@ import numpy as np
 
 from ray_ep.errors import PlacementError
 from ray_ep.placement.baselines import room_of_ranks
-from ray_ep.placement.cost.predict import Links, StepCosts
+from ray_ep.placement.cost.figures import StepCosts
+from ray_ep.placement.cost.links import LinkSeconds
 from ray_ep.placement.links.groups import groups_of
 from ray_ep.placement.placement import Floats, Ints
 from ray_ep.placement.topology import Topology
 
 STIFF = {"node": 4.0, "rank": 12.0}
-"""Cost of squared relative deviation, in computes of an even rank; loads that drift make evenness worth more."""
+"""Penalty factor, by level. A unit whose load deviates by a share x of the mean costs this times x^2, in computes of
+an even rank; ranks weigh more, for nothing evens them out inside the step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ class Problem:
     room: Ints
     speed: Floats
     costs: StepCosts
-    links: Links
+    links: LinkSeconds
     prices: Prices
     shares: Floats | None = None
 
@@ -120,7 +122,7 @@ class Problem:
         room = np.minimum(room_of_ranks(experts, ranks, slots_per_rank), experts).astype(np.int64)
         speed = costs.speeds(ranks)
         node_of = groups_of(topology)
-        links = Links.of(topology, node_of)
+        links = LinkSeconds.of(topology, node_of)
         prices = Prices.of(links.crowded(), node_of, top_k, level, horizon_steps, costs)
         return Problem(experts, top_k, level, horizon_steps, node_of, room, speed / speed.mean(), costs, links, prices)
 

@@ -10,46 +10,49 @@ from statistics import NormalDist
 
 import numpy as np
 
-from ray_ep.placement.cost.dispatch import simulate
+from ray_ep.placement.cost.dispatch import play
 from ray_ep.placement.placement import Floats, Ints
 from ray_ep.placement.planner import by_time, layer, packing
 from ray_ep.placement.planner.layer import Traffic
 from ray_ep.placement.planner.problem import STIFF, Problem
 
-MOST = 0.2
-"""Share of a layer's slots that improving it may fill anew, at most; `FEW` slots it may in any case."""
-FEW = 4
+MOST_MOVED = 0.2
+"""Share of a layer's filled slots. Improving a layer fills at most this many anew, or FEW_SLOTS where that is more."""
+FEW_SLOTS = 4
+"""Slots. Improving even the smallest layer may fill this many anew."""
 SPENT = 0.8
-"""Relief that moves this share of the slots that it may is not taken for enough."""
+"""Share of the moves that are allowed. Relief that uses this share or more is followed by a wider search."""
 MOVING = {"node": 0.25, "rank": 0.6}
-"""What moving every slot of a layer must gain at least, as a share of its time: moves that gain less are left out."""
+"""Share of a layer's time, by level. A move pays if moving every slot at its rate would gain at least this share."""
 UNEQUAL = {"node": 0.1, "rank": 0.3}
-"""The same among unequal links, where swaps are judged by the predicted time."""
+"""Share of a layer's time, by level. It replaces MOVING among unequal links, where the predicted time judges swaps."""
 RELIEF = 0.05
-"""The same of exchanges that relieve the busiest rank."""
+"""Share of a layer's time. It replaces MOVING for exchanges that relieve the busiest rank."""
 POOR = 0.4
-"""A placement is poor when improving it would move more than this share of the slots: it is also planned anew."""
+"""Share of the filled slots. A placement that would move more than this to improve is also planned anew."""
 POOR_GAIN = {"node": 0.12, "rank": 0.25}
-"""Nor does a placement that was planned gain this share of a layer's time by the few moves that are allowed."""
+"""Share of a layer's time, by level. A placement that gains more than this by a few moves is also planned anew."""
 ANEW = 0.05
-"""What planning anew must gain for every slot that it moves beyond, as a share of a layer's time for all of them."""
+"""Share of a layer's time. A plan from nothing must gain this more, times the share of slots that it moves more."""
 KEEP = 0.9
-"""A fresh plan is taken only where improving the current one keeps less than this of its gain."""
+"""Share of a fresh plan's gain. Where the improved placement keeps this share, the fresh plan is not taken."""
 WORTH = 0.015
-"""A layer stays as it is unless its predicted time falls by this share and the noise of its loads: a search finds about
-as much in any new sample of the same tokens' kind, and loses it on the next."""
+"""Share of a layer's time. A layer moves only if its predicted time falls by more than this and the noise of its
+loads: a search finds about as much in any new sample of the same kind of tokens, and loses it on the next one."""
 UNEVEN = 1.05
-"""Mean prices of nodes further apart than this are taken for different links, not for noise of the probe."""
-MANY = 2
-"""Slots an expert from which on the spare ones may do more as replicas that even out ranks than on every node."""
+"""Ratio. Where the dearest node's mean price exceeds the cheapest's by this factor, links differ; less is the
+probe's noise."""
+MANY_SLOTS = 2
+"""Slots an expert. With this many, a plan with replicas that even out ranks competes with one that has them on all
+nodes."""
 SETTLE = 4
-"""Most rounds in which a fresh plan is improved as if it were the current one."""
-ROUNDS = 7
-"""How often the price of moves is doubled until they are few enough."""
+"""Rounds. A fresh plan is improved at most this often, as if it were the current one."""
+PRICE_ROUNDS = 7
+"""Rounds. The price of a move doubles at most this often, until the moves are few enough."""
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class LayerChange:
     """What a layer could change.
 
     Args:
@@ -64,20 +67,20 @@ class Change:
     noise: float
 
 
-def pays(changes: list[Change]) -> bool:
+def pays(changes: list[LayerChange]) -> bool:
     """Whether what these layers gain together is more than chance would give. Many layers tell that better than one."""
     gain, now, noise = (sum(getattr(c, name) for c in changes) for name in ("gain", "now", "noise"))
     return bool(gain > WORTH * now + noise)
 
 
-def best_change(problem: Problem, traffic: Traffic, current: Ints, seed: int) -> Change:
+def best_change(problem: Problem, traffic: Traffic, current: Ints, seed: int) -> LayerChange:
     """The best change of a layer's current slots [R, S]; its slots are `current` itself where none was found.
 
     First the busiest are relieved. Where that takes about all moves that are allowed, other replicas and other nodes
     may do better, and a poor placement is planned anew, however much that moves.
     """
     filled = int((current >= 0).sum())
-    most = max(int(MOST * filled), FEW)
+    most = max(int(MOST_MOVED * filled), FEW_SLOTS)
     now = layer_seconds(problem, traffic, current)
     noise = _noise_seconds(problem, traffic, current)
     few = fastest(problem, traffic, [_relieved(view, traffic, current, current, most) for view in problem.views()])
@@ -87,17 +90,17 @@ def best_change(problem: Problem, traffic: Traffic, current: Ints, seed: int) ->
     moves = moved_slots(current, few)
     gain = now - layer_seconds(problem, traffic, few) if moves else 0.0
     if unequal or moves >= SPENT * most or gain > POOR_GAIN[problem.level] * now:
-        few, gain = _more(problem, traffic, Change(current, few, gain, now, noise), most, seed)
-    return Change(current, few, gain, now, noise) if gain > 0 else Change(current, current, 0.0, now, noise)
+        few, gain = _more(problem, traffic, LayerChange(current, few, gain, now, noise), most, seed)
+    return LayerChange(current, few, gain, now, noise) if gain > 0 else LayerChange(current, current, 0.0, now, noise)
 
 
-def _more(problem: Problem, traffic: Traffic, relief: Change, most: int, seed: int) -> tuple[Ints, float]:
+def _more(problem: Problem, traffic: Traffic, relief: LayerChange, most: int, seed: int) -> tuple[Ints, float]:
     """Slots [R, S] that gain more than relief alone does, or those of `relief`; and what they gain."""
     current, now = relief.before, relief.now
     few, gain = relief.slots, relief.gain
     filled = int((current >= 0).sum())
     dear = 1.0
-    for _ in range(ROUNDS):
+    for _ in range(PRICE_ROUNDS):
         found = [_improved(view, traffic, current, dear, most, seed) for view in problem.views()]
         some = fastest(problem, traffic, found)
         moves = moved_slots(current, some)
@@ -119,7 +122,7 @@ def _by_time(problem: Problem, traffic: Traffic, current: Ints, few: Ints, least
     """The better one of `few` and of swaps judged by the predicted time; each move must gain `least` seconds."""
     step_unit = problem.prices.visit_seconds * problem.costs.tokens_per_rank * problem.ranks
     each = max(problem.prices.owned * step_unit, least)
-    found = few, by_time.relieved(problem, traffic, current, each, seed)
+    found = few, by_time.swapped_by_time(problem, traffic, current, each, seed)
     return min(found, key=lambda x: layer_seconds(problem, traffic, x) + each * moved_slots(current, x))
 
 
@@ -171,7 +174,7 @@ def fresh_slots(problem: Problem, traffic: Traffic, seed: int) -> Ints:
     load its other direction, so a plan that takes all for equal competes on the predicted time.
     """
     found = []
-    plenty = problem.level == "node" and problem.room.sum() >= MANY * problem.experts
+    plenty = problem.level == "node" and problem.room.sum() >= MANY_SLOTS * problem.experts
     for view in problem.views():
         found.append(layer.fresh_layer(view, traffic, seed))
         if plenty:
@@ -182,7 +185,7 @@ def fresh_slots(problem: Problem, traffic: Traffic, seed: int) -> Ints:
     best = fastest(problem, traffic, found)
     if not by_time.fits(problem, best):
         return best
-    return fastest(problem, traffic, [best, by_time.relieved(problem, traffic, best, 0.0, seed)])
+    return fastest(problem, traffic, [best, by_time.swapped_by_time(problem, traffic, best, 0.0, seed)])
 
 
 def fastest(problem: Problem, traffic: Traffic, found: list[Ints]) -> Ints:
@@ -233,7 +236,7 @@ def layer_figures(
     if shares is not None:
         weight[slots, np.arange(ranks)[:, None]] = shares
     groups = problem.links.node_of
-    part, to_rank, to_node = simulate(traffic.dealt, held[:-1], weight[:-1], groups, int(groups.max()) + 1)
+    part, to_rank, to_node = play(traffic.dealt, held[:-1], weight[:-1], groups, int(groups.max()) + 1)
     load = np.einsum("e,er->r", traffic.load, part)  # no BLAS: its threads disturb
     load = load * ranks * problem.costs.tokens_per_rank
     unit = problem.unit_of

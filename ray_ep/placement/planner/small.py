@@ -8,14 +8,26 @@ E experts, R ranks, S slots, N nodes, U distinct token sets of K experts.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ray_ep.placement.compiled import kernel
 
 BUSIEST = 0.7
-"""Share of the maxima, which a step waits for, in the cost."""
+"""Share of the cost that the maxima make up; the sums make up the rest. A step waits for the maxima."""
+
+
+class LayerGoals(NamedTuple):
+    """What the search is told of the cluster."""
+
+    node_of: Any  # [R]
+    unit_of: Any  # [R] what is to be balanced: the rank itself, or its node
+    source: Any  # [R] share of tokens that start on a rank
+    target: Any  # [U] load that each unit should have
+    compute: Any  # time of a unit at its target, in visits
+    price: Any  # [N, N] of a token from a node (row) that visits another
+    stiff: Any  # price of unbalance
 
 
 @kernel
@@ -58,14 +70,14 @@ def _split(slots: Any, node_of: Any, source: Any, near: Any, far: Any, part: Any
 
 @kernel
 def _cost(  # noqa: C901 (one pass over its loops)
-    sets: Any, weight: Any, load: Any, risk: Any, slots: Any, world: Any, scratch: Any
+    sets: Any, weight: Any, load: Any, risk: Any, slots: Any, goals: LayerGoals, scratch: Any
 ) -> Any:
     """Expected time of a layer, in visits: BUSIEST of the slowest unit and the busiest node, the rest of all of them.
 
     The sums (price of visits + stiff * (squared relative deviation of loads + risk)) lead the search over changes that
     leave the busiest as it is, and keep it from leaning on figures that the next tokens will not repeat.
     """
-    node_of, unit_of, source, target, compute, price, stiff = world
+    node_of, unit_of, source, target, compute, price, stiff = goals
     near, far, part = scratch
     if not _split(slots, node_of, source, near, far, part):
         return np.inf
@@ -116,10 +128,10 @@ def _holds(slots: Any, rank: Any, expert: Any) -> Any:
 
 
 @kernel
-def _descend(sets: Any, weight: Any, load: Any, risk: Any, slots: Any, world: Any, scratch: Any) -> Any:
+def _descend(sets: Any, weight: Any, load: Any, risk: Any, slots: Any, goals: LayerGoals, scratch: Any) -> Any:
     """Change single slots, or exchange two, while that lowers the cost. `slots` in place; -> cost."""
     ranks, room, experts = slots.shape[0], slots.shape[1], load.shape[0]
-    cost = _cost(sets, weight, load, risk, slots, world, scratch)
+    cost = _cost(sets, weight, load, risk, slots, goals, scratch)
     better = True
     while better:
         better = False
@@ -132,7 +144,7 @@ def _descend(sets: Any, weight: Any, load: Any, risk: Any, slots: Any, world: An
                     if _holds(slots, r, e):
                         continue
                     slots[r, s] = e
-                    now = _cost(sets, weight, load, risk, slots, world, scratch)
+                    now = _cost(sets, weight, load, risk, slots, goals, scratch)
                     if now < cost - 1e-12:
                         cost, better = now, True
                     else:
@@ -143,7 +155,7 @@ def _descend(sets: Any, weight: Any, load: Any, risk: Any, slots: Any, world: An
                         if b == -2 or a == b or _holds(slots, r, b) or _holds(slots, q, a):
                             continue
                         slots[r, s], slots[q, t] = b, a
-                        now = _cost(sets, weight, load, risk, slots, world, scratch)
+                        now = _cost(sets, weight, load, risk, slots, goals, scratch)
                         if now < cost - 1e-12:
                             cost, better = now, True
                         else:
@@ -152,25 +164,22 @@ def _descend(sets: Any, weight: Any, load: Any, risk: Any, slots: Any, world: An
 
 
 @kernel
-def refine(sets: Any, weight: Any, load: Any, risk: Any, slots: Any, world: Any, kicks: Any) -> Any:
+def refine(sets: Any, weight: Any, load: Any, risk: Any, slots: Any, goals: LayerGoals, kicks: Any) -> Any:
     """Descend from `slots`, then from kicked copies of the best, keeping what is better (iterated local search).
 
     Args:
         sets: [U, K] distinct token sets; weight: [U] share of the tokens with each.
         load: [E] tokens of each expert per token; risk: [E, E] covariance that is to be kept off any one unit.
         slots: [R, S] expert of each slot, -1 empty, -2 no slot.
-        world: node_of [R], unit_of [R] (what is to be balanced: the rank itself, or its node), source [R] share of
-            tokens that start on a rank, target [units] load that each should have, compute: time of a unit at its
-            target, in visits, price [N, N] of a token from a node (row) that visits another; stiff: price of unbalance.
         kicks: [rounds, 2, 2] pairs of (rank, slot) that change places before each descent.
 
     Returns:
         slots [R, S] and their cost.
     """
-    experts, nodes, ranks = load.shape[0], world[5].shape[0], slots.shape[0]
+    experts, nodes, ranks = load.shape[0], goals.price.shape[0], slots.shape[0]
     scratch = (np.zeros((experts, nodes)), np.zeros((experts, nodes)), np.zeros((experts, ranks)))
     best = slots.copy()
-    cost = _descend(sets, weight, load, risk, best, world, scratch)
+    cost = _descend(sets, weight, load, risk, best, goals, scratch)
     for kick in kicks:
         trial = best.copy()
         for pair in kick:
@@ -179,7 +188,7 @@ def refine(sets: Any, weight: Any, load: Any, risk: Any, slots: Any, world: Any,
             if a == -2 or b == -2 or a == b or _holds(trial, r, b) or _holds(trial, q, a):
                 continue
             trial[r, s], trial[q, t] = b, a
-        now = _descend(sets, weight, load, risk, trial, world, scratch)
+        now = _descend(sets, weight, load, risk, trial, goals, scratch)
         if now < cost - 1e-12:
             best, cost = trial, now
     return best, cost

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ray_ep.errors import PlacementError
-from ray_ep.placement.cost.predict import StepCosts, predict
+from ray_ep.placement.cost.figures import StepCosts
+from ray_ep.placement.cost.predict import predict
 from ray_ep.placement.placement import Floats, Ints, Placement
 from ray_ep.placement.statistics import RoutingStatistics
 from ray_ep.placement.topology import Topology

@@ -14,7 +14,8 @@ import numpy as np
 
 from ray_ep.errors import PlacementError
 from ray_ep.placement.baselines import contiguous, slots_needed
-from ray_ep.placement.cost.predict import Prediction, StepCosts, predict
+from ray_ep.placement.cost.figures import StepCosts
+from ray_ep.placement.cost.predict import Prediction, predict
 from ray_ep.placement.placement import Placement
 from ray_ep.placement.planner.load_only import load_only
 from ray_ep.placement.planner.plan import plan

@@ -21,12 +21,13 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import fsspec
-import pyarrow as pa
+import fsspec  # type: ignore[import-untyped]
+import pyarrow as pa  # type: ignore[import-untyped]
 
 from ray_ep.config.schema import DataConfig
 from ray_ep.errors import DataError
@@ -76,8 +77,10 @@ _FOREIGN = {
     b"\x93NUMPY": "a NumPy array",
     b"Obj\x01": "an Avro file",
 }
-_BROKEN = (OSError, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError, tarfile.TarError, csv.Error)
-_BROKEN += (zipfile.BadZipFile, pa.ArrowException)
+_BROKEN: tuple[type[Exception], ...] = (
+    OSError, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError, tarfile.TarError, csv.Error,
+    zipfile.BadZipFile, pa.ArrowException,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,13 +217,13 @@ class _Reader:
                 if member.flag_bits & 1:
                     raise DataError(f"{where}, member {member.filename}: is encrypted")
                 if _is_shown(name := member.filename):
-                    yield from self._member(lambda member=member: archive.open(member), name, where)
+                    yield from self._member(partial(archive.open, member), name, where)
 
     def _read_tar(self, file: Any, where: str) -> Iterator[bytes]:
         with tarfile.open(fileobj=file, mode="r|") as archive:
             for member in archive:
                 if member.isfile() and _is_shown(member.name):
-                    yield from self._member(lambda member=member: archive.extractfile(member), member.name, where)
+                    yield from self._member(partial(archive.extractfile, member), member.name, where)
 
     def _member(self, opened: Callable[[], Any], name: str, where: str) -> Iterator[bytes]:
         where = f"{where}, member {name}"
@@ -291,7 +294,7 @@ def _as_one(chunks: Iterator[str], max_bytes: int) -> Iterator[bytes]:
 def _read_dataset(cfg: DataConfig) -> Iterator[bytes]:
     where = f"data.dataset={cfg.dataset!r}"
     try:
-        import datasets
+        import datasets  # type: ignore[import-untyped]
     except ImportError:
         raise DataError(f"{where}: needs the datasets package: pip install 'ray_ep[datasets]'") from None
     try:

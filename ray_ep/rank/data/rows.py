@@ -15,7 +15,7 @@ from contextlib import suppress
 from itertools import chain, islice
 from typing import Any
 
-import pyarrow as pa
+import pyarrow as pa  # type: ignore[import-untyped]
 
 from ray_ep.errors import DataError
 from ray_ep.rank.data.decode import text_of_bytes
@@ -88,15 +88,22 @@ def is_json(text: str, field: str) -> bool:
     return not alone or field in found[0]
 
 
+def _blank(text: str, start: int) -> int:
+    """Where the blanks end that begin at `start`, if any do."""
+    found = _BLANK.match(text, start)
+    return start if found is None else found.end()
+
+
 def _objects(text: str) -> tuple[list[dict[str, Any]], int, str]:
     """(objects at the beginning, where the last one ends, what comes then: the 'end', a 'cut' one, or 'wrong')."""
-    at = _BLANK.match(text).end()
+    at = _blank(text, 0)
     array = text[at : at + 1] == "["
-    at, end, found = at + array, 0, []
+    at, end = at + array, 0
+    found: list[dict[str, Any]] = []
     while True:
-        at = _BLANK.match(text, at).end()
+        at = _blank(text, at)
         if found and text[at : at + 1] in (",", "]"):  # lines that end in commas: meant as rows, and refused as such
-            at = _BLANK.match(text, at + 1).end()
+            at = _blank(text, at + 1)
         if at == len(text):
             return found, end, "end"
         if text[at] != "{":
@@ -148,7 +155,7 @@ class _Json:
     def _next(self) -> str:
         """The next character that is not blank, '' at the end."""
         while True:
-            self._skip(_BLANK.match(self._text, self._at).end())
+            self._skip(_blank(self._text, self._at))
             if self._at < len(self._text):
                 return self._text[self._at]
             if not self._more():

@@ -72,7 +72,7 @@ def inspect(path: Path, model: PreTrainedModel) -> list[tuple[str, str]]:
         keep_rows(module, [0])
     part = _part(source, targets, {name: [0] for name in experts})
     info = _load(model, {k: _Shape(t) for k, t in part.items()}, "meta")
-    model.mark_tied_weights_as_initialized(info)
+    model.mark_tied_weights_as_initialized(info)  # type: ignore[no-untyped-call]
     model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
     model._adjust_missing_and_unexpected_keys(info)
     _raise_for(say, model, info)
@@ -112,7 +112,7 @@ def load_pretrained(model: PreTrainedModel, path: Path, rows: dict[str, list[int
         ascending = sorted(rows[name])
         for pname, p in list(module.named_parameters(recurse=False)):
             setattr(module, pname, torch.nn.Parameter(p.data[[ascending.index(e) for e in rows[name]]]))
-        module.ray_ep_rows = list(rows[name])
+        module.ray_ep_rows = list(rows[name])  # type: ignore[assignment]
 
 
 class _Rows:
@@ -185,17 +185,17 @@ def _part(source: Source, targets: dict[str, Target | None], rows: dict[str, lis
 
 def _load(model: PreTrainedModel, state: dict[str, Any], device: str) -> Any:
     """transformers' loader over lazy tensors; returns what it found."""
-    mapping = get_model_conversion_mapping(model)
+    mapping: Any = get_model_conversion_mapping(model)
     load = LoadStateDictConfig(device_map={"": torch.device(device)}, dtype=model.dtype, weight_mapping=mapping)
     bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         info, _ = PreTrainedModel._load_pretrained_model(model, state, None, load)
     except Exception as e:
         raise CheckpointError(f"the checkpoint does not fit {type(model).__name__}: {brief(e)}") from None
     finally:
         if bar:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     return info
 
 

@@ -20,7 +20,7 @@ _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 def checksum(t: torch.Tensor) -> int:
     """CRC-32 of a tensor's bytes."""
-    return zlib.crc32(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return zlib.crc32(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:

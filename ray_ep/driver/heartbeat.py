@@ -1,0 +1,191 @@
+"""Which ranks answer: each is asked every second while the driver waits; one that is silent for too long is lost.
+
+`Pulse` decides, with the clock passed in. `Heartbeat` asks, through Ray. What follows from a loss is ranks.py's.
+
+Uses private parts of Ray, its table of actors and its gRPC channel: pyproject pins the version range.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray._private.grpc_utils import init_grpc_channel
+from ray._private.state import state
+from ray.core.generated.gcs_pb2 import ActorTableData  # type: ignore[attr-defined]
+from ray.exceptions import RayError
+
+PERIOD_S = 1.0
+"""How often a rank is asked."""
+LOOK_S = 0.2
+"""How often it is looked who has answered."""
+_PAUSE_S = 2.0
+"""Between two looks that are further apart nobody listened: such a time counts against no rank."""
+_CONNECT_S = 0.5
+"""How long a node may take to answer a connection before it counts as cut off."""
+
+
+@dataclass(slots=True)
+class Heard:
+    """What is known of one rank's answers, in seconds of one clock.
+
+    Args:
+        began: when it was started.
+        at: when it answered last; None: there is no process of it yet.
+        asked: when it was asked last.
+        up: its actor answers; before that only its process does.
+    """
+
+    began: float
+    at: float | None = None
+    asked: float = float("-inf")
+    up: bool = False
+
+
+class Pulse:
+    """Who has answered when, and who is lost. Pure: `now` is passed in.
+
+    A rank whose actor is up, or whose process is there, is lost when nothing has come from it for `silence_s`; one that
+    is still starting (its node makes a process, it imports) when its actor is not up after `start_s`.
+    """
+
+    def __init__(self, ranks: int, silence_s: float, start_s: float, now: float):
+        self.silence_s, self.start_s = silence_s, start_s
+        self.heard = [Heard(now) for _ in range(ranks)]
+        self._looked = now
+
+    def look(self, now: float) -> None:
+        """Somebody looks: after a pause everybody's silence begins anew."""
+        gap, self._looked = now - self._looked, now
+        if gap < _PAUSE_S:
+            return
+        for heard in self.heard:
+            heard.began += gap
+            heard.at = None if heard.at is None else now
+
+    def due(self, now: float) -> list[int]:
+        """Ranks to ask now."""
+        return [rank for rank, heard in enumerate(self.heard) if now - heard.asked >= PERIOD_S]
+
+    def asked(self, rank: int, now: float) -> None:
+        """A rank was asked."""
+        self.heard[rank].asked = now
+
+    def answered(self, rank: int, now: float, up: bool) -> None:
+        """A rank's actor (`up`) answered, or only its process, or its process was seen for the first time."""
+        heard = self.heard[rank]
+        heard.at, heard.up = now, heard.up or up
+
+    def lost(self, now: float) -> dict[int, str]:
+        """{rank: why} of the lost ones."""
+        found = {}
+        for rank, heard in enumerate(self.heard):
+            if heard.at is not None and now - heard.at >= self.silence_s:
+                found[rank] = f"has not answered for {now - heard.at:.1f} s (cluster.silence_s={self.silence_s:g})"
+            elif not heard.up and now - heard.began >= self.start_s:
+                found[rank] = f"has not started within cluster.wait_s={self.start_s:g} s"
+        return found
+
+
+class Heartbeat:
+    """Asks ranks' actors whether they are there; while one starts, its process, which answers while it imports."""
+
+    def __init__(
+        self,
+        actors: Sequence[Any],
+        silence_s: float,
+        start_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._actors, self._clock = actors, clock
+        self._looked = clock()
+        self._pulse = Pulse(len(actors), silence_s, start_s, self._looked)
+        self._pings: dict[int, Any] = {}  # not answered yet
+        self._knocks: dict[int, Any] = {}
+
+    def look(self) -> tuple[dict[int, str], dict[int, Exception]]:
+        """Ask who is due and hear who has answered; at most every LOOK_S, else nothing is done.
+
+        Returns:
+            {rank: why it counts as lost}, {rank: what Ray raised for it: it is dead}.
+        """
+        now = self._clock()
+        if now - self._looked < LOOK_S:
+            return {}, {}
+        self._looked = now
+        self._pulse.look(now)
+        dead = self._hear(now)
+        for rank in self._pulse.due(now):
+            self._ask(rank, now)
+        return self._pulse.lost(now), dead
+
+    def _hear(self, now: float) -> dict[int, Exception]:
+        dead: dict[int, Exception] = {}
+        for rank, knock in list(self._knocks.items()):
+            if knock.done():
+                del self._knocks[rank]
+                if knock.code().name not in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
+                    self._pulse.answered(rank, now, up=False)
+        if not self._pings:
+            return dead
+        rank_of = {ping: rank for rank, ping in self._pings.items()}
+        for ping in ray.wait(list(rank_of), num_returns=len(rank_of), timeout=0)[0]:
+            rank = rank_of[ping]
+            del self._pings[rank]
+            try:
+                ray.get(ping)
+                self._pulse.answered(rank, now, up=True)
+            except RayError as e:
+                dead[rank] = e
+        return dead
+
+    def _ask(self, rank: int, now: float) -> None:
+        self._pulse.asked(rank, now)
+        if rank not in self._pings:
+            self._pings[rank] = self._actors[rank].ping.remote()
+        heard = self._pulse.heard[rank]
+        if heard.up or rank in self._knocks:
+            return
+        if process := process_of(self._actors[rank]):
+            if heard.at is None:
+                self._pulse.answered(rank, now, up=False)
+            self._knocks[rank] = _knock(process.address, self._pulse.silence_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """An actor's process, as Ray's table of actors has it: HOST:PORT where it listens, Ray's id of it, its number."""
+
+    address: str
+    worker: str
+    pid: int
+
+
+def process_of(actor: Any) -> Process | None:
+    """Where an actor runs, also while it starts; None: it has no process yet, or no more."""
+    told = state._connect_and_get_accessor().get_actor_info(actor._actor_id)
+    data = ActorTableData.FromString(told) if told else ActorTableData()
+    if not data.address.port:
+        return None
+    return Process(f"{data.address.ip_address}:{data.address.port}", data.address.worker_id.hex(), data.pid)
+
+
+def _knock(address: str, limit_s: float) -> Any:
+    """Ask a process of Ray for its figures: threads without the GIL answer, so that an import does not hide it."""
+    channel = init_grpc_channel(address)
+    knock = channel.unary_unary("/ray.rpc.CoreWorkerService/GetCoreWorkerStats").future(b"", timeout=limit_s)
+    knock.add_done_callback(lambda _: channel.close())
+    return knock
+
+
+def reachable(host: str, port: int) -> bool:
+    """Whether a node's kernel takes a connection: it does so for a process that is stopped, too."""
+    with suppress(OSError):
+        socket.create_connection((host, port), timeout=_CONNECT_S).close()
+        return True
+    return False

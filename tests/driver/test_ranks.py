@@ -1,0 +1,207 @@
+"""Rank actors in real processes on a Ray of three nodes: what each kind of fault ends with; where ranks are placed."""
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+
+from ray_ep.config.schema import ClusterConfig
+from ray_ep.driver.heartbeat import process_of
+from ray_ep.driver.placing import Places
+from ray_ep.driver.ranks import Ranks
+from ray_ep.errors import ClusterError, PlacementError, RankError
+
+from .light_rank import LightRank
+
+SILENCE_S, NOBODY = 2.0, -1
+NODES = (2, 4, 3)  # CPUs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    soon = {"kill_worker_timeout_milliseconds": 500}  # a stopped process that is killed is gone after, 5 s by default
+    head = {"num_cpus": NODES[0], "include_dashboard": False, "_system_config": soon}
+    nodes = Cluster(initialize_head=True, head_node_args=head)
+    for cpus in NODES[1:]:
+        nodes.add_node(num_cpus=cpus)
+    ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+    nodes.shutdown()
+
+
+def config(**changes):
+    given = {"ranks": 3, "cpus_per_rank": 0.3, "device": "cpu", "silence_s": SILENCE_S, "wait_s": 30.0}
+    return ClusterConfig(**given | changes)
+
+
+@pytest.fixture
+def ranks(request):
+    made = Ranks(config(), request.node.name, False, bool, LightRank)
+    yield made
+    pids = [w["pid"] for w in made.where]
+    assert made.kill() == []
+    assert not any(running(pid) for pid in pids)
+
+
+def running(pid):
+    """Whether a process is there; one that has just died may be seen for a moment."""
+    limit = time.monotonic() + 0.5
+    while (there := Path(f"/proc/{pid}").exists()) and time.monotonic() < limit:
+        time.sleep(0.02)
+    return there
+
+
+def fails(meanwhile, call, *args):
+    """(Error of a call, seconds from the fault to it): the fault happens once the call is under way."""
+    happened = []
+
+    def happen():
+        time.sleep(0.5)
+        meanwhile()
+        happened.append(time.monotonic())
+
+    fault = threading.Thread(target=happen)
+    fault.start()
+    with pytest.raises(RankError) as e:
+        call(*args)
+    fault.join()
+    return e.value, time.monotonic() - happened[0]
+
+
+def sends(ranks, number):
+    return lambda: os.kill(ranks.where[1]["pid"], number)
+
+
+def aborts(ranks, of):
+    return ray.get([ranks.actors[r].aborts_seen.remote() for r in of], timeout=5)
+
+
+def test_a_rank_that_is_stopped_in_a_collective_is_named_and_the_others_are_released(ranks):
+    e, seconds = fails(sends(ranks, signal.SIGSTOP), ranks.train_step, NOBODY)
+    assert e.rank == 1
+    assert f"rank 1 on beta (process {ranks.where[1]['pid']}) has not answered for 2." in str(e)
+    assert "its node answers, so its process is stopped or hangs" in str(e)
+    assert seconds < SILENCE_S + 2
+    assert aborts(ranks, (0, 2)) == [1, 1]
+
+
+def test_a_rank_that_is_stopped_in_a_call_that_is_not_collective_is_named(ranks):
+    e, seconds = fails(sends(ranks, signal.SIGSTOP), ranks.save, "", 1)
+    assert e.rank == 1
+    assert "has not answered" in str(e)
+    assert seconds < SILENCE_S + 2
+
+
+def test_a_rank_that_is_stopped_while_it_starts_is_named_with_its_node_and_nothing_is_left(request):
+    stopped = []
+
+    def stop():
+        while not stopped:
+            time.sleep(0.1)
+            try:
+                process = process_of(ray.get_actor(f"{request.node.name}-rank-1"))
+            except ValueError:  # not placed yet
+                continue
+            if process:
+                os.kill(process.pid, signal.SIGSTOP)
+                stopped.append((process.pid, time.monotonic()))
+
+    fault = threading.Thread(target=stop)
+    fault.start()
+    with pytest.raises(RankError, match=r"rank 1 on \S+ \(process \d+\) has not answered .* is stopped or hangs") as e:
+        Ranks(config(cpus_per_rank=2.0, ranks=2), request.node.name, False, bool, LightRank)
+    fault.join()
+    ((pid, when),) = stopped
+    assert str(pid) in str(e.value)
+    assert time.monotonic() - when < SILENCE_S + 5
+    assert not running(pid)
+
+
+def test_a_killed_rank_is_named_as_dead_and_the_others_are_released(ranks):
+    e, seconds = fails(sends(ranks, signal.SIGKILL), ranks.train_step, NOBODY)
+    assert e.rank == 1
+    assert str(e).startswith("rank 1 on beta died: ")
+    assert seconds < 1.5
+    assert aborts(ranks, (0, 2)) == [1, 1]
+
+
+def test_a_rank_that_raises_alone_is_named_with_its_traceback_and_the_others_are_released(ranks):
+    began = time.monotonic()
+    with pytest.raises(RankError, match="rank 1 raised") as e:
+        ranks.train_step(1)
+    assert "ValueError: boom" in str(e.value)
+    assert time.monotonic() - began < 1  # they came back: nobody waited for a limit
+    assert aborts(ranks, (0, 1, 2)) == [1, 0, 1]
+
+
+def test_a_rank_that_answers_but_does_not_come_back_is_named_not_those_that_wait_for_it(ranks):
+    with pytest.raises(RankError, match=r"rank 2 on beta .* did not come back, while rank 0 raised") as e:
+        ranks.load("", 2)
+    assert e.value.rank == 2
+
+
+def test_what_every_rank_refuses_ends_nobodys_group(ranks):
+    with pytest.raises(PlacementError, match="does not fit"):
+        ranks.migrate(None, 1)
+    assert aborts(ranks, (0, 1, 2)) == [0, 0, 0]
+    assert ranks.save("", NOBODY) == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
+
+
+def packing(nodes):
+    """How many ranks each used node has."""
+    return sorted(Counter(nodes).values())
+
+
+def free():
+    """CPUs once Ray has taken back what was given up."""
+    limit = time.monotonic() + 5
+    while ray.available_resources().get("CPU", 0) < sum(NODES) and time.monotonic() < limit:
+        time.sleep(0.05)
+    return ray.available_resources()["CPU"]
+
+
+@pytest.mark.parametrize("count", [3, 5, 6])
+def test_groups_of_one_are_packed_as_one_group_of_all_is_and_numbered_by_host(count):
+    free()
+    one = placement_group([{"CPU": 1.0}] * count, strategy="PACK")
+    ray.get(one.ready(), timeout=20)
+    expected = packing(placement_group_table(one)["bundles_to_node_id"].values())
+    remove_placement_group(one)
+    assert free() == sum(NODES)
+    room = Places(config(cpus_per_rank=1.0), f"packed-{count}", False, bool)
+    places = room.take(count)
+    assert packing(p.node for p in places) == expected
+    assert [p.node for p in places] == sorted(p.node for p in places)  # one address here
+    for place in places:
+        room.give_up(place)
+    assert free() == sum(NODES)
+
+
+def test_one_place_is_given_up_and_another_added_while_the_rest_stay():
+    room = Places(config(cpus_per_rank=1.0), "changing", False, bool)
+    places = room.take(sum(NODES))  # all that there is
+    with pytest.raises(
+        ClusterError, match=r"could not place 1 ranks of 1 CPUs within cluster.wait_s=0.5 s; it has 3 n"
+    ):
+        Places(config(cpus_per_rank=1.0, wait_s=0.5), "late", False, bool).add()
+    room.give_up(places[4])
+    added = room.add()
+    assert added.node == places[4].node  # nothing else is free
+    for place in (*places[:4], *places[5:], added):
+        assert placement_group_table(place.group)["state"] == "CREATED"
+        room.give_up(place)
+    assert free() == sum(NODES)
+
+
+def test_without_room_for_all_ranks_none_is_held():
+    with pytest.raises(ClusterError, match=r"could not place 10 ranks .* it has 3 node\(s\) with .* CPUs .* free now"):
+        Places(config(cpus_per_rank=1.0, wait_s=0.5), "too-many", False, bool).take(10)
+    assert free() == sum(NODES)
