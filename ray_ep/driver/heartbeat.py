@@ -24,6 +24,8 @@ PERIOD_S = 1.0
 """How often a rank is asked."""
 LOOK_S = 0.2
 """How often it is looked who has answered."""
+HANGS = 12
+"""So many times `cluster.silence_s` may a rank not answer whose process does: a long call may keep the GIL."""
 _PAUSE_S = 2.0
 """Between two looks that are further apart nobody listened: such a time counts against no rank."""
 _CONNECT_S = 0.5
@@ -36,13 +38,15 @@ class Heard:
 
     Args:
         began: when it was started.
-        at: when it answered last; None: there is no process of it yet.
+        at: when it or its process answered last; None: there is no process of it yet.
+        beat: when its actor answered last.
         asked: when it was asked last.
-        up: its actor answers; before that only its process does.
+        up: its actor has answered; before that only its process does.
     """
 
     began: float
     at: float | None = None
+    beat: float = float("inf")
     asked: float = float("-inf")
     up: bool = False
 
@@ -50,8 +54,9 @@ class Heard:
 class Pulse:
     """Who has answered when, and who is lost. Pure: `now` is passed in.
 
-    A rank whose actor is up, or whose process is there, is lost when nothing has come from it for `silence_s`; one that
-    is still starting (its node makes a process, it imports) when its actor is not up after `start_s`.
+    A rank whose actor is up, or whose process is there, is lost when nothing has come from either for `silence_s`, or
+    from the actor for HANGS times as long; one that is still starting (its node makes a process, it imports) when its
+    actor is not up after `start_s`.
     """
 
     def __init__(self, ranks: int, silence_s: float, start_s: float, now: float):
@@ -67,6 +72,7 @@ class Pulse:
         for heard in self.heard:
             heard.began += gap
             heard.at = None if heard.at is None else now
+            heard.beat += gap
 
     def due(self, now: float) -> list[int]:
         """Ranks to ask now."""
@@ -80,6 +86,7 @@ class Pulse:
         """A rank's actor (`up`) answered, or only its process, or its process was seen for the first time."""
         heard = self.heard[rank]
         heard.at, heard.up = now, heard.up or up
+        heard.beat = now if up else heard.beat
 
     def lost(self, now: float) -> dict[int, str]:
         """{rank: why} of the lost ones."""
@@ -87,13 +94,18 @@ class Pulse:
         for rank, heard in enumerate(self.heard):
             if heard.at is not None and now - heard.at >= self.silence_s:
                 found[rank] = f"has not answered for {now - heard.at:.1f} s (cluster.silence_s={self.silence_s:g})"
+            elif now - heard.beat >= HANGS * self.silence_s:
+                found[rank] = f"has not answered for {now - heard.beat:.0f} s, though its process does"
             elif not heard.up and now - heard.began >= self.start_s:
                 found[rank] = f"has not started within cluster.wait_s={self.start_s:g} s"
         return found
 
 
 class Heartbeat:
-    """Asks ranks' actors whether they are there; while one starts, its process, which answers while it imports."""
+    """Asks ranks' actors whether they are there, and of one that starts or is late its process.
+
+    That answers without the GIL: neither an import nor a long call hides it.
+    """
 
     def __init__(
         self,
@@ -149,7 +161,8 @@ class Heartbeat:
         if rank not in self._pings:
             self._pings[rank] = self._actors[rank].ping.remote()
         heard = self._pulse.heard[rank]
-        if heard.up or rank in self._knocks:
+        late = now - heard.beat > 1.5 * PERIOD_S
+        if (heard.up and not late) or rank in self._knocks:
             return
         if process := process_of(self._actors[rank]):
             if heard.at is None:
@@ -176,7 +189,7 @@ def process_of(actor: Any) -> Process | None:
 
 
 def _knock(address: str, limit_s: float) -> Any:
-    """Ask a process of Ray for its figures: threads without the GIL answer, so that an import does not hide it."""
+    """Ask a process of Ray for its figures: threads answer that need no GIL."""
     channel = init_grpc_channel(address)
     knock = channel.unary_unary("/ray.rpc.CoreWorkerService/GetCoreWorkerStats").future(b"", timeout=limit_s)
     knock.add_done_callback(lambda _: channel.close())

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_ep.driver.heartbeat import LOOK_S, PERIOD_S, Pulse
+from ray_ep.driver.heartbeat import HANGS, LOOK_S, PERIOD_S, Pulse
 
 SILENCE_S, START_S = 5.0, 60.0
 
@@ -46,6 +46,16 @@ def test_a_rank_is_lost_once_it_was_silent_for_silence_s_and_no_sooner_and_it_al
 
 def test_a_rank_that_holds_the_gil_for_a_while_is_not_lost():
     assert Line().pass_(3, answering=(0, 1, 2)).pass_(3.4, answering=(0, 2)).pass_(3, answering=(0, 1, 2)).lost == {}
+
+
+def test_a_rank_that_holds_the_gil_for_long_is_not_lost_while_its_process_answers():
+    line = Line().pass_(3, answering=(0, 1, 2)).pass_(HANGS * SILENCE_S - 2, answering=(0, 1, 2), up=False)
+    assert line.pass_(20, answering=(0, 1, 2)).lost == {}
+
+
+def test_a_rank_whose_python_hangs_for_good_is_lost_though_its_process_answers():
+    line = Line(ranks=1).pass_(3, answering=(0,)).pass_(HANGS * SILENCE_S + 2, answering=(0,), up=False)
+    assert line.lost == {0: "has not answered for 60 s, though its process does"}
 
 
 def test_ranks_that_fall_silent_together_are_lost_together():
