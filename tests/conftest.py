@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import threading
+import uuid
 from datetime import timedelta
 
 import pytest
@@ -27,6 +28,8 @@ def pytest_configure(config):
     """Here and in what tests start: no cluster to join, and a temporary directory without traces of another Ray."""
     for name in ANOTHER:
         os.environ.pop(name, None)
+    # Given before any Ray is started here, which would make one up and keep it: this process joins several.
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
     least.count(config)
     # Short: sockets lie deep in it, and their paths have at most 107 characters.
     config.ray_dir = os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="r-", dir="/tmp")

@@ -6,6 +6,7 @@ Everything that a command starts inherits a mark in its environment: that, not t
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import sysconfig
 import tempfile
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -134,10 +136,6 @@ def place(path):
     return Place(path)
 
 
-AUTH = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}  # the mode is Ray's default
-"""What every process of the cluster and its clients needs to know."""
-
-
 @dataclass(frozen=True)
 class Cluster:
     """Addresses: for RAY_ADDRESS and ray.init, and for `ray job submit`."""
@@ -147,41 +145,36 @@ class Cluster:
 
 
 def free_ports(count):
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [s.getsockname()[1] for s in sockets]
-    [s.close() for s in sockets]
-    return ports
+    """Free ports that stay so: below those that the kernel gives to connections, above those of Ray's workers."""
+    found = []
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 1000):
+        with socket.socket() as it, suppress(OSError):
+            it.bind(("", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    pytest.fail(f"no {count} free ports in 1000 of 20000 to 32000")
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
     """A Ray of four CPUs on ports of its own, for all tests that are not about starting Ray; at the end it is gone."""
-    ports = (
-        "port",
-        "dashboard-port",
-        "dashboard-agent-listen-port",
-        "dashboard-agent-grpc-port",
-        "ray-client-server-port",
-    )
+    ports = ("port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
+    ports += ("ray-client-server-port",)
     numbers = dict(zip(ports, free_ports(len(ports)), strict=True))
     its = Place(tmp_path_factory.mktemp("cluster"))
-    with (
-        pytest.MonkeyPatch.context() as environment,
-        tempfile.TemporaryDirectory(
-            prefix="ray_ep-",
-            dir="/tmp",
-            ignore_cleanup_errors=True,  # short, as in tests/conftest.py
-        ) as short,
-    ):
-        [environment.setenv(*pair) for pair in AUTH.items()]
+    # Short, as in tests/conftest.py.
+    with tempfile.TemporaryDirectory(prefix="ray_ep-", dir="/tmp", ignore_cleanup_errors=True) as short:
         options = [f"--{k}={v}" for k, v in numbers.items()]
         head = its.start(
             "ray", "start", "--head", "--block", "--include-dashboard=true", "--num-cpus=4", f"--temp-dir={short}",
             "--disable-usage-stats", *options,
         )  # fmt: skip
-        head.until(lambda: "Ray runtime started" in head.out, 60, "the cluster")
-        yield Cluster(f"127.0.0.1:{numbers['port']}", f"http://127.0.0.1:{numbers['dashboard-port']}")
-        head.end()
+        try:
+            head.until(lambda: "Ray runtime started" in head.out, 60, "the cluster")
+            yield Cluster(f"127.0.0.1:{numbers['port']}", f"http://127.0.0.1:{numbers['dashboard-port']}")
+        finally:
+            head.end()
 
 
 @pytest.fixture
