@@ -52,7 +52,7 @@ def test_it_shortens_the_predicted_time_and_leaves_slots_in_their_places(node_of
     problem, traffic = layer_of(stats, topology, costs)
     start = contiguous(1, 18, 6).slots[0]
     assert by_time.fits(problem, start)
-    slots = by_time.relieved(problem, traffic, start, 0.0, 0)
+    slots = by_time.swapped_by_time(problem, traffic, start, 0.0, 0)
     assert sorted(slots.ravel()) == list(range(18))
     stay = (slots[:, :, None] == start[:, None, :]).any(2)
     assert (slots[stay] == start[stay]).all()
@@ -62,7 +62,7 @@ def test_it_shortens_the_predicted_time_and_leaves_slots_in_their_places(node_of
 def test_with_few_experts_it_finds_the_best_of_all_placements():
     stats, topology = statistics(8, tokens=400), cluster(slow=[(1, 3)])
     problem, traffic = layer_of(stats, topology)
-    found = by_time.relieved(problem, traffic, contiguous(1, 8, 4).slots[0], 0.0, 0)
+    found = by_time.swapped_by_time(problem, traffic, contiguous(1, 8, 4).slots[0], 0.0, 0)
     best = min(layer_seconds(problem, traffic, s) for s in every_placement(8, 4))
     assert layer_seconds(problem, traffic, found) <= 1.03 * best
 
@@ -85,8 +85,8 @@ def every_placement(experts, ranks):
 def test_a_price_that_no_move_pays_moves_nothing():
     problem, traffic = layer_of(statistics(16), cluster(slow=[(0, 2)]))
     start = contiguous(1, 16, 4).slots[0]
-    assert (by_time.relieved(problem, traffic, start, 1e3, 0) == start).all()
-    free, dear = (by_time.relieved(problem, traffic, start, stay, 0) for stay in (0.0, 0.02))
+    assert (by_time.swapped_by_time(problem, traffic, start, 1e3, 0) == start).all()
+    free, dear = (by_time.swapped_by_time(problem, traffic, start, stay, 0) for stay in (0.0, 0.02))
     assert moved_slots(start, dear) < moved_slots(start, free)
 
 

@@ -131,7 +131,7 @@ def test_swaps_of_the_search_lower_the_cost_that_is_counted_token_by_token(seed,
     for a, b in itertools.combinations(range(experts), 2):  # no single swap is left that gains what one must
         swapped = found.copy()
         swapped[a], swapped[b] = found[b], found[a]
-        assert cost(swapped) >= cost(found) - swaps.LEAST - 1e-9
+        assert cost(swapped) >= cost(found) - swaps.LEAST_SWAP - 1e-9
 
 
 def test_packing_gives_a_rank_of_half_speed_half_the_load():
