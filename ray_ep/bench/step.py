@@ -23,6 +23,7 @@ from ray_ep.config import from_dict
 from ray_ep.config.schema import Config
 from ray_ep.driver.start import check
 from ray_ep.errors import BadInput
+from ray_ep.moe import settle
 from ray_ep.rank.model_rank import ModelRank
 from ray_ep.rank.pays import uneven, uneven_ranks
 from ray_ep.rank.trainer import Trainer
@@ -80,6 +81,8 @@ def _rank(me: int, case: Case, tree: dict[str, Any], work: Any, warm: int, store
     tree["balance"]["in_step"] = "always"  # turned off and on here
     cfg, (config, corpus, placement), group = from_dict(tree), work, from_torch()
     rank = Trainer(ModelRank(cfg, config, group, placement), corpus)
+    rows = cfg.batch.sequences * cfg.batch.length * rank.rank.top_k // rank.ep.num_experts
+    settle(rank.ep, "flat", {"gloo": group}, rows)  # as at the start of a run
     for step in range(warm):
         rank.train_step(step)
     step = warm

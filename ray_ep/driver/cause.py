@@ -56,7 +56,7 @@ def root_cause(failed: dict[int, Exception], silent: list[int], where: list[dict
 
     Args:
         failed: in the order in which they failed.
-        silent: ranks that have not come back from the call, though they answer otherwise.
+        silent: ranks that have not come back from the call; they may answer otherwise.
         where: host, node and process of each rank; empty before they are known.
     """
     rank, e = min(failed.items(), key=lambda item: lost_peer(item[1]))  # of equals the first to fail
@@ -96,7 +96,8 @@ def silent_cause(lost: dict[int, str], cut_off: Collection[int], where: list[dic
     else:
         ranks = [rank for rank in ranks if rank not in cut_off]
         why = "its node answers, so its process is stopped or hangs"
-    return RankError(ranks[0], f"{_who(ranks, where)} {lost[ranks[0]]}: {why}")
+    how = lost[ranks[0]] if len(ranks) == 1 else lost[ranks[0]].replace("has not", "have not", 1)
+    return RankError(ranks[0], f"{_who(ranks, where)} {how}: {why}")
 
 
 def _who(ranks: list[int], where: list[dict[str, Any]]) -> str:

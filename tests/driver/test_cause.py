@@ -2,8 +2,8 @@
 
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 
-from ray_ep.driver.cause import for_memory, root_cause
-from ray_ep.errors import GroupError, RankError, SaveError
+from ray_ep.driver.cause import Kind, for_memory, kind_of, root_cause, silent_cause
+from ray_ep.errors import BadInput, DivergedError, GroupError, RankError, SaveError
 from ray_ep.rank.memory import oom_kills
 
 WHERE = [{"host": "alpha"}, {"host": "beta"}]
@@ -50,3 +50,39 @@ def test_the_kernels_kills_are_counted_where_it_tells(tmp_path):
     (tmp_path / "events").write_text("low 0\noom 3\noom_kill 3\n")
     assert oom_kills((str(tmp_path / "vmstat"), str(tmp_path / "events"), str(tmp_path / "gone"))) == 3
     assert oom_kills((str(tmp_path / "gone"),)) == 0
+
+
+PLACES = [{"host": h, "address": a, "pid": p} for h, a, p in (("alpha", "10.0.0.1", 7), ("beta", "10.0.0.2", 8))] * 2
+"""Ranks 0 and 2 on alpha, 1 and 3 on beta."""
+SILENT = "has not answered for 5.1 s (cluster.silence_s=5)"
+
+
+def test_a_silent_rank_whose_node_answers_is_named_with_its_process():
+    e = silent_cause({1: SILENT}, (), PLACES)
+    assert e.rank == 1
+    assert str(e) == f"rank 1 on beta (process 8) {SILENT}: its node answers, so its process is stopped or hangs"
+
+
+def test_ranks_of_a_node_that_is_cut_off_are_named_together_with_its_address():
+    e = silent_cause({3: SILENT, 1: SILENT}, (1, 3), PLACES)
+    assert e.rank == 1
+    assert str(e).startswith("rank 1 on beta (process 8) and rank 3 on beta (process 8) have not answered for 5.1 s")
+    assert str(e).endswith("no answer from node beta (10.0.0.2), which is down or cut off")
+
+
+def test_of_equal_failures_the_first_explains_the_others():
+    assert root_cause({2: GroupError("late"), 0: GroupError("aborted")}, [], PLACES).rank == 2
+
+
+def test_a_rank_that_did_not_come_back_is_named_unless_another_raised_an_error_of_its_own():
+    lost = {0: GroupError("no answer from the peers")}
+    e = root_cause(lost, [1], PLACES)
+    assert e.rank == 1
+    assert "rank 1 on beta (process 8) did not come back, while rank 0 raised:\nno answer from the peers" in str(e)
+    assert root_cause(lost | {2: ValueError("boom")}, [1], PLACES).rank == 2
+
+
+def test_who_must_be_released_depends_on_what_one_rank_found():
+    assert kind_of(SaveError("full")) is Kind.OWN
+    assert {kind_of(e) for e in (BadInput("x"), DivergedError("x"))} == {Kind.BY_ALL}
+    assert {kind_of(e) for e in (ValueError("x"), GroupError("x"), ActorDiedError())} == {Kind.ALONE}

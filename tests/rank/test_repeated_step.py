@@ -44,16 +44,17 @@ def trios(request):
                 together(lambda r, ranks=ranks, step=step: ranks[r].train_step(step), SIZE)
         yield made
         for ranks in made:
-            [rank.group.inner.close() for rank in ranks]
+            [rank.failing.inner.close() for rank in ranks]
 
 
 def trio(cfg, config):
     peers = []
     peers += [FailingGroup(group, peers) for group in form(SIZE)]
     ranks = together(lambda r: make_rank(cfg, config, peers[r], PLACEMENT), SIZE)
-    for rank in ranks:
+    for rank, failing in zip(ranks, peers, strict=True):
+        rank.failing = failing
         rank.ep.balancer.assume(1e-3, 1e12)  # so that there are guests
-        rank.group.where = lambda rank=rank: rank.clock._phase
+        rank.failing.where = lambda rank=rank: rank.clock._phase
     return ranks
 
 
@@ -63,9 +64,9 @@ def make_step(ranks):
 
 def regroup(ranks):
     for rank, group in zip(ranks, form(SIZE), strict=True):
-        rank.group.inner.close()
-        rank.group.inner = group
-        rank.group.script(None)
+        rank.failing.inner.close()
+        rank.failing.inner = group
+        rank.failing.script(None)
 
 
 def points(log):
@@ -85,9 +86,9 @@ def assert_like_control(ranks, control):
 @pytest.mark.parametrize("trios", VARIANTS, indirect=True)
 def test_a_step_that_failed_before_its_last_collective_ended_leaves_no_trace_and_can_be_made_again(trios):
     ranks, control = trios
-    [rank.group.script(None) for rank in control]
+    [rank.failing.script(None) for rank in control]
     want = make_step(control)
-    log = control[1].group.log
+    log = control[1].failing.log
     phases = {phase for phase, _ in log}
     assert phases == {"forward", "backward", "reduce", "norm", "rest", "publish"}
     assert sum(result.usage.balance[3] for result in want) > 0, "there were guests"
@@ -97,10 +98,10 @@ def test_a_step_that_failed_before_its_last_collective_ended_leaves_no_trace_and
         if phase == "publish":
             continue
         failing = number % SIZE
-        ranks[failing].group.script(number)
+        ranks[failing].failing.script(number)
         results = make_step(ranks)
         at = f"{phase}, {call}, number {number}"
-        assert ranks[failing].group.happened == 1, at
+        assert ranks[failing].failing.happened == 1, at
         assert [kind for kind, _ in results] == ["Fault" if r == failing else "GroupError" for r in range(SIZE)], at
         assert [rank.state().updates for rank in ranks] == [STEP] * SIZE, at
         for rank, was in zip(ranks, before, strict=True):
@@ -118,9 +119,9 @@ def test_a_step_that_failed_before_its_last_collective_ended_leaves_no_trace_and
 @pytest.mark.parametrize("trios", ["fused", "bfloat16"], indirect=True)
 def test_a_rank_that_failed_when_others_had_updated_finishes_and_all_publish_again(trios):
     ranks, control = trios
-    [rank.group.script(None) for rank in control]
-    want, log = make_step(control), control[1].group.log
-    ranks[1].group.script(log.index(("rest", "all_gather")), after=True)
+    [rank.failing.script(None) for rank in control]
+    want, log = make_step(control), control[1].failing.log
+    ranks[1].failing.script(log.index(("rest", "all_gather")), after=True)
     results = make_step(ranks)
     assert results[1][0] == "Fault"
     assert [(s.updates, s.ready) for s in (r.state() for r in ranks)] == [(3, None), (2, STEP), (3, None)]
@@ -137,11 +138,11 @@ def test_a_rank_that_failed_when_others_had_updated_finishes_and_all_publish_aga
 @pytest.mark.parametrize("trios", ["fused"], indirect=True)
 def test_a_step_that_failed_while_it_was_published_is_done_and_is_published_again(trios):
     ranks, control = trios
-    [rank.group.script(None) for rank in control]
+    [rank.failing.script(None) for rank in control]
     make_step(control)
-    publishing = [n for n, (phase, _) in enumerate(control[1].group.log) if phase == "publish"]
+    publishing = [n for n, (phase, _) in enumerate(control[1].failing.log) if phase == "publish"]
     assert len(publishing) > 1
-    ranks[1].group.script(publishing[1])
+    ranks[1].failing.script(publishing[1])
     assert make_step(ranks)[1][0] == "Fault"
     assert [(s.updates, s.ready, s.unpublished) for s in (r.state() for r in ranks)] == [(3, None, True)] * SIZE
     [rank.discard() for rank in ranks]  # there is no half step
@@ -158,9 +159,9 @@ def test_a_rank_that_failed_in_its_update_is_torn_and_the_others_have_done_the_s
     def enter(phase):
         type(ranks[1].clock).enter(ranks[1].clock, phase)
         if phase == "update":
-            ranks[1].group.script(0)
-            ranks[1].group.log.append((phase, "no call"))
-            ranks[1].group.fail()
+            ranks[1].failing.script(0)
+            ranks[1].failing.log.append((phase, "no call"))
+            ranks[1].failing.fail()
 
     ranks[1].optimizer.enter = enter
     results = make_step(ranks)
