@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import sys, torch, torch.distributed as dist
 dist.init_process_group("gloo")
@@ -26,6 +28,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_a_torchrun_job_without_ray_equals_one_process(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(SCRIPT)

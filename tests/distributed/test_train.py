@@ -172,6 +172,7 @@ def test_experts_that_the_fused_body_does_not_cover_train_and_tell_of_themselves
     assert json.loads((here.path / "run" / "exchange.json").read_text())["kind"] == "all_gather"
 
 
+@pytest.mark.slow
 def test_a_lone_rank_has_nothing_to_choose(one_process, shared):
     choice = json.loads((shared.path / "one" / "exchange.json").read_text())
     assert (choice["kind"], choice["timings"]) == ("flat", [])
@@ -242,6 +243,7 @@ def losses(shared, lines, name):
     return {m["step"]: (m["loss"], m["grad_norm"]) for m in lines(shared.path / name / "metrics.jsonl")}
 
 
+@pytest.mark.slow
 def test_losses_and_norms_are_equal_on_one_and_four_ranks(one_process, shared, lines):
     one, four = (losses(shared, lines, n) for n in ("one", "four"))
     assert list(one) == list(four) == list(range(1, 11))
@@ -249,6 +251,7 @@ def test_losses_and_norms_are_equal_on_one_and_four_ranks(one_process, shared, l
         assert four[step] == pytest.approx(one[step], rel=1e-4), step
 
 
+@pytest.mark.slow
 def test_a_run_saved_on_four_ranks_continues_the_same_curve_on_two(one_process, shared, lines):
     one, two = (losses(shared, lines, n) for n in ("one", "two"))
     assert list(two) == [6, 7, 8, 9, 10]
@@ -257,17 +260,20 @@ def test_a_run_saved_on_four_ranks_continues_the_same_curve_on_two(one_process, 
     assert {m["world_size"] for m in lines(shared.path / "two" / "metrics.jsonl")} == {2}
 
 
+@pytest.mark.slow
 def test_one_rank_sends_no_bytes_to_itself(one_process, shared, lines):
     one = lines(shared.path / "one" / "metrics.jsonl")
     assert {m["bytes_intra_node"] + m["bytes_inter_node"] for m in one} == {0}
 
 
+@pytest.mark.slow
 def test_a_damaged_tensor_is_named_and_no_run_is_made(one_process, shared):
     assert "four/checkpoints/step-000010" in one_process["damaged"]
     assert re.search(r"experts-L001-r00\d\.safetensors", one_process["damaged"])
     assert not (shared.path / "damaged").exists()
 
 
+@pytest.mark.slow
 def test_a_program_keeps_the_ray_it_had_started_with_all_its_cpus_and_no_ranks(one_process):
     assert one_process["alive"] == 42
     assert one_process["free"] == [4.0, []]

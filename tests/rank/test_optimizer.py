@@ -14,7 +14,7 @@ from ray_ep.rank.data.corpus import global_batch
 from ray_ep.rank.model import build
 from ray_ep.rank.optimizer import MasterOptimizer
 from ray_ep.rank.saved.directory import Directory
-from tests.conftest import run_ranks
+from tests.conftest import run_ranks, slow
 from tests.rank.test_training import CORPUS, EXPERTS, GPT_OSS, LAYERS, MAKING, Reference, configure, make_rank, train
 
 LAYOUTS = {
@@ -30,6 +30,8 @@ LAYOUTS = {
     "no expert on rank 0 of 2": random(LAYERS, EXPERTS, 2, [0, EXPERTS], seed=5),
     "replicas and a rank without experts": random(LAYERS, EXPERTS, 4, [EXPERTS, 3, 2, 0], seed=6),
 }
+FEW = ["replicas and a rank without experts", "no expert on rank 0 of 2"]
+MANY = [*FEW, *slow(*(name for name in LAYOUTS if name not in FEW))]
 REPLICATED = [name for name in LAYOUTS if "replicas" in name or "both" in name]
 SGD = ("optim.kind=sgd", "optim.beta1=0", "optim.weight_decay=0", "optim.learning_rate=1", "optim.warmup_steps=0")
 
@@ -67,7 +69,7 @@ def split(named):
     return out
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MANY)
 def test_the_global_norm_is_torchs_norm_of_the_single_process_gradients(layout):
     overrides = ("optim.clip_norm=0", "router.aux_coefficient=0.2")
     plain = Reference(*configure(*overrides))
@@ -78,7 +80,7 @@ def test_the_global_norm_is_torchs_norm_of_the_single_process_gradients(layout):
     assert [r[0].grad_norm for r in results] == pytest.approx([float(want)] * placement.num_ranks, rel=1e-6)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MANY)
 def test_clipping_counts_every_expert_once(layout):
     before = Reference(*configure(*SGD, "optim.clip_norm=0.25"))
     start = split(before.model.named_parameters())
