@@ -23,8 +23,8 @@ class EpochGroup(Group):
     """The group of the present epoch, over the transport in use.
 
     Layers, balancer, replicas and optimizer keep this object; `form` and `use` change what it stands for, between
-    steps. rank, size, epoch, members and seconds are those of the present group. A call costs 0.2 us more than the
-    group's own. What a call of an earlier epoch began (a loan) ends in that epoch's group, with GroupError.
+    steps. rank, size, epoch, members and seconds are those of the present group. A call costs half a microsecond more
+    than the group's own. What a call of an earlier epoch began (a loan) ends in that epoch's group, with GroupError.
 
     Attributes:
         transports: the groups of this epoch by name of their transport: the same ranks, all this object's to close.
