@@ -183,7 +183,7 @@ def process_of(actor: Any) -> Process | None:
     """Where an actor runs, also while it starts; None: it has no process yet, or no more."""
     told = state._connect_and_get_accessor().get_actor_info(actor._actor_id)
     data = ActorTableData.FromString(told) if told else ActorTableData()
-    if not data.address.port:
+    if not data.address.port or not data.pid:
         return None
     return Process(f"{data.address.ip_address}:{data.address.port}", data.address.worker_id.hex(), data.pid)
 
