@@ -78,7 +78,7 @@ def test_different_slots_per_rank_and_json_round_trip(tmp_path):
         (lambda: Topology(np.full((2, 2), np.nan), np.zeros((2, 2)), np.zeros(2)), "positive"),
         (lambda: Topology(np.ones((2, 2)), np.zeros((2, 2)), np.zeros(3)), "3 ranks"),
         (lambda: Topology.from_json("[]"), "not a topology"),
-        (lambda: Topology.from_json('{"bandwidth": [[1]], "latency": [[0]], "node_of": [0, 0]}', "a.json"), "^a.json: "),
+        (lambda: Topology.from_json('{"bandwidth": [[1]], "latency": [[0]], "node_of": [0, 0]}', "a"), "^a: "),
     ],
 )
 def test_bad_input_is_named(make, says):
