@@ -59,10 +59,9 @@ def parse(text: str) -> Any:
 
 def _where_and_why(e: yaml.YAMLError) -> str:
     """PyYAML's words in one line; its own show the text around the place, in several."""
-    mark = e.problem_mark if isinstance(e, yaml.MarkedYAMLError) else None
-    if mark is None:
+    if not isinstance(e, yaml.MarkedYAMLError) or e.problem_mark is None:
         return " ".join(str(e).split())
-    return f"line {mark.line + 1}, column {mark.column + 1}: {e.problem or e.context or 'damaged'}"
+    return f"line {e.problem_mark.line + 1}, column {e.problem_mark.column + 1}: {e.problem or e.context or 'damaged'}"
 
 
 def _plain(node: yaml.Node) -> Any:
