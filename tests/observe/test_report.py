@@ -136,6 +136,13 @@ def test_the_page_of_a_whole_run_shows_every_figure(run_dir):
     assert "router.force=" not in page.text
 
 
+def test_of_a_page_that_cannot_be_written_nothing_is_left(run_dir):
+    (run_dir / "report.html").mkdir()
+    with pytest.raises(OSError):
+        write_report(run_dir)
+    assert list(run_dir.glob(".report*")) == []
+
+
 def test_no_figure_at_the_head_of_the_page_stands_alone_in_a_row(run_dir):
     text = write_report(run_dir).read_text()
     ((whole, half),) = re.findall(r'<dl class="headlines" style="--all: (\d+); --half: (\d+)">', text)
