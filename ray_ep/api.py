@@ -12,6 +12,7 @@ from typing import Any
 from ray_ep.config import load_config
 from ray_ep.config.schema import Config
 from ray_ep.driver.drive import drive
+from ray_ep.driver.ending import STATUS
 from ray_ep.driver.interrupt import Interrupt
 from ray_ep.driver.probe import probe_cluster
 from ray_ep.driver.publisher import Publisher
@@ -100,7 +101,7 @@ def open_run(run_dir: str | Path) -> Run:
     run = Run(path, "unfinished")
     kinds = [e.get("kind") for e in run.events()]
     since = kinds[len(kinds) - kinds[::-1].index("start") :] if "start" in kinds else kinds  # a run may be resumed
-    ended = [kind for kind in since if kind in ("interrupted", "failed")]
+    ended = [STATUS[kind] for kind in since if kind in STATUS]
     steps, cfg = run.metrics(), run.config
     done = bool(steps) and steps[-1]["step"] >= cfg.optim.steps
     status = ended[-1] if ended else "done" if done else "unfinished"

@@ -72,6 +72,9 @@ def test_its_status_is_told_from_its_files_and_a_resume_begins_anew(run):
     assert status() == "unfinished"
     run.event(Event("failed", "rank 1 died"))
     assert status() == "failed"
+    run.start(Event("start", "a model, with another learning rate"))
+    run.event(Event("diverged", "step 3 diverged"))
+    assert status() == "failed"
     run.start(Event("start", "a model, for the last time"))
     run.step(record(3, loss=1.0))
     assert status() == "done"

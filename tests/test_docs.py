@@ -3,7 +3,9 @@
 import ast
 import json
 import math
+import pkgutil
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,30 @@ def test_each_folder_that_the_readme_names_exists():
     assert len(folders) >= 6
     for folder in folders:
         assert (ROOT / folder).is_dir(), folder
+
+
+def test_each_name_in_architecture_md_is_one_of_the_package():
+    text = re.sub(r"^```.*?^```", "", (ROOT / "docs" / "architecture.md").read_text(), flags=re.M | re.S)
+    names = {n for n in re.findall(r"`([A-Za-z_][\w.]{2,})`", text) if not n.startswith("ray.")}
+    files = list((ROOT / "ray_ep").rglob("*.py"))
+    elsewhere = {"exchange.json", "gradient_checkpointing_enable", *(p.name for p in files)}
+    sources = "\n".join(p.read_text() for p in files)
+    defined = set(re.findall(r"\b(?:def|class) (\w+)|^    (\w+): ", sources, re.M))
+    defined = {name for pair in defined for name in pair}
+    keys = set(re.findall(r"^\| `([\w.]+)` \|", reference(), re.M))
+
+    def there(name):
+        if name in keys or name in elsewhere or name == "ray_ep":
+            return True
+        rooms = ["", ".placement", ".collective", ".moe", ".rank", ".rank.trainer", ".driver", ".driver.loop"]
+        for room in rooms if "." in name else []:
+            with suppress(ImportError, AttributeError):
+                pkgutil.resolve_name(name if name.startswith("ray_ep.") else f"ray_ep{room}.{name}")
+                return True
+        return "." not in name and name in defined
+
+    assert len(names) > 80
+    assert sorted(n for n in names if not there(n)) == []
 
 
 def test_links_between_docs_lead_somewhere():

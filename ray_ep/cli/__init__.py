@@ -152,14 +152,14 @@ bench.add_command(bench_train)
 @click.option("--malloc", default="default,tuned", show_default=True, help="glibc as it comes, or keeping memory.")
 @click.option("--rounds", type=click.IntRange(1), default=7, show_default=True, help="Interleaved rounds to count.")
 @click.option("--peers", help="Peers to compare with, such as transformers; all that are installed if not given.")
-@click.option("--routing", help="Impose routings, one or several such as zipf,80:4; `all` for all: see below.")
+@click.option("--routing", help="Impose routings, one or several such as zipf,80:4; `all` for all: see above.")
 @click.option(
     "--llep",
     type=click.Path(),
     metavar="DIR",
     help="With --routing: compare with LLEP; DIR: a git clone of github.com/SalesforceAIResearch/LeastLoadedEP.",
 )
-@click.option("--brief", is_flag=True, help="With --routing: fewer contenders, without what only explains; see below.")
+@click.option("--brief", is_flag=True, help="With --routing: fewer contenders, without what only explains; see above.")
 @click.option("--memory", is_flag=True, help="Also peak memory of each, in processes of its own.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON line a row.")
 def bench_layer(

@@ -8,7 +8,7 @@ import click
 
 
 @click.command("placement")
-@click.option("--shape", "shapes", default="v3-64", show_default=True, help="One or several, or `all`: see below.")
+@click.option("--shape", "shapes", default="v3-64", show_default=True, help="One or several, or `all`: see above.")
 @click.option("--seed", "seeds", default="7", show_default=True, help="Of the routing; one or several, such as 7,8.")
 @click.option("--drift", type=float, default=0.15, show_default=True, help="Share of later tokens from another mix.")
 @click.option("--slow", default="none", show_default=True, help="Ranks at half speed: none, spread or node.")

@@ -10,7 +10,7 @@ from ray_ep.cli.loading import loading
 
 
 @click.command("train")
-@click.option("--model", "models", help="small, fine, wide or several: see below; small if not given.")
+@click.option("--model", "models", help="small, fine, wide or several: see above; small if not given.")
 @click.option("--dtype", "dtypes", help="float32, bfloat16 or both; model.dtype if not given.")
 @click.option("--ranks", help="One or several, such as 2,4; cluster.ranks if not given.")
 @click.option("--peers", help="plain, ddp, transformers, deepspeed or several; all that are installed if not given.")

@@ -37,6 +37,8 @@ def probe(config: str | None, budget: float, out: str | None, as_json: bool, ove
     cfg = ray_ep.load_config(config, overrides)
     if out is not None and not Path(out).absolute().parent.is_dir():
         raise BadInput(f"--out {out}: no such directory")  # before a cluster is started
+    if out is not None and Path(out).is_dir():
+        raise BadInput(f"--out {out}: a directory; give a file")
     loading("probe")
     topology = ray_ep.probe(cfg, budget)
     found = contradictions(topology)

@@ -52,9 +52,16 @@ def parse(text: str) -> Any:
         said = str(e)
         hint = f" ({_QUOTE})" if "alias" in said or "cannot start any token" in said or "anchor" in said else ""
         hint = f" ({_TAB})" if "character '\\t'" in said else hint
-        raise WrongValue(f"is not YAML{hint}: {e}") from None
+        raise WrongValue(f"is not YAML{hint}: {_where_and_why(e)}") from None
     except RecursionError:
         raise WrongValue("is not YAML that ends: an alias within its own anchor") from None
+
+
+def _where_and_why(e: yaml.YAMLError) -> str:
+    """PyYAML's words in one line; its own show the text around the place, in several."""
+    if not isinstance(e, yaml.MarkedYAMLError) or e.problem_mark is None:
+        return " ".join(str(e).split())
+    return f"line {e.problem_mark.line + 1}, column {e.problem_mark.column + 1}: {e.problem or e.context or 'damaged'}"
 
 
 def _plain(node: yaml.Node) -> Any:

@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from ray_ep.driver.records import Event
 from ray_ep.errors import DivergedError, RankError
 
+STATUS = {"interrupted": "interrupted", "failed": "failed", "diverged": "failed"}
+"""How a run ended, by the event that says so; without one it is done, goes on, or ended without a word."""
+
 
 class Activity:
     """What the run is doing, so that whoever asks it to stop hears what is finished first.

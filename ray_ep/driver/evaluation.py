@@ -62,5 +62,5 @@ class Evaluator:
         if isfinite(loss):
             return loss
         words = f"step {done}: the loss on the held-out split is {loss}: it is not drawn"
-        self.publish(Event("evaluation", words, {"eval_loss": str(loss)}))
+        self.publish(Event("evaluation", words, {"eval_loss": loss}))
         return None

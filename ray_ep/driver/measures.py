@@ -45,7 +45,7 @@ def step_record(
         bytes_inter_node=int(sent[~same].sum()),
         balancedness=balancedness,
         world_size=len(results),
-        epoch=0,
+        epoch=first.epoch,
         placement_version=placement.version,
         aux_loss=first.aux_loss,
         z_loss=first.z_loss,

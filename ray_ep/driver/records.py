@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -37,10 +38,8 @@ class Event:
 
     def line(self) -> dict[str, Any]:
         """As a line of events.jsonl."""
-        time = self.at.isoformat(timespec="seconds")
-        return {
-            "time": time, "step": self.step, "kind": self.kind, "message": self.words, "fields": dict(self.fields),
-        }  # fmt: skip
+        time, figures = self.at.isoformat(timespec="seconds"), _jsonable(self.fields)
+        return {"time": time, "step": self.step, "kind": self.kind, "message": self.words, "fields": figures}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,4 +96,13 @@ class StepRecord:
     def line(self) -> dict[str, Any]:
         """As a line of metrics.jsonl, without the figures that this step lacks."""
         names = (f.name for f in fields(self) if f.name != "load")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        return {name: _jsonable(value) for name in names if (value := getattr(self, name)) is not None}
+
+
+def _jsonable(value: Any) -> Any:
+    """What JSON can hold: it has no NaN and no infinity, which become null."""
+    if isinstance(value, Mapping):
+        return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    return None if isinstance(value, float) and not isfinite(value) else value

@@ -65,8 +65,8 @@ class RunDir:
             for part in _PARTS:
                 with suppress(OSError):
                     (self.path / part).rmdir()
-            for name in (".gitignore.part", "config.yaml.part", *([".gitignore"] if fresh else [])):
-                (self.path / name).unlink(missing_ok=True)
+            if fresh:
+                (self.path / ".gitignore").unlink(missing_ok=True)
             raise ConfigError(f"run_dir={str(self.path)!r}: cannot write there: {e.strerror or e}") from None
         for claim in self.claims:
             claim.began = True
@@ -81,8 +81,13 @@ class RunDir:
     def write(self, name: str, text: str) -> None:
         """Replace a file whole: a reader never sees half of it."""
         part = self.path / f"{name}.part"
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, self.path / name)
+        try:
+            part.write_text(text, encoding="utf-8")
+            os.replace(part, self.path / name)
+        except OSError:
+            with suppress(OSError):
+                part.unlink()  # half a file on a disk that is full
+            raise
 
     @contextmanager
     def _spared(self, name: str) -> Iterator[None]:

@@ -58,8 +58,12 @@ def write_report(run_dir: Path, running: bool = False) -> Path:
     page = _environment().get_template("report.html").render(_content(run_dir, read_run(run_dir), running))
     path = run_dir / "report.html"
     unfinished = path.with_name(".report.html.unfinished")
-    unfinished.write_text(page, encoding="utf-8")
-    os.replace(unfinished, path)
+    try:
+        unfinished.write_text(page, encoding="utf-8")
+        os.replace(unfinished, path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)  # half a page on a disk that is full
+        raise
     return path
 
 

@@ -204,6 +204,8 @@ class Placement:
                 tree.get("primary"),
                 tree.get("shares"),
             )
+        except PlacementError as e:
+            raise PlacementError(f"{where}: {e}") from None
         except (ValueError, KeyError, TypeError, OverflowError, AttributeError, IndexError, RecursionError):
             raise PlacementError(
                 f"{where}: not a placement: expected JSON with slots, expert ids as [layers, ranks, slots] with -1 for "
@@ -216,7 +218,7 @@ class Placement:
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
-            raise PlacementError(f"placement file {path}: {e}") from None
+            raise PlacementError(f"placement file {path}: {getattr(e, 'strerror', None) or e}") from None
         return Placement.from_json(text, str(path))
 
     def _owned(self, layer: int, rank: int) -> list[int]:

@@ -101,4 +101,4 @@ class RoutingStatistics:
             with np.load(path) as z:
                 return RoutingStatistics(**{f.name: z[f.name] for f in fields(RoutingStatistics) if f.name in z})
         except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as e:
-            raise PlacementError(f"statistics file {path}: {e}") from None
+            raise PlacementError(f"statistics file {path}: {getattr(e, 'strerror', None) or e}") from None

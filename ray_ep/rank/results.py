@@ -37,6 +37,7 @@ class StepResult:
     """
 
     step: int
+    epoch: int  # of the group that made it
     loss: float
     aux_loss: float
     z_loss: float

@@ -131,7 +131,7 @@ class Trainer:
         notes = self._balance(ready.seconds / self.group.size, load), self.draws.news()
         rate, peak = self.optimizer.learning_rate(step), peak_mib(self.device)
         figures = ready.main, ready.aux, ready.z, ready.norm, rate, tokens
-        self._last = StepResult(step, *figures, load, self.usage() - began, peak, *notes)
+        self._last = StepResult(step, self.group.epoch, *figures, load, self.usage() - began, peak, *notes)
         self._before = self._ready = None
         self._torn, self._unpublished = False, True
         return self._last

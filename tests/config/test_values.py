@@ -146,6 +146,7 @@ def test_what_a_type_does_not_take_is_refused_with_key_and_reason(override, says
         ("run_dir: !!python/name:os.system x\n", "only plain values are read"),
         ("run_dir: null\n", "expected text: '' for none"),
         ("a: &a [*a]\n", "is not YAML"),
+        ("a: [b\n", "c.yaml is not YAML: line 2, column 1: expected ',' or ']', but got '<stream end>'"),
         ("- a\n- b\n", "expected keys and values, found a list"),
         ("optim.steps = 3\n", "expected keys and values, found text without a colon"),
         ("optim:\n\tsteps: 3\n", "is not YAML (lines are indented with spaces, not with tabs)"),
@@ -157,6 +158,7 @@ def test_a_file_that_says_two_things_or_none_is_refused(text, says, tmp_path):
         load_config(tmp_path / "c.yaml")
     assert says in str(e.value)
     assert "c.yaml" in str(e.value)
+    assert len(str(e.value).splitlines()) == 1
 
 
 def test_sections_and_values_without_text_are_empty(tmp_path):

@@ -26,7 +26,7 @@ def results(load=None, sent=0, exchange=(0.01, 0.03)):
         Usage(0.2, exchange[r], s.experts[r], 0.0, s.sent[r], s.pairs[r], np.zeros(7), np.zeros(len(STEP_PHASES)))
         for r in range(RANKS)
     ]
-    return [StepResult(0, 1.0, 0.0, 0.0, 0.0, 0.0, 1024, s.load, u) for u in usage]
+    return [StepResult(0, 0, 1.0, 0.0, 0.0, 0.0, 0.0, 1024, s.load, u) for u in usage]
 
 
 class FakeRanks:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ray_ep.driver.ending import Activity, cause_of, ended, farewell, what_is_lost
+from ray_ep.driver.ending import STATUS, Activity, cause_of, ended, farewell, what_is_lost
 from ray_ep.errors import DivergedError, RankError
 from tests.driver.scenes import Clock
 
@@ -51,6 +51,7 @@ def test_a_step_of_several_passes_ends_after_one_of_them_and_does_not_count():
 def test_an_end_is_an_event_with_what_is_lost_and_its_figures(error, kind, fields):
     event = ended(error, "r", 4, 6)
     assert (event.kind, event.fields) == (kind, fields)
+    assert event.kind in STATUS
     assert "after step 6; the newest checkpoint is of step 4: 2 steps are lost; go on with:" in event.words
 
 

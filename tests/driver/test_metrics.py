@@ -18,7 +18,7 @@ def result(sent, pairs, exchange=0.1, expert=0.2, load=((3, 1, 2, 2), (2, 2, 2, 
         phases=np.full(len(STEP_PHASES), spent),
     )  # fmt: skip
     return StepResult(
-        step=4, loss=2.5, aux_loss=1.25, z_loss=0.5, grad_norm=0.75, lr=1e-3, tokens=64, load=np.array(load),
+        step=4, epoch=3, loss=2.5, aux_loss=1.25, z_loss=0.5, grad_norm=0.75, lr=1e-3, tokens=64, load=np.array(load),
         usage=usage, peak_mib=peak,
     )  # fmt: skip
 
@@ -32,7 +32,7 @@ def test_global_figures_are_those_of_any_rank_and_the_step_is_counted_from_one()
     m = metrics()
     assert (m["step"], m["loss"], m["aux_loss"], m["z_loss"]) == (5, 2.5, 1.25, 0.5)
     assert (m["grad_norm"], m["lr"], m["tokens"]) == (0.75, 1e-3, 64)
-    assert (m["world_size"], m["epoch"], m["placement_version"]) == (2, 0, 0)
+    assert (m["world_size"], m["epoch"], m["placement_version"]) == (2, 3, 0)
 
 
 def test_speed_is_tokens_over_the_time_of_the_whole_step():

@@ -11,7 +11,7 @@ import ray_ep
 from ray_ep.driver.records import Event
 from ray_ep.driver.rundir import RunDir, checkpoint_url, choose
 from ray_ep.errors import ConfigError
-from ray_ep.placement import contiguous
+from ray_ep.placement import Topology, contiguous
 from tests.records import record
 
 NOW = datetime(2026, 7, 1, 12, 30, 5)
@@ -182,3 +182,13 @@ def test_provenance_joins_the_ranks_tokens_in_order_and_skips_ranks_without_any(
     kept = np.load(run.path / "provenance" / "step-000003.npz")
     assert kept["experts"][:, :, 0].tolist() == [[1, 1, 3], [2, 2, 4]]
     assert kept["ranks"][:, :, 0].tolist() == [[0, 0, 1], [1, 1, 0]]
+
+
+def test_a_file_that_cannot_be_written_leaves_no_part_of_itself(tmp_path):
+    run = RunDir(tmp_path)
+    (tmp_path / "topology.json").mkdir()
+    said = []
+    run.say = said.append
+    run.topology(Topology.of_nodes([0, 0]))
+    assert len(said) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["topology.json"]

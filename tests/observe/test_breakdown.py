@@ -39,7 +39,7 @@ def test_the_page_shows_a_bar_and_each_phase_with_its_time_share_and_meaning(tmp
     assert 'aria-label="step-phases"' in text
     words = " ".join(re.sub(r"<[^>]*>", " ", text).split())
     assert "Model outside the experts 38%, experts 31%, exchange 13%, gradients and optimizer 11%, " in words
-    assert "exchange_backward 20.00 7.7% all-to-alls, backward, waiting for other ranks included" in words
+    assert "exchange_backward 20.00 7.7% messages between ranks, backward, waiting for other ranks included" in words
     assert "together 260.00 100%" in words
     assert "Peak memory 812 MiB of the largest rank" in words
 

@@ -1,6 +1,7 @@
 """The page of a run: from a whole run directory, a damaged one and an empty one."""
 
 import json
+import re
 from html.parser import HTMLParser
 
 import numpy as np
@@ -133,6 +134,21 @@ def test_the_page_of_a_whole_run_shows_every_figure(run_dir):
         assert text in page.text
     assert "qwen3_moe, 4 layers, hidden size 128, 4 MoE layers of 16 experts, top-2, float32" in page.text
     assert "router.force=" not in page.text
+
+
+def test_of_a_page_that_cannot_be_written_nothing_is_left(run_dir):
+    (run_dir / "report.html").mkdir()
+    with pytest.raises(OSError):
+        write_report(run_dir)
+    assert list(run_dir.glob(".report*")) == []
+
+
+def test_no_figure_at_the_head_of_the_page_stands_alone_in_a_row(run_dir):
+    text = write_report(run_dir).read_text()
+    ((whole, half),) = re.findall(r'<dl class="headlines" style="--all: (\d+); --half: (\d+)">', text)
+    assert int(whole) == text.count("<dt>") > 4
+    assert int(half) == (int(whole) + 1) // 2
+    assert text.count("repeat(var(--all)") == text.count("repeat(var(--half)") == 1
 
 
 def test_the_page_loads_nothing_from_outside(run_dir):

@@ -70,13 +70,15 @@ def test_different_slots_per_rank_and_json_round_trip(tmp_path):
         (lambda: Placement(np.array([[[0], [1]]]), 2, primary=np.array([[1, 1]])), "does not hold"),
         (lambda: Placement(np.array([[0, 1]]), 2), "expected"),
         (lambda: Placement.from_json("{}"), "not a placement"),
-        (lambda: Placement.load("/nowhere.json"), "nowhere"),
+        (lambda: Placement.from_json('{"slots": 3}', "a.json"), "^a.json: placement slots have shape"),
+        (lambda: Placement.load("/nowhere.json"), "^placement file /nowhere.json: No such file or directory$"),
         (lambda: RoutingStatistics(np.array([1.0])), "expected finite"),
         (lambda: RoutingStatistics(np.ones((2, 3)), np.ones((2, 3, 2))), "coactivation"),
         (lambda: RoutingStatistics(np.ones((2, 3)), sample=np.ones((1, 3, 2))), "sample"),
         (lambda: Topology(np.full((2, 2), np.nan), np.zeros((2, 2)), np.zeros(2)), "positive"),
         (lambda: Topology(np.ones((2, 2)), np.zeros((2, 2)), np.zeros(3)), "3 ranks"),
         (lambda: Topology.from_json("[]"), "not a topology"),
+        (lambda: Topology.from_json('{"bandwidth": [[1]], "latency": [[0]], "node_of": [0, 0]}', "a"), "^a: "),
     ],
 )
 def test_bad_input_is_named(make, says):

@@ -21,15 +21,15 @@ _ENGINES = ("ray_ep", "sglang", "tensorrt-llm", "vllm-ascend")
 @click.option(
     "--slots", help="Slots of a rank and layer: 9, or one a rank: 9,9,5,5. Not given: as now, or just enough."
 )
-@click.option("--level", type=click.Choice(["node", "rank"]), help="What must be even; see below.")
+@click.option("--level", type=click.Choice(["node", "rank"]), help="What must be even; see above.")
 @click.option("--current", type=_PATH, help="The placement that runs now; a run directory's own if not given.")
 @click.option(
-    "--survive-nodes", type=click.IntRange(0), default=0, help="So many nodes may go, any of them; see below."
+    "--survive-nodes", type=click.IntRange(0), default=0, help="So many nodes may go, any of them; see above."
 )
 @click.option("--horizon", type=float, default=1000.0, show_default=True, help="Steps over which a move must pay back.")
 @click.option("--experts", type=click.IntRange(1), help="Experts of a layer, where a short record does not tell.")
 @click.option("--routed", metavar="LAYERSxTOP_K", help="Shape of SGLang's routed experts, where responses do not tell.")
-@click.option("--cost", "costs", multiple=True, metavar="NAME=VALUE", help="A figure of the cost model; see below.")
+@click.option("--cost", "costs", multiple=True, metavar="NAME=VALUE", help="A figure of the cost model; see above.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the search and of random.")
 @click.option("--out", type=_PATH, help="Write the plan there.")
 @click.option("--engine", type=click.Choice(_ENGINES), help="Whose format --out has; that of the statistics if it can.")
