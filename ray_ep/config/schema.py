@@ -32,7 +32,7 @@ class ClusterConfig:
         1.0, "CPUs of a rank, and its torch threads (at least one); below one, ranks share a CPU"
     )
     wait_s: float = _opt(
-        60.0, "how long to wait for the cluster to place the ranks, and then (at least a minute) for them to start"
+        60.0, "how long to wait for the cluster to place the ranks, and then (at least 5 minutes) for them to start"
     )
     silence_s: float = _opt(
         5.0, "a rank that has not answered for so long counts as lost: stopped, hanging, or its machine cut off"

@@ -96,6 +96,8 @@ def silent_cause(lost: dict[int, str], cut_off: Collection[int], where: list[dic
     else:
         ranks = [rank for rank in ranks if rank not in cut_off]
         why = "its node answers, so its process is stopped or hangs"
+        if len(ranks) > 1:
+            why = "their nodes answer, so their processes are stopped or hang"
     how = lost[ranks[0]] if len(ranks) == 1 else lost[ranks[0]].replace("has not", "have not", 1)
     return RankError(ranks[0], f"{_who(ranks, where)} {how}: {why}")
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -97,7 +98,7 @@ class Pulse:
             elif now - heard.beat >= HANGS * self.silence_s:
                 found[rank] = f"has not answered for {now - heard.beat:.0f} s, though its process does"
             elif not heard.up and now - heard.began >= self.start_s:
-                found[rank] = f"has not started within cluster.wait_s={self.start_s:g} s"
+                found[rank] = f"has not started within {self.start_s:g} s (where that is too short: cluster.wait_s)"
         return found
 
 
@@ -194,6 +195,14 @@ def _knock(address: str, limit_s: float) -> Any:
     knock = channel.unary_unary("/ray.rpc.CoreWorkerService/GetCoreWorkerStats").future(b"", timeout=limit_s)
     knock.add_done_callback(lambda _: channel.close())
     return knock
+
+
+def cut_off(places: Iterable[tuple[str, str, int]]) -> set[str]:
+    """Which nodes do not answer, given NODE, HOST, PORT of each; all are asked at once."""
+    asked = sorted(set(places))
+    with ThreadPoolExecutor(max(1, len(asked))) as pool:
+        answers = pool.map(lambda place: reachable(*place[1:]), asked)
+        return {node for (node, _, _), answer in zip(asked, answers, strict=True) if not answer}
 
 
 def reachable(host: str, port: int) -> bool:

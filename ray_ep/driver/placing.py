@@ -72,6 +72,8 @@ class Places:
             time.sleep(_RETURNED_S)
             if places := self._pinned(packing, min(limit, time.monotonic() + _PINNED_S)):
                 return sorted(places, key=_by_host)
+            if time.monotonic() > limit:  # somebody else was faster, each time
+                raise self._no_room(ranks)
 
     def add(self) -> Place:
         """Room for one more rank, wherever it is.

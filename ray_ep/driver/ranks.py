@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -20,7 +20,7 @@ from ray_ep.config.process import RANK
 from ray_ep.config.schema import ClusterConfig, Config
 from ray_ep.driver.cause import Kind, for_memory, kind_of, root_cause, silent_cause
 from ray_ep.driver.cluster import SLICE_S, device_of
-from ray_ep.driver.heartbeat import Heartbeat, process_of, reachable
+from ray_ep.driver.heartbeat import Heartbeat, cut_off, process_of
 from ray_ep.driver.placing import Place, Places, check_room, nodes, resources
 from ray_ep.errors import RankError, SaveError
 from ray_ep.moe import Choice
@@ -39,9 +39,11 @@ _RELEASED_S = 1.0
 """How long to wait for the other ranks once one is lost: aborted, they come back within 0.2 s, and may say why."""
 _SAID_S = 2.0
 """How long to wait for all ranks to say what each finds by itself, before those that have not are aborted."""
-_START_S = 60.0
-"""Least time that a rank has to start: imports took 4 to 20 s."""
+_START_S = 300.0
+"""Least time that a rank has to start: imports took 4 to 20 s, and over 60 s where 20 processes shared a core."""
 _POLL_S = 0.01
+_POLITE_S = 1.0
+"""After so long it is asked whether the nodes of killed processes that are still there answer at all."""
 _GONE_S = 8.0
 """How long to wait for killed processes to go: Ray gives one that does not answer 5 s, then it sends SIGKILL."""
 
@@ -69,7 +71,7 @@ class Ranks:
         self._places: list[Place] = []
         self.actors: list[Any] = []
         self.where: list[dict[str, Any]] = []
-        self._cut_off: set[int] = set()  # ranks whose node did not answer when they were lost
+        self._cut_off: set[str] = set()  # nodes that did not answer when they were asked
         try:
             self._places = self._room.take(cfg.ranks)
             self.where = [{"node": p.node, "host": p.host, "address": p.address} for p in self._places]
@@ -130,9 +132,13 @@ class Ranks:
             ray.kill(self.actors[rank], no_restart=True)  # should it wake up, it finds itself dead
         self._abort(lost.keys())
         ray.wait(pending, num_returns=len(pending), timeout=_RELEASED_S) if pending else None
-        answers = {p.node: reachable(p.address, p.port) for p in (self._places[rank] for rank in lost)}
-        self._cut_off |= {rank for rank in lost if not answers[self._places[rank].node]}
-        return silent_cause(lost, self._cut_off, self.where)
+        self._ask_nodes(lost)
+        return silent_cause(lost, [r for r in lost if self._places[r].node in self._cut_off], self.where)
+
+    def _ask_nodes(self, ranks: Iterable[int]) -> None:
+        """Ask these ranks' nodes whether they are there."""
+        places = (self._places[rank] for rank in ranks)
+        self._cut_off |= cut_off((p.node, p.address, p.port) for p in places)
 
     def _abort(self, but: Collection[int]) -> None:
         """Release ranks from collectives, for whose end they would wait in vain."""
@@ -261,11 +267,15 @@ class Ranks:
     def _awaited_end(self) -> list[str]:
         """Wait until Ray says of every rank's process that it is dead, or of its node; what it does not say that of."""
         alive = {r: str(w["worker"]) for r, w in enumerate(self.where) if "worker" in w and r < len(self.actors)}
-        limit = time.monotonic() + _GONE_S
+        began, asked = time.monotonic(), False
         while alive:
             there, up = set(_workers()), {n["NodeID"] for n in nodes() if n["Alive"]}
             alive = {r: w for r, w in alive.items() if w in there and self.where[r]["node"] in up}
-            if alive.keys() <= self._cut_off or time.monotonic() > limit:
+            waited = time.monotonic() - began
+            if waited > _POLITE_S and not asked:  # Ray takes up to a minute to miss a node
+                self._ask_nodes(alive)
+                asked = True
+            if waited > _GONE_S or all(self.where[r]["node"] in self._cut_off for r in alive):
                 break
             time.sleep(_POLL_S)
         return [self._still_there(rank) for rank in alive]
@@ -273,7 +283,7 @@ class Ranks:
     def _still_there(self, rank: int) -> str:
         where = self.where[rank]
         who = f"rank {rank} (process {where['pid']} on {where['host']}, {where['address']})"
-        if rank in self._cut_off:
+        if where["node"] in self._cut_off:
             return f"{who} was killed, but its node does not answer: whether it is gone is not known"
         return f"{who} is still there {_GONE_S:g} s after it was killed"
 

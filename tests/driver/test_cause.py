@@ -70,6 +70,12 @@ def test_ranks_of_a_node_that_is_cut_off_are_named_together_with_its_address():
     assert str(e).endswith("no answer from node beta (10.0.0.2), which is down or cut off")
 
 
+def test_ranks_that_are_stopped_together_are_named_together():
+    said = str(silent_cause({1: SILENT, 0: SILENT}, (), PLACES))
+    assert said.startswith("rank 0 on alpha (process 7) and rank 1 on beta (process 8) have not answered for 5.1 s")
+    assert said.endswith(": their nodes answer, so their processes are stopped or hang")
+
+
 def test_of_equal_failures_the_first_explains_the_others():
     assert root_cause({2: GroupError("late"), 0: GroupError("aborted")}, [], PLACES).rank == 2
 

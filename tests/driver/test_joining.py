@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from ray_ep.config import load_config
-from ray_ep.driver.cluster import starting
+from ray_ep.driver.cluster import connected, starting
 from ray_ep.driver.joining import check_head, check_temporary, refusal
 from ray_ep.errors import ClusterError
 
@@ -97,3 +97,14 @@ def test_what_ray_raises_becomes_one_line_that_names_what_was_set(error, address
     assert [s for s in says if s not in line] == [], line
     assert "\n" not in line
     assert line.startswith(address)
+
+
+@pytest.mark.parametrize("error", [Exception("The current node timed out during startup."), OSError("no"), KeyError(7)])
+def test_whatever_ray_raises_as_it_starts_is_told_as_ours(monkeypatch, error):
+    def init(**options):
+        raise error
+
+    monkeypatch.setattr(ray, "init", init)  # a start that takes 60 s to fail
+    cfg = load_config(overrides=["cluster.address=local"]).cluster
+    with pytest.raises(ClusterError, match=r"^a local Ray could not be|^\S+ cannot be Ray"), connected(cfg):
+        pass

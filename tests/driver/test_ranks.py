@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def cluster():
     for cpus in NODES[1:]:
         nodes.add_node(num_cpus=cpus)
     ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
-    yield
+    yield nodes
     ray.shutdown()
     nodes.shutdown()
 
@@ -148,6 +149,26 @@ def test_a_rank_that_answers_but_does_not_come_back_is_named_not_those_that_wait
     assert e.value.rank == 2
 
 
+def test_ranks_of_a_node_that_does_not_answer_are_killed_without_waiting_for_it_and_that_is_said(request, cluster):
+    made = Ranks(config(), request.node.name, False, bool, LightRank)
+    pids, there = [w["pid"] for w in made.where], {p.node for p in made._places}
+    made._places = [replace(p, port=1) for p in made._places]  # nobody listens: so is a machine that is cut off
+    raylets = [n.all_processes["raylet"][0].process.pid for n in cluster.list_all_nodes() if n.node_id in there]
+    assert raylets
+    try:
+        for raylet in raylets:
+            os.kill(raylet, signal.SIGSTOP)  # it reports no death
+        began = time.monotonic()
+        left = made.kill()
+        assert time.monotonic() - began < 5
+        assert [words.partition(" (")[0] for words in left] == ["rank 0", "rank 1", "rank 2"]
+        assert all("its node does not answer: whether it is gone is not known" in words for words in left)
+    finally:
+        for raylet in raylets:
+            os.kill(raylet, signal.SIGCONT)
+    assert not any(running(pid) for pid in pids)
+
+
 def test_what_every_rank_refuses_ends_nobodys_group(ranks):
     with pytest.raises(PlacementError, match="does not fit"):
         ranks.migrate(None, 1)
@@ -199,6 +220,18 @@ def test_one_place_is_given_up_and_another_added_while_the_rest_stay():
         assert placement_group_table(place.group)["state"] == "CREATED"
         room.give_up(place)
     assert free() == sum(NODES)
+
+
+def test_room_that_others_take_each_time_is_not_waited_for_beyond_wait_s():
+    class Late(Places):
+        def _pinned(self, where, limit):  # others have it by then
+            time.sleep(max(0, limit - time.monotonic()))
+            return []
+
+    began = time.monotonic()
+    with pytest.raises(ClusterError, match=r"could not place 2 ranks .* within cluster.wait_s=0.5 s"):
+        Late(config(wait_s=0.5), "taken", False, bool).take(2)
+    assert time.monotonic() - began < 5
 
 
 def test_without_room_for_all_ranks_none_is_held():
