@@ -145,11 +145,10 @@ class EpochGroup(Group):
         with self._state:
             if self._forming is not None and epoch in (None, self._forming):
                 self._aborted.set()
-            if epoch not in (None, self.epoch):
-                return
-            groups = [*self.transports.values(), *([] if self._present is None else [self._present])]
-        for group in dict.fromkeys(groups):
-            group.abort()
+            groups = self._groups()
+        for group in groups:
+            if epoch in (None, group.epoch):  # one that is being formed over several transports has the first already
+                group.abort()
 
     def close(self) -> None:
         """Leave all groups; returns within a second or so, whatever the peers do."""
@@ -157,7 +156,12 @@ class EpochGroup(Group):
 
     def _leave(self, wait_s: float) -> None:
         with self._state:
-            groups = [*self.transports.values(), *([] if self._present is None else [self._present])]
+            groups = self._groups()
             self.transports, self._present = {}, None
-        for group in dict.fromkeys(groups):
+        for group in groups:
             park(group, wait_s)
+
+    def _groups(self) -> list[Group]:
+        """All that are this object's, each once."""
+        present = [] if self._present is None else [self._present]
+        return list(dict.fromkeys([*self.transports.values(), *present]))

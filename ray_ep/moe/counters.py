@@ -7,6 +7,8 @@ Torch, on the device of the model, fetched by `statistics` alone (GPUs: not run 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 from ray_ep.moe.passes import recomputing
 from ray_ep.placement import RoutingStatistics
 
-_EAGER = ("enabled", "seconds", "seen", "_passes", "_previous", "_kept")
+_EAGER = ("seconds", "seen", "_passes", "_previous", "_kept")
 """What a step changes at once, beside its load and the generator."""
 
 
@@ -57,7 +59,7 @@ class Counters:
         window: int = 1 << 62,
     ):
         self.layers, self.experts, self.pair_tokens = layers, experts, pair_tokens
-        self.enabled = True
+        self._enabled = True
         self.seconds = 0.0  # spent counting so far
         self.total = torch.zeros(layers, experts, dtype=torch.int64)  # since the start
         self.step = torch.zeros(layers, experts, dtype=torch.int64)  # since the last take_step
@@ -84,12 +86,21 @@ class Counters:
         start = time.perf_counter()
         index = top_k_index.detach()
         load = bincount(index.reshape(-1), self.experts)
-        if self.enabled and not recomputing():
+        if self._enabled and not recomputing():
             self.step[layer] += load
             seen = self._look(layer, index, load)
             self._add(seen) if self._apart is None else self._apart.append(seen)
         self.seconds += time.perf_counter() - start
         return load
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Inside: nothing is counted."""
+        before, self._enabled = self._enabled, False
+        try:
+            yield
+        finally:
+            self._enabled = before
 
     def begin_step(self) -> None:
         """From now on what is seen is kept apart."""

@@ -301,14 +301,18 @@ def _problem(
         return PlacementError(f"node_of has shape {node_of.shape}: expected [{ep.group.size}], one node a rank")
     if not 1 <= buffer_mb * MIB < inf:
         return PlacementError(f"buffer_mb={buffer_mb}: expected a positive number of MiB")
-    waiting = [f"{n}.{k}" for i, n in enumerate(ep.names) for k, p in ep.parameters(i).items() if p.grad is not None]
-    name = next(iter(waiting), "") or (state.pending() if state else "")
-    if name:
+    if name := unapplied(ep, state):
         return ModelError(
-            f"gradients are present ({name.lstrip('.')}): experts move between steps; apply or clear them first "
+            f"gradients are present ({name}): experts move between steps; apply or clear them first "
             "(optimizer.step, then zero_grad)"
         )
     return None
+
+
+def unapplied(ep: ExpertParallel, state: OwnedState | None) -> str:
+    """Name of a parameter with a gradient, among those of experts and what waits in `state`; empty if there is none."""
+    waiting = (f"{n}.{k}" for i, n in enumerate(ep.names) for k, p in ep.parameters(i).items() if p.grad is not None)
+    return next(waiting, "").lstrip(".") or (state.pending() if state else "")
 
 
 def _digest(

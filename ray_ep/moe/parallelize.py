@@ -96,7 +96,7 @@ class ExpertParallel:
         self.meter.regroup(self.group.size)
         self.counters.share(before, self.group.size)
         self.balancer.regroup(None if topology is None else topology.by_groups())
-        self.routing.logits[:] = [None] * len(self.layers)  # they hold the graph, and with it the old group's memory
+        self.routing.forget()  # logits hold the graph, and with it the old group's memory
         self.place(placement, None if topology is None else groups_of(topology), self.layers[0].pass_load.device)
 
     def exchange_by(self, **changes: Any) -> None:

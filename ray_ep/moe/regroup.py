@@ -15,7 +15,7 @@ import torch
 from ray_ep.collective import Group
 from ray_ep.errors import BadInput, ModelError, PlacementError
 from ray_ep.moe.exchange.choose import candidates
-from ray_ep.moe.migrate import OwnedState, Rows, swap_rows
+from ray_ep.moe.migrate import OwnedState, Rows, swap_rows, unapplied
 from ray_ep.moe.parallelize import ExpertParallel
 from ray_ep.placement import Placement, Topology
 
@@ -82,8 +82,7 @@ def _problem(
             f"placement is for {want[0]} layers x {want[1]} experts on {want[2]} ranks{links}; the model has {have[0]} "
             f"MoE layers x {have[1]} experts and the group {have[2]} ranks"
         )
-    parameters = ((f"{n}.{k}", p) for i, n in enumerate(ep.names) for k, p in ep.parameters(i).items())
-    if waiting := next((n for n, p in parameters if p.grad is not None), "") or (state.pending() if state else ""):
+    if waiting := unapplied(ep, state):
         return ModelError(f"gradients are present ({waiting}): discard them before the group changes")
     for index, layer in enumerate(ep.layers):
         for e in placement.experts_of(index, ep.group.rank):
@@ -94,6 +93,23 @@ def _problem(
                 return PlacementError(
                     f"rank {ep.group.rank} has no {what} of expert {e} in layer {index}, which the placement gives it: "
                     "hand them over as `kept`, or take a placement that leaves experts where they are (Placement.among)"
+                )
+    return _misfit(ep, kept, state)
+
+
+def _misfit(
+    ep: ExpertParallel, kept: Mapping[tuple[int, int], Rows], state: OwnedState | None
+) -> PlacementError | None:
+    """Why rows that were handed over cannot be taken on: they are of another model, or of before the first update."""
+    for (index, e), rows in kept.items():
+        kinds = state.kinds_of(index) if state is not None else {}
+        for name, p in ep.parameters(index).items():
+            have = tuple(rows[name].shape) if name in rows else ()
+            want = (kinds.get(name, max(have[:1], default=1)), *p.shape[1:])
+            if have != want:
+                return PlacementError(
+                    f"rank {ep.group.rank} was handed {name} of expert {e} in layer {index} with shape {list(have)}: "
+                    f"expected {list(want)}, the weight and what an owner keeps beside it after so many updates"
                 )
     return None
 

@@ -57,12 +57,17 @@ def unseen(model: Any) -> Iterator[None]:
     """Inside: the model is in eval mode, and what its passes count, draw or leave behind is as before at the end.
 
     That is routing statistics and the reservoir, the meter, calls and loads of the layers, the routers' logits and
-    torch's random state. Weights are the caller's to leave alone. Not collective.
+    torch's random state; after an error also what the balance has learnt, for others may have learnt it or not.
+    Weights are the caller's to leave alone. Not collective.
     """
-    before = Before(model)
+    before, learnt = Before(model), _contents(model.ray_ep.balancer)
     model.eval()
     try:
-        yield
+        with model.ray_ep.counters.off():
+            yield
+    except BaseException:
+        learnt()
+        raise
     finally:
         before.restore()
 

@@ -10,6 +10,7 @@ import torch
 
 from ray_ep.config.schema import BatchConfig
 from ray_ep.moe.passes import Trace
+from ray_ep.rank.before import unseen
 from ray_ep.rank.forward import Forward
 
 PART = 64
@@ -22,21 +23,16 @@ def evaluate(
 ) -> tuple[float, list[dict[str, np.ndarray]]] | None:
     """Mean loss on `batch` [B, length + 1], equal on every rank (collective); `Trainer.evaluate` says the rest."""
     rank, ep = forward.rank, forward.ep
-    rank.model.eval()  # type: ignore[no-untyped-call]
-    ep.counters.enabled = False
-    mine = forward.share(batch)
-    first, total = ep.routing.first_token, torch.zeros(2, dtype=torch.float64, device=rank.device)
-    total[1] = mine[:, 1:].size
-    left = False
+    total, left = torch.zeros(2, dtype=torch.float64, device=rank.device), False
     tracing: AbstractContextManager[Trace] = ep.tracing() if trace else nullcontext([])
-    with tracing as traces:
+    with unseen(rank.model), tracing as traces:
+        mine = forward.share(batch)
+        first, total[1] = ep.routing.first_token, mine[:, 1:].size
         for number, (row, rows) in enumerate(evaluation_parts(mine, len(batch), rank.cfg.batch)):
             if left := bool(number) and forward.leaving():
                 break
             ep.routing.first_token = first + row * rank.cfg.batch.length
             total[0] += forward.cross_entropy(rows)
-    ep.counters.enabled = True
-    ep.routing.forget()
     if left:
         return None
     rank.group.all_reduce(total)

@@ -127,12 +127,13 @@ class MasterOptimizer:
         self.enter("norm")
         squares = torch.zeros(2, dtype=torch.float64, device=figures.device)  # of dense weights, of experts
         for w in self.weights:
-            squares[int(w.layer is not None)] += sum_of_squares(w.owned)
-        message = torch.cat([squares[1:], figures])
+            if w.layer is not None or self.group.rank == 0:  # dense: other processors may sum otherwise in the last bit
+                squares[int(w.layer is not None)] += sum_of_squares(w.owned)
+        message = torch.cat([squares, figures])
         self.group.all_reduce(message)
-        figures.copy_(message[1:])
+        figures.copy_(message[2:])
         self.group.wait()
-        return float((squares[0] + message[0]).sqrt())
+        return float((message[0] + message[1]).sqrt())
 
     @torch.no_grad()
     def update(self, number: int, norm: float) -> None:

@@ -170,6 +170,7 @@ class Trainer:
 
     def migrate(self, placement: Placement, buffer_mb: float = 256) -> Moved:
         """`ModelRank.migrate`, masters and moments with their primaries (between steps)."""
+        self._assert_whole()
         return self.rank.migrate(placement, buffer_mb, self.optimizer)
 
     def regroup(
@@ -179,6 +180,7 @@ class Trainer:
 
         One that comes has been told before how many updates there were; dense weights are handed over after it.
         """
+        self._assert_whole()
         equal = {"updates": self.optimizer.updates, "balance.in_step": self.cfg.balance.in_step}
         self.rank.regroup(placement, topology, kept, self.optimizer, equal)
         self.pays, self._costs_told = self._fresh_pays(), False
@@ -208,6 +210,9 @@ class Trainer:
         phases = np.array(list(self.clock.seconds.values()))
         return Usage(now, exchange, experts, counters.seconds, meter.sent.copy(), meter.pairs.copy(), balance, phases)
 
+    def _assert_whole(self) -> None:
+        assert self._before is None, f"a half step was neither finished nor discarded: {self.state()}"
+
     def _fresh_pays(self) -> Pays | None:
         return Pays() if self.cfg.balance.in_step == "auto" and self.group.size > 1 else None
 
@@ -218,7 +223,8 @@ class Trainer:
 
     def _begin(self) -> None:
         """From now on `discard` puts all back."""
-        assert self._before is None, f"a half step was neither finished nor discarded: {self.state()}"
+        self._assert_whole()
+        assert not self._unpublished, f"replicas have old weights: publish them first, this rank has {self.state()}"
         self._began = self.usage()
         self._before = Before(self.model, self.ep.balancer, self.draws, self.clock)
         self.model.train()
@@ -276,8 +282,8 @@ class Trainer:
             if self._last is None:
                 where = f"weights that this run started from are not finite, first {weight}"
         else:
-            self.ep.counters.enabled = False
-            where = f"values are not finite, {locate(self.model, self.group, passes)}"
+            with self.ep.counters.off():
+                where = f"values are not finite, {locate(self.model, self.group, passes)}"
         self.discard()
         if self._last is None and weight:
             return DivergedError(f"{what}: {where}; start from another checkpoint")

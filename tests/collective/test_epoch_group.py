@@ -114,6 +114,23 @@ def test_abort_from_another_thread_ends_the_forming_of_its_epoch_and_of_no_other
         group.barrier()
 
 
+def test_an_order_for_the_epoch_before_leaves_the_first_of_several_transports_alone(held):
+    aborted = []
+
+    class Named(SoloGroup):
+        def abort(self):
+            aborted.append(self.epoch)
+
+    def second():
+        held[0].abort(0)
+        return Named(1)
+
+    held[0].form(1, {"one": lambda: Named(1), "two": second}, 5.0)
+    assert aborted == []
+    held[0].abort(1)
+    assert aborted == [1, 1]
+
+
 def test_a_group_that_comes_when_nobody_waits_any_more_is_closed(held):
     late, closed = threading.Event(), threading.Event()
 

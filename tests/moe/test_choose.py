@@ -122,7 +122,7 @@ def test_each_way_wins_somewhere_and_is_then_taken_by_all_ranks_alike(ranks, kin
 def test_a_pinned_way_is_kept_where_another_would_win_and_costs_no_time(ranks):
     for choice, ep in on_links(ranks, *WINS["flat"], kinds=("two_level",)):
         assert (choice.kind, choice.pinned, choice.note, ep.exchange.kind) == ("two_level", True, "", "two_level")
-        assert ep.counters.enabled
+        assert ep.counters._enabled
 
 
 def test_the_faster_transport_is_taken_for_all_that_travels(ranks):

@@ -54,9 +54,13 @@ def test_counts_of_passes_add_up_and_a_steps_load_starts_anew():
 
 def test_switched_off_counters_still_give_the_load_of_a_pass():
     counters = Counters(1, EXPERTS, sample=4)
-    counters.enabled = False
-    assert counters.count(0, torch.tensor([[0, 2], [2, 3]])).tolist() == [1, 0, 2, 1]
+    with counters.off():
+        assert counters.count(0, torch.tensor([[0, 2], [2, 3]])).tolist() == [1, 0, 2, 1]
     assert (counters.total.sum(), counters.coactivation.sum(), counters.seen) == (0, 0, 0)
+    with pytest.raises(RuntimeError), counters.off():
+        counters.count(0, torch.tensor([[-1, 2]]))
+    counters.count(0, torch.tensor([[0, 2]]))
+    assert (counters.total.sum(), counters.seen) == (2, 1), "an error inside leaves them on"
 
 
 @pytest.mark.parametrize("tokens", [1000, 4096, 6001])

@@ -321,3 +321,19 @@ def test_a_rank_that_lacks_what_it_is_to_own_says_so_and_nothing_changes():
         run.change(gone=["m0"])
     assert run.workers["m1"].ep.placement is before
     run.close()
+
+
+@pytest.mark.parametrize(("spoil", "says"), [(lambda x: x[:1], r"shape \[1, "), (None, r"shape \[\]")])
+def test_rows_handed_over_that_do_not_fit_are_refused_before_anything_changes(spoil, says):
+    run = Run(2)
+    run.start("off")
+    run.train([0], 2e-6)
+    kept = run.workers["m0"].owned()
+    for rows in kept.values():
+        rows.update({n: spoil(x) for n, x in rows.items()}) if spoil else rows.popitem()
+    worker = run.workers["m1"]
+    before = [p.clone() for p in worker.model.parameters()]
+    with pytest.raises(PlacementError, match=says):
+        run.change(gone=["m0"], keepers={0: 0}, kept=kept)
+    assert all(torch.equal(a, b) for a, b in zip(before, worker.model.parameters(), strict=True))
+    run.close()

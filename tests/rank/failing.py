@@ -105,11 +105,11 @@ def together(work, size):
     return results
 
 
-def form(size, timeout_s=20.0):
+def form(size, timeout_s=20.0, epoch=0):
     """[rank] gloo groups."""
     store = dist.HashStore()
     store.set_timeout(timedelta(seconds=20))
-    return together(lambda r: gloo(store, r, size, host="127.0.0.1", timeout_s=timeout_s), size)
+    return together(lambda r: gloo(store, r, size, epoch, host="127.0.0.1", timeout_s=timeout_s), size)
 
 
 EXEMPT = {

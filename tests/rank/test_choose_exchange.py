@@ -39,7 +39,7 @@ def run(size, steps, *overrides, choose, node_of=None):
 def assert_untouched(rank):
     ep = rank.ep
     assert [layer.calls for layer in ep.layers] == [0] * LAYERS
-    assert ep.counters.enabled
+    assert ep.counters._enabled
     assert ep.counters.seen == ep.counters.seconds == 0
     assert ep.meter.sent.sum() == ep.meter.pairs.sum() == sum(ep.meter.seconds.values()) == 0
     assert ep.routing.logits == [None] * LAYERS

@@ -47,13 +47,13 @@ def trios(request):
             [rank.failing.inner.close() for rank in ranks]
 
 
-def trio(cfg, config):
+def trio(cfg, config, assume=True):
     peers = []
     peers += [FailingGroup(group, peers) for group in form(SIZE)]
     ranks = together(lambda r: make_rank(cfg, config, peers[r], PLACEMENT), SIZE)
     for rank, failing in zip(ranks, peers, strict=True):
         rank.failing = failing
-        rank.ep.balancer.assume(1e-3, 1e12)  # so that there are guests
+        rank.ep.balancer.assume(1e-3, 1e12) if assume else None  # so that there are guests
         rank.failing.where = lambda rank=rank: rank.clock._phase
     return ranks
 
@@ -63,7 +63,8 @@ def make_step(ranks):
 
 
 def regroup(ranks):
-    for rank, group in zip(ranks, form(SIZE), strict=True):
+    epoch = ranks[0].failing.epoch + 1
+    for rank, group in zip(ranks, form(SIZE, epoch=epoch), strict=True):
         rank.failing.inner.close()
         rank.failing.inner = group
         rank.failing.script(None)
@@ -147,6 +148,7 @@ def test_a_step_that_failed_while_it_was_published_is_done_and_is_published_agai
     assert [(s.updates, s.ready, s.unpublished) for s in (r.state() for r in ranks)] == [(3, None, True)] * SIZE
     [rank.discard() for rank in ranks]  # there is no half step
     regroup(ranks)
+    assert all("publish them first" in text for _, text in together(lambda r: ranks[r].train_step(STEP + 1), SIZE))
     together(lambda r: ranks[r].publish(), SIZE)
     assert_like_control(ranks, control)
 
@@ -183,5 +185,50 @@ def test_a_step_is_not_begun_over_a_half_one_and_ranks_at_different_steps_update
     results = together(lambda r: ranks[r].train_step(STEP + (r == 1)), SIZE)
     assert all(kind == "GroupError" and "do not make the same step" in text for kind, text in results)
     assert {kind for kind, _ in make_step(ranks)} == {"AssertionError"}
-    [rank.discard() for rank in ranks]
+    for rank in ranks:
+        with pytest.raises(AssertionError, match="neither finished nor discarded"):
+            rank.regroup(PLACEMENT, None)
+        rank.discard()
     assert all(torch.equal(state(rank)[k], t) for rank, was in zip(ranks, before, strict=True) for k, t in was.items())
+
+
+@pytest.mark.parametrize("way", ["flat", "all_gather"])
+def test_what_ranks_agree_on_at_its_first_use_they_agree_on_again_after_a_failure_in_the_midst_of_it(way):
+    cfg, config = configure("balance.in_step=always")
+    ranks = trio(cfg, config, assume=False)
+    [rank.ep.exchange_by(kind=way) for rank in ranks]
+    for number in range(0, 12, 2):
+        ranks[1].failing.script(number, after=True)  # the others have learnt what it has not
+        assert [kind for kind, _ in together(lambda r: ranks[r].train_step(0), SIZE)][1] == "Fault"
+        [rank.discard() for rank in ranks]
+        regroup(ranks)
+    results = together(lambda r: ranks[r].train_step(0), SIZE)
+    assert len({(r.loss, r.grad_norm) for r in results}) == 1
+
+
+def test_an_evaluation_or_a_choice_that_failed_leaves_no_trace():
+    cfg, config = configure("balance.in_step=always", "exchange.kind=auto")
+    ranks = trio(cfg, config, assume=False)
+    together(lambda r: ranks[r].train_step(0), SIZE)
+    before = [held(rank)[0] for rank in ranks]
+    choose = lambda r: ranks[r].choose_exchange(1, {"gloo": ranks[r].failing, "again": ranks[r].failing})  # noqa: E731
+    for work, numbers in ((lambda r: ranks[r].evaluate(), range(0, 8, 2)), (choose, range(0, 60, 15))):
+        for number in numbers:
+            ranks[1].failing.script(number, after=True)
+            assert together(work, SIZE)[1][0] == "Fault"
+            for rank, was in zip(ranks, before, strict=True):
+                assert differences(was, held(rank)[0], lambda path: "._chosen" in path) == [], number
+            regroup(ranks)
+
+
+def test_the_norm_is_one_number_where_processors_sum_dense_gradients_otherwise_in_the_last_bit():
+    ranks = trio(*configure())
+
+    def norm(r):
+        optimizer = ranks[r].optimizer
+        optimizer.accumulate()
+        dense = next(w for w in optimizer.weights if w.layer is None)
+        dense.gradient.flatten()[0] = 1 + r * 1e-7
+        return optimizer.norm(torch.zeros(1, dtype=torch.float64))
+
+    assert len(set(together(norm, SIZE))) == 1

@@ -143,12 +143,12 @@ class Gatherer:
     """Plans by all-gather, for one layer (collective): every rank gets every token and its pairs.
 
     Attributes:
-        room: tokens of a rank that a message has room for: as many as any rank had before, equal on all ranks. When
-            one has more, all see it and ask again.
+        room: tokens of a rank that a message has room for: as many as any rank had before in this epoch, equal on all
+            ranks. When one has more, all see it and ask again; where a call failed, some may have seen it and some not.
     """
 
     def __init__(self, site: Site):
-        self.site, self.room = site, 0
+        self.site, self.room, self.epoch = site, 0, 0
 
     def gather(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> FusedPlan:
         """`agree`, and others' rows of X at once, for hidden [T, H], index [T, K], weights [T, K]."""
@@ -181,6 +181,8 @@ class Gatherer:
         """Every rank's message uint8 [R, bytes], and how many tokens each has."""
         count, top_k = chosen.shape
         row = tokens.shape[1] * tokens.element_size()
+        if self.epoch != (epoch := self.site.traffic.group.epoch):
+            self.epoch, self.room = epoch, 0
         while True:
             room = self.room
             size = 8 + room * (row + top_k * _PAIR.itemsize)

@@ -7,7 +7,8 @@ and agree on the slowest rank's seconds, so all choose the same.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from math import ceil, prod
 from typing import Any, TypeVar
@@ -91,7 +92,8 @@ def choose(
 ) -> Choice:
     """Time the ways on layer `index`, and let all layers take the fastest (collective).
 
-    The first way stays unless it is clearly beaten.
+    The first way stays unless it is clearly beaten. After an error all is as it was, but for the library that
+    multiplies.
 
     Args:
         work: hidden [T, H], top_k_index [T, K], top_k_weights [T, K] of this rank: see `ExpertParallel.capturing`.
@@ -110,7 +112,6 @@ def choose(
     sensible, note = candidates(ep, kinds, most * ep.group.size * hidden.shape[1] * hidden.element_size())
     ways = [(k, name) for name in groups for k in sensible]
     found: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
-    enabled, ep.counters.enabled = ep.counters.enabled, False
 
     def timed(kind: str, transport: str) -> float:
         take(ep, kind, groups[transport])
@@ -127,19 +128,30 @@ def choose(
         ep.group.all_reduce(took, "max")
         return float(took)
 
-    first = {way: timed(*way) for way in ways} if len(ways) > 1 else {}
-    if first:
-        rounds = min(ROUNDS, int(budget_s / sum(first.values())))
-        for _ in range(rounds):
-            for way in ways:
-                found[way].append(timed(*way))
+    with ep.counters.off(), _taken_back_after_an_error(ep):
+        first = {way: timed(*way) for way in ways} if len(ways) > 1 else {}
+        if first:
+            rounds = min(ROUNDS, int(budget_s / sum(first.values())))
+            for _ in range(rounds):
+                for way in ways:
+                    found[way].append(timed(*way))
     median = {way: sorted(s)[len(s) // 2] if s else first.get(way, 0.0) for way, s in found.items()}
     best = fastest(median)
-    ep.counters.enabled = enabled
     take(ep, best[0], groups[best[1]])
     timings = [Timing(*way, median[way], max(len(found[way]), 1)) for way in ways]
     seconds = clock() - began
     return Choice(*best, len(kinds) == 1, index, len(hidden), backward, seconds, timings, note, libraries)
+
+
+@contextmanager
+def _taken_back_after_an_error(ep: ExpertParallel) -> Iterator[None]:
+    """An error inside leaves the way and the group of before, the same on every rank; not one that was being timed."""
+    kind, group = ep.exchange.kind, ep.group.present
+    try:
+        yield
+    except BaseException:
+        take(ep, kind, group)
+        raise
 
 
 def fastest(seconds: dict[Key, float], clearly: float = CLEARLY) -> Key:
