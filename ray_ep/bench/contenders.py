@@ -146,7 +146,9 @@ def floor(work: Work, group: Group, dtype: torch.dtype) -> Callable[[], float]:
     generator = torch.Generator().manual_seed(3)
 
     def of(dtype: torch.dtype, held: int) -> Callable[[], float]:
-        make = lambda *shape: torch.randn(*shape, generator=generator).to(dtype) * 0.02  # noqa: E731
+        def make(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator).to(dtype) * 0.02
+
         x, h = make(rows, work.hidden), make(rows, work.ffn)
         up, down = make(held, 2 * work.ffn, work.hidden), make(held, work.hidden, work.ffn)
         g, y = make(rows, 2 * work.ffn), make(rows, work.hidden)

@@ -82,7 +82,7 @@ def run_on_device(work: str, dtype: str, backward: bool, rounds: int) -> list[De
     rows, missing = [], []
     for transport, make in MAKERS.items():
         try:
-            group = make(dist.HashStore(), 0, 1)
+            group = make(dist.HashStore(), 0, 1)  # type: ignore[attr-defined]
         except BadInput as e:
             missing.append(str(e))
             continue
@@ -126,7 +126,7 @@ def _measure(
 
 def timed(step: Callable[[], object]) -> float:
     """Seconds on the device of one call."""
-    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     began.record()
     step()

@@ -12,12 +12,13 @@ import statistics
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn as spawn_processes
 
 from ray_ep.bench.contenders import PEERS, WORKS, floor
 from ray_ep.collective import from_torch
@@ -105,7 +106,19 @@ def installed() -> list[str]:
     return [n for n in PEERS if n == "transformers" or (n != "ray_ep" and importlib.util.find_spec(n))]
 
 
-def spawn(case: Case, main: Any, *args: Any) -> Any:
+class Processes(Protocol):
+    """How many processes `spawn` starts, and with which allocator."""
+
+    @property
+    def ranks(self) -> int:
+        """One process each."""
+
+    @property
+    def malloc(self) -> str:
+        """As of `Case`."""
+
+
+def spawn(case: Processes, main: Any, *args: Any) -> Any:
     """Run main(rank, case, *args, store, queue) in a fresh process for each rank; what rank 0 put into the queue."""
     context = mp.get_context("spawn")
     queue = context.SimpleQueue()
@@ -114,7 +127,7 @@ def spawn(case: Case, main: Any, *args: Any) -> Any:
     os.environ.update(ALLOCATOR if case.malloc == "tuned" else {})
     try:
         with tempfile.TemporaryDirectory() as tmp:
-            mp.spawn(main, (case, *args, f"file://{tmp}/store", queue), nprocs=case.ranks)
+            spawn_processes(main, (case, *args, f"file://{tmp}/store", queue), nprocs=case.ranks)  # type: ignore[no-untyped-call]
     finally:
         os.environ.clear()
         os.environ.update(kept)

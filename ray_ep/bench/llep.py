@@ -78,7 +78,7 @@ def block(work: Work, dtype: torch.dtype) -> Any:
     )
     config._experts_implementation = "grouped_mm"
     torch.manual_seed(1)
-    module = GptOssMLP(config)
+    module = GptOssMLP(config)  # type: ignore[no-untyped-call]
     for p in module.parameters():
         torch.nn.init.normal_(p, std=0.02)
     return module.to(dtype)
@@ -96,7 +96,7 @@ def peer(folder: str, work: Work, group: Group, dtype: torch.dtype, backward: bo
     """
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    from llep import gpt_oss_llep, utils  # type: ignore[import-not-found]
+    from llep import gpt_oss_llep, utils
 
     logging.getLogger("llep").setLevel(logging.ERROR)  # else it tells its arguments
     gpt_oss_llep.LLEP_W_TRANSFER_AUTOGRAD = backward  # its other way to send weights has no gradient and less to do
@@ -117,7 +117,9 @@ def peer(folder: str, work: Work, group: Group, dtype: torch.dtype, backward: bo
         def call(x: torch.Tensor, index: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
             utils.MOE_ADAPTIVE_LPT_ROUTING_RATIO = threshold
             forward = gpt_oss_llep.gptoss_llep_forward
-            out = forward(x[None], index, dense, *parameters, work.experts, held, tokens_travel, **options)
+            out: torch.Tensor = forward(
+                x[None], index, dense, *parameters, work.experts, held, tokens_travel, **options
+            )
             return out[0]
 
         return Layer(call, parameters, weights)

@@ -96,6 +96,7 @@ def _rank(me: int, case: Case, tree: dict[str, Any], work: Any, warm: int, store
                 group.barrier()
                 start = time.perf_counter()
                 result = rank.train_step(step)
+                assert result is not None, "nobody breaks a step off here"
                 took, step = time.perf_counter() - start, step + 1
                 if turn:
                     times[mode].append(took * 1e3)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import OmegaConf
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from ray_ep.bench.layer import spawn
 from ray_ep.bench.train_rows import OURS, PEERS, Case, Result
@@ -221,7 +221,7 @@ def _peer(result: Result, name: str, tmp: str, experts: tuple[str, ...]) -> None
         found = spawn(job, main)
     except (ProcessExitedException, ProcessRaisedException) as e:
         for figures in (result.seconds, result.losses, result.peak_mib):
-            figures.pop(name, None)  # type: ignore[attr-defined]
+            figures.pop(name, None)
         why = Path(job.error)
         result.failed[name] = brief(RuntimeError(why.read_text() if why.exists() else str(e)))
         return

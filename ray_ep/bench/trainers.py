@@ -69,7 +69,7 @@ class Plain:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Gradients of the mean loss over all ranks."""
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def update(self) -> None:
         """Clip and step."""
@@ -111,7 +111,7 @@ class Ddp(Plain):
         self.net = torch.nn.parallel.DistributedDataParallel(self.model)
 
     def backward(self, loss: torch.Tensor) -> None:
-        (loss * self.job.ranks).backward()  # it averages over ranks
+        (loss * self.job.ranks).backward()  # type: ignore[no-untyped-call]  # it averages over ranks
 
 
 class Transformers(Plain):
@@ -136,11 +136,11 @@ class Transformers(Plain):
         super().prepare()
 
     def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         dense = [p.grad for p in self.model.parameters() if p.grad is not None and not self.is_stack(p)]
         flat = torch.cat([g.flatten() for g in dense])
         dist.all_reduce(flat)
-        for g, part in zip(dense, flat.split([g.numel() for g in dense]), strict=True):
+        for g, part in zip(dense, torch.split(flat, [g.numel() for g in dense]), strict=True):
             g.copy_(part.view_as(g))
 
     def update(self) -> None:

@@ -73,7 +73,12 @@ def step_bar(phases: Sequence[Phase]) -> str:
         lines = [*phase.name.split("_", 1), f"{phase.share:.0%}"]
         wide = 0.62 * _SMALL * max(map(len, lines))  # points; wide, for the reader's font is not known
         if wide < 0.9 * phase.share * 72 * _FULL[0] and phase.name.isascii() and phase.name.isprintable():
-            style = {"color": ink_on(to_rgb(phase.colour)), "size": _SMALL, "ha": "center", "va": "center"}
+            style: dict[str, Any] = {
+                "color": ink_on(to_rgb(phase.colour)),
+                "size": _SMALL,
+                "ha": "center",
+                "va": "center",
+            }
             for k, line in enumerate(lines):  # one by one: each is then centred in the reader's font too
                 y = 0.14 * ((len(lines) - 1) / 2 - k)
                 axes.text(end - (width + gap) / 2, y, line, parse_math=False, **style)
@@ -210,7 +215,7 @@ def _heatmap(figure: Figure, axes: Axes, ratio: np.ndarray, label: str, reach: f
     bar.outline.set_visible(False)
 
 
-def _finish(figure: Figure, axes: Axes, name: str, y: str, x: str = "step", legend: str = "best") -> str:
+def _finish(figure: Figure, axes: Axes, name: str, y: str, x: str = "step", legend: Any = "best") -> str:
     """Label the axes and return the SVG; ids begin with `name`, for all figures share one page."""
     axes.set_xlabel(x, color=GREY)
     axes.set_ylabel(y, color=GREY)

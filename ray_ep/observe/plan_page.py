@@ -46,7 +46,8 @@ def figures(case: Case, found: Sequence[Candidate], now: str) -> list[Map]:
 def _over_mean(load: np.ndarray) -> np.ndarray:
     """load [L, R] over its layer's mean; 1 where a layer has none."""
     mean = load.mean(1, keepdims=True)
-    return np.divide(load, mean, out=np.ones_like(load), where=mean > 0)
+    ratio: np.ndarray = np.divide(load, mean, out=np.ones_like(load), where=mean > 0)
+    return ratio
 
 
 def rank_load(ratio: np.ndarray, reach: float, name: str) -> str:

@@ -34,7 +34,8 @@ class Coactivation:
 def load_ratio(load: np.ndarray) -> np.ndarray:
     """Load of each expert over the mean of its layer; load and result [L, E], 0 for a layer without tokens."""
     mean = load.mean(axis=1, keepdims=True)
-    return np.divide(load, mean, out=np.zeros(load.shape), where=mean > 0)
+    ratio: np.ndarray = np.divide(load, mean, out=np.zeros(load.shape), where=mean > 0)
+    return ratio
 
 
 def expected_pairs(observed: np.ndarray, rounds: int = 100) -> np.ndarray:
