@@ -17,7 +17,7 @@ import torch
 from ray_ep.collective import Group
 from ray_ep.moe import choose, parallelize
 
-Step = Callable[[], None]
+TimedCall = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def tokens(work: Work, rank: int, dtype: torch.dtype, backward: bool) -> torch.T
     return x.requires_grad_(backward)
 
 
-def steps(module: torch.nn.Module, x: torch.Tensor, backward: bool) -> Step:
+def steps(module: torch.nn.Module, x: torch.Tensor, backward: bool) -> TimedCall:
     """One call of a block on x [1, T, H], with its gradients dropped afterwards."""
 
     def step() -> None:
@@ -80,7 +80,7 @@ def steps(module: torch.nn.Module, x: torch.Tensor, backward: bool) -> Step:
     return step
 
 
-def ours(work: Work, group: Group, dtype: torch.dtype, backward: bool) -> tuple[Step, Any]:
+def ours(work: Work, group: Group, dtype: torch.dtype, backward: bool) -> tuple[TimedCall, Any]:
     """ray_ep's layer, contiguous placement, exchange chosen by measurement; counting of statistics included.
 
     Also returns the block.
@@ -97,7 +97,7 @@ def ours(work: Work, group: Group, dtype: torch.dtype, backward: bool) -> tuple[
     return step, module
 
 
-def transformers(work: Work, group: Group, dtype: torch.dtype, backward: bool) -> tuple[Step, Any]:
+def transformers(work: Work, group: Group, dtype: torch.dtype, backward: bool) -> tuple[TimedCall, Any]:
     """transformers' own `AllToAllEP`: static, contiguous, a token sent once for each of its experts."""
     from torch.distributed.device_mesh import init_device_mesh
     from transformers.distributed.expert_parallel import AllToAllEP
@@ -114,7 +114,7 @@ def transformers(work: Work, group: Group, dtype: torch.dtype, backward: bool) -
     return steps(module, tokens(work, group.rank, dtype, backward), backward), module
 
 
-def deepspeed(work: Work, group: Group, dtype: torch.dtype, backward: bool) -> tuple[Step, Any]:
+def deepspeed(work: Work, group: Group, dtype: torch.dtype, backward: bool) -> tuple[TimedCall, Any]:
     """DeepSpeed's MoE layer (the `bench` extra), capacity factor 1.25 with drops."""
     import deepspeed as ds
     from deepspeed.moe.layer import MoE
@@ -166,7 +166,7 @@ def floor(work: Work, group: Group, dtype: torch.dtype) -> Callable[[], float]:
     return of(best, work.experts // group.size)
 
 
-PEERS: dict[str, Callable[..., tuple[Step, Any]]] = {
+LAYER_PEERS: dict[str, Callable[..., tuple[TimedCall, Any]]] = {
     "ray_ep": ours,
     "transformers": transformers,
     "deepspeed": deepspeed,

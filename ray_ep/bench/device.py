@@ -24,7 +24,7 @@ from ray_ep.moe import parallelize
 
 MAKERS: dict[str, Callable[..., Group]] = {"nccl": nccl, "torch_nccl": torch_nccl}
 
-WARM = 3
+WARM_ROUNDS = 3
 """Rounds that are not counted."""
 
 
@@ -108,10 +108,10 @@ def _measure(
     }
     contenders |= gemms(work, kind, device)
     seconds: dict[str, list[float]] = {n: [] for n in contenders}
-    for number in range(WARM + rounds):
+    for number in range(WARM_ROUNDS + rounds):
         for contender, step in contenders.items():
-            took = timed(step)
-            if number >= WARM:
+            took = device_seconds(step)
+            if number >= WARM_ROUNDS:
                 seconds[contender].append(took)
     torch.cuda.reset_peak_memory_stats(device)
     contenders["ray_ep"]()
@@ -124,7 +124,7 @@ def _measure(
     )
 
 
-def timed(step: Callable[[], object]) -> float:
+def device_seconds(step: Callable[[], object]) -> float:
     """Seconds on the device of one call."""
     began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()

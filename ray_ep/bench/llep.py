@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ray_ep.bench.contenders import WORKS, Work
-from ray_ep.bench.layer import Case
+from ray_ep.bench.layer import LayerCase
 from ray_ep.collective import Group
 from ray_ep.errors import BadInput
 from ray_ep.moe import parallelize
@@ -52,7 +52,7 @@ def ours(module: Any, dtype: torch.dtype) -> Layer:
     return Layer(module.experts, list(module.parameters()), lambda index: even(index, dtype))
 
 
-def check(folder: str, cases: list[Case]) -> None:
+def check_llep(folder: str, cases: list[LayerCase]) -> None:
     """Raises BadInput: a folder without the package `llep`, or ranks that it cannot share the experts among."""
     missing = [name for name in FILES if not (Path(folder) / name).is_file()]
     if missing:

@@ -38,7 +38,7 @@ class Job:
     checkpointing: bool
 
 
-class Plain:
+class OneProcess:
     """One process: loss, backward, clipping, AdamW."""
 
     def __init__(self, model: Any, job: Job, rank: int):
@@ -103,7 +103,7 @@ class Plain:
         return [optim["learning_rate"] * factor(n + 1 if n < warm else n) for n in range(steps)]
 
 
-class Ddp(Plain):
+class Ddp(OneProcess):
     """torch's DistributedDataParallel: all experts on each rank."""
 
     def prepare(self) -> None:
@@ -114,7 +114,7 @@ class Ddp(Plain):
         (loss * self.job.ranks).backward()  # type: ignore[no-untyped-call]  # it averages over ranks
 
 
-class Transformers(Plain):
+class Transformers(OneProcess):
     """transformers' own `AllToAllEP`: each rank its share of the experts; dense gradients are summed over ranks."""
 
     def prepare(self) -> None:
@@ -157,7 +157,7 @@ class Transformers(Plain):
         self.optimizer.zero_grad()
 
 
-class DeepSpeed(Plain):
+class DeepSpeed(OneProcess):
     """DeepSpeed's AutoEP with ZeRO-2: in bfloat16 it keeps float32 masters, as ray_ep does."""
 
     def prepare(self) -> None:
@@ -197,7 +197,7 @@ class DeepSpeed(Plain):
         self.net.step()
 
 
-TRAINERS = {"plain": Plain, "ddp": Ddp, "transformers": Transformers, "deepspeed": DeepSpeed}
+TRAINERS = {"plain": OneProcess, "ddp": Ddp, "transformers": Transformers, "deepspeed": DeepSpeed}
 
 
 def adamw(job: Job, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

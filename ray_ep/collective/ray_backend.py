@@ -183,7 +183,7 @@ class TorchNcclBackend(OurBackend):
 
     @classmethod
     def check(cls) -> None:
-        torch_nccl.check()
+        torch_nccl.check_torch_nccl()
 
 
 BACKENDS: dict[str, type[OurBackend]] = {"gloo": GlooBackend, "nccl": NcclBackend, "torch_nccl": TorchNcclBackend}

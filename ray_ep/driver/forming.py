@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ray_ep.config.schema import Config
 from ray_ep.driver.cluster import transports
-from ray_ep.driver.probe import measured
+from ray_ep.driver.probe import measured_links
 from ray_ep.driver.ranks import Ranks
 from ray_ep.driver.reach import try_nodes
 from ray_ep.driver.rebalance.links import Links
@@ -64,7 +64,7 @@ def form(cfg: Config, plan: Plan, ranks: Ranks, phase: Callable[[str], None] = l
     topology = ranks.topology()
     if cfg.topology.measure and topology.num_ranks > 1:
         phase("measuring the links")
-        topology = measured(ranks, cfg.topology.budget_s)
+        topology = measured_links(ranks, cfg.topology.budget_s)
     check_survival(cfg.placement, topology, plan.placement)
     phase("loading the model" if cfg.model.path or plan.checkpoint else "building the model")
     ranks.build(cfg, plan.config, plan.corpus, plan.placement, topology)

@@ -134,7 +134,7 @@ class Places:
         )
 
 
-def check_room(cfg: ClusterConfig, local: bool) -> None:
+def check_cpus(cfg: ClusterConfig, local: bool) -> None:
     """Refuse at once what no waiting can give: more CPUs than a local Ray has. Raises ClusterError."""
     need, have = cfg.ranks * cfg.cpus_per_rank, resources().get("CPU", 0.0)
     if need > have and local:  # a cluster that was joined may grow: there the placement waits

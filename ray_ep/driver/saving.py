@@ -18,7 +18,7 @@ from ray_ep.placement import RoutingStatistics
 from ray_ep.rank.saved.directory import Directory
 
 
-class Ranks(Protocol):
+class SavingRanks(Protocol):
     """What saving needs of the ranks."""
 
     def save(self, url: str, step: int) -> list[dict[str, list[Any]]]:
@@ -44,7 +44,7 @@ class Saver:
         self,
         cfg: Config,
         plan: Plan,
-        ranks: Ranks,
+        ranks: SavingRanks,
         publisher: Publisher,
         clock: Callable[[], float] = time.monotonic,
     ):

@@ -44,7 +44,7 @@ class Plan:
     nothing_to_do: str = ""  # why, if the run has all its steps
 
 
-def check(cfg: Config, now: datetime) -> Plan:
+def check_run(cfg: Config, now: datetime) -> Plan:
     """Everything that can be refused without a cluster; starts nothing. Raises BadInput.
 
     Whoever gets the plan calls `plan.run.release()` at the run's end.

@@ -14,7 +14,7 @@ import torch
 
 from ray_ep.collective import Group
 from ray_ep.errors import BadInput, ModelError, PlacementError
-from ray_ep.moe.exchange.choose import candidates
+from ray_ep.moe.exchange.choose import ways_to_try
 from ray_ep.moe.migrate import OwnedState, Rows, swap_rows
 from ray_ep.moe.parallelize import ExpertParallel
 from ray_ep.placement import Placement, Topology
@@ -62,7 +62,7 @@ def regroup(
         rows = {e: r for (layer, e), r in kept.items() if layer == index}
         swap_rows(ep, index, placement, {e: {n: r[0] for n, r in x.items()} for e, x in rows.items()}, rows, state)
     ep.regroup(group, placement, topology)
-    (kind,), _ = candidates(ep, (ep.exchange.kind,), 0)  # two levels may be one now
+    (kind,), _ = ways_to_try(ep, (ep.exchange.kind,), 0)  # two levels may be one now
     ep.exchange_by(kind=kind)
 
 

@@ -25,7 +25,7 @@ Map = tuple[str, str, str]
 """Name (of its file, too), title, SVG."""
 
 
-def figures(case: Case, found: Sequence[Candidate], now: str) -> list[Map]:
+def heat_maps(case: Case, found: Sequence[Candidate], now: str) -> list[Map]:
     """Heat maps of what runs now and of the plan, the colours of a kind meaning the same in both."""
     shown = [c for c in found if c.name in (now, PLAN)]
     ratios = {c.name: _over_mean(c.prediction.rank_load / case.costs.speeds(case.topology.num_ranks)) for c in shown}

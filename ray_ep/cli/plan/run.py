@@ -215,9 +215,9 @@ def _figures(c: Candidate, old: Prediction) -> dict[str, Any]:
 
 def draw(planned: Planned, html: Path | None, plots: Path | None) -> None:
     """Write the page, the heat maps, or both; raises PlacementError where a path cannot be written."""
-    from ray_ep.observe.plan_page import figures, page
+    from ray_ep.observe.plan_page import heat_maps, page
 
-    maps = figures(planned.case, planned.found, planned.now)
+    maps = heat_maps(planned.case, planned.found, planned.now)
     try:
         if plots is not None:
             plots.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ Header = dict[str, tuple[str, tuple[int, ...]]]
 class Stored:
     """One tensor of a file, not read yet; `[...]` reads it, `[a:b]` some of its rows."""
 
-    source: Source
+    source: WeightSource
     key: str
     file: Path
     dtype: str
@@ -46,7 +46,7 @@ class Stored:
         return self.source.open(self.file).get_slice(self.key)[index]
 
 
-class Source:
+class WeightSource:
     """A checkpoint directory.
 
     Attributes:
