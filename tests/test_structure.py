@@ -112,6 +112,24 @@ def test_every_module_says_what_lives_in_it():
     assert [str(p) for p in FILES if not ast.get_docstring(tree_of(p))] == []
 
 
+def constants(path):
+    """(name, documented) of every public constant of a module; one docstring speaks for those on one line."""
+    body = tree_of(path).body
+    for node, after in zip(body, [*body[1:], None], strict=True):
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names = [n.id for target in targets if target for n in ast.walk(target) if isinstance(n, ast.Name)]
+        said = (
+            isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str)
+        )
+        yield from ((n, said) for n in names if re.fullmatch("[A-Z][A-Z0-9_]+", n))
+
+
+def test_every_public_constant_says_what_it_is():
+    found = [(f"{p.relative_to(ROOT)}:{name}", said) for p in FILES for name, said in constants(p)]
+    assert len(found) > 150
+    assert [name for name, said in found if not said] == []
+
+
 def test_the_environment_is_read_in_the_launcher_only():
     read = {str(p.relative_to(ROOT)) for p in FILES if re.search(r"\bos\.(environ|getenv)", p.read_text())}
     assert read == READS_ENVIRONMENT

@@ -36,6 +36,7 @@ WORKS = {
     "B": Work(4096, 1024, 512, 64, 8),
     "C": Work(16, 512, 1024, 16, 2),
 }
+"""Sizes of the layer that is measured, by the name that --work takes."""
 
 
 def block(work: Work, dtype: torch.dtype) -> Any:
@@ -171,3 +172,4 @@ LAYER_PEERS: dict[str, Callable[..., tuple[TimedCall, Any]]] = {
     "transformers": transformers,
     "deepspeed": deepspeed,
 }
+"""What makes a step and a module of each contender of `bench layer`, by its name."""

@@ -23,6 +23,7 @@ from ray_ep.errors import BadInput
 from ray_ep.moe import parallelize
 
 MAKERS: dict[str, Callable[..., Group]] = {"nccl": nccl, "torch_nccl": torch_nccl}
+"""What forms a group over NCCL, by transport."""
 
 WARM_ROUNDS = 3
 """Rounds that are not counted."""
@@ -70,6 +71,7 @@ TITLE = (
     f"{'work':4} {'dtype':8} {'pass':7} {'transport':10} {'tokens/s':>12} {'ms':>9} {'plain ms':>9} {'ratio':>6} "
     f"{'roofline':>8} {'peak MiB':>9}"
 )
+"""Head of the table."""
 
 
 def run_on_device(work: str, dtype: str, backward: bool, rounds: int) -> list[DeviceResult]:

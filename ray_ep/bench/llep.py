@@ -25,7 +25,10 @@ from ray_ep.errors import BadInput
 from ray_ep.moe import parallelize
 
 REPOSITORY = "github.com/SalesforceAIResearch/LeastLoadedEP"
+"""Where a user gets LLEP."""
+
 FILES = ("llep/utils.py", "llep/gpt_oss_llep.py")
+"""LLEP's files that are imported; a folder without one of them is refused."""
 
 THRESHOLD = 1.1
 """LLEP balances from this max/mean load of ranks on; its README has 1.3."""

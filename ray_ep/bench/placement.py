@@ -75,7 +75,10 @@ SHAPES = {
     "v3-1024": Shape(8, 256, 8, 128, 8, 1),
     "olmoe-8": Shape(8, 64, 8, 1, 8, 8, 1),
 }
+"""Models and clusters that are planned for, by the name that --shape takes."""
+
 SLOW_RANKS = {"none": "all ranks alike", "spread": "each fourth rank", "node": "the first quarter of the ranks"}
+"""Which ranks compute slower, by the name that --slow takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +152,7 @@ TITLE = (
     f"{'step':>9} {'planned':>8} {'moved':>7} {'kept':>7}\n"
     f"{'':42} {'nodes':>8} {'ranks':>8} {'nodes':>8} {'ranks':>8} {'ms':>9} {'s':>8}"
 )
+"""Head of the table."""
 
 
 def trace(shape: Shape, seed: int, windows: int, drift: float) -> Ints:

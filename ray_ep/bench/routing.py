@@ -27,6 +27,8 @@ ROUTINGS = (
     "rotating",
     "burst",
 )
+"""Names of the routings that --routing=all measures."""
+
 _HEAT = 4.0
 """How much likelier a hot expert is chosen in hot-rank, spread and rotating."""
 

@@ -29,6 +29,8 @@ from ray_ep.rank.pays import uneven, uneven_ranks
 from ray_ep.rank.trainer import Trainer
 
 ROUTED = ("balanced", "off", "on")
+"""How steps are measured: routing imposed to be even; that of the model without balance; with it."""
+
 TURN = 3
 """Steps of a mode in a round; the first, which finds buffers of the mode before, does not count."""
 
@@ -57,6 +59,7 @@ TITLE = (
     "balanced: imposed on the router; off, on: the model's own, without and with balance inside the step\n"
     "share: of the balanced ideal; loads: of the fullest over the mean, before balance"
 )
+"""Head of the table."""
 
 
 def run_step(cfg: Config, warm: int, rounds: int) -> list[Steps]:

@@ -48,6 +48,8 @@ OWN_MODEL = "own"
 """The model of the configuration that was given."""
 
 NEED_SHARES = ("ddp", "transformers", "deepspeed")
+"""Peers that give each rank as many sequences as every other."""
+
 NEED_EXPERTS = ("transformers", "deepspeed")
 """Peers that give each rank as many sequences, or experts, as every other."""
 

@@ -11,7 +11,10 @@ from ray_ep.bench.trainers import TRAINERS
 from ray_ep.config.schema import Config
 
 TRAIN_PEERS = tuple(TRAINERS)
+"""Names of the contenders of `bench train` beside ours."""
+
 OURS = "ray_ep"
+"""Name of our contender in figures and tables."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,3 +145,4 @@ TITLE = (
     f"{'/ best':>9} {'/ transf.':>9}\n"
     "/ best: ray_ep's tokens/s over the fastest peer's, / transf.: over transformers'; medians over rounds"
 )
+"""Head of the table."""

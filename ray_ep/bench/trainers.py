@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = timedelta(seconds=600)
-"""After which a rank gives its peers up."""
+"""Time after which a rank gives its peers up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +198,7 @@ class DeepSpeed(OneProcess):
 
 
 TRAINERS = {"plain": OneProcess, "ddp": Ddp, "transformers": Transformers, "deepspeed": DeepSpeed}
+"""What trains as each peer does, by its name."""
 
 
 def adamw(job: Job, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

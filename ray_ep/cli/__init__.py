@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ray_ep.bench.layer import LayerCase
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+"""Exit statuses of `ray-ep`: 130 is what a shell reports after SIGINT."""
 
 
 class Cli(click.Group):

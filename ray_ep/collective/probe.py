@@ -35,7 +35,7 @@ from ray_ep.placement.links.probe import (
 from ray_ep.placement.topology import Topology
 
 PARTNER_S = 20.0
-"""How long a rank waits for a message of its partner before probing fails."""
+"""Seconds that a rank waits for a message of its partner before probing fails."""
 
 
 class Messages(Protocol):

@@ -19,7 +19,7 @@ from ray_ep.driver.joining import check_head, check_temporary, refusal
 from ray_ep.errors import ClusterError
 
 SLICE_S = 0.2
-"""How long a wait lasts before signals are looked at; one whose answer is there returns at once."""
+"""Seconds of one wait, after which signals are looked at; one whose answer is there returns at once."""
 
 
 @dataclass(frozen=True, slots=True)

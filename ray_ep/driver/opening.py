@@ -17,6 +17,7 @@ JOB_COPY = (
     "lies in the job's own copy of its working directory, which Ray deletes with the job's files: give run_dir=/a/path "
     "that outlives the job"
 )
+"""End of the refusal of a run directory inside of what Ray deletes with a job."""
 
 
 def start_of(cfg: Config, plan: Plan, formed: Formed, ray: str) -> Event:

@@ -13,6 +13,7 @@ from ray_ep.rank.saved.directory import Directory
 from ray_ep.rank.saved.disk import in_one_line
 
 SHARE_IT = "checkpoint.dir must be a path that all nodes share, or a URL such as s3://bucket/run"
+"""What to do where a rank cannot write where the others do."""
 
 
 class ReachingRanks(Protocol):

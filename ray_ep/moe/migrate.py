@@ -24,6 +24,8 @@ from ray_ep.placement import Move, Placement, moves
 from ray_ep.placement.migration import MovePart, move_rounds
 
 MIB = 1 << 20
+"""Bytes of a mebibyte."""
+
 Rows = dict[str, torch.Tensor]
 """What travels of one expert, by parameter: its row [...], or what its owner keeps of it, float32 [kinds, ...]."""
 

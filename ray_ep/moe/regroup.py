@@ -20,7 +20,7 @@ from ray_ep.moe.parallelize import ExpertParallel
 from ray_ep.placement import Placement, Topology
 
 FIELDS = 24
-"""Most things that ranks are compared in: the length of the message, which must be equal whatever it says."""
+"""Fields of the message in which ranks compare themselves: its length, which must be equal whatever it says."""
 
 
 def regroup(

@@ -23,8 +23,9 @@ from ray_ep.observe.breakdown import Phase
 from ray_ep.observe.routing import load_ratio
 from ray_ep.observe.run_files import RunFiles
 
-# The pages' style sheets give text of this grey, and no other, the colour that goes with their ground.
 GREY, BLUE, ORANGE, GREEN = "#808890", "#3b82f6", "#f08c2e", "#2aa876"
+"""Colours. The pages' style sheets give text of this grey, and no other, the colour that goes with their ground."""
+
 _DIVERGING = LinearSegmentedColormap.from_list("load", ["#1d4ed8", "#7fb0f5", "#e8eaed", "#f5b06a", "#c2410c"])
 _POINTS = 600  # a longer curve is averaged in blocks, so that a page stays small
 _LINES = 100  # events marked on a curve, the newest

@@ -22,8 +22,11 @@ SCRATCH = 0.05
 """Weight of the loss a layer where neither the configuration nor the model names one."""
 
 SOURCE = "the default without model.path"
+"""Where the coefficient comes from, in words, when nobody names one."""
 
 TRANSFORMERS_KEY = "router_aux_loss_coef"
+"""transformers' own name of the coefficient; its loss is over all layers at once."""
+
 BY_LAYER = ("aux_loss_alpha", "moe_aux_loss_coeff", "moe_aux_loss_coef", "aux_loss_coef")
 """Other families' names: a loss a layer that is 1, not K, at perfect balance (DeepSeek-V2, Megatron)."""
 

@@ -15,7 +15,7 @@ import fsspec  # type: ignore[import-untyped]
 from ray_ep.rank.saved.disk import in_one_line
 
 SHOWS_S = 5.0
-"""Network file systems may show a new file late."""
+"""Seconds that a new file may take to show on other machines: network file systems are late."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ from ray_ep.rank.saved.checkpoint import Checkpoint, load_rank, save_rank
 from ray_ep.rank.saved.directory import Directory
 
 REMEDY = "Lower optim.learning_rate, raise optim.warmup_steps, set optim.clip_norm (1 is usual), or look at the data"
+"""What a user may change where a loss or gradient is not finite."""
 
 
 class Trainer:

@@ -26,6 +26,8 @@ from ray_ep.placement.planner.survive import fewest_slots
 from ray_ep.placement.whatif.description import describe
 
 ROUTING_FILE = Path("statistics") / "routing.npz"
+"""Path of the routing statistics inside a run directory; each checkpoint rewrites it."""
+
 COSTS = ("tokens_per_rank", "token_bytes", "expert_seconds", "expert_bytes", "optimizer_bytes")
 """Names of `StepCosts` that a user may give."""
 

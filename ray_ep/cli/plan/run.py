@@ -22,10 +22,14 @@ from ray_ep.placement.planner.survive import Price, survives
 from ray_ep.placement.planner.verdict import pays_back
 
 HEAD = ("placement", "step", "of now", "compute", "traffic", "ranks", "nodes", "remote", "moved", "bytes", "pays back")
+"""Heads of the table's columns."""
+
 LEGEND = (
     "ranks, nodes: balancedness, mean / max load (1 is even); remote: other nodes that a token visits a layer; "
     "moved: slots with another expert than now"
 )
+"""What the table's columns mean, printed below it."""
+
 NEAREST = ("ray_ep", "tensorrt-llm")
 """Engines whose tokens go to the nearest replica."""
 

@@ -24,7 +24,11 @@ SYNTHETIC: dict[str, Callable[[str], float]] = {
     "layers": int, "experts": int, "top_k": int, "tokens": int, "zipf": float, "topics": int, "focus": float,
     "seed": int,
 }  # fmt: skip
+"""Keys of --synthetic, and what reads the value of each."""
+
 PLACEMENTS = ("contiguous", "load-only", "plan")
+"""Placements that are simulated on each cluster, in the order of the rows."""
+
 LINKS: dict[str, Callable[[Any, str], float]] = {
     "inside": bytes_per_second, "across": bytes_per_second, "lanes": lambda value, _: float(value),
     "latency_inside": seconds, "latency_across": seconds,

@@ -20,7 +20,7 @@ USUAL = 25
 ALIKE = 1.25
 """Ranks whose seconds a pair differ by less are taken for equally fast: timing noise is no reason to move experts."""
 FEW = 0.05
-"""A rank with less than this share of the mean pairs says nothing about its speed."""
+"""Share of the mean pairs. A rank that computed less says nothing about its speed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,9 +29,13 @@ from ray_ep.placement import RoutingStatistics
 from ray_ep.rank.saved.disk import checksum, in_one_line, remedy, save_tensors, sync, temporary
 
 MANIFEST = "manifest.json"
+"""Name of the file that lists all others of a checkpoint. It is written last: a checkpoint without it is not one."""
+
 STATISTICS_FILE = "statistics.npz"
+"""Name of the routing statistics inside a checkpoint."""
+
 APPEARS_S = 10.0
-"""How long a file that another machine wrote may take to show up here."""
+"""Seconds that a file which another machine wrote may take to show up here."""
 
 _NAME = re.compile(r"(dense-\d+|experts-L\d+-r\d+|statistics)(-[0-9a-f]{8})?\.(safetensors|npz)|manifest\.json\.part")
 _CUT_SHORT = re.compile(r"\.tmp\w{6}")
