@@ -234,3 +234,12 @@ def test_a_damaged_document_is_a_value_or_one_sentence_without_a_python_name(tmp
             assert "x." in text
             for name in ("Error", "Exception", "Traceback", "NoneType", "<class", "object is not"):
                 assert name not in text, text
+
+
+@pytest.mark.parametrize("key", ["num_layers", "top_k"])
+def test_true_is_no_number_of_layers_or_choices(tmp_path, key):
+    tree = partitioned()
+    tree["sglext"]["expert_ids_schema"][key] = True
+    (tmp_path / "x.json").write_text(json.dumps(tree))
+    with pytest.raises(PlacementError, match="expected positive numbers"):
+        read_record(tmp_path / "x.json")

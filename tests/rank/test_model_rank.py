@@ -21,7 +21,7 @@ def test_a_rank_without_a_trainer_computes_counts_chooses_and_migrates():
             rank = ModelRank(cfg, copy.deepcopy(config), group, contiguous(LAYERS, EXPERTS, 2))
         forward = lambda: rank.model.eval()(input_ids=IDS, use_cache=False).logits  # noqa: E731
         with torch.no_grad():
-            choice = rank.choose_exchange({"gloo": group}, forward, backward=False)
+            choice = rank.choose_exchange({"gloo": group}, forward, IDS.numel(), backward=False)
             assert rank.statistics().load.sum() == 0, "a trial is not counted"
             before = forward()
             moved = rank.migrate(random(LAYERS, EXPERTS, 2, 6, seed=3))

@@ -199,7 +199,7 @@ def _tokens(tree: Mapping[str, Any]) -> int:
     usage = tree.get("usage")
     for place in (tree, usage if isinstance(usage, Mapping) else {}):
         numbers = [place.get(k) for k in ("prompt_tokens", "completion_tokens")]
-        if all(isinstance(n, int) and n >= 0 for n in numbers):
+        if all(type(n) is int and n >= 0 for n in numbers):
             return int(sum(n for n in numbers if isinstance(n, int)))
     return 0
 
@@ -208,7 +208,7 @@ def _schema(schema: Any, where: str) -> tuple[int, int] | None:
     if not isinstance(schema, Mapping):
         return None
     layers, top_k = schema.get("num_layers"), schema.get("top_k")
-    if not (isinstance(layers, int) and isinstance(top_k, int) and layers > 0 and top_k > 0):
+    if not (type(layers) is int and type(top_k) is int and layers > 0 and top_k > 0):  # true is no number
         raise PlacementError(
             f"{where}.expert_ids_schema: num_layers {layers!r}, top_k {top_k!r}: expected positive numbers"
         )

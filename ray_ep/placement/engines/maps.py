@@ -210,7 +210,7 @@ def _read_ascend(tree: Mapping[str, Any], where: str, layers: int | None) -> tup
         number = layer.get("layer_id", i) if isinstance(layer, Mapping) else None
         devices = layer.get("device_list") if isinstance(layer, Mapping) else None
         each = [d.get("device_expert") for d in devices or [] if isinstance(d, Mapping)] if _lists(devices) else []
-        if not isinstance(number, int) or number < 0 or not each or not all(map(_lists, each)):
+        if type(number) is not int or number < 0 or not each or not all(map(_lists, each)):
             raise PlacementError(
                 f"{where}: layer_list is not a list of layers: number {i} is no mapping with device_list, a list of "
                 "mappings with device_expert (a list of expert ids), and layer_id, a number that may be left out"

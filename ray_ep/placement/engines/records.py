@@ -130,7 +130,7 @@ def tensorrt_record(where: str, meta: Mapping[str, Any], ranks: Sequence[tuple[s
         PlacementError: naming the file, what was found and what is allowed.
     """
     experts = meta.get("num_experts")
-    if not isinstance(experts, int) or not 1 <= experts <= MOST_EXPERTS:
+    if type(experts) is not int or not 1 <= experts <= MOST_EXPERTS:
         raise PlacementError(f"{where}: meta_info.json has num_experts {experts!r}: expected 1 to {MOST_EXPERTS}")
     total: dict[int, npt.NDArray[np.int64]] = {}
     for name, arrays in ranks:
