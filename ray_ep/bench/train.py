@@ -29,7 +29,7 @@ from ray_ep.bench.train_rows import OURS, TRAIN_PEERS, TrainCase, TrainResult
 from ray_ep.bench.trainers import Job, main
 from ray_ep.config import from_dict
 from ray_ep.config.schema import Config
-from ray_ep.driver.rundir import RunDir
+from ray_ep.driver.run.rundir import RunDir
 from ray_ep.driver.start import Plan, check_run
 from ray_ep.errors import BadInput, RayEPError, brief
 from ray_ep.moe import find_experts

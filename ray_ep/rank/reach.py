@@ -1,6 +1,6 @@
 """What a run needs on every node, tried before anything is built: a place to write that all share, files to read.
 
-The driver's part is ray_ep/driver/reach.py. fsspec only.
+The driver's part is ray_ep/driver/actors/reach.py. fsspec only.
 """
 
 from __future__ import annotations

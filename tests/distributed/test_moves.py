@@ -24,7 +24,7 @@ import ray
 ray.init(address=sys.argv[2], log_to_driver=False)
 import ray_ep
 from ray_ep.cli import main
-from ray_ep.driver.ranks import Ranks
+from ray_ep.driver.actors.ranks import Ranks
 from ray_ep.driver.interrupt import Interrupt
 from ray_ep.driver.loop import Driver
 from ray_ep.driver.publisher import Publisher

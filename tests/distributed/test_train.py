@@ -64,8 +64,8 @@ import ray
 given = {"GIVEN": "kept", "MALLOC_TRIM_THRESHOLD_": "7000000"}
 ray.init(address=sys.argv[1], log_to_driver=False, runtime_env={"env_vars": given})
 import ray_ep
-from ray_ep.driver.ranks import Ranks
-from ray_ep.driver.probe import measured_links
+from ray_ep.driver.actors.ranks import Ranks
+from ray_ep.driver.actors.probe import measured_links
 from ray_ep.errors import RankError
 
 status = {}

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import ray_ep
 from ray_ep.cli import main
 from ray_ep.collective import SoloGroup
-from ray_ep.driver.rundir import find_checkpoint
+from ray_ep.driver.run.rundir import find_checkpoint
 from ray_ep.driver.start import check_run
 from ray_ep.errors import CheckpointError
 from ray_ep.rank.model_rank import ModelRank

@@ -9,7 +9,7 @@ import pytest
 
 import ray_ep
 from ray_ep.driver.records import Event
-from ray_ep.driver.rundir import RunDir, checkpoint_url, choose_run_dir
+from ray_ep.driver.run.rundir import RunDir, checkpoint_url, choose_run_dir
 from ray_ep.errors import ConfigError
 from ray_ep.placement import contiguous
 from tests.records import record

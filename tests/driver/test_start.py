@@ -210,7 +210,7 @@ def test_a_run_that_was_moved_goes_on_where_it_is_and_saves_there(place):
     assert (plan.run.path, cfg.run_dir) == (place / "moved", str(place / "moved"))
     assert cfg.checkpoint.dir == str(place / "moved" / "saved")
     assert plan.checkpoint.step == 3
-    assert ray_ep.driver.rundir.find_checkpoint("moved").step == 3
+    assert ray_ep.driver.run.rundir.find_checkpoint("moved").step == 3
 
 
 def test_a_new_run_does_not_save_where_the_run_that_it_goes_on_from_does(place):

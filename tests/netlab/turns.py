@@ -18,10 +18,10 @@ import ray
 
 import ray_ep
 from ray_ep.cli.plan.inputs import read_recorded, run_costs
-from ray_ep.driver.cluster import connected
+from ray_ep.driver.actors.cluster import connected
+from ray_ep.driver.actors.probe import measured_links
+from ray_ep.driver.actors.ranks import Ranks
 from ray_ep.driver.measures import step_record
-from ray_ep.driver.probe import measured_links
-from ray_ep.driver.ranks import Ranks
 from ray_ep.driver.start import check_run
 from ray_ep.placement import Placement, StepCosts, contiguous, load_only, plan, predict, random
 

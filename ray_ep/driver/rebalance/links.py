@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ray_ep.driver import probe
+from ray_ep.driver.actors import probe
 from ray_ep.driver.rebalance.recent import MeasuredStep
 from ray_ep.driver.records import Event
 from ray_ep.placement import Topology

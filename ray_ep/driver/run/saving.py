@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from ray_ep.config.schema import CheckpointConfig, Config
 from ray_ep.driver.publisher import Publisher
 from ray_ep.driver.records import Event
-from ray_ep.driver.rundir import checkpoint_url
+from ray_ep.driver.run.rundir import checkpoint_url
 from ray_ep.driver.start import Plan
 from ray_ep.errors import DivergedError, RankError, SaveError
 from ray_ep.placement import RoutingStatistics

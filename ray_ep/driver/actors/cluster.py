@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import RayError
 
 from ray_ep.config.schema import ClusterConfig
-from ray_ep.driver.joining import check_head, check_temporary, refusal
+from ray_ep.driver.actors.joining import check_head, check_temporary, refusal
 from ray_ep.errors import ClusterError
 
 SLICE_S = 0.2

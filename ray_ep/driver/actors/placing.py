@@ -15,7 +15,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 from ray_ep.config.schema import ClusterConfig
-from ray_ep.driver.heartbeat import LOOK_S
+from ray_ep.driver.actors.heartbeat import LOOK_S
 from ray_ep.errors import ClusterError
 
 nodes: Callable[[], list[dict[str, Any]]] = ray.nodes

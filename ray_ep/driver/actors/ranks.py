@@ -18,10 +18,10 @@ from transformers import PreTrainedConfig
 
 from ray_ep.config.process import RANK
 from ray_ep.config.schema import ClusterConfig, Config
-from ray_ep.driver.cause import Kind, for_memory, kind_of, root_cause, silent_cause
-from ray_ep.driver.cluster import SLICE_S, device_of
-from ray_ep.driver.heartbeat import Heartbeat, process_of, reachable
-from ray_ep.driver.placing import Place, Places, check_cpus, nodes, resources
+from ray_ep.driver.actors.cause import Kind, for_memory, kind_of, root_cause, silent_cause
+from ray_ep.driver.actors.cluster import SLICE_S, device_of
+from ray_ep.driver.actors.heartbeat import Heartbeat, process_of, reachable
+from ray_ep.driver.actors.placing import Place, Places, check_cpus, nodes, resources
 from ray_ep.errors import RankError, SaveError
 from ray_ep.moe import Choice
 from ray_ep.placement import Placement, RoutingStatistics, Topology

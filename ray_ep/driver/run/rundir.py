@@ -19,9 +19,9 @@ from omegaconf import OmegaConf
 from ray_ep.config.paths import is_url
 from ray_ep.config.runs import RUNS, checkpoints_of, newest, remember
 from ray_ep.config.schema import Config
-from ray_ep.driver.claim import LOCK, Claim, holder, in_use
 from ray_ep.driver.records import Event, StepRecord
 from ray_ep.driver.requests import Request, RequestKind
+from ray_ep.driver.run.claim import LOCK, Claim, holder, in_use
 from ray_ep.errors import CheckpointError, ConfigError, PlacementError
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.rank.saved.checkpoint import Checkpoint

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from ray_ep.config.schema import Config
-from ray_ep.driver.cluster import transports
+from ray_ep.driver.actors.cluster import transports
+from ray_ep.driver.actors.placed import placed
 from ray_ep.driver.interrupt import Interrupt
-from ray_ep.driver.placed import placed
 from ray_ep.errors import ConfigError
 from ray_ep.placement import Topology
 from ray_ep.placement.links.gpu_links import GpuLinks, joined

@@ -6,10 +6,10 @@ from math import prod
 from typing import Any
 
 from ray_ep.config.schema import Config
+from ray_ep.driver.actors.reach import in_job_copy
 from ray_ep.driver.forming import Formed
-from ray_ep.driver.reach import in_job_copy
 from ray_ep.driver.records import Event
-from ray_ep.driver.saving import when
+from ray_ep.driver.run.saving import when
 from ray_ep.driver.start import Plan
 from ray_ep.placement.links.groups import contradictions
 
