@@ -10,7 +10,7 @@ import torch
 
 from ray_ep.config.schema import BatchConfig
 from ray_ep.moe.passes import Trace
-from ray_ep.rank.forward import Forward
+from ray_ep.rank.step.forward import Forward
 
 PART = 64
 """Sequences of one pass of an evaluation, unless a pass of a step has more."""

@@ -12,8 +12,8 @@ from ray_ep.driver.publisher import Publisher
 from ray_ep.driver.requests import Requests
 from ray_ep.driver.run.rundir import RunDir
 from ray_ep.moe import Choice
-from ray_ep.rank.clock import STEP_PHASES
 from ray_ep.rank.results import StepResult, Usage
+from ray_ep.rank.step.clock import STEP_PHASES
 from tests.driver.scenes import NOWHERE, RANKS, statistics, step, tokens, topology
 
 CHOICE = Choice("flat", "gloo", True, 0, 512, True, 0.0, [])

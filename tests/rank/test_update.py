@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ray_ep.rank.update import CPU_BLOCK, Rule, WeightPart, sum_of_squares, update
+from ray_ep.rank.step.update import CPU_BLOCK, Rule, WeightPart, sum_of_squares, update
 
 SIZES = [CPU_BLOCK + 17, 7, 513, 2 * CPU_BLOCK + 1, 1]
 

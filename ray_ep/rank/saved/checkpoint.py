@@ -28,9 +28,9 @@ from safetensors import SafetensorError, safe_open
 from ray_ep.errors import CheckpointError, PlacementError
 from ray_ep.moe import ExpertParallel
 from ray_ep.placement import RoutingStatistics
-from ray_ep.rank.optimizer import MasterOptimizer, Weight
 from ray_ep.rank.saved.directory import STATISTICS_FILE, Directory, OtherStep
 from ray_ep.rank.saved.disk import checksum
+from ray_ep.rank.step.optimizer import MasterOptimizer, Weight
 
 FILE_BYTES = 1 << 28
 """Bytes of dense tensors in one file, unless a single tensor is larger."""

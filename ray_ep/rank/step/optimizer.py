@@ -17,7 +17,7 @@ from transformers import get_scheduler
 from ray_ep.collective import Group
 from ray_ep.config.schema import OptimConfig
 from ray_ep.moe import ExpertParallel
-from ray_ep.rank.update import Rule, WeightPart, sum_of_squares, update
+from ray_ep.rank.step.update import Rule, WeightPart, sum_of_squares, update
 
 BUCKET = 1 << 23
 """Elements of dense gradients that are summed over ranks in one all-reduce."""
