@@ -11,14 +11,14 @@ from typing import Any
 
 from ray_ep.config import load_config
 from ray_ep.config.schema import Config
+from ray_ep.driver.actors.probe import probe_cluster
 from ray_ep.driver.drive import drive
 from ray_ep.driver.ending import STATUS
 from ray_ep.driver.interrupt import Interrupt
-from ray_ep.driver.probe import probe_cluster
 from ray_ep.driver.publisher import Publisher
 from ray_ep.driver.records import Event
-from ray_ep.driver.rundir import RunDir, find_checkpoint
-from ray_ep.driver.start import check
+from ray_ep.driver.run.rundir import RunDir, find_checkpoint
+from ray_ep.driver.start import check_run
 from ray_ep.errors import BadInput, CheckpointError
 from ray_ep.observe.live import LivePage
 from ray_ep.observe.phases import Phases
@@ -129,7 +129,7 @@ def train(cfg: Config) -> Run:
     prefix = _mark(cfg)
     with Interrupt().caught() as interrupt, Phases(prefix) as phase:
         phase("reading the data and the model's configuration")
-        plan = check(cfg, datetime.now())
+        plan = check_run(cfg, datetime.now())
         try:
             with Progress(cfg.optim.steps, prefix=prefix) as progress:
                 if plan.nothing_to_do:

@@ -9,7 +9,7 @@ import pytest
 
 import ray_ep
 from ray_ep.driver.records import Event
-from ray_ep.driver.rundir import RunDir
+from ray_ep.driver.run.rundir import RunDir
 from ray_ep.placement import RoutingStatistics, Topology, contiguous, random
 from tests.records import record
 

@@ -17,7 +17,7 @@ import torch
 from ray_ep.collective import Group
 from ray_ep.moe import choose, parallelize
 
-Step = Callable[[], None]
+TimedCall = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,7 @@ WORKS = {
     "B": Work(4096, 1024, 512, 64, 8),
     "C": Work(16, 512, 1024, 16, 2),
 }
+"""Sizes of the layer that is measured, by the name that --work takes."""
 
 
 def block(work: Work, dtype: torch.dtype) -> Any:
@@ -65,7 +66,7 @@ def tokens(work: Work, rank: int, dtype: torch.dtype, backward: bool) -> torch.T
     return x.requires_grad_(backward)
 
 
-def steps(module: torch.nn.Module, x: torch.Tensor, backward: bool) -> Step:
+def steps(module: torch.nn.Module, x: torch.Tensor, backward: bool) -> TimedCall:
     """One call of a block on x [1, T, H], with its gradients dropped afterwards."""
 
     def step() -> None:
@@ -80,7 +81,7 @@ def steps(module: torch.nn.Module, x: torch.Tensor, backward: bool) -> Step:
     return step
 
 
-def ours(work: Work, group: Group, dtype: torch.dtype, backward: bool) -> tuple[Step, Any]:
+def ours(work: Work, group: Group, dtype: torch.dtype, backward: bool) -> tuple[TimedCall, Any]:
     """ray_ep's layer, contiguous placement, exchange chosen by measurement; counting of statistics included.
 
     Also returns the block.
@@ -97,7 +98,7 @@ def ours(work: Work, group: Group, dtype: torch.dtype, backward: bool) -> tuple[
     return step, module
 
 
-def transformers(work: Work, group: Group, dtype: torch.dtype, backward: bool) -> tuple[Step, Any]:
+def transformers(work: Work, group: Group, dtype: torch.dtype, backward: bool) -> tuple[TimedCall, Any]:
     """transformers' own `AllToAllEP`: static, contiguous, a token sent once for each of its experts."""
     from torch.distributed.device_mesh import init_device_mesh
     from transformers.distributed.expert_parallel import AllToAllEP
@@ -114,7 +115,7 @@ def transformers(work: Work, group: Group, dtype: torch.dtype, backward: bool) -
     return steps(module, tokens(work, group.rank, dtype, backward), backward), module
 
 
-def deepspeed(work: Work, group: Group, dtype: torch.dtype, backward: bool) -> tuple[Step, Any]:
+def deepspeed(work: Work, group: Group, dtype: torch.dtype, backward: bool) -> tuple[TimedCall, Any]:
     """DeepSpeed's MoE layer (the `bench` extra), capacity factor 1.25 with drops."""
     import deepspeed as ds
     from deepspeed.moe.layer import MoE
@@ -146,7 +147,9 @@ def floor(work: Work, group: Group, dtype: torch.dtype) -> Callable[[], float]:
     generator = torch.Generator().manual_seed(3)
 
     def of(dtype: torch.dtype, held: int) -> Callable[[], float]:
-        make = lambda *shape: torch.randn(*shape, generator=generator).to(dtype) * 0.02  # noqa: E731
+        def make(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator).to(dtype) * 0.02
+
         x, h = make(rows, work.hidden), make(rows, work.ffn)
         up, down = make(held, 2 * work.ffn, work.hidden), make(held, work.hidden, work.ffn)
         g, y = make(rows, 2 * work.ffn), make(rows, work.hidden)
@@ -164,8 +167,9 @@ def floor(work: Work, group: Group, dtype: torch.dtype) -> Callable[[], float]:
     return of(best, work.experts // group.size)
 
 
-PEERS: dict[str, Callable[..., tuple[Step, Any]]] = {
+LAYER_PEERS: dict[str, Callable[..., tuple[TimedCall, Any]]] = {
     "ray_ep": ours,
     "transformers": transformers,
     "deepspeed": deepspeed,
 }
+"""What makes a step and a module of each contender of `bench layer`, by its name."""

@@ -23,8 +23,9 @@ from ray_ep.errors import BadInput
 from ray_ep.moe import parallelize
 
 MAKERS: dict[str, Callable[..., Group]] = {"nccl": nccl, "torch_nccl": torch_nccl}
+"""What forms a group over NCCL, by transport."""
 
-WARM = 3
+WARM_ROUNDS = 3
 """Rounds that are not counted."""
 
 
@@ -70,6 +71,7 @@ TITLE = (
     f"{'work':4} {'dtype':8} {'pass':7} {'transport':10} {'tokens/s':>12} {'ms':>9} {'plain ms':>9} {'ratio':>6} "
     f"{'roofline':>8} {'peak MiB':>9}"
 )
+"""Head of the table."""
 
 
 def run_on_device(work: str, dtype: str, backward: bool, rounds: int) -> list[DeviceResult]:
@@ -82,7 +84,7 @@ def run_on_device(work: str, dtype: str, backward: bool, rounds: int) -> list[De
     rows, missing = [], []
     for transport, make in MAKERS.items():
         try:
-            group = make(dist.HashStore(), 0, 1)
+            group = make(dist.HashStore(), 0, 1)  # type: ignore[attr-defined]
         except BadInput as e:
             missing.append(str(e))
             continue
@@ -108,10 +110,10 @@ def _measure(
     }
     contenders |= gemms(work, kind, device)
     seconds: dict[str, list[float]] = {n: [] for n in contenders}
-    for number in range(WARM + rounds):
+    for number in range(WARM_ROUNDS + rounds):
         for contender, step in contenders.items():
-            took = timed(step)
-            if number >= WARM:
+            took = device_seconds(step)
+            if number >= WARM_ROUNDS:
                 seconds[contender].append(took)
     torch.cuda.reset_peak_memory_stats(device)
     contenders["ray_ep"]()
@@ -124,9 +126,9 @@ def _measure(
     )
 
 
-def timed(step: Callable[[], object]) -> float:
+def device_seconds(step: Callable[[], object]) -> float:
     """Seconds on the device of one call."""
-    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     began.record()
     step()

@@ -12,20 +12,21 @@ import statistics
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn as spawn_processes
 
-from ray_ep.bench.contenders import PEERS, WORKS, floor
+from ray_ep.bench.contenders import LAYER_PEERS, WORKS, floor
 from ray_ep.collective import from_torch
 from ray_ep.config.process import ALLOCATOR
 from ray_ep.errors import BadInput
 from ray_ep.moe import PHASES
 
-WARM = 2
+WARM_ROUNDS = 2
 """Rounds that are not counted."""
 
 STEPS = {"C": 8}
@@ -33,7 +34,7 @@ STEPS = {"C": 8}
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class LayerCase:
     """One row of the table."""
 
     work: str
@@ -45,10 +46,10 @@ class Case:
 
 
 @dataclass(slots=True)
-class Result:
+class LayerResult:
     """Medians over rounds of one case. Seconds are of one forward (and backward) of the layer over all ranks."""
 
-    case: Case
+    case: LayerCase
     seconds: dict[str, float]
     floor_seconds: float
     phases: dict[str, float]  # share of our seconds by phase (ray_ep.moe.PHASES); waiting for peers is exchange
@@ -78,7 +79,7 @@ class Result:
         return {**asdict(self), **derived}
 
 
-def run(case: Case, peers: list[str] | None = None, memory: bool = False) -> Result:
+def run(case: LayerCase, peers: list[str] | None = None, memory: bool = False) -> LayerResult:
     """Measure one case in fresh processes.
 
     Args:
@@ -90,11 +91,11 @@ def run(case: Case, peers: list[str] | None = None, memory: bool = False) -> Res
     """
     names = ["ray_ep", *(installed() if peers is None else peers)]
     for name in names:
-        if name not in PEERS or (name == "deepspeed" and name not in installed()):
+        if name not in LAYER_PEERS or (name == "deepspeed" and name not in installed()):
             raise BadInput(f"peer {name!r}: allowed here are {', '.join(installed())} (pip install 'ray_ep[bench]')")
     if case.work not in WORKS:
         raise BadInput(f"work {case.work!r}: allowed are {', '.join(WORKS)}")
-    result: Result = spawn(case, _rank, names, False)
+    result: LayerResult = spawn(case, _rank, names, False)
     if memory:
         result.peak_mib = {name: spawn(case, _rank, [name], True) for name in names}
     return result
@@ -102,10 +103,22 @@ def run(case: Case, peers: list[str] | None = None, memory: bool = False) -> Res
 
 def installed() -> list[str]:
     """Peers that can run here."""
-    return [n for n in PEERS if n == "transformers" or (n != "ray_ep" and importlib.util.find_spec(n))]
+    return [n for n in LAYER_PEERS if n == "transformers" or (n != "ray_ep" and importlib.util.find_spec(n))]
 
 
-def spawn(case: Case, main: Any, *args: Any) -> Any:
+class Processes(Protocol):
+    """How many processes `spawn` starts, and with which allocator."""
+
+    @property
+    def ranks(self) -> int:
+        """One process each."""
+
+    @property
+    def malloc(self) -> str:
+        """As of `LayerCase`."""
+
+
+def spawn(case: Processes, main: Any, *args: Any) -> Any:
     """Run main(rank, case, *args, store, queue) in a fresh process for each rank; what rank 0 put into the queue."""
     context = mp.get_context("spawn")
     queue = context.SimpleQueue()
@@ -114,20 +127,20 @@ def spawn(case: Case, main: Any, *args: Any) -> Any:
     os.environ.update(ALLOCATOR if case.malloc == "tuned" else {})
     try:
         with tempfile.TemporaryDirectory() as tmp:
-            mp.spawn(main, (case, *args, f"file://{tmp}/store", queue), nprocs=case.ranks)
+            spawn_processes(main, (case, *args, f"file://{tmp}/store", queue), nprocs=case.ranks)  # type: ignore[no-untyped-call]
     finally:
         os.environ.clear()
         os.environ.update(kept)
     return queue.get()
 
 
-def _rank(rank: int, case: Case, names: list[str], peak: bool, store: str, queue: Any) -> None:
+def _rank(rank: int, case: LayerCase, names: list[str], peak: bool, store: str, queue: Any) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(case.ranks), LOCAL_RANK=str(rank))
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=case.ranks)
     group, dtype, work = from_torch(), getattr(torch, case.dtype), WORKS[case.work]
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # DeepSpeed talks
-        built = {n: PEERS[n](work, group, dtype, case.backward) for n in names}
+        built = {n: LAYER_PEERS[n](work, group, dtype, case.backward) for n in names}
     if peak:
         for _ in range(4):
             built[names[0]][0]()
@@ -141,12 +154,12 @@ def _rank(rank: int, case: Case, names: list[str], peak: bool, store: str, queue
     os._exit(0)  # DeepSpeed's exit hooks hang without a launcher
 
 
-def _measure(case: Case, built: dict[str, Any], lower: Any, group: Any) -> Result:
+def _measure(case: LayerCase, built: dict[str, Any], lower: Any, group: Any) -> LayerResult:
     """Interleave the contenders; every rank returns the same medians."""
     seconds: dict[str, list[float]] = {n: [] for n in built}
     floors, spent = [], []
     ep, steps = built["ray_ep"][1].ray_ep, STEPS.get(case.work, 1)
-    for number in range(WARM + case.rounds):
+    for number in range(WARM_ROUNDS + case.rounds):
         floors.append(sum(lower() for _ in range(steps)) / steps * (3 if case.backward else 1))
         for name, (step, _) in built.items():
             before = [*ep.meter.seconds.values(), ep.meter.sent.sum()]
@@ -156,7 +169,7 @@ def _measure(case: Case, built: dict[str, Any], lower: Any, group: Any) -> Resul
                 step()
             group.barrier()
             took = (time.perf_counter() - start) / steps
-            if number >= WARM:
+            if number >= WARM_ROUNDS:
                 seconds[name].append(took)
                 if name == "ray_ep":
                     after = [*ep.meter.seconds.values(), ep.meter.sent.sum()]
@@ -166,8 +179,8 @@ def _measure(case: Case, built: dict[str, Any], lower: Any, group: Any) -> Resul
     shares = {name: s / median["ray_ep"] for name, s in zip(PHASES, phases, strict=True)}
     total = torch.tensor([float(sent)], dtype=torch.float64)
     group.all_reduce(total)
-    best = statistics.median(floors[WARM:])
-    return Result(case, median, best, shares, int(total.item()))
+    best = statistics.median(floors[WARM_ROUNDS:])
+    return LayerResult(case, median, best, shares, int(total.item()))
 
 
 def _peak_mib() -> int:

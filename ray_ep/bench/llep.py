@@ -19,13 +19,16 @@ import torch
 import torch.distributed as dist
 
 from ray_ep.bench.contenders import WORKS, Work
-from ray_ep.bench.layer import Case
+from ray_ep.bench.layer import LayerCase
 from ray_ep.collective import Group
 from ray_ep.errors import BadInput
 from ray_ep.moe import parallelize
 
 REPOSITORY = "github.com/SalesforceAIResearch/LeastLoadedEP"
+"""Where a user gets LLEP."""
+
 FILES = ("llep/utils.py", "llep/gpt_oss_llep.py")
+"""LLEP's files that are imported; a folder without one of them is refused."""
 
 THRESHOLD = 1.1
 """LLEP balances from this max/mean load of ranks on; its README has 1.3."""
@@ -52,7 +55,7 @@ def ours(module: Any, dtype: torch.dtype) -> Layer:
     return Layer(module.experts, list(module.parameters()), lambda index: even(index, dtype))
 
 
-def check(folder: str, cases: list[Case]) -> None:
+def check_llep(folder: str, cases: list[LayerCase]) -> None:
     """Raises BadInput: a folder without the package `llep`, or ranks that it cannot share the experts among."""
     missing = [name for name in FILES if not (Path(folder) / name).is_file()]
     if missing:
@@ -78,7 +81,7 @@ def block(work: Work, dtype: torch.dtype) -> Any:
     )
     config._experts_implementation = "grouped_mm"
     torch.manual_seed(1)
-    module = GptOssMLP(config)
+    module = GptOssMLP(config)  # type: ignore[no-untyped-call]
     for p in module.parameters():
         torch.nn.init.normal_(p, std=0.02)
     return module.to(dtype)
@@ -96,7 +99,7 @@ def peer(folder: str, work: Work, group: Group, dtype: torch.dtype, backward: bo
     """
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    from llep import gpt_oss_llep, utils  # type: ignore[import-not-found]
+    from llep import gpt_oss_llep, utils
 
     logging.getLogger("llep").setLevel(logging.ERROR)  # else it tells its arguments
     gpt_oss_llep.LLEP_W_TRANSFER_AUTOGRAD = backward  # its other way to send weights has no gradient and less to do
@@ -117,7 +120,9 @@ def peer(folder: str, work: Work, group: Group, dtype: torch.dtype, backward: bo
         def call(x: torch.Tensor, index: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
             utils.MOE_ADAPTIVE_LPT_ROUTING_RATIO = threshold
             forward = gpt_oss_llep.gptoss_llep_forward
-            out = forward(x[None], index, dense, *parameters, work.experts, held, tokens_travel, **options)
+            out: torch.Tensor = forward(
+                x[None], index, dense, *parameters, work.experts, held, tokens_travel, **options
+            )
             return out[0]
 
         return Layer(call, parameters, weights)

@@ -75,11 +75,14 @@ SHAPES = {
     "v3-1024": Shape(8, 256, 8, 128, 8, 1),
     "olmoe-8": Shape(8, 64, 8, 1, 8, 8, 1),
 }
-SLOW = {"none": "all ranks alike", "spread": "each fourth rank", "node": "the first quarter of the ranks"}
+"""Models and clusters that are planned for, by the name that --shape takes."""
+
+SLOW_RANKS = {"none": "all ranks alike", "spread": "each fourth rank", "node": "the first quarter of the ranks"}
+"""Which ranks compute slower, by the name that --slow takes."""
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class PlacementRow:
     """One placement's figures.
 
     Args:
@@ -149,6 +152,7 @@ TITLE = (
     f"{'step':>9} {'planned':>8} {'moved':>7} {'kept':>7}\n"
     f"{'':42} {'nodes':>8} {'ranks':>8} {'nodes':>8} {'ranks':>8} {'ms':>9} {'s':>8}"
 )
+"""Head of the table."""
 
 
 def trace(shape: Shape, seed: int, windows: int, drift: float) -> Ints:
@@ -180,8 +184,8 @@ def cluster(shape: Shape) -> Topology:
 
 def speeds(shape: Shape, slow: str) -> Floats:
     """[R] 1, and 0.5 for the quarter that `slow` names; raises BadInput."""
-    if slow not in SLOW:
-        raise BadInput(f"bench placement: --slow={slow}: allowed are {', '.join(SLOW)}")
+    if slow not in SLOW_RANKS:
+        raise BadInput(f"bench placement: --slow={slow}: allowed are {', '.join(SLOW_RANKS)}")
     speed = np.ones(shape.ranks)
     if slow == "spread":
         speed[::4] = 0.5
@@ -190,7 +194,9 @@ def speeds(shape: Shape, slow: str) -> Floats:
     return speed
 
 
-def run_placement(name: str, seed: int = 7, drift: float = 0.15, slow: str = "none", repeats: int = 2) -> Iterator[Row]:
+def run_placement(
+    name: str, seed: int = 7, drift: float = 0.15, slow: str = "none", repeats: int = 2
+) -> Iterator[PlacementRow]:
     """Rows of one shape, as they are ready: each planner, then replans at both levels.
 
     Raises:
@@ -205,11 +211,11 @@ def run_placement(name: str, seed: int = 7, drift: float = 0.15, slow: str = "no
     seen, later = statistics(sets[:, :WINDOW], shape.experts), statistics(sets[:, WINDOW:], shape.experts)
     size = shape.layers, shape.experts, shape.ranks, shape.slots
 
-    def row(what: str, level: str, make: Callable[[], Placement]) -> tuple[Row, Placement]:
+    def row(what: str, level: str, make: Callable[[], Placement]) -> tuple[PlacementRow, Placement]:
         placement, seconds = _timed(make, repeats)
         p = predict(placement, later, topology, costs, level)
         figures = float(p.remote_nodes.mean()), float(p.remote_ranks.mean()), p.balancedness, p.node_balancedness
-        return Row(name, seed, f"{what}, {level}", *figures, p.step_seconds, seconds), placement
+        return PlacementRow(name, seed, f"{what}, {level}", *figures, p.step_seconds, seconds), placement
 
     def load_only_in(groups: int) -> Placement:
         return load_only(seen.load, shape.ranks, shape.slots, topology.node_of, groups)
@@ -230,7 +236,7 @@ def run_placement(name: str, seed: int = 7, drift: float = 0.15, slow: str = "no
             found, new = row(what, level, lambda s=s, old=old: planned(s, old))  # type: ignore[misc]
             moved = migration(old, new, topology, costs).moved
             kept = None if s is seen else _kept([predict(p, s, topology, costs, level) for p in (old, new, planned(s))])
-            yield Row(**{**asdict(found), "moved": moved, "kept": kept})
+            yield PlacementRow(**{**asdict(found), "moved": moved, "kept": kept})
 
 
 def run_balance(name: str, seed: int = 7, drift: float = 0.15, slow: str = "none") -> Balanced:

@@ -13,7 +13,7 @@ import torch
 from ray_ep.bench.contenders import Work
 from ray_ep.errors import BadInput
 
-KINDS = (
+ROUTINGS = (
     "balanced",
     "zipf",
     "30:4",
@@ -27,14 +27,16 @@ KINDS = (
     "rotating",
     "burst",
 )
+"""Names of the routings that --routing=all measures."""
+
 _HEAT = 4.0
 """How much likelier a hot expert is chosen in hot-rank, spread and rotating."""
 
 
-def check(name: str) -> None:
+def check_routing(name: str) -> None:
     """Raises BadInput for a name that is none of the kinds and not RATIO:HOT."""
-    if name not in KINDS and not re.fullmatch(r"\d{1,2}:\d+", name):
-        raise BadInput(f"--routing={name}: allowed are {', '.join(KINDS)} and other RATIO:HOT, such as 70:2")
+    if name not in ROUTINGS and not re.fullmatch(r"\d{1,2}:\d+", name):
+        raise BadInput(f"--routing={name}: allowed are {', '.join(ROUTINGS)} and other RATIO:HOT, such as 70:2")
 
 
 def tokens_of(name: str, work: Work, rank: int, ranks: int, seed: int, step: int) -> int:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ray_ep.bench.contenders import WORKS, block
-from ray_ep.bench.layer import WARM, Case, spawn
+from ray_ep.bench.layer import WARM_ROUNDS, LayerCase, spawn
 from ray_ep.bench.llep import Layer, ours, peer, twin
 from ray_ep.bench.routing import route, tokens_of
 from ray_ep.collective import Group, from_torch
@@ -38,7 +38,7 @@ class Beside:
 class Skew:
     """One routing: medians of milliseconds, and of their ratios within a round (machines have slow whiles)."""
 
-    case: Case
+    case: LayerCase
     routing: str
     ideal_ms: float
     off_ms: float | None  # None: brief
@@ -105,7 +105,7 @@ def title(llep: bool) -> str:
     return f"{head}\n{legend}"
 
 
-def run_skew(case: Case, routings: list[str], llep: str | None = None, brief: bool = False) -> list[Skew]:
+def run_skew(case: LayerCase, routings: list[str], llep: str | None = None, brief: bool = False) -> list[Skew]:
     """Measure one case on all routings in one process group.
 
     Args:
@@ -125,7 +125,7 @@ def step(layer: Layer, hidden: torch.Tensor, index: torch.Tensor, group: Group, 
     with torch.set_grad_enabled(backward):
         out = layer.call(x, index, weights)
         if backward:
-            out.float().square().mean().backward()
+            out.float().square().mean().backward()  # type: ignore[no-untyped-call]
     group.barrier()
     for p in layer.parameters:
         p.grad = None
@@ -133,7 +133,7 @@ def step(layer: Layer, hidden: torch.Tensor, index: torch.Tensor, group: Group, 
 
 
 def _rank(
-    rank: int, case: Case, routings: list[str], llep: str | None, brief: bool, store: str, queue: Any
+    rank: int, case: LayerCase, routings: list[str], llep: str | None, brief: bool, store: str, queue: Any
 ) -> None:  # fmt: skip
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=case.ranks)
@@ -159,18 +159,18 @@ def _rank(
     dist.destroy_process_group()
 
 
-def _compare(name: str, case: Case, group: Group, layers: dict[str, Layer], balancer: Balancer) -> Skew:
+def _compare(name: str, case: LayerCase, group: Group, layers: dict[str, Layer], balancer: Balancer) -> Skew:
     """All contenders on one routing (the ideals: on the balanced one), taking turns there and back (collective)."""
     work, dtype, done = WORKS[case.work], getattr(torch, case.dtype), balancer.done
     hidden = torch.randn(work.tokens * 2, work.hidden, generator=torch.Generator().manual_seed(group.rank)).to(dtype)
     spent: dict[str, list[float]] = {n: [] for n in layers}
     start = (done.layers, done.before, done.after, done.guests)
-    for number in range(WARM + case.rounds):
+    for number in range(WARM_ROUNDS + case.rounds):
         for contender in list(spent)[:: 1 if number % 2 else -1]:
             kind = "balanced" if contender.endswith("ideal") else name
             index = route(kind, work, group.rank, group.size, 0, number)
             took = step(layers[contender], hidden[: len(index)], index, group, case.backward)
-            if number >= WARM:
+            if number >= WARM_ROUNDS:
                 spent[contender].append(took)
     median = {contender: statistics.median(times) for contender, times in spent.items()}
     count = max(done.layers - start[0], 1)

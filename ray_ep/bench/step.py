@@ -17,18 +17,20 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from ray_ep.bench.layer import Case, spawn
+from ray_ep.bench.layer import LayerCase, spawn
 from ray_ep.collective import from_torch
 from ray_ep.config import from_dict
 from ray_ep.config.schema import Config
-from ray_ep.driver.start import check
+from ray_ep.driver.start import check_run
 from ray_ep.errors import BadInput
 from ray_ep.moe import settle
 from ray_ep.rank.model_rank import ModelRank
 from ray_ep.rank.pays import uneven, uneven_ranks
 from ray_ep.rank.trainer import Trainer
 
-MODES = ("balanced", "off", "on")
+ROUTED = ("balanced", "off", "on")
+"""How steps are measured: routing imposed to be even; that of the model without balance; with it."""
+
 TURN = 3
 """Steps of a mode in a round; the first, which finds buffers of the mode before, does not count."""
 
@@ -57,6 +59,7 @@ TITLE = (
     "balanced: imposed on the router; off, on: the model's own, without and with balance inside the step\n"
     "share: of the balanced ideal; loads: of the fullest over the mean, before balance"
 )
+"""Head of the table."""
 
 
 def run_step(cfg: Config, warm: int, rounds: int) -> list[Steps]:
@@ -67,15 +70,15 @@ def run_step(cfg: Config, warm: int, rounds: int) -> list[Steps]:
     """
     if cfg.cluster.ranks < 2:
         raise BadInput(f"bench step: cluster.ranks={cfg.cluster.ranks}: balance is among ranks, at least 2")
-    plan = check(cfg, datetime.now())
+    plan = check_run(cfg, datetime.now())
     plan.run.release()  # nothing is written
-    case = Case("", cfg.model.dtype, True, cfg.cluster.ranks, "tuned", rounds)
+    case = LayerCase("", cfg.model.dtype, True, cfg.cluster.ranks, "tuned", rounds)
     work = (plan.config, plan.corpus, plan.placement)
     found: list[Steps] = spawn(case, _rank, OmegaConf.to_container(OmegaConf.structured(cfg)), work, warm)
     return found
 
 
-def _rank(me: int, case: Case, tree: dict[str, Any], work: Any, warm: int, store: str, queue: Any) -> None:
+def _rank(me: int, case: LayerCase, tree: dict[str, Any], work: Any, warm: int, store: str, queue: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=store, rank=me, world_size=case.ranks)
     tree["balance"]["in_step"] = "always"  # turned off and on here
@@ -86,16 +89,17 @@ def _rank(me: int, case: Case, tree: dict[str, Any], work: Any, warm: int, store
     for step in range(warm):
         rank.train_step(step)
     step = warm
-    times: dict[str, list[float]] = {mode: [] for mode in MODES}
-    loads: dict[str, list[tuple[float, float]]] = {mode: [] for mode in MODES}
+    times: dict[str, list[float]] = {mode: [] for mode in ROUTED}
+    loads: dict[str, list[tuple[float, float]]] = {mode: [] for mode in ROUTED}
     for number in range(case.rounds):
-        for mode in MODES[:: 1 if number % 2 else -1]:
+        for mode in ROUTED[:: 1 if number % 2 else -1]:
             rank.ep.balancer.active = mode == "on"
             rank.ep.routing.force = "balanced" if mode == "balanced" else cfg.router.force
             for turn in range(TURN):
                 group.barrier()
                 start = time.perf_counter()
                 result = rank.train_step(step)
+                assert result is not None, "nobody breaks a step off here"
                 took, step = time.perf_counter() - start, step + 1
                 if turn:
                     times[mode].append(took * 1e3)
@@ -104,6 +108,6 @@ def _rank(me: int, case: Case, tree: dict[str, Any], work: Any, warm: int, store
         by_round = {mode: np.reshape(t, (case.rounds, TURN - 1)).mean(1) for mode, t in times.items()}
         share = {mode: float(np.median(by_round["balanced"] / t)) for mode, t in by_round.items()}  # slow whiles cancel
         ms = {mode: statistics.median(t) for mode, t in times.items()}
-        queue.put([Steps(m, ms[m], share[m], *np.mean(loads[m], 0).tolist()) for m in MODES])
+        queue.put([Steps(m, ms[m], share[m], *np.mean(loads[m], 0).tolist()) for m in ROUTED])
     dist.barrier()
     dist.destroy_process_group()

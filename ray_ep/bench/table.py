@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 from ray_ep.bench.contenders import WORKS
-from ray_ep.bench.layer import Case, Result
+from ray_ep.bench.layer import LayerCase, LayerResult
 from ray_ep.errors import BadInput
 from ray_ep.moe import PHASES
 
@@ -19,7 +19,7 @@ _ALLOWED = {
 
 def cases(
     rounds: int, works: list[str], dtypes: list[str], passes: list[str], ranks: list[str], malloc: list[str]
-) -> list[Case]:
+) -> list[LayerCase]:
     """Every combination; raises BadInput for a word that is not allowed."""
     given = {"works": works, "dtypes": dtypes, "passes": passes, "malloc": malloc}
     for name, words in given.items():
@@ -29,7 +29,8 @@ def cases(
     if not all(r.isdigit() and int(r) >= 1 for r in ranks):
         raise BadInput(f"bench layer: --ranks={','.join(ranks)}: expected numbers, such as 2,4")
     return [
-        Case(w, d, p == "both", int(r), m, rounds) for w, d, p, r, m in product(works, dtypes, passes, ranks, malloc)
+        LayerCase(w, d, p == "both", int(r), m, rounds)
+        for w, d, p, r, m in product(works, dtypes, passes, ranks, malloc)
     ]
 
 
@@ -43,7 +44,7 @@ def title() -> str:
     )
 
 
-def line(result: Result) -> str:
+def line(result: LayerResult) -> str:
     """One row."""
     c, speed = result.case, result.tokens_per_second
     cells = "".join(

@@ -22,15 +22,15 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import OmegaConf
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from ray_ep.bench.layer import spawn
-from ray_ep.bench.train_rows import OURS, PEERS, Case, Result
+from ray_ep.bench.train_rows import OURS, TRAIN_PEERS, TrainCase, TrainResult
 from ray_ep.bench.trainers import Job, main
 from ray_ep.config import from_dict
 from ray_ep.config.schema import Config
-from ray_ep.driver.rundir import RunDir
-from ray_ep.driver.start import Plan, check
+from ray_ep.driver.run.rundir import RunDir
+from ray_ep.driver.start import Plan, check_run
 from ray_ep.errors import BadInput, RayEPError, brief
 from ray_ep.moe import find_experts
 from ray_ep.rank.data.corpus import global_batch
@@ -44,14 +44,16 @@ MODELS: dict[str, dict[str, int]] = {
 }
 """What differs from the default model."""
 
-OWN = "own"
+OWN_MODEL = "own"
 """The model of the configuration that was given."""
 
 NEED_SHARES = ("ddp", "transformers", "deepspeed")
+"""Peers that give each rank as many sequences as every other."""
+
 NEED_EXPERTS = ("transformers", "deepspeed")
 """Peers that give each rank as many sequences, or experts, as every other."""
 
-WARM, WARM_OURS = 5, 20
+WARM_STEPS, WARM_OURS = 5, 20
 """First steps that do not count: in ray_ep's it tries whether balance inside the step pays."""
 
 _FIXED = {
@@ -77,12 +79,12 @@ def cases(
     steps: int = 20,
     rounds: int = 3,
     malloc: str = "tuned",
-) -> list[Case]:
+) -> list[TrainCase]:
     """Every combination, checked as far as can be without starting anything.
 
     Args:
         cfg: what a case does not say is as it is here.
-        models: of MODELS, over cfg's; or OWN alone, cfg's as it is.
+        models: of MODELS, over cfg's; or OWN_MODEL alone, cfg's as it is.
         dtypes, ranks: none: cfg's.
         peers: contenders beside ray_ep; None: all that are installed.
 
@@ -90,10 +92,10 @@ def cases(
         BadInput: a word that is not allowed, a peer that is not installed, ranks that a peer cannot share the work
             among, settings that contenders could not share, or whatever a run would refuse.
     """
-    named = tuple(p for p in PEERS if _installed(p)) if peers is None else tuple(dict.fromkeys(peers))
-    _among("--model", models, [OWN] if list(models) == [OWN] else list(MODELS))
+    named = tuple(p for p in TRAIN_PEERS if _installed(p)) if peers is None else tuple(dict.fromkeys(peers))
+    _among("--model", models, [OWN_MODEL] if list(models) == [OWN_MODEL] else list(MODELS))
     _among("--dtype", dtypes, ["float32", "bfloat16"])
-    _among("--peers", named, PEERS)
+    _among("--peers", named, TRAIN_PEERS)
     for peer in named:
         if not _installed(peer):
             raise BadInput(f"bench train: --peers={peer}: it is not installed: pip install 'ray_ep[bench]'")
@@ -104,7 +106,7 @@ def cases(
     if cfg.cluster.device == "cuda":
         raise BadInput("bench train: cluster.device=cuda: contenders are compared on CPUs")
     found = [
-        Case(model, _config(cfg, model, dtype, n), named, steps, rounds, malloc)
+        TrainCase(model, _config(cfg, model, dtype, n), named, steps, rounds, malloc)
         for model, dtype, n in product(models, dtypes or [cfg.model.dtype], ranks or [cfg.cluster.ranks])
     ]
     for case in found:
@@ -113,17 +115,17 @@ def cases(
     return found
 
 
-def run(case: Case, say: Callable[[str], None] = lambda words: None) -> Result:
+def run(case: TrainCase, say: Callable[[str], None] = lambda words: None) -> TrainResult:
     """Measure one case; blocks for minutes. Leaves nothing behind.
 
     Args:
         say: told what is under way.
 
     Raises:
-        BadInput, RayEPError: ray_ep's own run was refused, or failed. A peer that fails is in `Result.failed`.
+        BadInput, RayEPError: ray_ep's own run was refused, or failed. A peer that fails is in `TrainResult.failed`.
     """
-    result = Result(case)
-    result.failed = {p: "not installed: pip install 'ray_ep[bench]'" for p in PEERS if not _installed(p)}
+    result = TrainResult(case)
+    result.failed = {p: "not installed: pip install 'ray_ep[bench]'" for p in TRAIN_PEERS if not _installed(p)}
     with tempfile.TemporaryDirectory(prefix="ray-ep-bench-") as tmp:
         say("writing weights and batches")
         names = _write(case, tmp)
@@ -151,20 +153,20 @@ def _config(cfg: Config, model: str, dtype: str, ranks: int) -> Config:
     return from_dict(tree)
 
 
-def _timed(case: Case, tmp: str) -> Config:
+def _timed(case: TrainCase, tmp: str) -> Config:
     tree: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(case.cfg))  # type: ignore[assignment]
     tree["run_dir"] = f"{tmp}/run"
     tree["optim"]["steps"] = WARM_OURS + case.steps
     return from_dict(tree)
 
 
-def _plan(case: Case, tmp: str) -> Plan:
-    plan = check(_timed(case, tmp), datetime.now())
+def _plan(case: TrainCase, tmp: str) -> Plan:
+    plan = check_run(_timed(case, tmp), datetime.now())
     plan.run.release()  # it begins elsewhere
     return plan
 
 
-def _shared(case: Case, plan: Plan) -> None:
+def _shared(case: TrainCase, plan: Plan) -> None:
     """BadInput if a peer cannot share the case's work among its ranks."""
     experts, sequences = plan.placement.num_experts, case.cfg.batch.sequences
     for need, count, what in (
@@ -180,7 +182,7 @@ def _shared(case: Case, plan: Plan) -> None:
             )
 
 
-def _write(case: Case, tmp: str) -> tuple[str, ...]:
+def _write(case: TrainCase, tmp: str) -> tuple[str, ...]:
     """Put what contenders start from into `tmp`: config.yaml, model.pt, batches.npy; names of the experts modules."""
     cfg, plan = _timed(case, tmp), _plan(case, tmp)
     OmegaConf.save(cfg, f"{tmp}/config.yaml")
@@ -195,12 +197,12 @@ def _write(case: Case, tmp: str) -> tuple[str, ...]:
         module.config._experts_implementation = "grouped_mm"  # type: ignore[union-attr]
     torch.save(model, f"{tmp}/model.pt")
     size = cfg.batch.sequences, cfg.batch.length
-    batches = [global_batch(plan.corpus.train, cfg.seed, step, *size) for step in range(WARM + case.steps)]
+    batches = [global_batch(plan.corpus.train, cfg.seed, step, *size) for step in range(WARM_STEPS + case.steps)]
     np.save(f"{tmp}/batches.npy", np.stack(batches))
     return tuple(modules)
 
 
-def _peer(result: Result, name: str, tmp: str, experts: tuple[str, ...]) -> None:
+def _peer(result: TrainResult, name: str, tmp: str, experts: tuple[str, ...]) -> None:
     case = result.case
     processes = 1 if name == "plain" else case.ranks
     job = Job(
@@ -221,14 +223,14 @@ def _peer(result: Result, name: str, tmp: str, experts: tuple[str, ...]) -> None
         found = spawn(job, main)
     except (ProcessExitedException, ProcessRaisedException) as e:
         for figures in (result.seconds, result.losses, result.peak_mib):
-            figures.pop(name, None)  # type: ignore[attr-defined]
+            figures.pop(name, None)
         why = Path(job.error)
         result.failed[name] = brief(RuntimeError(why.read_text() if why.exists() else str(e)))
         return
-    _add(result, name, found["seconds"][WARM:], found["losses"], found["peak_mib"])
+    _add(result, name, found["seconds"][WARM_STEPS:], found["losses"], found["peak_mib"])
 
 
-def _ours(result: Result, tmp: str) -> None:
+def _ours(result: TrainResult, tmp: str) -> None:
     """`ray-ep train` in a process of its own."""
     with tempfile.TemporaryFile("w+") as said:
         code = "from ray_ep.cli import main; main()"
@@ -256,7 +258,7 @@ def _ours(result: Result, tmp: str) -> None:
     _add(result, OURS, [m["step_seconds"] for m in counted], [m["loss"] for m in metrics], max(peaks, default=None))
 
 
-def _add(result: Result, name: str, seconds: list[float], losses: list[float], peak: float | None) -> None:
+def _add(result: TrainResult, name: str, seconds: list[float], losses: list[float], peak: float | None) -> None:
     result.seconds.setdefault(name, []).append(seconds)
     result.losses.setdefault(name, losses)
     if peak is not None:

@@ -10,15 +10,18 @@ from typing import Any
 from ray_ep.bench.trainers import TRAINERS
 from ray_ep.config.schema import Config
 
-PEERS = tuple(TRAINERS)
+TRAIN_PEERS = tuple(TRAINERS)
+"""Names of the contenders of `bench train` beside ours."""
+
 OURS = "ray_ep"
+"""Name of our contender in figures and tables."""
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class TrainCase:
     """One row: what to train, and how often."""
 
-    model: str  # of train.MODELS, or train.OWN
+    model: str  # of train.MODELS, or train.OWN_MODEL
     cfg: Config  # with dtype and ranks of the case
     peers: tuple[str, ...]
     steps: int  # that count, of each contender in each round
@@ -37,7 +40,7 @@ class Case:
 
 
 @dataclass(slots=True)
-class Result:
+class TrainResult:
     """What the rounds of one case gave. Contenders that failed are in `failed` alone.
 
     Attributes:
@@ -48,7 +51,7 @@ class Result:
         failed: why, by contender.
     """
 
-    case: Case
+    case: TrainCase
     seconds: dict[str, list[list[float]]] = field(default_factory=dict)
     losses: dict[str, list[float]] = field(default_factory=dict)
     peak_mib: dict[str, int] = field(default_factory=dict)
@@ -134,11 +137,12 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _cells(figures: dict[str, Any]) -> str:
-    return " ".join(f"{_number(figures.get(n), 0):>12}" for n in (OURS, *PEERS))
+    return " ".join(f"{_number(figures.get(n), 0):>12}" for n in (OURS, *TRAIN_PEERS))
 
 
 TITLE = (
-    f"{'model':6} {'dtype':8} {'ranks':>5}  {'':8} {' '.join(f'{n:>12}' for n in ('ray_ep', *PEERS))} "
+    f"{'model':6} {'dtype':8} {'ranks':>5}  {'':8} {' '.join(f'{n:>12}' for n in ('ray_ep', *TRAIN_PEERS))} "
     f"{'/ best':>9} {'/ transf.':>9}\n"
     "/ best: ray_ep's tokens/s over the fastest peer's, / transf.: over transformers'; medians over rounds"
 )
+"""Head of the table."""

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = timedelta(seconds=600)
-"""After which a rank gives its peers up."""
+"""Time after which a rank gives its peers up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Job:
     checkpointing: bool
 
 
-class Plain:
+class OneProcess:
     """One process: loss, backward, clipping, AdamW."""
 
     def __init__(self, model: Any, job: Job, rank: int):
@@ -69,7 +69,7 @@ class Plain:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Gradients of the mean loss over all ranks."""
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def update(self) -> None:
         """Clip and step."""
@@ -103,7 +103,7 @@ class Plain:
         return [optim["learning_rate"] * factor(n + 1 if n < warm else n) for n in range(steps)]
 
 
-class Ddp(Plain):
+class Ddp(OneProcess):
     """torch's DistributedDataParallel: all experts on each rank."""
 
     def prepare(self) -> None:
@@ -111,10 +111,10 @@ class Ddp(Plain):
         self.net = torch.nn.parallel.DistributedDataParallel(self.model)
 
     def backward(self, loss: torch.Tensor) -> None:
-        (loss * self.job.ranks).backward()  # it averages over ranks
+        (loss * self.job.ranks).backward()  # type: ignore[no-untyped-call]  # it averages over ranks
 
 
-class Transformers(Plain):
+class Transformers(OneProcess):
     """transformers' own `AllToAllEP`: each rank its share of the experts; dense gradients are summed over ranks."""
 
     def prepare(self) -> None:
@@ -136,11 +136,11 @@ class Transformers(Plain):
         super().prepare()
 
     def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         dense = [p.grad for p in self.model.parameters() if p.grad is not None and not self.is_stack(p)]
         flat = torch.cat([g.flatten() for g in dense])
         dist.all_reduce(flat)
-        for g, part in zip(dense, flat.split([g.numel() for g in dense]), strict=True):
+        for g, part in zip(dense, torch.split(flat, [g.numel() for g in dense]), strict=True):
             g.copy_(part.view_as(g))
 
     def update(self) -> None:
@@ -157,7 +157,7 @@ class Transformers(Plain):
         self.optimizer.zero_grad()
 
 
-class DeepSpeed(Plain):
+class DeepSpeed(OneProcess):
     """DeepSpeed's AutoEP with ZeRO-2: in bfloat16 it keeps float32 masters, as ray_ep does."""
 
     def prepare(self) -> None:
@@ -197,7 +197,8 @@ class DeepSpeed(Plain):
         self.net.step()
 
 
-TRAINERS = {"plain": Plain, "ddp": Ddp, "transformers": Transformers, "deepspeed": DeepSpeed}
+TRAINERS = {"plain": OneProcess, "ddp": Ddp, "transformers": Transformers, "deepspeed": DeepSpeed}
+"""What trains as each peer does, by its name."""
 
 
 def adamw(job: Job, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -23,9 +23,10 @@ from ray_ep.cli.rebalance import rebalance
 from ray_ep.cli.simulate.command import simulate
 
 if TYPE_CHECKING:
-    from ray_ep.bench.layer import Case
+    from ray_ep.bench.layer import LayerCase
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+"""Exit statuses of `ray-ep`: 130 is what a shell reports after SIGINT."""
 
 
 class Cli(click.Group):
@@ -232,14 +233,14 @@ def bench_step(overrides: tuple[str, ...], warm: int, rounds: int, as_json: bool
         click.echo(json.dumps(row.to_dict()) if as_json else row.line())
 
 
-def _bench_skew(rows: list[Case], routing: str, llep: str | None, brief: bool, as_json: bool) -> None:
-    from ray_ep.bench.llep import check as check_llep
-    from ray_ep.bench.routing import KINDS, check
+def _bench_skew(rows: list[LayerCase], routing: str, llep: str | None, brief: bool, as_json: bool) -> None:
+    from ray_ep.bench.llep import check_llep
+    from ray_ep.bench.routing import ROUTINGS, check_routing
     from ray_ep.bench.skew import run_skew, title
 
-    names = list(KINDS) if routing == "all" else routing.split(",")
+    names = list(ROUTINGS) if routing == "all" else routing.split(",")
     for name in names:
-        check(name)
+        check_routing(name)
     if llep is not None:
         check_llep(llep, rows)
     if not as_json:
@@ -249,7 +250,7 @@ def _bench_skew(rows: list[Case], routing: str, llep: str | None, brief: bool, a
             click.echo(json.dumps(result.to_dict()) if as_json else result.line())
 
 
-def _bench_on_device(rows: list[Case], peers: str | None, memory: bool, as_json: bool) -> None:
+def _bench_on_device(rows: list[LayerCase], peers: str | None, memory: bool, as_json: bool) -> None:
     from ray_ep.bench.device import TITLE, run_on_device
     from ray_ep.errors import BadInput
 

@@ -49,7 +49,7 @@ def bench_train(
       deepspeed     AutoEP with ZeRO-2 (pip install 'ray_ep[bench]')
     """
     loading("bench train")
-    from ray_ep.bench.train import OWN, cases, run
+    from ray_ep.bench.train import OWN_MODEL, cases, run
     from ray_ep.bench.train_rows import TITLE
     from ray_ep.config import load_config
     from ray_ep.errors import BadInput
@@ -63,7 +63,7 @@ def bench_train(
         raise BadInput(f"bench train: --ranks={ranks}: expected numbers, such as 2,4")
     todo = cases(
         load_config(config, overrides),
-        [OWN] if named else _words(models) or ["small"],
+        [OWN_MODEL] if named else _words(models) or ["small"],
         _words(dtypes) or [],
         [int(r) for r in _words(ranks) or []],
         _words(peers),

@@ -24,8 +24,8 @@ def rebalance(run: Path) -> None:
       ray-ep rebalance runs/20260701-123005
     """
     loading("rebalance", "torch")
-    from ray_ep.driver.claim import holder, last_holder
-    from ray_ep.driver.rundir import RunDir
+    from ray_ep.driver.run.claim import holder, last_holder
+    from ray_ep.driver.run.rundir import RunDir
     from ray_ep.errors import BadInput
 
     if not (run / "config.yaml").is_file():

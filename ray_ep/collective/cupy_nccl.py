@@ -17,7 +17,7 @@ def library() -> Any:
     """The module cupy.cuda.nccl; raises BadInput if it cannot be used here."""
     cuda_device(None)
     try:
-        from cupy.cuda import nccl as api  # type: ignore[import-not-found, unused-ignore]
+        from cupy.cuda import nccl as api
     except ImportError as e:
         raise BadInput(
             "the NCCL exchange needs CuPy: pip install 'ray_ep[cuda12]' or 'ray_ep[cuda13]', whichever torch is for "

@@ -17,6 +17,9 @@ from ray_ep.errors import BadInput, GroupError
 
 T = TypeVar("T")
 
+ABORT_S = 10.0
+"""Seconds that `abort` waits for NCCL's own abort, which may hang itself."""
+
 
 def cuda_device(device: torch.device | str | int | None) -> torch.device:
     """A CUDA device with its number, as tensors name it; None: the current one.

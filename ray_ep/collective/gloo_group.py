@@ -23,7 +23,7 @@ from ray_ep.collective.one_host import ORDERED, OneHost, as_bytes, seen_as
 from ray_ep.collective.torch_group import TorchGroup
 from ray_ep.errors import GroupError
 
-SHARED = 1 << 17
+SHARED_BYTES = 1 << 17
 """Least bytes from one rank to another that go through shared memory: less is as fast inside gloo's own message."""
 
 _SIGN = torch.zeros(1, dtype=torch.uint8)
@@ -104,7 +104,7 @@ class GlooGroup(TorchGroup):
 
     def take(self, *shape: int, like: torch.Tensor) -> torch.Tensor:
         size = prod(shape) * like.element_size()
-        if self._mail is None or (size < SHARED and self._here is None) or like.device.type != "cpu":
+        if self._mail is None or (size < SHARED_BYTES and self._here is None) or like.device.type != "cpu":
             return super().take(*shape, like=like)
         return self._mail.lend(size).view(like.dtype).view(shape)
 
@@ -188,7 +188,7 @@ class GlooGroup(TorchGroup):
         super()._free()  # last: with a silent peer gloo takes its time
 
     def _shares(self, rank: int, size: int) -> bool:
-        return size >= SHARED and bool(self._near) and self._near[rank]
+        return size >= SHARED_BYTES and bool(self._near) and self._near[rank]
 
     def _box(self, owner: int, reader: int, number: int, size: int) -> torch.Tensor:
         if self._mail is None:

@@ -15,7 +15,7 @@ import torch
 from ray_ep.errors import GroupError
 
 SLICE = timedelta(milliseconds=200)
-"""How long one wait lasts before the abort flag is looked at: gloo's own abort releases nobody (measured)."""
+"""Length of one wait; after it the abort flag is looked at, for gloo's own abort releases nobody (measured)."""
 
 
 class Group(ABC):

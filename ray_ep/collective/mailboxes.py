@@ -23,7 +23,7 @@ BOX = 1 << 36
 """Bytes of the file for one box, or for all loans: addresses, not memory, which only what was written takes."""
 
 PAGE = 1 << 16
-"""A mapping grows by powers of two from here."""
+"""Bytes of a mapping at first; it grows by powers of two."""
 
 FACTS = 4
 """int64 numbers that a rank tells about its file."""

@@ -20,12 +20,9 @@ import torch
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from ray_ep.collective.cupy_nccl import communicator, library, reduction_type
-from ray_ep.collective.device import check_sizes, cuda_device, here, in_time, writable
+from ray_ep.collective.device import ABORT_S, check_sizes, cuda_device, here, in_time, writable
 from ray_ep.collective.group import SLICE, SplittableGroup, same_color, split_key
 from ray_ep.errors import GroupError
-
-ABORT_S = 10.0
-"""How long `abort` waits for NCCL's own abort, which may hang itself."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import threading
 from ray_ep.collective.group import Group
 
 CLOSE_S = 1.0
-"""How long a polite end waits for a group to be closed; 15 to 25 ms is usual. What takes longer goes on beside."""
+"""Seconds that a polite end waits for a group to be closed; 0.02 is usual. What takes longer goes on beside."""
 
 
 def park(group: Group, wait_s: float = 0.0) -> None:

@@ -26,16 +26,16 @@ from ray_ep.placement.links.probe import (
     disjoint_rounds,
     fit,
     in_company,
+    probe_rounds,
     round_budget,
-    rounds,
     time_link,
     with_fits,
     with_lanes,
 )
 from ray_ep.placement.topology import Topology
 
-PATIENCE_S = 20.0
-"""How long a rank waits for a message of its partner before probing fails."""
+PARTNER_S = 20.0
+"""Seconds that a rank waits for a message of its partner before probing fails."""
 
 
 class Messages(Protocol):
@@ -55,7 +55,7 @@ class PointToPoint:
     timed as the slowest one of its round.
     """
 
-    def __init__(self, group: TorchGroup, patience_s: float = PATIENCE_S):
+    def __init__(self, group: TorchGroup, patience_s: float = PARTNER_S):
         self._group, self._patience = group, patience_s
 
     def send(self, tensor: torch.Tensor, to: int) -> None:
@@ -107,7 +107,7 @@ def measure(
         raise PlacementError(f"probe: node_of names {len(node_of)} ranks, the group has {group.size}")
     if isinstance(group, SoloGroup):
         return Topology.of_nodes(list(node_of))
-    alone, company = rounds(node_of), company_rounds(node_of)
+    alone, company = probe_rounds(node_of), company_rounds(node_of)
     part = budget_s / (len(alone) + len(company))
     fits, now = _time(group, alone, part * len(alone), device, messages, clock)
     topology = assemble(node_of, fits, measured_at=now)

@@ -32,6 +32,7 @@ from ray_ep.collective.parking import CLOSE_S, park
 from ray_ep.errors import BadInput, GroupError
 
 RENDEZVOUS_S = 60.0
+"""Seconds that the ranks of a group wait for each other to come, where the caller names no limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,10 +184,11 @@ class TorchNcclBackend(OurBackend):
 
     @classmethod
     def check(cls) -> None:
-        torch_nccl.check()
+        torch_nccl.check_torch_nccl()
 
 
 BACKENDS: dict[str, type[OurBackend]] = {"gloo": GlooBackend, "nccl": NcclBackend, "torch_nccl": TorchNcclBackend}
+"""Our backends for Ray's collective groups, by the transport's name in the configuration."""
 
 
 def join(

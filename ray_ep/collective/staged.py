@@ -13,6 +13,7 @@ from ray_ep.collective.device import here, writable
 from ray_ep.collective.group import Group
 
 CPU = torch.device("cpu")
+"""The device that inner groups exchange on."""
 
 
 class StagedGroup(Group):

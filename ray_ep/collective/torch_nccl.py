@@ -16,12 +16,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from ray_ep.collective.device import cuda_device, here, in_time, writable
+from ray_ep.collective.device import ABORT_S, cuda_device, here, in_time, writable
 from ray_ep.collective.group import same_color, split_key
 from ray_ep.collective.torch_group import TorchGroup
 from ray_ep.errors import BadInput, GroupError
-
-ABORT_S = 10.0
 
 
 class TorchNcclGroup(TorchGroup):
@@ -150,7 +148,7 @@ def torch_nccl(
         BadInput: no CUDA device, or torch was built without NCCL.
         GroupError: the peers did not come within the limit.
     """
-    check()
+    check_torch_nccl()
     limit_s = limit_s or timeout_s
     place = PrefixStore(f"epoch-{epoch}", store)
     group = _join(place, rank, size, epoch, cuda_device(device), limit_s)
@@ -164,7 +162,7 @@ def torch_nccl(
     return group
 
 
-def check() -> None:
+def check_torch_nccl() -> None:
     """Raise BadInput if this process cannot use torch's NCCL."""
     cuda_device(None)
     if not dist.is_nccl_available():

@@ -14,7 +14,7 @@ import numpy as np
 from ray_ep.config.schema import RouterConfig
 from ray_ep.driver.records import Event
 
-WINDOW = 20
+JUDGED = 20
 """Steps whose loads are added up before they are judged; what was quiet for as long is told again."""
 
 
@@ -27,22 +27,22 @@ class Alarm:
 
     def __init__(self, cfg: RouterConfig, publish: Callable[[Event], None]):
         self.cfg, self.publish = cfg, publish
-        self._loads: deque[np.ndarray[Any, Any]] = deque(maxlen=WINDOW)
+        self._loads: deque[np.ndarray[Any, Any]] = deque(maxlen=JUDGED)
         self._last: dict[tuple[str, int], int] = {}  # step at which each alarm was last true
 
     def watch(self, done: int, load: np.ndarray[Any, Any]) -> None:
         """One more step, the `done`-th; load [L, E]: tokens that each expert received in it."""
         self._loads.append(load)
-        if len(self._loads) < WINDOW:
+        if len(self._loads) < JUDGED:
             return
         for (alarm, layer), words in collapse(np.sum(self._loads, axis=0), self.cfg).items():
-            if (alarm, layer) not in self._last or done - self._last[alarm, layer] > WINDOW:
+            if (alarm, layer) not in self._last or done - self._last[alarm, layer] > JUDGED:
                 self.publish(Event("routing-collapse", f"step {done}: {words}", {"alarm": alarm, "layer": layer}))
             self._last[alarm, layer] = done
 
 
 def collapse(load: np.ndarray, cfg: RouterConfig) -> dict[tuple[str, int], str]:
-    """What is wrong with the loads [L, E] of the last WINDOW steps.
+    """What is wrong with the loads [L, E] of the last JUDGED steps.
 
     Returns:
         {(kind, layer): sentence naming layer and experts}; empty if all is well. kind is starved or unbalanced.

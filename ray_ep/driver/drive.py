@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ray_ep.config.schema import Config
+from ray_ep.driver.actors.placed import placed
 from ray_ep.driver.interrupt import Interrupt
 from ray_ep.driver.loop import Driver
-from ray_ep.driver.placed import placed
 from ray_ep.driver.publisher import Publisher
 from ray_ep.driver.records import Event
 from ray_ep.driver.requests import Requests

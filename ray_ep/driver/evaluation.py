@@ -11,13 +11,13 @@ import numpy as np
 from ray_ep.config.schema import EvalConfig
 from ray_ep.driver.records import Event
 
-Trace = list[dict[str, np.ndarray[Any, Any]]]
+RankTrace = list[dict[str, np.ndarray[Any, Any]]]
 
 
-class Ranks(Protocol):
+class EvaluatingRanks(Protocol):
     """What an evaluation needs of the ranks."""
 
-    def evaluate(self) -> tuple[float, list[Trace]] | None:
+    def evaluate(self) -> tuple[float, list[RankTrace]] | None:
         """Loss on the held-out split, and who answered; None: it was broken off."""
 
 
@@ -36,8 +36,8 @@ class Evaluator:
         cfg: EvalConfig,
         steps: int,
         sequences: int,
-        ranks: Ranks,
-        keep: Callable[[int, list[Trace]], None],
+        ranks: EvaluatingRanks,
+        keep: Callable[[int, list[RankTrace]], None],
         publish: Callable[[Event], None],
     ):
         self.cfg, self.steps, self.sequences, self.ranks = cfg, steps, sequences, ranks

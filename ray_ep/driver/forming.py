@@ -9,15 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ray_ep.config.schema import Config
-from ray_ep.driver.cluster import transports
-from ray_ep.driver.probe import measured
-from ray_ep.driver.ranks import Ranks
-from ray_ep.driver.reach import try_nodes
+from ray_ep.driver.actors.cluster import transports
+from ray_ep.driver.actors.probe import measured_links
+from ray_ep.driver.actors.ranks import Ranks
+from ray_ep.driver.actors.reach import try_nodes
 from ray_ep.driver.rebalance.links import Links
 from ray_ep.driver.rebalance.mover import Mover, Scope, check_survival, facts_of, look_every
 from ray_ep.driver.rebalance.recent import Facts
 from ray_ep.driver.records import Event
-from ray_ep.driver.rundir import RunDir, checkpoint_url
+from ray_ep.driver.run.rundir import RunDir, checkpoint_url
 from ray_ep.driver.start import Plan
 from ray_ep.driver.states import States
 from ray_ep.moe import Choice
@@ -64,7 +64,7 @@ def form(cfg: Config, plan: Plan, ranks: Ranks, phase: Callable[[str], None] = l
     topology = ranks.topology()
     if cfg.topology.measure and topology.num_ranks > 1:
         phase("measuring the links")
-        topology = measured(ranks, cfg.topology.budget_s)
+        topology = measured_links(ranks, cfg.topology.budget_s)
     check_survival(cfg.placement, topology, plan.placement)
     phase("loading the model" if cfg.model.path or plan.checkpoint else "building the model")
     ranks.build(cfg, plan.config, plan.corpus, plan.placement, topology)

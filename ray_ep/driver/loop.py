@@ -13,18 +13,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from ray_ep.config.schema import Config
+from ray_ep.driver.actors.ranks import Ranks
 from ray_ep.driver.alarm import Alarm
 from ray_ep.driver.ending import Activity, cause_of, ended
 from ray_ep.driver.evaluation import Evaluator
 from ray_ep.driver.forming import Formed, form, mover_of
 from ray_ep.driver.measures import step_record
-from ray_ep.driver.opening import notes_of, start_of
 from ray_ep.driver.publisher import LAST_S, Publisher
-from ray_ep.driver.ranks import Ranks
 from ray_ep.driver.rebalance.mover import Mover
 from ray_ep.driver.records import Event, StepRecord
 from ray_ep.driver.requests import Request, RequestKind, Requests
-from ray_ep.driver.saving import Saver
+from ray_ep.driver.run.opening import notes_of, start_of
+from ray_ep.driver.run.saving import Saver
 from ray_ep.driver.start import Plan
 from ray_ep.driver.states import State, States
 from ray_ep.rank.results import StepResult

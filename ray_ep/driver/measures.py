@@ -10,8 +10,8 @@ import numpy as np
 from ray_ep.driver.records import StepRecord
 from ray_ep.moe import Balance
 from ray_ep.placement import Placement, Topology
-from ray_ep.rank.clock import STEP_PHASES
 from ray_ep.rank.results import StepResult
+from ray_ep.rank.step.clock import STEP_PHASES
 
 
 def step_record(

@@ -17,7 +17,7 @@ from ray_ep.config.changes import changes
 from ray_ep.config.runs import settings_of
 from ray_ep.config.schema import Config
 from ray_ep.driver.records import Event
-from ray_ep.driver.rundir import RunDir, checkpoint_url, claimed, find_checkpoint
+from ray_ep.driver.run.rundir import RunDir, checkpoint_url, claimed, find_checkpoint
 from ray_ep.errors import CheckpointError, ConfigError
 from ray_ep.moe import find_experts
 from ray_ep.placement import Placement, contiguous, random
@@ -44,7 +44,7 @@ class Plan:
     nothing_to_do: str = ""  # why, if the run has all its steps
 
 
-def check(cfg: Config, now: datetime) -> Plan:
+def check_run(cfg: Config, now: datetime) -> Plan:
     """Everything that can be refused without a cluster; starts nothing. Raises BadInput.
 
     Whoever gets the plan calls `plan.run.release()` at the run's end.

@@ -32,6 +32,7 @@ TRANSITIONS: dict[State, frozenset[State]] = {
     State.DRAINING: frozenset({State.RECOVERING, State.STOPPED}),
     State.STOPPED: frozenset(),
 }
+"""States that a run may go to next, by the state that it is in; any other move raises."""
 
 
 class IllegalTransition(RuntimeError):

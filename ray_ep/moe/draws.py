@@ -23,6 +23,7 @@ ESCAPED = (
     "random draws of this model depend on the number of ranks, and a resumed run differs from one that went on: it "
     "draws in a way that cannot be followed; to avoid it, set its dropout and noise to 0 in model.overrides"
 )
+"""Warning about a model whose random draws cannot be made the same for any number of ranks."""
 
 
 class Draws:

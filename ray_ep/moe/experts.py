@@ -24,6 +24,7 @@ from ray_ep.moe.slots import Slots
 from ray_ep.placement import Placement
 
 IMPLEMENTATION = "ray_ep"
+"""Name under which transformers calls this package's experts function."""
 
 
 class ExpertLayer:

@@ -21,9 +21,11 @@ from ray_ep.collective import Group
 from ray_ep.errors import BadInput, ModelError, PlacementError
 from ray_ep.moe.parallelize import ExpertParallel
 from ray_ep.placement import Move, Placement, moves
-from ray_ep.placement.migration import Part, rounds
+from ray_ep.placement.migration import MovePart, move_rounds
 
 MIB = 1 << 20
+"""Bytes of a mebibyte."""
+
 Rows = dict[str, torch.Tensor]
 """What travels of one expert, by parameter: its row [...], or what its owner keeps of it, float32 [kinds, ...]."""
 
@@ -146,7 +148,7 @@ class Shipment:
         self.kinds = [state.kinds_of(i) if state else {} for i in range(len(ep.layers))]
         self.moves = moves(ep.placement, placement, nodes[:, None] != nodes[None])
         payload = [sum(prod(s) * d.itemsize for s, d in self._payload(m).values()) for m in self.moves]
-        self.rounds = rounds(self.moves, payload, ep.group.size, buffer_bytes)
+        self.rounds = move_rounds(self.moves, payload, ep.group.size, buffer_bytes)
         self.arriving: dict[int, Rows] = {}  # by number of the move
         for i, m in enumerate(self.moves):
             if m.target == ep.group.rank:
@@ -160,7 +162,7 @@ class Shipment:
         self._out = torch.empty(most_out, dtype=torch.uint8, device=device)
         self._into = torch.empty(most_in, dtype=torch.uint8, device=device)
 
-    def exchange(self, group: Group, parts: list[Part]) -> tuple[int, int]:
+    def exchange(self, group: Group, parts: list[MovePart]) -> tuple[int, int]:
         """One round (collective); returns bytes sent and received by this rank."""
         (going, coming), (sizes_out, sizes_in) = self._sides(parts), self._sizes(parts)
         out, into = self._out[: sum(sizes_out)], self._into[: sum(sizes_in)]
@@ -180,11 +182,11 @@ class Shipment:
             weights[e] = {n: r[0] if n in self.kinds[index] else r for n, r in kept[e].items()}
         swap_rows(self.ep, index, self.placement, weights, kept, self.state)
 
-    def _sides(self, parts: list[Part]) -> tuple[list[list[Part]], list[list[Part]]]:
+    def _sides(self, parts: list[MovePart]) -> tuple[list[list[MovePart]], list[list[MovePart]]]:
         """Parts of a round that this rank sends to each rank, and gets from each; both ends have them in one order."""
         rank, size = self.ep.group.rank, self.ep.group.size
-        going: list[list[Part]] = [[] for _ in range(size)]
-        coming: list[list[Part]] = [[] for _ in range(size)]
+        going: list[list[MovePart]] = [[] for _ in range(size)]
+        coming: list[list[MovePart]] = [[] for _ in range(size)]
         for part in parts:
             move = self.moves[part.move]
             if move.source == rank:
@@ -193,7 +195,7 @@ class Shipment:
                 coming[move.source].append(part)
         return going, coming
 
-    def _sizes(self, parts: list[Part]) -> tuple[list[int], list[int]]:
+    def _sizes(self, parts: list[MovePart]) -> tuple[list[int], list[int]]:
         """Bytes of a round that go to each rank, and come from each."""
         going, coming = ([sum(p.stop - p.start for p in x) for x in side] for side in self._sides(parts))
         return going, coming
@@ -209,14 +211,14 @@ class Shipment:
                 out[name] = tuple(p.shape[1:]), p.dtype
         return out
 
-    def _outgoing(self, part: Part) -> Iterator[torch.Tensor]:
+    def _outgoing(self, part: MovePart) -> Iterator[torch.Tensor]:
         move = self.moves[part.move]
         kept = self.state.rows(move.layer, move.expert) if self.state and move.state else {}
         row, parameters = self.ep.layers[move.layer].experts.index(move.expert), self.ep.parameters(move.layer)
         tensors = [t for n in self._payload(move) for t in kept.get(n) or [parameters[n].data[row]]]
         return _pieces(*tensors, start=part.start, stop=part.stop)
 
-    def _incoming(self, part: Part) -> Iterator[torch.Tensor]:
+    def _incoming(self, part: MovePart) -> Iterator[torch.Tensor]:
         return _pieces(*self.arriving[part.move].values(), start=part.start, stop=part.stop)
 
 

@@ -14,13 +14,13 @@ import torch
 
 from ray_ep.collective import Group
 from ray_ep.errors import BadInput, ModelError, PlacementError
-from ray_ep.moe.exchange.choose import candidates
+from ray_ep.moe.exchange.choose import ways_to_try
 from ray_ep.moe.migrate import OwnedState, Rows, swap_rows, unapplied
 from ray_ep.moe.parallelize import ExpertParallel
 from ray_ep.placement import Placement, Topology
 
 FIELDS = 24
-"""Most things that ranks are compared in: the length of the message, which must be equal whatever it says."""
+"""Fields of the message in which ranks compare themselves: its length, which must be equal whatever it says."""
 
 
 def regroup(
@@ -62,7 +62,7 @@ def regroup(
         rows = {e: r for (layer, e), r in kept.items() if layer == index}
         swap_rows(ep, index, placement, {e: {n: r[0] for n, r in x.items()} for e, x in rows.items()}, rows, state)
     ep.regroup(group, placement, topology)
-    (kind,), _ = candidates(ep, (ep.exchange.kind,), 0)  # two levels may be one now
+    (kind,), _ = ways_to_try(ep, (ep.exchange.kind,), 0)  # two levels may be one now
     ep.exchange_by(kind=kind)
 
 

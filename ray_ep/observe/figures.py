@@ -23,8 +23,9 @@ from ray_ep.observe.breakdown import Phase
 from ray_ep.observe.routing import load_ratio
 from ray_ep.observe.run_files import RunFiles
 
-# The pages' style sheets give text of this grey, and no other, the colour that goes with their ground.
 GREY, BLUE, ORANGE, GREEN = "#808890", "#3b82f6", "#f08c2e", "#2aa876"
+"""Colours. The pages' style sheets give text of this grey, and no other, the colour that goes with their ground."""
+
 _DIVERGING = LinearSegmentedColormap.from_list("load", ["#1d4ed8", "#7fb0f5", "#e8eaed", "#f5b06a", "#c2410c"])
 _POINTS = 600  # a longer curve is averaged in blocks, so that a page stays small
 _LINES = 100  # events marked on a curve, the newest
@@ -73,7 +74,12 @@ def step_bar(phases: Sequence[Phase]) -> str:
         lines = [*phase.name.split("_", 1), f"{phase.share:.0%}"]
         wide = 0.62 * _SMALL * max(map(len, lines))  # points; wide, for the reader's font is not known
         if wide < 0.9 * phase.share * 72 * _FULL[0] and phase.name.isascii() and phase.name.isprintable():
-            style = {"color": ink_on(to_rgb(phase.colour)), "size": _SMALL, "ha": "center", "va": "center"}
+            style: dict[str, Any] = {
+                "color": ink_on(to_rgb(phase.colour)),
+                "size": _SMALL,
+                "ha": "center",
+                "va": "center",
+            }
             for k, line in enumerate(lines):  # one by one: each is then centred in the reader's font too
                 y = 0.14 * ((len(lines) - 1) / 2 - k)
                 axes.text(end - (width + gap) / 2, y, line, parse_math=False, **style)
@@ -210,7 +216,7 @@ def _heatmap(figure: Figure, axes: Axes, ratio: np.ndarray, label: str, reach: f
     bar.outline.set_visible(False)
 
 
-def _finish(figure: Figure, axes: Axes, name: str, y: str, x: str = "step", legend: str = "best") -> str:
+def _finish(figure: Figure, axes: Axes, name: str, y: str, x: str = "step", legend: Any = "best") -> str:
     """Label the axes and return the SVG; ids begin with `name`, for all figures share one page."""
     axes.set_xlabel(x, color=GREY)
     axes.set_ylabel(y, color=GREY)

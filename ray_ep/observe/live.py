@@ -17,9 +17,9 @@ from pathlib import Path
 from ray_ep.driver.records import Event, StepRecord
 
 EVERY_S = 90.0
-"""At least this long between two pages (each takes 1.7 s of CPU, which ranks that fill the machine miss),"""
+"""Seconds at least between two pages: each takes 1.7 s of CPU, which ranks that fill the machine miss."""
 NEWS_S = 45.0
-"""or this long where an evaluation or an event is to be shown."""
+"""Seconds between two pages where an evaluation or an event is to be shown."""
 
 _ROOT = Path(__file__).parents[2]  # of the package, which the other process may not find by itself
 _CHILD = "import sys; sys.path.append(sys.argv[1]); from ray_ep.observe.live import write; write(*sys.argv[2:])"

@@ -7,6 +7,7 @@ import threading
 from typing import TextIO
 
 AFTER_S = 2.0
+"""Seconds after which a command that still computes tells what it is doing."""
 
 
 class Phases:

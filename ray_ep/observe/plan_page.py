@@ -25,7 +25,7 @@ Map = tuple[str, str, str]
 """Name (of its file, too), title, SVG."""
 
 
-def figures(case: Case, found: Sequence[Candidate], now: str) -> list[Map]:
+def heat_maps(case: Case, found: Sequence[Candidate], now: str) -> list[Map]:
     """Heat maps of what runs now and of the plan, the colours of a kind meaning the same in both."""
     shown = [c for c in found if c.name in (now, PLAN)]
     ratios = {c.name: _over_mean(c.prediction.rank_load / case.costs.speeds(case.topology.num_ranks)) for c in shown}
@@ -46,7 +46,8 @@ def figures(case: Case, found: Sequence[Candidate], now: str) -> list[Map]:
 def _over_mean(load: np.ndarray) -> np.ndarray:
     """load [L, R] over its layer's mean; 1 where a layer has none."""
     mean = load.mean(1, keepdims=True)
-    return np.divide(load, mean, out=np.ones_like(load), where=mean > 0)
+    ratio: np.ndarray = np.divide(load, mean, out=np.ones_like(load), where=mean > 0)
+    return ratio
 
 
 def rank_load(ratio: np.ndarray, reach: float, name: str) -> str:

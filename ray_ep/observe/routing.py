@@ -12,7 +12,7 @@ import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class ExpertPair:
     """Two experts of one layer that fired for the same tokens."""
 
     experts: tuple[int, int]
@@ -28,13 +28,14 @@ class Coactivation:
     layer: int
     ratio: np.ndarray  # [E, E] observed / expected; NaN on the diagonal and where nothing is expected
     deviation: np.ndarray  # [L] nats a pair
-    top: list[Pair]
+    top: list[ExpertPair]
 
 
 def load_ratio(load: np.ndarray) -> np.ndarray:
     """Load of each expert over the mean of its layer; load and result [L, E], 0 for a layer without tokens."""
     mean = load.mean(axis=1, keepdims=True)
-    return np.divide(load, mean, out=np.zeros(load.shape), where=mean > 0)
+    ratio: np.ndarray = np.divide(load, mean, out=np.zeros(load.shape), where=mean > 0)
+    return ratio
 
 
 def expected_pairs(observed: np.ndarray, rounds: int = 100) -> np.ndarray:
@@ -69,8 +70,8 @@ def strongest_coactivation(coactivation: np.ndarray, top: int = 5) -> Coactivati
     return Coactivation(layer, ratio[layer], deviation, pairs)
 
 
-def _top_pairs(surplus: np.ndarray, observed: np.ndarray, expected: np.ndarray, top: int) -> list[Pair]:
+def _top_pairs(surplus: np.ndarray, observed: np.ndarray, expected: np.ndarray, top: int) -> list[ExpertPair]:
     rows, columns = np.triu_indices(len(surplus), k=1)
     best = np.argsort(-surplus[rows, columns], kind="stable")[:top]
     found = [(i, j) for i, j in zip(rows[best].tolist(), columns[best].tolist(), strict=True) if surplus[i, j] > 0]
-    return [Pair(p, int(observed[p]), float(expected[p]), float(observed[p] / expected[p])) for p in found]
+    return [ExpertPair(p, int(observed[p]), float(expected[p]), float(observed[p] / expected[p])) for p in found]

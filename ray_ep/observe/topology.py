@@ -42,7 +42,7 @@ def heatmap(topology: Topology) -> str:
         axes.set_yticks(range(n))
         for a, b in np.argwhere(known).tolist():
             text = in_words(float(bandwidth[a, b])).replace(" ", "\n")
-            ink = ink_on(image.to_rgba(float(bandwidth[a, b])))
+            ink = ink_on(image.to_rgba(bandwidth[[a], [b]])[0].tolist())
             axes.text(b, a, text, ha="center", va="center", color=ink, fontsize=6.5 if n > 8 else 8)
     for edge in np.flatnonzero(np.diff(topology.node_of)).tolist():
         axes.axhline(edge + 0.5, color=GREY, linewidth=1.2)

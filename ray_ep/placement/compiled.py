@@ -13,7 +13,7 @@ from types import CodeType, FunctionType
 from typing import Any, TypeVar, cast
 
 from numba import njit
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.dispatcher import Dispatcher
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -39,12 +39,31 @@ inlined = kernel_with(forceinline=True)
 """For small kernels with many arrays, whose call would cost more than their work."""
 
 
+class _Index(IndexDataCacheFile):
+    """numba's index of a kernel's entries, empty where it names what an upgrade has renamed.
+
+    It is unpickled whole, named tuples by their names, before numba looks whether it is of the present source.
+    """
+
+    def _load_index(self) -> dict[Any, str]:
+        try:
+            found: dict[Any, str] = super()._load_index()  # type: ignore[no-untyped-call]
+        except (AttributeError, ImportError):
+            return {}
+        return found
+
+
 class _SourcesCache(FunctionCache):
     """numba's cache on disk, where an entry belongs to the sources of all that the kernel can reach.
 
     numba's own key knows the file of the kernel alone: a caller whose callee lies in another file would go on with the
     old one, after an upgrade, too. The digest is taken at the first call, when all names of a module are bound.
     """
+
+    def __init__(self, function: Callable[..., Any]):
+        super().__init__(function)  # type: ignore[no-untyped-call]
+        place = self._impl.locator
+        self._cache_file = _Index(place.get_cache_path(), self._impl.filename_base, place.get_source_stamp())  # type: ignore[no-untyped-call]
 
     def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
         own: tuple[Any, ...] = super()._index_key(sig, codegen)  # type: ignore[no-untyped-call]

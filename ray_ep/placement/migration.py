@@ -34,7 +34,7 @@ class Move:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class MovePart:
     """Bytes start to stop of a move's payload; `move` is its number in the list of moves."""
 
     move: int
@@ -84,7 +84,7 @@ def moves(old: Placement, new: Placement, distance: npt.ArrayLike | None = None)
     return found
 
 
-def rounds(moves: Sequence[Move], sizes: Sequence[int], ranks: int, buffer_bytes: int) -> list[list[Part]]:
+def move_rounds(moves: Sequence[Move], sizes: Sequence[int], ranks: int, buffer_bytes: int) -> list[list[MovePart]]:
     """Split moves into exchanges in which no rank sends or receives more than `buffer_bytes`.
 
     Large payloads are cut. Links of the busiest ranks come first, and no link of a round waits while both its ends have
@@ -102,18 +102,18 @@ def rounds(moves: Sequence[Move], sizes: Sequence[int], ranks: int, buffer_bytes
     if buffer_bytes < 1:
         raise PlacementError(f"buffer_bytes={buffer_bytes}: expected at least 1")
     left = np.zeros((ranks, ranks), np.int64)  # bytes still to go on each link
-    waiting: dict[tuple[int, int], deque[Part]] = {}
+    waiting: dict[tuple[int, int], deque[MovePart]] = {}
     for i, (move, size) in enumerate(zip(moves, sizes, strict=True)):
         if size:
             left[move.source, move.target] += size
-            waiting.setdefault((move.source, move.target), deque()).append(Part(i, 0, size))
-    out: list[list[Part]] = []
+            waiting.setdefault((move.source, move.target), deque()).append(MovePart(i, 0, size))
+    out: list[list[MovePart]] = []
     while left.any():
         source, target = np.nonzero(left)
         busiest = np.maximum(left.sum(1)[source], left.sum(0)[target])
         order = np.lexsort((target, source, -left[source, target], -busiest))
         room_out, room_in = [buffer_bytes] * ranks, [buffer_bytes] * ranks
-        parts: list[Part] = []
+        parts: list[MovePart] = []
         for s, t in zip(source[order].tolist(), target[order].tolist(), strict=True):
             if not (room := min(room_out[s], room_in[t])):
                 continue
@@ -138,14 +138,14 @@ def _nearest(hosts: npt.NDArray[np.int64], far: Floats, sent: npt.NDArray[np.int
     return int(hosts[np.lexsort((hosts, sent[hosts], far[hosts]))[0]])
 
 
-def _take(queue: deque[Part], room: int) -> list[Part]:
+def _take(queue: deque[MovePart], room: int) -> list[MovePart]:
     """Up to `room` bytes from the head of a queue, the last part cut to fit."""
-    taken: list[Part] = []
+    taken: list[MovePart] = []
     while queue and room:
         part = queue.popleft()
         cut = min(part.stop, part.start + room)
-        taken.append(Part(part.move, part.start, cut))
+        taken.append(MovePart(part.move, part.start, cut))
         room -= cut - part.start
         if cut < part.stop:
-            queue.appendleft(Part(part.move, cut, part.stop))
+            queue.appendleft(MovePart(part.move, cut, part.stop))
     return taken

@@ -25,8 +25,8 @@ class Topology:
         measured: [R, R] bool, links that were timed themselves; the others have the values of their pair of nodes.
         groups: [R] number of the group of ranks joined by fast links, by measurement; None: not looked for.
         measured_at: seconds since 1970.
-        joined: [R, R] kind of link between two ranks' GPUs as their driver says, a number of gpu_links.KINDS (0: not
-            known); None: there is none that says.
+        joined: [R, R] kind of link between two ranks' GPUs as their driver says, a number of gpu_links.LINK_KINDS (0:
+            not known); None: there is none that says.
         lanes: [R] how many of its ranks the node of each rank can have send to other nodes at once, each as fast as it
             is alone; fewer than they are where they share a network card. None: all of them.
 

@@ -29,8 +29,9 @@ from ray_ep.placement.links.groups import groups_of
 from ray_ep.rank.data.corpus import Corpus
 from ray_ep.rank.memory import oom_kills
 from ray_ep.rank.model_rank import ModelRank
-from ray_ep.rank.reach import Trial, words
+from ray_ep.rank.reach import DirectoryTrial
 from ray_ep.rank.results import StepResult
+from ray_ep.rank.saved.disk import in_one_line
 from ray_ep.rank.trainer import Trainer
 
 
@@ -64,7 +65,7 @@ class RankActor:
         """`ray_ep.rank.memory.oom_kills` on this node."""
         return oom_kills()
 
-    def reach(self, trial: Trial) -> list[str]:
+    def reach(self, trial: DirectoryTrial) -> list[str]:
         """What this rank's node cannot read or write of what the run needs there, in words."""
         return trial.on_rank(self.rank)
 
@@ -162,7 +163,7 @@ class RankActor:
         except RayEPError:
             raise
         except Exception as e:  # each file system has errors of its own
-            return SaveError(f"rank {self.rank} on {socket.gethostname()}: {words(e)}")
+            return SaveError(f"rank {self.rank} on {socket.gethostname()}: {in_one_line(e)}")
 
     def load(self, url: str, step: int) -> None:
         """`Trainer.load`."""

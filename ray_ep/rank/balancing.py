@@ -22,8 +22,11 @@ SCRATCH = 0.05
 """Weight of the loss a layer where neither the configuration nor the model names one."""
 
 SOURCE = "the default without model.path"
+"""Where the coefficient comes from, in words, when nobody names one."""
 
-OWN = "router_aux_loss_coef"
+TRANSFORMERS_KEY = "router_aux_loss_coef"
+"""transformers' own name of the coefficient; its loss is over all layers at once."""
+
 BY_LAYER = ("aux_loss_alpha", "moe_aux_loss_coeff", "moe_aux_loss_coef", "aux_loss_coef")
 """Other families' names: a loss a layer that is 1, not K, at perfect balance (DeepSeek-V2, Megatron)."""
 
@@ -44,9 +47,9 @@ def balancing(cfg: Config, config: PreTrainedConfig) -> Balancing:
     That is what it was trained with (model.path), or what model.overrides names; else the defaults.
     """
     router, text = cfg.router, config.get_text_config()
-    named = any(name in cfg.model.overrides for name in (OWN, *BY_LAYER))
+    named = any(name in cfg.model.overrides for name in (TRANSFORMERS_KEY, *BY_LAYER))
     form, coefficient, source = _own(config) if cfg.model.path or named else ("layer", SCRATCH, SOURCE)
-    source = _where(cfg, config, source) if source in (OWN, *BY_LAYER) else source
+    source = _where(cfg, config, source) if source in (TRANSFORMERS_KEY, *BY_LAYER) else source
     if router.aux_coefficient is not None:
         coefficient, source = float(router.aux_coefficient), "router.aux_coefficient"
         form = "layer" if form == "off" and coefficient else form
@@ -67,13 +70,13 @@ def balancing(cfg: Config, config: PreTrainedConfig) -> Balancing:
 def _own(config: PreTrainedConfig) -> tuple[str, float, str]:
     """Form, weight and name of the loss that a model was trained with, by its transformers config."""
     text = config.get_text_config()
-    coefficient = getattr(text, OWN, None)
+    coefficient = getattr(text, TRANSFORMERS_KEY, None)
     if hasattr(_modeling(config), "load_balancing_loss_func") and coefficient is not None:
-        return "transformers", float(coefficient), OWN
+        return "transformers", float(coefficient), TRANSFORMERS_KEY
     if _biased(config):
         return "off", 0.0, "balanced by its correction bias"
     if coefficient is not None:
-        return "pooled", float(coefficient), OWN
+        return "pooled", float(coefficient), TRANSFORMERS_KEY
     for name in BY_LAYER:
         if (coefficient := getattr(text, name, None)) is not None:
             return "layer", float(coefficient) / int(getattr(text, "num_experts_per_tok", None) or 1), name
@@ -82,7 +85,7 @@ def _own(config: PreTrainedConfig) -> tuple[str, float, str]:
 
 def _where(cfg: Config, config: PreTrainedConfig, name: str) -> str:
     """Where a coefficient of the model comes from, in words."""
-    share = "" if name == OWN else ", divided by the experts of a token"
+    share = "" if name == TRANSFORMERS_KEY else ", divided by the experts of a token"
     if cfg.model.overrides.get(name) == getattr(config.get_text_config(), name):
         return f"{name} of model.overrides{share}"
     try:

@@ -10,8 +10,8 @@ import torch
 
 from ray_ep.config.schema import BatchConfig
 from ray_ep.moe.passes import Trace
-from ray_ep.rank.before import unseen
-from ray_ep.rank.forward import Forward
+from ray_ep.rank.step.before import unseen
+from ray_ep.rank.step.forward import Forward
 
 PART = 64
 """Sequences of one pass of an evaluation, unless a pass of a step has more."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 COUNTERS = ("/proc/vmstat", "/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
-"""Of the whole machine, and of this container (cgroup 2 and 1)."""
+"""Files that count kills for lack of memory: of the machine, and of this container (cgroup 2 and 1)."""
 
 
 def oom_kills(counters: tuple[str, ...] = COUNTERS) -> int:

@@ -30,8 +30,8 @@ from ray_ep.moe import (
     settle,
 )
 from ray_ep.placement import Placement, RoutingStatistics, Topology
-from ray_ep.rank.before import unseen
 from ray_ep.rank.model import build
+from ray_ep.rank.step.before import unseen
 
 CHOICE_S = 1.2
 """Time that the choice of the exchange may take, beside one forward pass and a first round of every way."""

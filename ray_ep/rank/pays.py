@@ -9,16 +9,16 @@ from statistics import median
 
 import numpy as np
 
-WARM = 2
+WARM_STEPS = 2
 """Steps that are not counted: the first ones measure, compile and allocate."""
 
-ROUNDS = 8
+COMPARED_STEPS = 8
 """Steps with and steps without that are compared, in the order with, without, without, with: a drift touches both."""
 
 EVEN = 1.02
 """Fullest rank's load over the mean up to which balance is off without a trial: there is nothing to gain."""
 
-CHANGED = 0.1
+ASK_AGAIN = 0.1
 """The question is asked again when the imbalance has moved by this since the answer."""
 
 LEAST = 50
@@ -46,7 +46,7 @@ class Pays:
 
     def __init__(self) -> None:
         self.on = True
-        self._warm = WARM
+        self._warm = WARM_STEPS
         self._asked: dict[bool, list[float]] | None = {True: [], False: []}  # seconds with and without; None: answered
         self._recent: list[float] = []  # imbalances since the last answer
         self._answered = 1.0  # imbalance at it
@@ -64,14 +64,14 @@ class Pays:
         self._recent = [*self._recent, imbalance][-LEAST:]
         now = median(self._recent)
         if self._asked is None:
-            if len(self._recent) == LEAST and abs(now - self._answered) >= CHANGED:
+            if len(self._recent) == LEAST and abs(now - self._answered) >= ASK_AGAIN:
                 self._asked, self.on = {True: [], False: []}, True
             return ""
         self._asked[self.on].append(seconds)
         count = sum(map(len, self._asked.values()))
         if now <= EVEN:
             return self._answer(False, now, f"the fullest rank has {now:.2f} of the mean load without it")
-        if count < 2 * ROUNDS:
+        if count < 2 * COMPARED_STEPS:
             self.on = count % 4 in (0, 3)
             return ""
         with_it, without = (median(self._asked[on]) for on in (True, False))
@@ -79,7 +79,7 @@ class Pays:
             with_it < without,
             now,
             f"a step takes {with_it * 1e3:.0f} ms with it and {without * 1e3:.0f} ms without, its update left out "
-            f"({ROUNDS} of each, in turn); without it the fullest rank has {now:.2f} of the mean load",
+            f"({COMPARED_STEPS} of each, in turn); without it the fullest rank has {now:.2f} of the mean load",
         )
 
     def _answer(self, on: bool, imbalance: float, why: str) -> str:

@@ -1,6 +1,6 @@
 """What a run needs on every node, tried before anything is built: a place to write that all share, files to read.
 
-The driver's part is ray_ep/driver/reach.py. fsspec only.
+The driver's part is ray_ep/driver/actors/reach.py. fsspec only.
 """
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import fsspec  # type: ignore[import-untyped]
 
-PATIENCE_S = 5.0
-"""Network file systems may show a new file late."""
+from ray_ep.rank.saved.disk import in_one_line
+
+SHOWS_S = 5.0
+"""Seconds that a new file may take to show on other machines: network file systems are late."""
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class DirectoryTrial:
     """What is tried.
 
     Args:
@@ -37,7 +38,7 @@ class Trial:
         """Name of the file that a rank, or the driver, leaves for the others."""
         return f".trial-{self.name}" + ("" if rank is None else f"-{rank}")
 
-    def on_rank(self, rank: int, patience_s: float = PATIENCE_S) -> list[str]:
+    def on_rank(self, rank: int, patience_s: float = SHOWS_S) -> list[str]:
         """Read what the driver wrote, write for it, read the rest; what failed, in words."""
         if rank not in self.ranks:
             return []
@@ -49,7 +50,7 @@ class Trial:
             fs, root = fsspec.core.url_to_fs(self.url)
             fs.pipe_file(f"{root}/{self.file(rank)}", self.name.encode())
         except Exception as e:  # each file system has errors of its own
-            said.append(f"it cannot write into {self.url}: {words(e)}")
+            said.append(f"it cannot write into {self.url}: {in_one_line(e)}")
         return said
 
 
@@ -63,7 +64,7 @@ def seen(url: str, file: str, text: str, patience_s: float, sleep: Callable[[flo
             got = fs.cat_file(f"{root}/{file}").decode()
             why = "" if got == text else "it holds something else"
         except Exception as e:  # each file system has errors of its own
-            why = words(e)
+            why = in_one_line(e)
         if not why or waited >= patience_s:
             return why
         sleep(0.5)
@@ -81,12 +82,5 @@ def unreadable(path: str) -> str:
         with fsspec.open(path, "rb") as f:
             f.read(1)
     except Exception as e:  # each file system has errors of its own
-        return words(e)
+        return in_one_line(e)
     return ""
-
-
-def words(e: Any) -> str:
-    """An error of a file system in one line."""
-    if isinstance(e, OSError) and e.strerror:
-        return str(e.strerror)
-    return (str(e).strip().splitlines() or [type(e).__name__])[0]

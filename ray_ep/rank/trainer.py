@@ -20,21 +20,22 @@ from ray_ep.collective import Group
 from ray_ep.errors import DivergedError, GroupError
 from ray_ep.moe import Choice, Moved, Rows, update_bias
 from ray_ep.placement import Placement, Topology
-from ray_ep.rank.before import Before
-from ray_ep.rank.clock import StepClock
 from ray_ep.rank.data.corpus import Corpus, global_batch, held_out_batch
-from ray_ep.rank.diverged import bad_weight, locate
 from ray_ep.rank.evaluation import evaluate
-from ray_ep.rank.forward import Forward
 from ray_ep.rank.memory import peak_mib
 from ray_ep.rank.model_rank import ModelRank
-from ray_ep.rank.optimizer import MasterOptimizer
 from ray_ep.rank.pays import Pays, uneven_ranks
 from ray_ep.rank.results import RankState, Reduced, StepResult, Usage
 from ray_ep.rank.saved.checkpoint import Checkpoint, load_rank, save_rank
 from ray_ep.rank.saved.directory import Directory
+from ray_ep.rank.step.before import Before
+from ray_ep.rank.step.clock import StepClock
+from ray_ep.rank.step.diverged import bad_weight, locate
+from ray_ep.rank.step.forward import Forward
+from ray_ep.rank.step.optimizer import MasterOptimizer
 
 REMEDY = "Lower optim.learning_rate, raise optim.warmup_steps, set optim.clip_norm (1 is usual), or look at the data"
+"""What a user may change where a loss or gradient is not finite."""
 
 
 class Trainer:

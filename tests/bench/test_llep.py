@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from ray_ep.bench import llep
 from ray_ep.bench.contenders import Work
-from ray_ep.bench.layer import Case, spawn
+from ray_ep.bench.layer import LayerCase, spawn
 from ray_ep.bench.routing import route
 from ray_ep.bench.skew import Beside, Skew, title
 from ray_ep.cli import main
@@ -82,14 +82,14 @@ def test_a_folder_without_llep_or_options_that_do_not_go_with_it_are_refused_bef
 
 
 def test_ranks_that_cannot_share_the_experts_evenly_are_refused(folder):
-    fits = Case("C", "float32", False, 4, "tuned", 1)
-    llep.check(folder, [fits])
+    fits = LayerCase("C", "float32", False, 4, "tuned", 1)
+    llep.check_llep(folder, [fits])
     with pytest.raises(llep.BadInput, match="--ranks=3: work C has 16 experts"):
-        llep.check(folder, [fits, Case("C", "float32", False, 3, "tuned", 1)])
+        llep.check_llep(folder, [fits, LayerCase("C", "float32", False, 3, "tuned", 1)])
 
 
 def test_figures_of_llep_are_of_all_tokens_and_of_its_own_ideal_and_only_there_if_it_was_asked_for():
-    case = Case("A", "float32", True, 4, "tuned", 7)
+    case = LayerCase("A", "float32", True, 4, "tuned", 7)
     alone = Skew(case, "ragged", 90.0, 150.0, 0.6, 100.0, 0.9, 1.5, 1.0, 2.0, {})
     both = replace(alone, llep=Beside(ms=200.0, share=0.9, ratio=2.0, twin_ratio=1.25))
     assert "llep" not in alone.to_dict()
@@ -152,6 +152,6 @@ def compute(rank, case, folder, store, queue):
 
 @pytest.mark.slow
 def test_llep_and_our_layer_on_its_experts_compute_the_same_outputs_and_gradients(folder):
-    worst, tensors = spawn(Case("A", "float32", True, 2, "default", 1), compute, folder)
+    worst, tensors = spawn(LayerCase("A", "float32", True, 2, "default", 1), compute, folder)
     assert tensors == 7
     assert max(worst) < 1e-4

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from ray_ep.bench.contenders import WORKS
-from ray_ep.bench.routing import KINDS, check, route
+from ray_ep.bench.routing import ROUTINGS, check_routing, route
 from ray_ep.errors import BadInput
 
 WORK = WORKS["A"]
 RAY_EP = str(Path(sys.executable).parent / "ray-ep")
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ROUTINGS)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_routing_is_a_function_of_name_seed_and_step_with_distinct_experts_a_token(name, ranks):
     first = [route(name, WORK, r, ranks, 0, 3) for r in range(ranks)]
@@ -46,7 +46,7 @@ def test_each_kind_is_as_skewed_as_it_says():
 @pytest.mark.parametrize("wrong", ["flat", "120:4", "80", ":4"])
 def test_an_unknown_routing_is_named_with_what_is_allowed(wrong):
     with pytest.raises(BadInput, match=f"--routing={wrong}: allowed are balanced, zipf"):
-        check(wrong)
+        check_routing(wrong)
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 import ray_ep
-from ray_ep.bench.train import OWN, WARM, WARM_OURS, cases, run
-from ray_ep.bench.train_rows import TITLE, Case, Result
+from ray_ep.bench.train import OWN_MODEL, WARM_OURS, WARM_STEPS, cases, run
+from ray_ep.bench.train_rows import TITLE, TrainCase, TrainResult
 from ray_ep.cli import main
 
 TINY = [
@@ -25,7 +25,9 @@ TINY = [
 def result(**more):
     """Two rounds of two steps each, 32 x 128 tokens."""
     seconds = {"ray_ep": [[1.0, 1.2], [1.0, 1.0]], "plain": [[2.0, 2.4], [1.0, 1.0]], "transformers": [[2.2] * 2] * 2}
-    return Result(Case("small", ray_ep.load_config(), ("plain", "transformers"), 2, 2, "tuned"), seconds, **more)
+    return TrainResult(
+        TrainCase("small", ray_ep.load_config(), ("plain", "transformers"), 2, 2, "tuned"), seconds, **more
+    )
 
 
 def test_figures_are_medians_over_steps_then_over_rounds_and_ratios_those_within_rounds():
@@ -83,8 +85,8 @@ def test_bad_input_is_named_before_anything_starts(arguments, says, tmp_path, mo
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="DeepSpeed is installed")
 def test_a_peer_that_is_not_installed_is_refused_if_named_and_else_left_out():
     with pytest.raises(ray_ep.BadInput, match="pip install 'ray_ep\\[bench\\]'"):
-        cases(ray_ep.load_config(None, TINY), [OWN], [], [], ["deepspeed"])
-    (case,) = cases(ray_ep.load_config(None, TINY), [OWN], [], [])
+        cases(ray_ep.load_config(None, TINY), [OWN_MODEL], [], [], ["deepspeed"])
+    (case,) = cases(ray_ep.load_config(None, TINY), [OWN_MODEL], [], [])
     assert case.peers == ("plain", "ddp", "transformers")
 
 
@@ -100,7 +102,7 @@ def test_all_contenders_do_the_same_work_and_one_that_fails_is_left_out(tmp_path
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     monkeypatch.chdir(tmp_path)
-    (case,) = cases(ray_ep.load_config(None, TINY), [OWN], ["float32"], [2], steps=2, rounds=1)
+    (case,) = cases(ray_ep.load_config(None, TINY), [OWN_MODEL], ["float32"], [2], steps=2, rounds=1)
     said = []
     found = run(case, said.append)
     assert [words.rpartition(" ")[2] for words in said[1:]] == ["ray_ep", *case.peers]
@@ -108,9 +110,9 @@ def test_all_contenders_do_the_same_work_and_one_that_fails_is_left_out(tmp_path
     peers = {"plain", "ddp", "transformers"}
     assert found.losses.keys() == found.seconds.keys() == {"ray_ep", *peers}
     for name in peers:
-        assert len(found.losses[name]) == WARM + 2
+        assert len(found.losses[name]) == WARM_STEPS + 2
         assert found.losses[name] == pytest.approx(found.losses["plain"], abs=1e-4)
-        assert found.losses[name] == pytest.approx(found.losses["ray_ep"][: WARM + 2], abs=1e-4)
+        assert found.losses[name] == pytest.approx(found.losses["ray_ep"][: WARM_STEPS + 2], abs=1e-4)
         assert 100 < found.peak_mib[name] < 4000
     assert found.losses["plain"][0] - found.losses["plain"][-1] > 0.01  # it learns
     assert len(found.losses["ray_ep"]) == WARM_OURS + 2
@@ -138,7 +140,7 @@ def processes_of_ray():
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 def test_deepspeed_does_the_same_work():
-    (case,) = cases(ray_ep.load_config(None, TINY), [OWN], ["float32"], [2], ["plain", "deepspeed"], 1, 1)
+    (case,) = cases(ray_ep.load_config(None, TINY), [OWN_MODEL], ["float32"], [2], ["plain", "deepspeed"], 1, 1)
     found = run(case)
     assert found.failed == {}
     assert found.losses["deepspeed"] == pytest.approx(found.losses["plain"], abs=1e-4)

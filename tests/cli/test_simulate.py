@@ -256,4 +256,4 @@ def test_neither_torch_nor_ray_is_loaded():
         [sys.executable, "-c", program, "simulate", *SMALL, "--nodes", "1"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.strip() == "[]"
+    assert done.stderr.splitlines()[-1] == "[]"  # a busy machine is told that it is computing

@@ -29,7 +29,7 @@ def divide(group, hosts):
 
 @pytest.fixture(autouse=True)
 def _nearly_everything_is_big(monkeypatch):
-    monkeypatch.setattr(module, "SHARED", 64)
+    monkeypatch.setattr(module, "SHARED_BYTES", 64)
 
 
 def sizes(step, ranks):

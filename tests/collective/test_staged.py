@@ -9,7 +9,7 @@ import torch
 from ray_ep.collective import StagedGroup
 from ray_ep.collective.cupy_nccl import library
 from ray_ep.collective.device import check_sizes, cuda_device, here, in_time, writable
-from ray_ep.collective.torch_nccl import check
+from ray_ep.collective.torch_nccl import check_torch_nccl
 from ray_ep.errors import BadInput, GroupError
 from tests.models import VOCAB, build, even_shards, parallel_pass, placement_of, reference
 
@@ -114,7 +114,7 @@ def test_a_call_that_never_returns_ends_in_an_error_in_time():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
-@pytest.mark.parametrize("need", [library, check, lambda: cuda_device("cuda:0")])
+@pytest.mark.parametrize("need", [library, check_torch_nccl, lambda: cuda_device("cuda:0")])
 def test_without_cuda_the_nccl_groups_say_what_is_missing(need):
     with pytest.raises(BadInput, match="NCCL needs a CUDA device"):
         need()

@@ -24,12 +24,12 @@ import ray
 ray.init(address=sys.argv[2], log_to_driver=False)
 import ray_ep
 from ray_ep.cli import main
-from ray_ep.driver.ranks import Ranks
+from ray_ep.driver.actors.ranks import Ranks
 from ray_ep.driver.interrupt import Interrupt
 from ray_ep.driver.loop import Driver
 from ray_ep.driver.publisher import Publisher
 from ray_ep.driver.requests import Requests
-from ray_ep.driver.start import check
+from ray_ep.driver.start import check_run
 from ray_ep.placement.planner.verdict import Verdict
 from ray_ep.placement import contiguous
 from ray_ep.placement.planner import plan as planner
@@ -49,7 +49,7 @@ threading.Thread(target=ask).start()
 ray_ep.train(config("run_dir=moving", "placement.every=0", "resume=auto", "optim.steps=40"))
 
 cfg = config("run_dir=static", "placement.every=0")
-plan = check(cfg, datetime.now())
+plan = check_run(cfg, datetime.now())
 ranks = Ranks(cfg.cluster, "static", False, Interrupt())
 try:
     with Publisher([plan.run]) as publisher:

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from ray_ep.driver.claim import holder
+from ray_ep.driver.run.claim import holder
 
 pytestmark = pytest.mark.slow
 PARTS = """
@@ -14,7 +14,7 @@ import json, shutil, sys
 import ray
 ray.init(address=sys.argv[2], log_to_driver=False)
 import ray_ep
-from ray_ep.driver.claim import holder
+from ray_ep.driver.run.claim import holder
 
 own = [*json.loads(sys.argv[1]), "run_dir=elsewhere/parts", "optim.steps=6", "optim.learning_rate=0.01", "seed=5",
        "optim.warmup_steps=2", "cluster.cpus_per_rank=0.5", "checkpoint.every=3", "checkpoint.keep=0"]

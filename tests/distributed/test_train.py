@@ -64,8 +64,8 @@ import ray
 given = {"GIVEN": "kept", "MALLOC_TRIM_THRESHOLD_": "7000000"}
 ray.init(address=sys.argv[1], log_to_driver=False, runtime_env={"env_vars": given})
 import ray_ep
-from ray_ep.driver.ranks import Ranks
-from ray_ep.driver.probe import measured
+from ray_ep.driver.actors.ranks import Ranks
+from ray_ep.driver.actors.probe import measured_links
 from ray_ep.errors import RankError
 
 status = {}
@@ -77,10 +77,10 @@ try:
     own = ("GIVEN", "MALLOC", "TORCH_NCCL")
     status["environ"] = dict(line.split("=", 1) for line in environ if line.startswith(own))
     ranks.join(0, cfg.collective_timeout_s, ["gloo"])
-    status["probe"] = measured(ranks, 1.0).to_json()
+    status["probe"] = measured_links(ranks, 1.0).to_json()
     os.kill(ranks.where[1]["pid"], signal.SIGSTOP)
     try:
-        measured(ranks, 1.0)
+        measured_links(ranks, 1.0)
     except RankError as e:
         status["stopped"] = e.rank, str(e)
     finally:

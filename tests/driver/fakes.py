@@ -1,4 +1,4 @@
-"""Ranks that do at once what they are asked, with the methods of `ray_ep.driver.ranks.Ranks`; a listener that keeps."""
+"""Ranks that do at once what they are asked, with the methods of `driver.actors.ranks.Ranks`; a listener that keeps."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -10,10 +10,10 @@ from ray_ep.config import load_config
 from ray_ep.driver.loop import Driver
 from ray_ep.driver.publisher import Publisher
 from ray_ep.driver.requests import Requests
-from ray_ep.driver.rundir import RunDir
+from ray_ep.driver.run.rundir import RunDir
 from ray_ep.moe import Choice
-from ray_ep.rank.clock import STEP_PHASES
 from ray_ep.rank.results import StepResult, Usage
+from ray_ep.rank.step.clock import STEP_PHASES
 from tests.driver.scenes import NOWHERE, RANKS, statistics, step, tokens, topology
 
 CHOICE = Choice("flat", "gloo", True, 0, 512, True, 0.0, [])

@@ -4,7 +4,7 @@ from concurrent.futures import Future
 
 import numpy as np
 
-from ray_ep.driver.rebalance.recent import Facts, Step
+from ray_ep.driver.rebalance.recent import Facts, MeasuredStep
 from ray_ep.placement import RoutingStatistics, StepCosts, Topology, contiguous
 from ray_ep.placement.planner.verdict import Question
 
@@ -44,7 +44,7 @@ def question(skewed=True, **changes):
 def step(experts=(0.03, 0.01), pairs=((900, 900), (300, 300)), seconds=0.2, exchange=(0.01, 0.03), load=None, sent=0):
     load = statistics().load if load is None else np.asarray(load)
     sent = np.full((RANKS, RANKS), sent, np.float64)
-    return Step(load, np.array(pairs), np.array(experts), np.array(exchange), sent, seconds)
+    return MeasuredStep(load, np.array(pairs), np.array(experts), np.array(exchange), sent, seconds)
 
 
 class Clock:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ray_ep.config.schema import RouterConfig
-from ray_ep.driver.alarm import WINDOW, Alarm, collapse
+from ray_ep.driver.alarm import JUDGED, Alarm, collapse
 
 CFG = RouterConfig()  # balancedness 0.25, starved 0.05
 
@@ -66,12 +66,12 @@ def test_a_collapse_is_told_once_and_again_only_after_a_window_without_it():
             seen.append(load)
 
     seen = []
-    steps(starving, WINDOW - 1)
+    steps(starving, JUDGED - 1)
     assert told == []  # too few to judge by
     steps(starving, 50)
     (event,) = told
     assert (event.kind, event.fields) == ("routing-collapse", {"alarm": "starved", "layer": 0})
-    assert event.words == f"step {WINDOW - 1}: layer 0: 1 of 4 experts starve (under 0.05 of their fair load): 3"
-    steps(even, 2 * WINDOW)
-    steps(starving, WINDOW)
+    assert event.words == f"step {JUDGED - 1}: layer 0: 1 of 4 experts starve (under 0.05 of their fair load): 3"
+    steps(even, 2 * JUDGED)
+    steps(starving, JUDGED)
     assert len(told) == 2

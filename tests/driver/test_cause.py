@@ -2,7 +2,7 @@
 
 from ray.exceptions import ActorDiedError, OutOfMemoryError
 
-from ray_ep.driver.cause import Kind, for_memory, kind_of, root_cause, silent_cause
+from ray_ep.driver.actors.cause import Kind, for_memory, kind_of, root_cause, silent_cause
 from ray_ep.errors import BadInput, DivergedError, GroupError, RankError, SaveError
 from ray_ep.rank.memory import oom_kills
 

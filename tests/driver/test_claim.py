@@ -17,8 +17,8 @@ from click.testing import CliRunner
 
 import ray_ep
 from ray_ep.cli import main
-from ray_ep.driver.claim import LOCK, Claim, holder
-from ray_ep.driver.rundir import claimed
+from ray_ep.driver.run.claim import LOCK, Claim, holder
+from ray_ep.driver.run.rundir import claimed
 from ray_ep.errors import ConfigError
 
 NOW = datetime(2026, 7, 1, 12, 30, 5)
@@ -26,7 +26,7 @@ HOLD = """
 import subprocess, sys
 from datetime import datetime
 from pathlib import Path
-from ray_ep.driver.claim import Claim
+from ray_ep.driver.run.claim import Claim
 
 claim = Claim(Path("r"), datetime(2026, 7, 1, 12, 30, 5))
 claim.began = True

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_ep.driver.heartbeat import HANGS, LOOK_S, PERIOD_S, Pulse
+from ray_ep.driver.actors.heartbeat import HANGS, LOOK_S, PERIOD_S, Pulse
 
 SILENCE_S, START_S = 5.0, 60.0
 

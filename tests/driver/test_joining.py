@@ -9,8 +9,8 @@ import pytest
 import ray
 
 from ray_ep.config import load_config
-from ray_ep.driver.cluster import connected, starting
-from ray_ep.driver.joining import check_head, check_temporary, refusal
+from ray_ep.driver.actors.cluster import connected, starting
+from ray_ep.driver.actors.joining import check_head, check_temporary, refusal
 from ray_ep.errors import ClusterError
 
 MISMATCH = (

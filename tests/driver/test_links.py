@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from ray_ep.driver.rebalance.links import LOOKED_AT, QUIET, Links, changed_links
-from ray_ep.driver.rebalance.recent import Step
+from ray_ep.driver.rebalance.recent import MeasuredStep
 from ray_ep.placement import Topology
-from ray_ep.placement.links.gpu_links import KINDS
+from ray_ep.placement.links.gpu_links import LINK_KINDS
 
 RANKS = 3
 
@@ -68,7 +68,9 @@ class Run:
             np.fill_diagonal(size, 0)
             took = size / self.ranks.links.bandwidth
             each = np.maximum(took.sum(0), took.sum(1)) * 1.1 if seconds is None else np.full(RANKS, seconds)
-            if self.links.changed(self.done, Step(np.ones((1, 3)), np.ones((3, 1)), np.ones(3), each, size, 1.0)):
+            if self.links.changed(
+                self.done, MeasuredStep(np.ones((1, 3)), np.ones((3, 1)), np.ones(3), each, size, 1.0)
+            ):
                 found.append(self.done)
         return found
 
@@ -201,7 +203,7 @@ def test_changed_links_come_the_most_changed_first():
 @pytest.mark.parametrize(("joined", "factor", "changes"), [(None, 2, False), (None, 6, True), ("NVLink", 2, True)])
 def test_inside_a_node_the_host_must_be_much_slower_but_a_link_between_gpus_need_not(joined, factor, changes):
     def links(rate):
-        kinds = None if joined is None else np.full((2, 2), KINDS.index(joined))
+        kinds = None if joined is None else np.full((2, 2), LINK_KINDS.index(joined))
         return Topology(np.full((2, 2), rate), np.full((2, 2), 1e-5), np.zeros(2), joined=kinds)
 
     assert bool(changed_links(links(1e10), links(1e10 / factor))) == changes

@@ -7,8 +7,8 @@ import pytest
 
 from ray_ep.driver.measures import step_record
 from ray_ep.placement import Topology, contiguous
-from ray_ep.rank.clock import STEP_PHASES
 from ray_ep.rank.results import StepResult, Usage
+from ray_ep.rank.step.clock import STEP_PHASES
 
 
 def result(sent, pairs, exchange=0.1, expert=0.2, load=((3, 1, 2, 2), (2, 2, 2, 2)), spent=0.01, peak=7):

@@ -9,7 +9,7 @@ import pytest
 from ray_ep.config import load_config
 from ray_ep.driver.rebalance.links import Links
 from ray_ep.driver.rebalance.mover import Mover, Scope, check_survival, level_of, look_every
-from ray_ep.driver.rundir import RunDir
+from ray_ep.driver.run.rundir import RunDir
 from ray_ep.driver.states import State, States
 from ray_ep.errors import PlacementError, RankError
 from ray_ep.placement import Placement, Topology

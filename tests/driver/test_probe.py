@@ -3,8 +3,8 @@
 import pytest
 
 import ray_ep
-from ray_ep.driver.cause import unreachable
-from ray_ep.driver.probe import probe_cluster
+from ray_ep.driver.actors.cause import unreachable
+from ray_ep.driver.actors.probe import probe_cluster
 from ray_ep.errors import ConfigError
 
 

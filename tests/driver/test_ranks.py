@@ -14,9 +14,9 @@ from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from ray_ep.config.schema import ClusterConfig
-from ray_ep.driver.heartbeat import process_of
-from ray_ep.driver.placing import Places
-from ray_ep.driver.ranks import Ranks
+from ray_ep.driver.actors.heartbeat import process_of
+from ray_ep.driver.actors.placing import Places
+from ray_ep.driver.actors.ranks import Ranks
 from ray_ep.errors import ClusterError, PlacementError, RankError
 
 from .light_rank import LightRank

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_ep.driver.reach import in_job_copy, try_nodes
+from ray_ep.driver.actors.reach import in_job_copy, try_nodes
 from ray_ep.errors import ClusterError
 from ray_ep.rank.reach import unreadable
 

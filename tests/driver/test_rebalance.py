@@ -3,7 +3,7 @@
 import threading
 
 from ray_ep.config import load_config
-from ray_ep.driver.rebalance.rebalancer import MOST_CAUTION, WINDOW, Rebalancer, beside
+from ray_ep.driver.rebalance.rebalancer import COMPARED, MOST_CAUTION, Rebalancer, beside
 from ray_ep.placement import contiguous
 from ray_ep.placement.planner.verdict import Verdict, decide
 from tests.driver.scenes import EXPERTS, LAYERS, RANKS, Clock, Shelf, question
@@ -58,7 +58,7 @@ def test_an_answer_to_links_that_have_changed_meanwhile_is_dropped_and_asked_aga
 
 def moved(r, shelf, at, gain=0.05, before=0.2):
     """Steps of `before` seconds, then a move."""
-    for _ in range(WINDOW):
+    for _ in range(COMPARED):
         r.stepped(before)
     assert r.due(at, 1.0, on_demand=True)
     r.ask(at, question())
@@ -70,7 +70,7 @@ def moved(r, shelf, at, gain=0.05, before=0.2):
 def test_gains_are_measured_and_told_beside_what_was_predicted():
     r, _, shelf = rebalancer("every=0")
     moved(r, shelf, 40)
-    said = [s for _ in range(WINDOW + 1) for s in r.stepped(0.16)]
+    said = [s for _ in range(COMPARED + 1) for s in r.stepped(0.16)]
     assert [s.kind for s in said] == ["rebalance"]
     assert said[0].words == (
         "measured after the move of step 40: step 200 -> 160 ms over 10 steps, 40 ms gained where 50 ms were "
@@ -84,7 +84,7 @@ def test_a_move_that_made_steps_longer_makes_the_next_one_promise_more_and_a_goo
     r, _, shelf = rebalancer("every=0")
     for n in range(6):
         moved(r, shelf, 40 + 40 * n)
-        said = [s for _ in range(WINDOW + 1) for s in r.stepped(0.25)]
+        said = [s for _ in range(COMPARED + 1) for s in r.stepped(0.25)]
         assert f"must promise {r.caution:g} times as much" in said[-1].words
     assert r.caution == MOST_CAUTION
     q = question(caution=r.caution, step_seconds=1.0)
@@ -92,7 +92,7 @@ def test_a_move_that_made_steps_longer_makes_the_next_one_promise_more_and_a_goo
     assert decide(q).placement is None
     assert "since a move did not keep its promise" in decide(q).words
     moved(r, shelf, 500)
-    [r.stepped(0.15) for _ in range(WINDOW + 1)]
+    [r.stepped(0.15) for _ in range(COMPARED + 1)]
     assert r.caution == MOST_CAUTION / 2
 
 
@@ -100,17 +100,17 @@ def test_while_a_move_is_judged_only_urgent_reasons_count():
     r, _, shelf = rebalancer("every=1")
     moved(r, shelf, 40)
     waiting = []
-    for s in range(41, 41 + WINDOW):
+    for s in range(41, 41 + COMPARED):
         r.stepped(0.2)
         waiting.append(r.due(s, 1.0))
-    assert waiting == [""] * WINDOW
+    assert waiting == [""] * COMPARED
     assert r.due(50, 1.0, on_demand=True) == "on demand"
 
 
 def test_the_gain_of_a_move_is_not_taken_from_steps_over_other_links():
     r, _, shelf = rebalancer("every=0")
     moved(r, shelf, 40)
-    [r.stepped(0.4) for _ in range(WINDOW - 1)]  # a link has slowed meanwhile
+    [r.stepped(0.4) for _ in range(COMPARED - 1)]  # a link has slowed meanwhile
     assert r.links_changed().words == (
         "the gain of the move of step 40 was not measured: links have changed meanwhile; 50 ms a step were predicted"
     )
@@ -118,14 +118,14 @@ def test_the_gain_of_a_move_is_not_taken_from_steps_over_other_links():
     r.ask(50, question())
     shelf.make(Verdict(contiguous(LAYERS, EXPERTS, RANKS, 5), "move", 0.35, 0.05, 1.0, 0.5))
     r.moved(r.answer()[0], 50, 2.0)
-    said = [s for _ in range(WINDOW + 1) for s in r.stepped(0.3)]
+    said = [s for _ in range(COMPARED + 1) for s in r.stepped(0.3)]
     assert "step 400 -> 300 ms" in said[0].words  # no step before the links changed counts: as the verdict has it
 
 
 def test_a_move_that_disappointed_since_a_link_slowed_is_not_held_against_the_next_one():
     r, _, shelf = rebalancer("every=0")
     moved(r, shelf, 40)
-    [r.stepped(0.25) for _ in range(WINDOW + 1)]
+    [r.stepped(0.25) for _ in range(COMPARED + 1)]
     assert r.caution == 2
     r.links_changed()
     assert r.caution == 1

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 import ray_ep
 from ray_ep.cli import main
 from ray_ep.collective import SoloGroup
-from ray_ep.driver.rundir import find_checkpoint
-from ray_ep.driver.start import check
+from ray_ep.driver.run.rundir import find_checkpoint
+from ray_ep.driver.start import check_run
 from ray_ep.errors import CheckpointError
 from ray_ep.rank.model_rank import ModelRank
 from ray_ep.rank.saved.directory import Directory
@@ -39,7 +39,7 @@ def made(tmp_path_factory):
         patch.chdir(place)
         Path("text.txt").write_text("All work and no play makes Jack a dull boy.\n" * 200)
         cfg = ray_ep.load_config(None, [*TINY, f"run_dir={RUN}"])
-        plan = check(cfg, NOW)
+        plan = check_run(cfg, NOW)
         plan.run.create(cfg)
         rank = Trainer(ModelRank(cfg, plan.config, SoloGroup(), plan.placement), plan.corpus)
         directory = Directory(f"{RUN}/checkpoints")
@@ -138,7 +138,7 @@ def test_a_damaged_newest_checkpoint_is_refused_with_the_command_that_takes_the_
     advice = f"step 1 is whole: ray-ep train 'run_dir={run}' resume='{run}/checkpoints/step-000001'"
     for resume in ("auto", RUN, str(newest)):
         with pytest.raises(CheckpointError) as e:
-            check(ray_ep.load_config(None, [*TINY, f"run_dir={RUN}", f"resume={resume}"]), NOW)
+            check_run(ray_ep.load_config(None, [*TINY, f"run_dir={RUN}", f"resume={resume}"]), NOW)
         assert [w for w in ["step-000002", *says, advice] if w not in str(e.value)] == [], str(e.value)
         assert len(str(e.value).splitlines()) == 1
     result = CliRunner().invoke(main, ["export", RUN, "out dir"])
@@ -146,7 +146,7 @@ def test_a_damaged_newest_checkpoint_is_refused_with_the_command_that_takes_the_
     assert f"step 1 is whole: ray-ep export '{RUN}/checkpoints/step-000001' 'out dir'" in result.stderr
     assert tree(".") == before
     assert not Path("out dir").exists()
-    plan = check(ray_ep.load_config(None, [*TINY, f"run_dir={RUN}", f"resume={newest.parent}/step-000001"]), NOW)
+    plan = check_run(ray_ep.load_config(None, [*TINY, f"run_dir={RUN}", f"resume={newest.parent}/step-000001"]), NOW)
     assert plan.checkpoint.step == 1
 
 
@@ -154,23 +154,23 @@ def test_if_none_is_whole_that_is_said(newest):
     flip(newest / EXPERTS, -9)
     (newest.parent / "step-000001" / DENSE).unlink()
     with pytest.raises(CheckpointError, match=r"checksum differs\); there is no other whole one beside it"):
-        check(ray_ep.load_config(None, [*TINY, f"run_dir={RUN}", "resume=auto"]), NOW)
+        check_run(ray_ep.load_config(None, [*TINY, f"run_dir={RUN}", "resume=auto"]), NOW)
 
 
 def test_a_save_cut_short_is_passed_over_and_named_when_it_is_asked_for(newest):
     (newest / "manifest.json").unlink()
-    plan = check(ray_ep.load_config(None, [*TINY, f"run_dir={RUN}", "resume=auto"]), NOW)
+    plan = check_run(ray_ep.load_config(None, [*TINY, f"run_dir={RUN}", "resume=auto"]), NOW)
     assert plan.checkpoint.step == 1
     plan.run.release()
     with pytest.raises(CheckpointError, match=r"step-000002: there is no complete checkpoint.*step 1 is whole"):
-        check(ray_ep.load_config(None, [*TINY, f"run_dir={RUN}", f"resume={newest}"]), NOW)
+        check_run(ray_ep.load_config(None, [*TINY, f"run_dir={RUN}", f"resume={newest}"]), NOW)
 
 
 def test_a_checkpoint_of_before_sizes_were_kept_is_checked_and_taken(newest):
     for path in newest.parent.iterdir():
         unsized(path)
         edit(path, lambda m: m.pop("serial"))
-    assert check(ray_ep.load_config(None, [*TINY, f"run_dir={RUN}", "resume=auto"]), NOW).checkpoint.step == 2
+    assert check_run(ray_ep.load_config(None, [*TINY, f"run_dir={RUN}", "resume=auto"]), NOW).checkpoint.step == 2
 
 
 def test_checksums_of_a_large_checkpoint_are_left_to_the_ranks(newest):
@@ -200,7 +200,7 @@ def test_a_checkpoint_is_found_by_run_directory_or_step(newest, tmp_path):
 
 def test_a_resumed_rank_starts_where_the_checkpoint_was(newest):
     cfg = ray_ep.load_config(None, [*TINY, f"run_dir={RUN}", "resume=auto"])
-    plan = check(cfg, NOW)
+    plan = check_run(cfg, NOW)
     rank = Trainer(ModelRank(cfg, plan.config, SoloGroup(), plan.placement), plan.corpus)
     rank.load(plan.checkpoint.directory.url, plan.checkpoint.step)
     weight = plan.checkpoint.read("weight/model.norm.weight")

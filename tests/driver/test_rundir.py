@@ -9,7 +9,7 @@ import pytest
 
 import ray_ep
 from ray_ep.driver.records import Event
-from ray_ep.driver.rundir import RunDir, checkpoint_url, choose
+from ray_ep.driver.run.rundir import RunDir, checkpoint_url, choose_run_dir
 from ray_ep.errors import ConfigError
 from ray_ep.placement import Topology, contiguous
 from tests.records import record
@@ -28,13 +28,13 @@ def cfg(*overrides):
 
 
 def made(now, *overrides):
-    run = choose(cfg(*overrides), now)
+    run = choose_run_dir(cfg(*overrides), now)
     run.create(cfg(*overrides))
     return run
 
 
 def test_a_run_without_a_name_gets_a_new_directory_that_is_not_yet_made(place):
-    run = choose(cfg(), NOW)
+    run = choose_run_dir(cfg(), NOW)
     assert run.path == place / "runs/20260701-123005"
     assert list(place.iterdir()) == []
 
@@ -46,31 +46,31 @@ def test_runs_of_one_second_get_different_directories():
 
 def test_a_named_directory_may_be_new_or_empty(place):
     (place / "empty").mkdir()
-    assert choose(cfg("run_dir=new"), NOW).path == place / "new"
-    assert choose(cfg("run_dir=empty"), NOW).path == place / "empty"
+    assert choose_run_dir(cfg("run_dir=new"), NOW).path == place / "new"
+    assert choose_run_dir(cfg("run_dir=empty"), NOW).path == place / "empty"
     assert not (place / "new").exists()
 
 
 def test_a_directory_that_holds_files_is_refused_unless_resumed(place):
     made(NOW, "run_dir=mine")
     with pytest.raises(ConfigError, match="already holds files"):
-        choose(cfg("run_dir=mine"), NOW)
-    assert choose(cfg("run_dir=mine", "resume=auto"), NOW).path == place / "mine"
+        choose_run_dir(cfg("run_dir=mine"), NOW)
+    assert choose_run_dir(cfg("run_dir=mine", "resume=auto"), NOW).path == place / "mine"
 
 
 def test_going_on_from_another_run_does_not_write_into_a_third_one(place):
     made(NOW, "run_dir=third")
     with pytest.raises(ConfigError, match="already holds files"):
-        choose(cfg("run_dir=third", "resume=other/checkpoints/step-000005"), NOW)
+        choose_run_dir(cfg("run_dir=third", "resume=other/checkpoints/step-000005"), NOW)
 
 
 @pytest.mark.parametrize("kept", ["{}/kept", "memory://kept"])
 def test_a_run_goes_on_from_its_checkpoints_wherever_it_keeps_them(place, kept):
     kept = kept.format(place)
     made(NOW, "run_dir=mine", f"checkpoint.dir={kept}")
-    assert choose(cfg("run_dir=mine", f"resume={kept}/step-000005"), NOW).path == place / "mine"
+    assert choose_run_dir(cfg("run_dir=mine", f"resume={kept}/step-000005"), NOW).path == place / "mine"
     with pytest.raises(ConfigError, match="already holds files"):
-        choose(cfg("run_dir=mine", f"resume={kept}-of-others/step-000005"), NOW)
+        choose_run_dir(cfg("run_dir=mine", f"resume={kept}-of-others/step-000005"), NOW)
 
 
 def test_auto_takes_the_newest_of_the_dated_runs_where_nothing_tells_which_was_started_last(place):
@@ -78,24 +78,24 @@ def test_auto_takes_the_newest_of_the_dated_runs_where_nothing_tells_which_was_s
     newest = made(NOW + timedelta(days=1)).path
     made(NOW - timedelta(days=1))
     (place / "runs" / ".newest").unlink()  # which the third one left, since its name does not tell
-    assert choose(cfg("resume=auto"), NOW + timedelta(days=9)).path == newest
+    assert choose_run_dir(cfg("resume=auto"), NOW + timedelta(days=9)).path == newest
 
 
 def test_auto_takes_the_later_of_two_runs_of_one_second():
     made(NOW)
     second = made(NOW).path
-    assert choose(cfg("resume=auto"), NOW + timedelta(days=9)).path == second
+    assert choose_run_dir(cfg("resume=auto"), NOW + timedelta(days=9)).path == second
 
 
 def test_auto_takes_the_newest_also_when_an_older_one_was_named():
     made(NOW, "run_dir=runs/warmup-experiment")
     newest = made(NOW + timedelta(days=1)).path
-    assert choose(cfg("resume=auto"), NOW + timedelta(days=2)).path == newest
+    assert choose_run_dir(cfg("resume=auto"), NOW + timedelta(days=2)).path == newest
 
 
 def test_auto_without_an_earlier_run_starts_a_new_one(place):
     (place / "runs" / "no-run-at-all").mkdir(parents=True)
-    assert choose(cfg("resume=auto"), NOW).path == place / "runs/20260701-123005"
+    assert choose_run_dir(cfg("resume=auto"), NOW).path == place / "runs/20260701-123005"
 
 
 def test_checkpoints_go_into_the_run_unless_told_otherwise():

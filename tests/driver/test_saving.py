@@ -12,8 +12,8 @@ from transformers import AutoConfig
 from ray_ep.config import load_config
 from ray_ep.driver.publisher import Publisher
 from ray_ep.driver.records import Event
-from ray_ep.driver.rundir import RunDir
-from ray_ep.driver.saving import Saver, when
+from ray_ep.driver.run.rundir import RunDir
+from ray_ep.driver.run.saving import Saver, when
 from ray_ep.errors import RankError, SaveError
 from ray_ep.rank.saved.checkpoint import Checkpoint, Directory
 from tests.driver.fakes import Ear

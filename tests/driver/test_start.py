@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 import ray_ep
 from ray_ep.cli import main
 from ray_ep.config import load_config
-from ray_ep.driver.start import check
+from ray_ep.driver.start import check_run
 from ray_ep.errors import BadInput, CheckpointError, ConfigError
 from ray_ep.placement import RoutingStatistics
 from ray_ep.rank.saved.directory import Directory
@@ -35,7 +35,7 @@ def place(tmp_path, monkeypatch):
 def ran(*overrides, step=3):
     """A run that got to `step` and was stopped; without a step it was stopped before it saved."""
     cfg = load_config(None, [*OWN, *overrides])
-    plan = check(cfg, NOW)
+    plan = check_run(cfg, NOW)
     plan.run.create(cfg)
     if step:
         save(plan, cfg, step)
@@ -58,7 +58,7 @@ def save(plan, cfg, step):
 def resumed(*overrides):
     """(plan, cfg) of a start with `overrides`; the directory is given back."""
     cfg = load_config(None, overrides)
-    plan = check(cfg, datetime(2026, 7, 2))
+    plan = check_run(cfg, datetime(2026, 7, 2))
     plan.run.release()
     return plan, cfg
 
@@ -106,7 +106,7 @@ def test_what_is_changed_is_told_key_by_key_with_old_and_new(place):
     ran("run_dir=r")
     (place / "c.yaml").write_text("optim: {steps: 60}\n")
     cfg = load_config("c.yaml", ["resume=auto", "optim.learning_rate=2e-4", "model.dtype=bfloat16", "seed=7"])
-    plan = check(cfg, NOW)
+    plan = check_run(cfg, NOW)
     plan.run.release()
     assert told(plan) == [
         "model.dtype: 'float32' -> 'bfloat16'",
@@ -145,7 +145,7 @@ def test_a_configuration_made_in_python_is_compared_too():
     ran("run_dir=r")
     tree = OmegaConf.to_container(load_config(None, [*OWN, "run_dir=r", "resume=auto"]))
     tree["optim"]["steps"] = 50
-    plan = check(ray_ep.config.from_dict(tree), NOW)
+    plan = check_run(ray_ep.config.from_dict(tree), NOW)
     plan.run.release()
     assert told(plan) == ["optim.steps: 40 -> 50"]
 
@@ -210,7 +210,7 @@ def test_a_run_that_was_moved_goes_on_where_it_is_and_saves_there(place):
     assert (plan.run.path, cfg.run_dir) == (place / "moved", str(place / "moved"))
     assert cfg.checkpoint.dir == str(place / "moved" / "saved")
     assert plan.checkpoint.step == 3
-    assert ray_ep.driver.rundir.find_checkpoint("moved").step == 3
+    assert ray_ep.driver.run.rundir.find_checkpoint("moved").step == 3
 
 
 def test_a_new_run_does_not_save_where_the_run_that_it_goes_on_from_does(place):

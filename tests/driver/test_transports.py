@@ -3,7 +3,7 @@
 import pytest
 
 from ray_ep.config import load_config
-from ray_ep.driver.cluster import device_of, transports
+from ray_ep.driver.actors.cluster import device_of, transports
 from ray_ep.errors import ClusterError
 
 

@@ -9,7 +9,7 @@ import torch
 import ray_ep
 from ray_ep.collective import Group
 from ray_ep.moe import KINDS, choose, settle
-from ray_ep.moe.exchange.choose import CLEARLY, candidates, fastest, take
+from ray_ep.moe.exchange.choose import CLEARLY, fastest, take, ways_to_try
 from tests.models import build, placement_of
 
 NODES = np.array([0, 0, 1, 1])
@@ -161,7 +161,7 @@ def test_two_levels_on_one_node_are_flat_and_the_choice_says_so(ranks):
 def test_ways_that_cannot_win_are_not_tried(ranks):
     def one(group):
         ep = ray_ep.moe.parallelize(build("qwen3_moe"), group, node_of=np.arange(group.size)).ray_ep
-        return [candidates(ep, KINDS, received) for received in (1 << 20, (1 << 20) + 1)]
+        return [ways_to_try(ep, KINDS, received) for received in (1 << 20, (1 << 20) + 1)]
 
     assert ranks(1, one)[0] == [(["flat"], "")] * 2
     assert ranks(2, one)[0] == [(["flat", "all_gather"], ""), (["flat"], "")]

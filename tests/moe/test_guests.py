@@ -25,7 +25,7 @@ def shared(request, monkeypatch):
 
     What was lent is overwritten (in float32 and bfloat16 with NaN) as soon as it may be.
     """
-    monkeypatch.setattr(gloo_group, "SHARED", getattr(request, "param", 64))
+    monkeypatch.setattr(gloo_group, "SHARED_BYTES", getattr(request, "param", 64))
     all_to_all = gloo_group.GlooGroup.all_to_all
 
     def overwriting(self, *args):

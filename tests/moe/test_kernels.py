@@ -71,7 +71,7 @@ def test_plans_send_each_token_once_a_rank_and_lose_no_pair(tokens, top_k, ranks
     to = np.where(index < 0, -1, routes[index, np.arange(tokens)[:, None] % 5])
     rank = int(rng.integers(ranks))
     index = index.astype(np.int64)
-    assert (kernels.choose(index, routes) == to).all()
+    assert (kernels.serving_ranks(index, routes) == to).all()
     rows_out, pairs_out, row_token, pair, bits = kernels.plan_send(index, to.astype(np.int32), ranks, rank)
     order = [r for r in range(ranks) if r != rank] + [rank]
     want = [(r, t) for r in order for t in range(tokens) if (to[t] == r).any()]

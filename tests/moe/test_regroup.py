@@ -14,7 +14,7 @@ from ray_ep.config.schema import OptimConfig
 from ray_ep.errors import ModelError, PlacementError
 from ray_ep.moe import Limits, apply_placement, parallelize, regroup
 from ray_ep.placement import Placement, Topology, contiguous, random
-from ray_ep.rank.optimizer import MasterOptimizer
+from ray_ep.rank.step.optimizer import MasterOptimizer
 from tests.models import BASE, VOCAB, build, even_shards, gather_gradients, loss_sum
 
 LAYERS, EXPERTS = BASE["num_hidden_layers"], 8

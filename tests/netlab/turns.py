@@ -18,11 +18,11 @@ import ray
 
 import ray_ep
 from ray_ep.cli.plan.inputs import read_recorded, run_costs
-from ray_ep.driver.cluster import connected
+from ray_ep.driver.actors.cluster import connected
+from ray_ep.driver.actors.probe import measured_links
+from ray_ep.driver.actors.ranks import Ranks
 from ray_ep.driver.measures import step_record
-from ray_ep.driver.probe import measured
-from ray_ep.driver.ranks import Ranks
-from ray_ep.driver.start import check
+from ray_ep.driver.start import check_run
 from ray_ep.placement import Placement, StepCosts, contiguous, load_only, plan, predict, random
 
 
@@ -89,7 +89,7 @@ def figures(placement, turns, recorded, topology, costs):
 def main(run, out, rounds, overrides):
     """Measure, plan, train in turns, write and print."""
     cfg = ray_ep.load_config(str(run / "config.yaml"), [f"run_dir={out.with_suffix('')}", *overrides])
-    checked = check(cfg, datetime.now())
+    checked = check_run(cfg, datetime.now())
     checked.run.release()
     recorded = read_recorded(run, None)
     with connected(cfg.cluster) as joined:
@@ -97,7 +97,7 @@ def main(run, out, rounds, overrides):
         ranks = Ranks(cfg.cluster, f"turns-{time.time_ns()}", joined.local, lambda: False)
         try:
             ranks.join(0, 60.0, ["gloo"])
-            topology = measured(ranks, cfg.topology.budget_s)
+            topology = measured_links(ranks, cfg.topology.budget_s)
             own = run_costs(run, recorded, topology.num_ranks)
             own["tokens_per_rank"] = cfg.batch.sequences * cfg.batch.length // topology.num_ranks
             costs = StepCosts(**own, two_level=cfg.exchange.kind == "two_level")

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from ray_ep.driver.records import Event
-from ray_ep.driver.rundir import RunDir
+from ray_ep.driver.run.rundir import RunDir
 from ray_ep.observe.live import EVERY_S, NEWS_S, LivePage
 from ray_ep.observe.report import write_report
 from tests.records import record

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from ray_ep.driver.records import Event
-from ray_ep.driver.rundir import RunDir
+from ray_ep.driver.run.rundir import RunDir
 from ray_ep.observe import figures
 from ray_ep.observe.report import write_report
 from ray_ep.observe.routing import expected_pairs, strongest_coactivation

@@ -16,7 +16,7 @@ CALLEE = """
 from typing import Any, NamedTuple
 from ray_ep.placement.compiled import inlined, kernel
 
-class Pair(NamedTuple):
+class {pair}(NamedTuple):
     a: Any
     b: Any
 
@@ -25,12 +25,12 @@ def {name}(x):
     return x + {plus}
 """
 CALLER = """
-from kernels_callee import Pair, added as grown
+from kernels_callee import PAIR, added as grown
 from ray_ep.placement.compiled import kernel
 
 @kernel
 def twice(pair):
-    return 2 * grown(Pair(pair.a, 0).a)
+    return 2 * grown(PAIR(pair.a, 0).a)
 """
 
 
@@ -47,10 +47,11 @@ def modules(tmp_path, monkeypatch):
         spec.loader.exec_module(module)
         return module
 
-    def run(**callee):
-        first = load("kernels_callee", CALLEE.format(**{"how": "kernel", "name": "added", "plus": 1, **callee}))
-        kernel = load("kernels_caller", CALLER).twice
-        found = kernel(first.Pair(3, 4))
+    def run(pair="Pair", **callee):
+        text = CALLEE.format(**{"how": "kernel", "name": "added", "plus": 1, "pair": pair, **callee})
+        first = load("kernels_callee", text)
+        kernel = load("kernels_caller", CALLER.replace("PAIR", pair)).twice
+        found = kernel(getattr(first, pair)(3, 4))
         return found, sum(kernel.stats.cache_hits.values()), sum(kernel.stats.cache_misses.values())
 
     return run
@@ -62,6 +63,12 @@ def test_a_kernel_whose_sources_stay_is_loaded_and_one_whose_callee_changed_is_c
     assert modules(plus=5) == (16, 0, 1)
     assert modules(plus=5, how="inlined") == (16, 0, 1)
     assert modules(plus=5, how="inlined") == (16, 1, 0)
+
+
+def test_after_an_upgrade_that_renames_a_named_tuple_the_kernels_of_before_are_compiled_anew(modules):
+    assert modules() == (8, 0, 1)
+    assert modules(pair="Couple") == (8, 0, 1)
+    assert modules(pair="Couple") == (8, 1, 0)
 
 
 def test_the_digest_reaches_kernels_in_other_files_and_their_constants(monkeypatch):

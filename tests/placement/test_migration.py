@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ray_ep.errors import PlacementError
 from ray_ep.placement import Move, Placement, StepCosts, Topology, contiguous, migration, moves, random
-from ray_ep.placement.migration import Part, rounds
+from ray_ep.placement.migration import MovePart, move_rounds
 
 SETTINGS = settings(deadline=None, max_examples=60)
 
@@ -94,7 +94,7 @@ def test_a_replica_comes_from_the_nearest_holder_and_equally_near_ones_take_turn
 def test_rounds_carry_every_byte_once_in_order_and_keep_within_the_buffer(pair, buffer, data):
     found, ranks = moves(*pair), pair[0].num_ranks
     sizes = [data.draw(st.integers(0, 500)) for _ in found]
-    out = rounds(found, sizes, ranks, buffer)
+    out = move_rounds(found, sizes, ranks, buffer)
     at = [0] * len(found)
     sent, received = Counter(), Counter()
     for parts in out:
@@ -109,12 +109,15 @@ def test_rounds_carry_every_byte_once_in_order_and_keep_within_the_buffer(pair, 
     assert at == sizes
     busiest = max([0, *sent.values(), *received.values()])
     assert -(-busiest // buffer) <= len(out) <= 2 * (busiest // buffer) + 1
-    assert out == rounds(found, sizes, ranks, buffer)
+    assert out == move_rounds(found, sizes, ranks, buffer)
 
 
 def test_rounds_by_hand():
     ways = [Move(0, e, s, t, True, False) for e, (s, t) in enumerate([(0, 1), (0, 2), (2, 1)])]
-    assert rounds(ways, [10, 4, 6], 3, 8) == [[Part(0, 0, 8)], [Part(2, 0, 6), Part(0, 8, 10), Part(1, 0, 4)]]
+    assert move_rounds(ways, [10, 4, 6], 3, 8) == [
+        [MovePart(0, 0, 8)],
+        [MovePart(2, 0, 6), MovePart(0, 8, 10), MovePart(1, 0, 4)],
+    ]
 
 
 @SETTINGS
@@ -139,7 +142,7 @@ def test_the_price_is_that_of_the_moves(pair, weights, optimizer):
         (lambda: moves(contiguous(1, 4, 2), contiguous(1, 5, 2)), "not of one model"),
         (lambda: moves(contiguous(1, 4, 2), contiguous(1, 4, 4)), "not of one model"),
         (lambda: moves(contiguous(1, 4, 2), contiguous(1, 4, 2), np.ones((3, 3))), r"expected \[2, 2\]"),
-        (lambda: rounds([], [], 2, 0), "buffer_bytes=0"),
+        (lambda: move_rounds([], [], 2, 0), "buffer_bytes=0"),
     ],
 )
 def test_bad_input_is_named(make, says):

@@ -137,7 +137,7 @@ def test_swaps_of_the_search_lower_the_cost_that_is_counted_token_by_token(seed,
 def test_packing_gives_a_rank_of_half_speed_half_the_load():
     # 6 equal experts on 3 ranks with 4 slots each; loads over speeds are even at 1.2, 2.4 and 2.4 of them.
     load, speed = np.ones(6), np.array([0.5, 1.0, 1.0])
-    where = packing.pack(np.arange(6), np.ones((6, 6)), load, np.full(3, 4), speed, np.full(6, -1), 0.0, 20)
+    where = packing.pack_experts(np.arange(6), np.ones((6, 6)), load, np.full(3, 4), speed, np.full(6, -1), 0.0, 20)
     assert sorted(np.bincount(where, minlength=3) / speed) == [2, 2, 3]
     assert np.bincount(where, minlength=3)[0] == 1
 
@@ -148,7 +148,7 @@ def test_packing_is_near_the_best_of_all_packings(seed):
     rng = np.random.default_rng(seed)
     load = rng.uniform(0.1, 1, 6)
     room, speed = np.array([2, 2, 2]), np.ones(3)
-    where = packing.pack(np.arange(6), np.outer(load, load), load, room, speed, np.full(6, -1), 0.0, 20)
+    where = packing.pack_experts(np.arange(6), np.outer(load, load), load, room, speed, np.full(6, -1), 0.0, 20)
     assert (np.bincount(where, minlength=3) == 2).all()
 
     def cost(where):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ray_ep.errors import PlacementError
 from ray_ep.placement.links.groups import contradictions, find_groups, in_words
-from ray_ep.placement.links.probe import LinkFit, assemble, fit, round_budget, rounds, time_link, tournament
+from ray_ep.placement.links.probe import LinkFit, assemble, fit, probe_rounds, round_budget, time_link, tournament
 from ray_ep.placement.topology import Topology
 
 
@@ -38,8 +38,8 @@ def test_in_a_tournament_each_meets_each_once_and_nobody_twice_in_a_round(player
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=30), st.sampled_from([None, 1, 2, 1000]), st.integers(0, 3))
 def test_rounds_are_disjoint_and_cover_all_pairs_inside_and_all_pairs_of_nodes(node_of, samples, seed):
-    plan = rounds(node_of, samples, seed)
-    assert plan == rounds(node_of, samples, seed)
+    plan = probe_rounds(node_of, samples, seed)
+    assert plan == probe_rounds(node_of, samples, seed)
     for pairs in plan:
         ranks = [r for pair in pairs for r in pair]
         assert len(set(ranks)) == len(ranks)
@@ -60,7 +60,7 @@ def test_rounds_are_disjoint_and_cover_all_pairs_inside_and_all_pairs_of_nodes(n
 
 
 def test_samples_take_turns_among_the_ranks_of_a_node():
-    across = list(itertools.chain(*rounds(blocks(4, 8), samples=8)[7:]))
+    across = list(itertools.chain(*probe_rounds(blocks(4, 8), samples=8)[7:]))
     for a, b in itertools.combinations(range(4), 2):
         pairs = [p for p in across if (p[0] // 8, p[1] // 8) == (a, b)]
         assert sorted(x for x, _ in pairs) == list(range(8 * a, 8 * a + 8))
@@ -68,16 +68,16 @@ def test_samples_take_turns_among_the_ranks_of_a_node():
 
 
 def test_few_nodes_are_measured_whole():
-    assert len(list(itertools.chain(*rounds(blocks(2, 2))))) == 6
-    assert len(list(itertools.chain(*rounds(range(4))))) == 6
+    assert len(list(itertools.chain(*probe_rounds(blocks(2, 2))))) == 6
+    assert len(list(itertools.chain(*probe_rounds(range(4))))) == 6
 
 
 @pytest.mark.parametrize("node_of", [[], [[0, 1]], [0.5, 1.0]])
 def test_node_of_that_is_none_is_refused(node_of):
     with pytest.raises(PlacementError, match="expected one integer a rank"):
-        rounds(np.asarray(node_of))
+        probe_rounds(np.asarray(node_of))
     with pytest.raises(PlacementError, match="at least 1"):
-        rounds([0, 1], samples=0)
+        probe_rounds([0, 1], samples=0)
 
 
 # --- one link
@@ -345,7 +345,7 @@ def simulate(nodes, per_node, budget_s, across=(2e-5, 3e9), slow=None):
     """Probe a cluster that does not exist: (topology, seconds it would take). A barrier costs 50 us a doubling."""
     node_of = blocks(nodes, per_node)
     barrier = 50e-6 * np.ceil(np.log2(len(node_of)))
-    plan, clock, fits = rounds(node_of), 0.0, {}
+    plan, clock, fits = probe_rounds(node_of), 0.0, {}
     for number, pairs in enumerate(plan):
         budget = round_budget(budget_s, clock, len(plan) - number) / 2
         longest = 0.0
@@ -383,7 +383,7 @@ def test_the_time_grows_at_most_linearly_with_nodes_up_to_1024_ranks(across):
     seconds = [simulate(n, 8, budget_s=1e9, across=across)[1] for n in nodes]
     for n, s in zip(nodes, seconds, strict=True):
         assert s <= seconds[0] * n / 8
-    assert len(rounds(blocks(128, 8))) == 7 + 127
+    assert len(probe_rounds(blocks(128, 8))) == 7 + 127
 
 
 def test_a_thousand_ranks_over_slow_links_keep_to_the_budget():

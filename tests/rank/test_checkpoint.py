@@ -140,7 +140,7 @@ def test_a_save_hands_over_one_layer_of_a_ranks_share_or_a_chunk_of_dense_weight
         handed[name] = sum(t.numel() * t.element_size() for t in tensors.values())
         return inner(self, step, name, tensors)
 
-    monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr(module, "FILE_BYTES", chunk)
     monkeypatch.setattr(Directory, "write_tensors", write)
     rank = run(str(tmp_path), WRITTEN_BY, range(1), save=1)[0].rank
     expert = sum(p[0].numel() for p in rank.ep.parameters(0).values()) * 4 * 3  # bytes of one, all kinds

@@ -11,7 +11,7 @@ from ray_ep.moe import KINDS
 from ray_ep.moe.exchange.choose import take
 from ray_ep.moe.passes import Pass
 from ray_ep.placement import Topology, random
-from ray_ep.rank.clock import INSIDE
+from ray_ep.rank.step.clock import INSIDE
 from tests.conftest import run_ranks
 from tests.rank.test_training import EXPERTS, GPT_OSS, LAYERS, QWEN, TOP_K, configure, make_rank, reference
 

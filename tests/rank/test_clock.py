@@ -3,7 +3,7 @@
 import pytest
 
 from ray_ep.moe import PHASES
-from ray_ep.rank.clock import STEP_PHASES, StepClock
+from ray_ep.rank.step.clock import STEP_PHASES, StepClock
 
 
 def test_a_phase_has_the_time_until_the_next_and_layers_have_theirs_by_direction():

@@ -244,7 +244,7 @@ def test_only_stores_go_through_a_temporary_file_and_name_its_directory(tmp_path
 
 
 def test_a_checkpoint_whose_parts_lie_on_other_machines_is_not_committed(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(module, "APPEARS_S", 0.1)
     here, there = Directory(str(tmp_path / "here")), Directory(str(tmp_path / "there"))
     write(here, 1)
     there.clear(2)

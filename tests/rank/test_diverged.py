@@ -7,7 +7,7 @@ import torch
 from ray.exceptions import RayTaskError
 
 from ray_ep.collective import SoloGroup
-from ray_ep.driver.cause import root_cause
+from ray_ep.driver.actors.cause import root_cause
 from ray_ep.errors import BadInput, DivergedError
 from ray_ep.placement import random
 from ray_ep.rank.saved.checkpoint import Directory

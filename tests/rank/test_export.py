@@ -7,11 +7,11 @@ from ray_ep.config import load_config
 from ray_ep.errors import BadInput, CheckpointError
 from ray_ep.moe import find_experts, parallelize
 from ray_ep.placement import RoutingStatistics, random
-from ray_ep.rank.optimizer import MasterOptimizer
 from ray_ep.rank.saved import export
 from ray_ep.rank.saved.checkpoint import Checkpoint, save_rank
 from ray_ep.rank.saved.directory import Directory
 from ray_ep.rank.saved.export import export_checkpoint
+from ray_ep.rank.step.optimizer import MasterOptimizer
 from tests.models import MODELS, VOCAB
 from tests.models import build as plain
 

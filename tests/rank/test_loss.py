@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
-from ray_ep.rank import loss
-from ray_ep.rank.loss import summed_cross_entropy
+from ray_ep.rank.step import loss
+from ray_ep.rank.step.loss import summed_cross_entropy
 
 DTYPES = (torch.float32, torch.bfloat16)
 

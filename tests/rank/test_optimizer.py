@@ -12,8 +12,8 @@ from ray_ep.moe.routing import forced
 from ray_ep.placement import Placement, contiguous, random
 from ray_ep.rank.data.corpus import global_batch
 from ray_ep.rank.model import build
-from ray_ep.rank.optimizer import MasterOptimizer
 from ray_ep.rank.saved.directory import Directory
+from ray_ep.rank.step.optimizer import MasterOptimizer
 from tests.conftest import run_ranks, slow
 from tests.rank.test_training import CORPUS, EXPERTS, GPT_OSS, LAYERS, MAKING, Reference, configure, make_rank, train
 

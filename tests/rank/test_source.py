@@ -18,7 +18,7 @@ from ray_ep.placement import contiguous, random
 from ray_ep.rank.model import build, meta_model, model_config
 from ray_ep.rank.pretrained import load as pretrained
 from ray_ep.rank.pretrained.quantised import declared
-from ray_ep.rank.pretrained.source import Source, Stored
+from ray_ep.rank.pretrained.source import Stored, WeightSource
 from tests.models import VOCAB
 from tests.rank.quantise import FP8, fp8, mxfp4, tiny, write
 from tests.rank.test_model import Rank, experts_by_name
@@ -88,7 +88,7 @@ def test_scales_of_any_kind_give_what_transformers_own_dequantisation_gives(tmp_
         else:
             quantised[k] = quantised[k].to(getattr(torch, scales))
     write(tmp_path, quantised, quantization_config=FP8)
-    source, theirs = Source(tmp_path), Fp8Dequantize(None)
+    source, theirs = WeightSource(tmp_path), Fp8Dequantize(None)
     even = 0
     for key in source.quantised:
         scale = quantised[f"{key}_scale_inv"]
@@ -109,7 +109,7 @@ def test_packed_4_bit_floats_and_names_of_other_families_scales(tmp_path):
     quantised |= {key: packed, key.replace("weight", "scale"): scales}
     write(tmp_path, quantised, quantization_config=FP8 | {"weight_block_size": [128, 128]})
     want = Fp8Dequantize(None)._dequantize_one(packed, scales, torch.float32)
-    assert torch.equal(Source(tmp_path).tensors[key][...], want)
+    assert torch.equal(WeightSource(tmp_path).tensors[key][...], want)
     assert look(tmp_path).keys() == {"dequantised"}
 
 

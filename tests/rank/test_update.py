@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ray_ep.rank.update import CPU_BLOCK, Part, Rule, sum_of_squares, update
+from ray_ep.rank.step.update import CPU_BLOCK, Rule, WeightPart, sum_of_squares, update
 
 SIZES = [CPU_BLOCK + 17, 7, 513, 2 * CPU_BLOCK + 1, 1]
 
@@ -28,7 +28,7 @@ def test_every_weight_is_bit_for_bit_what_torch_makes_of_it_and_its_copy_follows
         for p, g in zip(expected, gradients, strict=True):
             p.grad = g.float() * 0.37
         theirs.step()
-        parts = [Part(*each) for each in zip(masters, gradients, moments, copies, strict=True)]
+        parts = [WeightPart(*each) for each in zip(masters, gradients, moments, copies, strict=True)]
         update(Rule(kind, 0.01, 0.9, 0.95, 1e-8, 0.1, 0.37, number), parts)
         for master, copy, p in zip(masters, copies, expected, strict=True):
             assert torch.equal(master, p)

@@ -87,7 +87,7 @@ def torch_bytes(tree: Mapping[str, Any]) -> bytes:
     return out.getvalue()
 
 
-def text_of(file: Path) -> str:
+def file_text(file: Path) -> str:
     """The whole file as UTF-8."""
     try:
         return file.read_text(encoding="utf-8")
@@ -100,14 +100,14 @@ def text_of(file: Path) -> str:
 def json_file(file: Path) -> Any:
     """One JSON document."""
     try:
-        return json.loads(text_of(file))
+        return json.loads(file_text(file))
     except (ValueError, RecursionError) as e:
         raise PlacementError(f"{file}: not JSON: {_first_line(e)}") from None
 
 
 def json_values(file: Path) -> Any:
     """One JSON document, or one a line."""
-    text = text_of(file)
+    text = file_text(file)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as whole:
@@ -126,7 +126,7 @@ def json_values(file: Path) -> Any:
 
 def yaml_file(file: Path) -> Any:
     """A YAML document, or JSON, which is read faster."""
-    text = text_of(file)
+    text = file_text(file)
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

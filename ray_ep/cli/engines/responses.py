@@ -27,10 +27,13 @@ from ray_ep.errors import PlacementError
 SERVED = {"choices", "outputs", "routed_experts", "prompt_routed_experts", "meta_info", "sglext", "sgl_ext", "error"}
 """A mapping with one of these keys is a response."""
 MOST_TOP_K = 64
+"""Experts of a token; a response that names more for one is refused as damaged."""
+
 NO_ROUTING = (
     "responses without routed experts: start vLLM with --enable-return-routed-experts, SGLang with the same flag and "
     '"return_routed_experts": true in each request'
 )
+"""Refusal of responses that hold no routing: how to start the engine so that they do."""
 
 
 @dataclass(frozen=True)

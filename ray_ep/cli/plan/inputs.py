@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 from ray_ep.cli.engines.files import read_map, read_placement, read_record
-from ray_ep.cli.engines.formats import text_of, yaml_file
+from ray_ep.cli.engines.formats import file_text, yaml_file
 from ray_ep.driver.rebalance.recent import NOW
 from ray_ep.errors import BadInput, PlacementError
 from ray_ep.placement import Placement, RoutingStatistics, StepCosts, Topology
@@ -25,7 +25,9 @@ from ray_ep.placement.engines.records import Recorded
 from ray_ep.placement.planner.survive import fewest_slots
 from ray_ep.placement.whatif.description import describe
 
-STATISTICS = Path("statistics") / "routing.npz"
+ROUTING_FILE = Path("statistics") / "routing.npz"
+"""Path of the routing statistics inside a run directory; each checkpoint rewrites it."""
+
 COSTS = ("tokens_per_rank", "token_bytes", "expert_seconds", "expert_bytes", "optimizer_bytes")
 """Names of `StepCosts` that a user may give."""
 
@@ -48,9 +50,9 @@ def read_recorded(path: Path, num_experts: int | None, routed: str | None = None
     """Statistics of a run directory, ray_ep's file, or another engine's record; routed: LAYERSxTOP_K of --routed."""
     if run_of(path) is None:
         return read_record(path, num_experts, _routed_shape(routed))
-    if not (path / STATISTICS).is_file():
-        raise PlacementError(f"{path}: the run has no {STATISTICS} yet: it is written with each checkpoint")
-    return read_record(path / STATISTICS, num_experts)
+    if not (path / ROUTING_FILE).is_file():
+        raise PlacementError(f"{path}: the run has no {ROUTING_FILE} yet: it is written with each checkpoint")
+    return read_record(path / ROUTING_FILE, num_experts)
 
 
 def _routed_shape(text: str | None) -> tuple[int, int] | None:
@@ -260,7 +262,7 @@ def _model(run: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
 def _mapping(path: Path) -> Mapping[str, Any]:
     """A YAML or JSON mapping; empty where the file is missing or damaged: costs then have their defaults."""
     try:
-        tree = json.loads(text_of(path)) if path.suffix == ".json" else yaml.safe_load(text_of(path))
+        tree = json.loads(file_text(path)) if path.suffix == ".json" else yaml.safe_load(file_text(path))
     except (PlacementError, ValueError, yaml.YAMLError):
         return {}
     return tree if isinstance(tree, Mapping) else {}
@@ -269,7 +271,7 @@ def _mapping(path: Path) -> Mapping[str, Any]:
 def _lines(path: Path) -> list[Any]:
     """Objects of a .jsonl file; lines that a killed run left half written are skipped."""
     found = []
-    for line in text_of(path).splitlines() if path.is_file() else []:
+    for line in file_text(path).splitlines() if path.is_file() else []:
         try:
             found.append(json.loads(line))
         except ValueError:

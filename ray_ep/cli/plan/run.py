@@ -22,10 +22,14 @@ from ray_ep.placement.planner.survive import Price, survives
 from ray_ep.placement.planner.verdict import pays_back
 
 HEAD = ("placement", "step", "of now", "compute", "traffic", "ranks", "nodes", "remote", "moved", "bytes", "pays back")
+"""Heads of the table's columns."""
+
 LEGEND = (
     "ranks, nodes: balancedness, mean / max load (1 is even); remote: other nodes that a token visits a layer; "
     "moved: slots with another expert than now"
 )
+"""What the table's columns mean, printed below it."""
+
 NEAREST = ("ray_ep", "tensorrt-llm")
 """Engines whose tokens go to the nearest replica."""
 
@@ -215,9 +219,9 @@ def _figures(c: Candidate, old: Prediction) -> dict[str, Any]:
 
 def draw(planned: Planned, html: Path | None, plots: Path | None) -> None:
     """Write the page, the heat maps, or both; raises PlacementError where a path cannot be written."""
-    from ray_ep.observe.plan_page import figures, page
+    from ray_ep.observe.plan_page import heat_maps, page
 
-    maps = figures(planned.case, planned.found, planned.now)
+    maps = heat_maps(planned.case, planned.found, planned.now)
     try:
         if plots is not None:
             plots.mkdir(parents=True, exist_ok=True)

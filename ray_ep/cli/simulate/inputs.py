@@ -24,7 +24,11 @@ SYNTHETIC: dict[str, Callable[[str], float]] = {
     "layers": int, "experts": int, "top_k": int, "tokens": int, "zipf": float, "topics": int, "focus": float,
     "seed": int,
 }  # fmt: skip
+"""Keys of --synthetic, and what reads the value of each."""
+
 PLACEMENTS = ("contiguous", "load-only", "plan")
+"""Placements that are simulated on each cluster, in the order of the rows."""
+
 LINKS: dict[str, Callable[[Any, str], float]] = {
     "inside": bytes_per_second, "across": bytes_per_second, "lanes": lambda value, _: float(value),
     "latency_inside": seconds, "latency_across": seconds,
@@ -77,7 +81,9 @@ def clusters(options: Mapping[str, Any], run: Path | None, experts: int) -> Clus
     Raises:
         BadInput: a flag that is not what it should be, no cluster, no combination with room.
     """
-    links = {name: read(options[name], _flag(name)) for name, read in LINKS.items() if options[name] is not None}
+    links: dict[str, Any] = {
+        name: read(options[name], _flag(name)) for name, read in LINKS.items() if options[name] is not None
+    }
     kinds: list[Gpu | None] = [gpu(text) for text in options["gpus"]] or [None]
     slots: list[int | None] = [*_counts(options["slots"], "--slots")] or [None]
     nodes, per_node = _counts(options["nodes"], "--nodes"), _counts(options["ranks_per_node"], "--ranks-per-node")
@@ -90,7 +96,7 @@ def clusters(options: Mapping[str, Any], run: Path | None, experts: int) -> Clus
         notes = () if np.isfinite(known).all() else ("links are not all measured: those count as infinitely fast",)
         return _with_room([(None, replace(given, slots_per_rank=s)) for s in slots], experts, notes)
     base = Cluster(1, 8) if given is None else given.even()
-    base = replace(base, **links, **({"speeds": speeds} if speeds else {}))
+    base = replace(base, **links, speeds=speeds or base.speeds)
     found: list[tuple[Gpu | None, Cluster | Given]] = []
     for kind in kinds:
         one = base
@@ -104,13 +110,17 @@ def clusters(options: Mapping[str, Any], run: Path | None, experts: int) -> Clus
 
 def _with_room(found: list[tuple[Gpu | None, Cluster | Given]], experts: int, notes: tuple[str, ...]) -> Clusters:
     """Those with a slot for every expert; that others were left out is said."""
-    kept, out = [], []
+    kept: list[tuple[Gpu | None, Cluster | Given]] = []
+    out: list[Cluster | Given] = []
     for kind, c in found:
         short = c.slots_per_rank is not None and c.ranks * min(c.slots_per_rank, experts) < experts
-        (out if short else kept).append((kind, c))
+        if short:
+            out.append(c)
+        else:
+            kept.append((kind, c))
     words = dict.fromkeys(
         f"{c.nodes} node(s), {c.ranks} ranks x {c.slots_per_rank} slots: {-(-experts // c.ranks)} are needed"
-        for _, c in out
+        for c in out
     )
     if not kept:
         raise PlacementError(f"--slots: fewer slots than the {experts} experts of a layer: {'; '.join(words)}")

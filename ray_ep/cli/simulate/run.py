@@ -24,10 +24,14 @@ HEAD = (
     "cluster", "slots", "placement", "step", "compute", "traffic", "ranks", "nodes", "remote", "across", "memory",
     "tokens/s", "a GPU",
 )  # fmt: skip
+"""Heads of the table's columns."""
+
 LEGEND = (
     "ranks, nodes: balancedness, mean / max load (1 is even); remote: other nodes that a token visits a layer; across: "
     "what a rank's tokens send to other nodes in a step, both ways; memory: of the fullest rank, for experts"
 )
+"""What the table's columns mean, printed below it."""
+
 LINKS_IN_A_MINUTE = 58 * 4096**2
 """Links, summed over rows and layers, that are all predicted: DeepSeek-V3 once on 4,096 ranks, about half a minute."""
 LEAST_LAYERS = 4

@@ -11,18 +11,19 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ray_ep.driver import probe
-from ray_ep.driver.rebalance.recent import Step
+from ray_ep.driver.actors import probe
+from ray_ep.driver.rebalance.recent import MeasuredStep
 from ray_ep.driver.records import Event
 from ray_ep.placement import Topology
 from ray_ep.placement.links.groups import in_words
+from ray_ep.placement.links.probe import Pair
 from ray_ep.placement.links.watch import LinkWatch
 
 QUIET = 10
 """Steps after a measurement in vain before exchanges may ask for another; twice as many after the next in vain."""
 MOST = 32
 """At most so many times as long are the waits after measurements in vain."""
-CHANGED = 1.5
+CHANGED_BETWEEN = 1.5
 """A link that is slower or faster by this factor when it is measured again has changed."""
 CHANGED_INSIDE = 4.0
 """The same inside a node, where messages go through the host's memory and take as long as its processors let them: on a
@@ -32,10 +33,8 @@ GLANCE = 0.1
 LOOKED_AT = 8
 """Slowed links that are looked at again at most, the most slowed: one that recovers has all links measured."""
 
-Pair = tuple[int, int]
 
-
-class Ranks(probe.Ranks, Protocol):
+class LinkedRanks(probe.ProbingRanks, Protocol):
     """Of the driver's ranks what is used here."""
 
     def probe_links(self, known: Topology, pairs: list[Pair], budget_s: float) -> Topology:
@@ -59,7 +58,7 @@ class Links:
 
     def __init__(
         self,
-        ranks: Ranks,
+        ranks: LinkedRanks,
         topology: Topology,
         budget_s: float,
         every: int,
@@ -78,7 +77,7 @@ class Links:
         """Experts have moved: other bytes are on the links from here."""
         self._watch.moved()
 
-    def changed(self, done: int, step: Step) -> bool:
+    def changed(self, done: int, step: MeasuredStep) -> bool:
         """Whether a link has changed, after `done` steps of which this was the last; what was found is told.
 
         Raises:
@@ -97,7 +96,7 @@ class Links:
         self._vain_looks += 1
         return False
 
-    def _observe(self, step: Step) -> None:
+    def _observe(self, step: MeasuredStep) -> None:
         """A step's exchanges are many, and ranks wait for each other in them: what they suspect is measured."""
         # A rank that had less to compute has waited in its exchanges for the one that had most.
         net = np.maximum(step.exchange - (step.experts.max() - step.experts), 0.0)
@@ -124,7 +123,7 @@ class Links:
 
     def _measure(self, done: int) -> bool:
         """All links, whole; whether one has changed."""
-        old, self.topology = self.topology, probe.measured(self.ranks, self.budget_s)
+        old, self.topology = self.topology, probe.measured_links(self.ranks, self.budget_s)
         found = changed_links(old, self.topology)
         words = "; ".join(_phrase(old, self.topology, p) for p in list(found)[:8])
         words = words or f"measured again and found as before (suspected: {self._suspected})"
@@ -158,7 +157,7 @@ def least_change(topology: Topology) -> npt.NDArray[np.float64]:
     inside = topology.node_of[:, None] == topology.node_of
     if topology.joined is not None:
         inside &= topology.joined == 0
-    return np.where(inside, CHANGED_INSIDE, CHANGED)
+    return np.where(inside, CHANGED_INSIDE, CHANGED_BETWEEN)
 
 
 def changed_links(old: Topology, new: Topology) -> dict[Pair, float]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from ray_ep.config.schema import Config, PlacementConfig
 from ray_ep.driver.rebalance.links import Links
 from ray_ep.driver.rebalance.rebalancer import Rebalancer
-from ray_ep.driver.rebalance.recent import Facts, Recent, Step
+from ray_ep.driver.rebalance.recent import Facts, MeasuredStep, Recent
 from ray_ep.driver.records import Event
 from ray_ep.driver.states import State, States
 from ray_ep.errors import BadInput, RankError
@@ -31,7 +31,7 @@ LOOK = 100
 """Steps between two looks at slowed links where placement.every is 0 and only imbalance asks."""
 
 
-class Ranks(Protocol):
+class MovingRanks(Protocol):
     """Of the driver's ranks what is used here."""
 
     def migrate(self, placement: Placement, buffer_mb: float) -> None:
@@ -82,7 +82,7 @@ class Mover:
     def __init__(
         self,
         scope: Scope,
-        ranks: Ranks,
+        ranks: MovingRanks,
         links: Links,
         placement: Placement,
         facts: Facts,
@@ -251,10 +251,10 @@ def check_survival(cfg: PlacementConfig, topology: Topology, placement: Placemen
         check_room(np.asarray(room, np.int64), placement.num_experts, topology.node_of, cfg.survive_nodes)
 
 
-def step_of(results: list[StepResult], seconds: float) -> Step:
+def step_of(results: list[StepResult], seconds: float) -> MeasuredStep:
     """What the ranks say of a step, rank by rank."""
     usage = [r.usage for r in results]
-    return Step(
+    return MeasuredStep(
         load=results[0].load,
         pairs=np.stack([u.pairs for u in usage]),
         experts=np.array([u.expert_seconds for u in usage]),

@@ -22,7 +22,7 @@ from ray_ep.config.schema import PlacementConfig
 from ray_ep.driver.records import Event
 from ray_ep.placement.planner.verdict import Question, Verdict, decide
 
-WINDOW = 10
+COMPARED = 10
 """Steps before a move and after it whose medians are compared; the first one after it is left out."""
 WORSE = 1.02
 """Steps longer by this factor than before the move were made worse by it; less is noise."""
@@ -50,7 +50,7 @@ def beside(work: Callable[[], Verdict]) -> Future[Verdict]:
 
 
 @dataclass(slots=True)
-class Trial:
+class MoveTrial:
     """A move whose gain is being measured."""
 
     verdict: Verdict
@@ -75,8 +75,8 @@ class Rebalancer:
     ):
         self.cfg, self.clock, self.background = cfg, clock, background
         self.caution = self.slower = 1.0
-        self._seconds: deque[float] = deque(maxlen=WINDOW)
-        self._trial: Trial | None = None
+        self._seconds: deque[float] = deque(maxlen=COMPARED)
+        self._trial: MoveTrial | None = None
         self._planning: Future[Verdict] | None = None
         self._asked = (0, "")  # step and reason of the decision that is being made
         self._stale = False  # its question does not hold any more
@@ -92,7 +92,7 @@ class Rebalancer:
         self._seconds.append(seconds)
         if self._trial is not None:
             self._trial.after.append(seconds)
-            if len(self._trial.after) > WINDOW:
+            if len(self._trial.after) > COMPARED:
                 said.append(self._judge(self._trial))
                 self._trial = None
         alert, waited = self.cfg.alert_s, self._waited()
@@ -161,7 +161,7 @@ class Rebalancer:
         if stale:
             return None, self._say("no decision: links have changed meanwhile")
         verdict = future.result()
-        said = self._say(verdict.words, figures(verdict))
+        said = self._say(verdict.words, verdict_figures(verdict))
         if verdict.placement is None:
             self._progress()
             return None, said
@@ -173,7 +173,7 @@ class Rebalancer:
         if verdict.links > 0:  # between what links promise and what was seen now, for neither is the whole truth
             self.slower = max((self.slower * seconds / verdict.links) ** 0.5, 1.0)
         before = median(self._seconds or [verdict.step_seconds + verdict.gain])
-        self._trial = Trial(verdict, step, before, seconds)
+        self._trial = MoveTrial(verdict, step, before, seconds)
         self._seconds.clear()
 
     def failed(self, step: int, message: str) -> Event:
@@ -210,13 +210,13 @@ class Rebalancer:
     def _failure(self, message: str) -> Event:
         return self._say(f"{message}; the placement stays")
 
-    def _judge(self, trial: Trial) -> Event:
+    def _judge(self, trial: MoveTrial) -> Event:
         """Measured against predicted gain; adjusts the caution."""
         after = median(trial.after[1:])
         gain, promised = trial.before - after, trial.verdict.gain
         words = (
             f"measured after the move of step {trial.step}: step {1e3 * trial.before:.4g} -> {1e3 * after:.4g} ms over "
-            f"{WINDOW} steps, {1e3 * gain:.3g} ms gained where {1e3 * promised:.3g} ms were predicted; the move took "
+            f"{COMPARED} steps, {1e3 * gain:.3g} ms gained where {1e3 * promised:.3g} ms were predicted; the move took "
             f"{trial.seconds:.3g} s, predicted {trial.verdict.cost:.3g} s"
         )
         if after > WORSE * trial.before:
@@ -232,7 +232,7 @@ class Rebalancer:
         return Event("rebalance", words, fields)
 
 
-def figures(verdict: Verdict) -> dict[str, Any]:
+def verdict_figures(verdict: Verdict) -> dict[str, Any]:
     """What a verdict says beside its sentence: predicted seconds, and the version of the placement to move to."""
     placement = verdict.placement
     return {

@@ -20,7 +20,7 @@ USUAL = 25
 ALIKE = 1.25
 """Ranks whose seconds a pair differ by less are taken for equally fast: timing noise is no reason to move experts."""
 FEW = 0.05
-"""A rank with less than this share of the mean pairs says nothing about its speed."""
+"""Share of the mean pairs. A rank that computed less says nothing about its speed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Facts:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class MeasuredStep:
     """One step as the ranks measured it.
 
     Args:
@@ -72,10 +72,10 @@ class Recent:
     def __init__(self, half_life: float):
         self.keep = 0.5 ** (1 / half_life)
         self.load = np.zeros((0, 0))  # [L, E]
-        self._last: deque[Step] = deque(maxlen=NOW)
+        self._last: deque[MeasuredStep] = deque(maxlen=NOW)
         self._usual: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=USUAL)  # pairs, seconds of experts: each [R]
 
-    def add(self, step: Step) -> None:
+    def add(self, step: MeasuredStep) -> None:
         """One more step; those before count a little less."""
         load = step.load.astype(np.float64)
         self.load = self.keep * self.load + load if self._last else load

@@ -19,6 +19,7 @@ from ray_ep.placement import Placement, Topology
 from ray_ep.placement.in_step.rules import StepPlan, StepRules, balance_step, warm
 
 MODES = ("off", "auto", "always")
+"""Values of balance.in_step: never, where it pays, in every step."""
 
 _TRIAL_ROWS = 256
 """Rows of the trial that measures what a pair costs."""

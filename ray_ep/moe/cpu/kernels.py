@@ -184,7 +184,7 @@ def sum_two(own: Any, start: Any, member: Any, back: Any, back_start: Any, back_
 
 
 @kernel
-def choose(index: Any, routes: Any) -> Any:
+def serving_ranks(index: Any, routes: Any) -> Any:
     """to [T, K] int32: the rank that serves each choice of index [T, K] under routes [E, C]; -1 for no choice."""
     tokens, top_k = index.shape
     choices = routes.shape[1]
@@ -352,7 +352,7 @@ def warm() -> None:
     """Compile every kernel for float32 and bfloat16, or load it from numba's cache: never inside a timed step."""
     index, routes = np.zeros((2, 2), np.int64), np.zeros((2, 1), np.int32)
     assign(index, np.full((1, 1), 4, np.int64), 0)
-    _, _, row_token, pair, bits = plan_send(index, choose(index, routes), 1, 0)
+    _, _, row_token, pair, bits = plan_send(index, serving_ranks(index, routes), 1, 0)
     weight = np.ones(len(pair), np.float32)
     _, _, sorted_weight, segment, place = plan_receive(bits, weight, np.zeros(1, np.int64), 1, 32)
     start, member = rows_of_tokens(row_token, 2)

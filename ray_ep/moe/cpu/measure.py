@@ -14,7 +14,7 @@ import torch
 from ray_ep.collective import Group
 from ray_ep.moe.cpu.gemm import LIBRARIES, Gemm, Packed, has_onednn
 
-ROUNDS = 25
+MOST_PRODUCTS = 25
 """Most timings of one library."""
 
 _MOST_ROWS = 256
@@ -122,7 +122,7 @@ def _race(
             work()
     group.barrier()
     began, rounds = clock(), 0
-    while rounds == 0 or (rounds < ROUNDS and clock() - began < budget_s):
+    while rounds == 0 or (rounds < MOST_PRODUCTS and clock() - began < budget_s):
         rounds += 1
         for name, work in works.items():
             start = clock()

@@ -123,7 +123,7 @@ def agree(
     traffic.meter.enter("route")
     chosen, weight = _arrays(index, weights)
     if balance is None:
-        to = kernels.choose(chosen, site.slots.routes32)
+        to = kernels.serving_ranks(chosen, site.slots.routes32)
         sent = SendList.of(chosen, weight, to, traffic.size, me)
         pairs_in = traffic.swap_sizes(torch.from_numpy(sent.pairs)).numpy()
     else:
@@ -158,7 +158,7 @@ class Gatherer:
         tokens = pack(hidden) if site.exchange.float8 else hidden.detach()
         row, top_k = tokens.shape[1] * tokens.element_size(), chosen.shape[1]
         everything, counts = self._ask(tokens, chosen, weight)
-        to = kernels.choose(chosen, site.slots.routes32)
+        to = kernels.serving_ranks(chosen, site.slots.routes32)
         site.note(index, torch.from_numpy(to))
         sent = SendList.of(chosen, weight, to, traffic.size, me)
         rows_of, pairs_of, take = [tokens[:0]], [np.empty(0, _PAIR)], [0] * traffic.size
@@ -168,7 +168,7 @@ class Gatherer:
             n, data = counts[source], everything[source, 8:]
             pairs = data[self.room * row :][: n * top_k * _PAIR.itemsize].numpy().view(_PAIR).reshape(n, top_k)
             theirs = np.ascontiguousarray(pairs["expert"]).view(np.int16).astype(np.int64)
-            via = kernels.choose(theirs, site.slots.routes_of(source))
+            via = kernels.serving_ranks(theirs, site.slots.routes_of(source))
             other = SendList.of(theirs, pairs["weight"].reshape(-1), via, traffic.size, source)
             for_me = other.row_token[other.block(other.rows, source, me)]
             rows_of.append(data[: n * row].view(tokens.dtype).view(n, tokens.shape[1])[torch.from_numpy(for_me)])

@@ -27,7 +27,7 @@ Key = TypeVar("Key")
 _GATHER_BYTES = 1 << 20
 """All-gather is for few tokens: it is not tried where every rank would receive more, and it does not balance."""
 
-ROUNDS = 9
+MOST_TIMINGS = 9
 """Most timings of one way."""
 
 CLEARLY = 0.95
@@ -109,7 +109,7 @@ def choose(
     libraries = _choose_library(
         ep, index, ceil(most * ep.group.size * chosen.shape[1] / ep.num_experts), backward, clock
     )
-    sensible, note = candidates(ep, kinds, most * ep.group.size * hidden.shape[1] * hidden.element_size())
+    sensible, note = ways_to_try(ep, kinds, most * ep.group.size * hidden.shape[1] * hidden.element_size())
     ways = [(k, name) for name in groups for k in sensible]
     found: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
 
@@ -131,7 +131,7 @@ def choose(
     with ep.counters.off(), _taken_back_after_an_error(ep):
         first = {way: timed(*way) for way in ways} if len(ways) > 1 else {}
         if first:
-            rounds = min(ROUNDS, int(budget_s / sum(first.values())))
+            rounds = min(MOST_TIMINGS, int(budget_s / sum(first.values())))
             for _ in range(rounds):
                 for way in ways:
                     found[way].append(timed(*way))
@@ -168,7 +168,7 @@ def settle(ep: ExpertParallel, kind: str, groups: dict[str, Group], rows: int = 
         backward: there will be one.
     """
     ((transport, group),) = groups.items()
-    (kind,), note = candidates(ep, (kind,), 0)
+    (kind,), note = ways_to_try(ep, (kind,), 0)
     take(ep, kind, group)
     libraries = _choose_library(ep, 0, rows, backward, time.perf_counter) if rows else []
     return Choice(kind, transport, ep.group.size > 1, 0, 0, False, 0.0, [], note, libraries)
@@ -180,7 +180,7 @@ def take(ep: ExpertParallel, kind: str, group: Group) -> None:
     ep.group.use(group)
 
 
-def candidates(ep: ExpertParallel, kinds: tuple[str, ...], received: int) -> tuple[list[str], str]:
+def ways_to_try(ep: ExpertParallel, kinds: tuple[str, ...], received: int) -> tuple[list[str], str]:
     """Ways of `kinds` that could win, the same on every rank; if one was asked for that is another here, why.
 
     Two levels need nodes of several ranks, all-gather few tokens.

@@ -14,6 +14,7 @@ import torch
 from ray_ep.moe.exchange.dispatch import ReceivedPairs
 
 KINDS = ("flat", "two_level", "all_gather")
+"""Ways of the exchange; of equally fast ones the first is taken."""
 
 
 @dataclass(frozen=True, slots=True)

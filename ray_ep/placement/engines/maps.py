@@ -39,6 +39,7 @@ NO_VLLM = (
     "open; a build with 49572 takes the list under physical_to_logical_map of the sglang file, MoE layers only. "
     "Allowed: ray_ep, sglang, tensorrt-llm, vllm-ascend"
 )
+"""Why there is no map for vLLM: words for the user who asks for one."""
 
 
 def document(

@@ -23,7 +23,7 @@ from ray_ep.errors import PlacementError
 from ray_ep.placement.statistics import RoutingStatistics
 
 Array = npt.NDArray[Any]
-Source = tuple[str, Mapping[str, Any]]
+NamedDocument = tuple[str, Mapping[str, Any]]
 """One document and the name that errors call it by."""
 
 SAMPLE = 8192
@@ -32,8 +32,8 @@ SAMPLE = 8192
 MOST_EXPERTS = 4096
 """Ids from here on are taken for damage: pair counts of more experts would fill the memory."""
 
-CHUNK = 1 << 15
-"""Tokens whose pairs are counted at once: bounds the memory at CHUNK * K * K indices."""
+TOKENS_AT_ONCE = 1 << 15
+"""Tokens whose pairs are counted at once: bounds the memory at TOKENS_AT_ONCE * K * K indices."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Recorded:
     notes: tuple[str, ...] = ()
 
 
-def sglang_record(dumps: Sequence[Source], num_experts: int | None = None) -> Recorded:
+def sglang_record(dumps: Sequence[NamedDocument], num_experts: int | None = None) -> Recorded:
     """SGLang's expert-distribution dumps: one of mode stat (or several to add up), or one per rank of a detail mode.
 
     stat, stat_approx: `logical_count` [P, L, E], already summed over ranks; an --init-expert-location document with
@@ -230,8 +230,8 @@ def _count(tokens: Array, experts: int) -> RoutingStatistics:
     layers = tokens.shape[1]
     pairs = np.zeros((layers, experts, experts), np.int64)
     follow = np.zeros((max(layers - 1, 0), experts, experts), np.int64)
-    for start in range(0, len(tokens), CHUNK):
-        part = tokens[start : start + CHUNK].astype(np.int64)
+    for start in range(0, len(tokens), TOKENS_AT_ONCE):
+        part = tokens[start : start + TOKENS_AT_ONCE].astype(np.int64)
         for layer in range(layers):
             here = part[:, layer, :, None] * experts
             pairs[layer] += _bins(here + part[:, layer, None, :], experts)

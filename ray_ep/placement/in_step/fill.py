@@ -47,7 +47,7 @@ class Rules(NamedTuple):
     cap: Any  # most pairs of a rank
 
 
-class State(NamedTuple):
+class StepState(NamedTuple):
     """A plan in the making, changed in place."""
 
     rows: Any  # [R, E]
@@ -113,7 +113,7 @@ def _portion(giver: Any, taker: Any, kinds: Any, travel: float, level: float, le
 
 
 @inlined
-def _try(best: Transfer, state: State, counts: Any, rules: Rules, level: float, way: Any) -> Transfer:
+def _try(best: Transfer, state: StepState, counts: Any, rules: Rules, level: float, way: Any) -> Transfer:
     """The better of `best` and the move `way` = (expert, from, to, rank that sends the weights or -1)."""
     e, a, b, h = way  # a sender of weights may rise above the giver: it is helped next, the score of the level decides
     top, cost, least = state.seconds[a], 0.0, 1
@@ -131,7 +131,7 @@ def _try(best: Transfer, state: State, counts: Any, rules: Rules, level: float, 
 
 
 @inlined
-def _to_holders(a: int, state: State, made: int, counts: Any, rules: Rules, level: float) -> Transfer:
+def _to_holders(a: int, state: StepState, made: int, counts: Any, rules: Rules, level: float) -> Transfer:
     """The best move from rank a to a replica or to a guest made before: no weights travel."""
     best = Transfer(0.0, -1, -1, -1, 0, 0.0, 0.0)
     for e in range(state.rows.shape[1]):
@@ -165,7 +165,7 @@ def sender(e: int, b: int, rules: Rules, far: bool) -> int:
 
 
 @inlined
-def _roomiest(a: int, state: State, rules: Rules, level: float, out: Any) -> int:
+def _roomiest(a: int, state: StepState, rules: Rules, level: float, out: Any) -> int:
     """Fill `out` with the ranks that may take a guest from a's load, most room in pairs first; returns how many."""
     found, size = 0, len(out)
     for b in range(len(state.seconds)):
@@ -184,7 +184,7 @@ def _roomiest(a: int, state: State, rules: Rules, level: float, out: Any) -> int
 
 
 @inlined
-def _to_guest(a: int, state: State, counts: Any, rules: Rules, level: float, takers: Any) -> Transfer:
+def _to_guest(a: int, state: StepState, counts: Any, rules: Rules, level: float, takers: Any) -> Transfer:
     """The best move from rank a to a new guest on one of its roomiest ranks (as many as `takers` has entries)."""
     best = Transfer(0.0, -1, -1, -1, 0, 0.0, 0.0)
     found = _roomiest(a, state, rules, level, takers)
@@ -201,7 +201,7 @@ def _to_guest(a: int, state: State, counts: Any, rules: Rules, level: float, tak
 
 
 @inlined
-def apply(a: int, move: Transfer, state: State, made: int, rules: Rules) -> int:
+def apply(a: int, move: Transfer, state: StepState, made: int, rules: Rules) -> int:
     """Do the move; returns the number of guests."""
     state.rows[a, move.expert] -= move.pairs
     state.rows[move.to, move.expert] += move.pairs
@@ -220,7 +220,7 @@ def apply(a: int, move: Transfer, state: State, made: int, rules: Rules) -> int:
 
 
 @kernel
-def fill(level: float, state: State, counts: Any, rules: Rules) -> int:
+def fill(level: float, state: StepState, counts: Any, rules: Rules) -> int:
     """Bring every rank down to `level` seconds, the busiest first; ends at the first that nobody can help.
 
     Returns:

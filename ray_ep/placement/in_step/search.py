@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ray_ep.placement.compiled import kernel
-from ray_ep.placement.in_step.fill import RuleArrays, Rules, State, Transfer, apply, fill, sender
+from ray_ep.placement.in_step.fill import RuleArrays, Rules, StepState, Transfer, apply, fill, sender
 from ray_ep.placement.in_step.flows import flows, nearest, rank_seconds, single_rank
 
 MOST_LEVELS = 6
@@ -38,7 +38,7 @@ def even_level(seconds: Any, per_pair: Any, near: Any) -> float:
 
 
 @kernel
-def enforce_cap(state: State, made: int, rules: Rules) -> int:
+def enforce_cap(state: StepState, made: int, rules: Rules) -> int:
     """Move pairs off ranks that have more than the cap, whatever it costs, to ranks under it that may take them.
 
     Ranks that have the expert first, then guests, near ranks before far ones; stops where nobody may take more.
@@ -71,9 +71,9 @@ def enforce_cap(state: State, made: int, rules: Rules) -> int:
 
 
 @kernel
-def _fresh(rows: Any, seconds: Any, pairs: Any, room: int) -> State:
+def _fresh(rows: Any, seconds: Any, pairs: Any, room: int) -> StepState:
     ranks = len(seconds)
-    return State(
+    return StepState(
         rows.copy(), seconds.copy(), pairs.copy(), np.empty((room, 3), np.int64), np.zeros(rows.shape, np.bool_),
         np.zeros(ranks, np.int64),
     )  # fmt: skip
@@ -95,7 +95,7 @@ def _guest_share(seconds: Any, level: float, rules: Rules) -> float:
 
 
 @kernel
-def search(rows: Any, seconds: Any, tolerance: float, counts: Any, rules: Rules) -> tuple[State, int]:
+def search(rows: Any, seconds: Any, tolerance: float, counts: Any, rules: Rules) -> tuple[StepState, int]:
     """The best plan over the levels tried, from the split `rows` [R, E] that takes `seconds` [R].
 
     Returns:
@@ -134,7 +134,7 @@ def search(rows: Any, seconds: Any, tolerance: float, counts: Any, rules: Rules)
 
 
 @kernel
-def _sorted_guests(state: State, made: int) -> Any:
+def _sorted_guests(state: StepState, made: int) -> Any:
     """[G, 3] the guests that compute something, by (to, expert)."""
     ranks, experts = state.rows.shape
     key = np.empty(made, np.int64)
@@ -186,7 +186,7 @@ class Found(NamedTuple):
 
 
 @kernel
-def _outcome(state: State, made: int, counts: Any, rules: Rules) -> Outcome:
+def _outcome(state: StepState, made: int, counts: Any, rules: Rules) -> Outcome:
     guests = _sorted_guests(state, made)
     only = single_rank(state.rows)
     between = flows(counts, state.rows, only, rules.node_of, -1)

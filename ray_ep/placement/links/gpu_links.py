@@ -12,10 +12,10 @@ import numpy as np
 
 from ray_ep.placement.placement import Ints
 
-KINDS = ("not known", "PCIe", "PCIe across sockets", "NVLink", "one GPU")
+LINK_KINDS = ("not known", "PCIe", "PCIe across sockets", "NVLink", "one GPU")
 """Names of the numbers in `Topology.joined`."""
 PCIE, SOCKETS, NVLINK, SAME = 1, 2, 3, 4
-"""Numbers of the kinds in KINDS."""
+"""Numbers of the kinds in LINK_KINDS."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class GpuLinks:
     """What one rank's machine says of the rank's GPU.
 
     Args:
-        gpu: its UUID. links: kind (a number of KINDS) of the link to each other GPU of the machine, by UUID.
+        gpu: its UUID. links: kind (a number of LINK_KINDS) of the link to each other GPU of the machine, by UUID.
         fabric: name of the NVLink fabric and the part of it that the GPU belongs to, over machines; "": none.
     """
 
@@ -33,7 +33,7 @@ class GpuLinks:
 
 
 def joined(said: Sequence[GpuLinks | None]) -> Ints | None:
-    """[R, R] kind of link between the GPUs of two ranks, a number of KINDS; None where nobody says anything.
+    """[R, R] kind of link between the GPUs of two ranks, a number of LINK_KINDS; None where nobody says anything.
 
     Two GPUs of one NVLink fabric are joined by it, be they of different machines.
 

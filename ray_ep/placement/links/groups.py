@@ -9,10 +9,9 @@ from itertools import combinations
 import numpy as np
 import numpy.typing as npt
 
-from ray_ep.placement.links.gpu_links import KINDS, NVLINK
+from ray_ep.placement.links.gpu_links import LINK_KINDS, NVLINK
+from ray_ep.placement.links.probe import Pair
 from ray_ep.placement.topology import Topology
-
-Pair = tuple[int, int]
 
 MESSAGE = 1 << 20
 """Bytes. The time of such a message says whether two ranks are near: latency and bandwidth in one figure, at a size
@@ -212,7 +211,7 @@ def _said_kinds(topology: Topology) -> dict[Pair, str]:
     if topology.joined is None:
         return {}
     pairs = np.argwhere(np.triu(topology.joined, 1) > 0).tolist()
-    return {(a, b): KINDS[topology.joined[a, b]] for a, b in pairs}
+    return {(a, b): LINK_KINDS[topology.joined[a, b]] for a, b in pairs}
 
 
 def _parted(topology: Topology, kinds: Mapping[Pair, str]) -> list[str]:
@@ -224,7 +223,7 @@ def _parted(topology: Topology, kinds: Mapping[Pair, str]) -> list[str]:
         f"ranks {a} and {b} are said to be joined by NVLink but by measurement they are in different groups of fast "
         f"links: theirs has {_speed(topology, [(a, b)])}"
         for (a, b), kind in kinds.items()
-        if kind == KINDS[NVLINK] and groups[a] != groups[b]
+        if kind == LINK_KINDS[NVLINK] and groups[a] != groups[b]
     ]
 
 

@@ -19,6 +19,7 @@ from ray_ep.errors import PlacementError
 from ray_ep.placement.topology import Topology
 
 Pair = tuple[int, int]
+"""Two ranks: sender and receiver of a message."""
 
 SIZES = (1, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22)
 """Bytes. Messages of these sizes are tried, smallest first; a link that is too slow for its time stops earlier,
@@ -55,7 +56,7 @@ def tournament(players: int) -> list[list[Pair]]:
     return found
 
 
-def rounds(
+def probe_rounds(
     node_of: Sequence[int] | npt.NDArray[np.int64], samples: int | None = None, seed: int = 0
 ) -> list[list[Pair]]:
     """Pairs of ranks to be measured, in rounds that can each run at once.

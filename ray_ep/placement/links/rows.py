@@ -12,7 +12,7 @@ from ray_ep.placement.topology import Topology
 
 EACH = 8
 """Ranks. Up to this many each link has a row; 9 ranks would have 72."""
-SLOW = 2.0
+SLOWER = 2.0
 """Factor. A link this many times slower than its class has a row of its own, below the classes."""
 NAMED = 8
 """Links. At most this many slow ones are named, slowest first."""
@@ -53,7 +53,7 @@ HEAD = ("link", "links", "bandwidth", "range", "latency", "spread")
 def link_rows(topology: Topology) -> list[LinkRow]:
     """Rows of the links that are known; none where nothing was measured.
 
-    Up to EACH ranks one row a link. Beyond: the links inside nodes, those between nodes, and each link that is SLOW
+    Up to EACH ranks one row a link. Beyond: the links inside nodes, those between nodes, and each link that is SLOWER
     times slower than the median of its class, at most NAMED of them.
     """
     n = topology.num_ranks
@@ -67,7 +67,7 @@ def link_rows(topology: Topology) -> list[LinkRow]:
             continue
         row = _row(name, topology, members)
         rows.append(row)
-        bad = members & (topology.bandwidth * SLOW <= row.bandwidth)
+        bad = members & (topology.bandwidth * SLOWER <= row.bandwidth)
         slow += [(float(topology.bandwidth[a, b] / row.bandwidth), a, b) for a, b in np.argwhere(bad).tolist()]
     return rows + [_row(_name(topology, a, b), topology, _only(n, a, b)) for _, a, b in sorted(slow)[:NAMED]]
 

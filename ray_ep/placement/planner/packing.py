@@ -83,7 +83,7 @@ def _begun(expert: Any, joint: Any, load: Any, room: Any, inv: Any, home: Any) -
 
 
 @kernel
-def pack(  # noqa: C901 (one pass over its loops)
+def pack_experts(  # noqa: C901 (one pass over its loops)
     expert: Any, joint: Any, load: Any, room: Any, speed: Any, home: Any, stay: Any, sweeps: int
 ) -> Any:
     """Spread items over ranks, minimising the sum over ranks of x' joint x / speed, x being the items on the rank.
@@ -204,7 +204,7 @@ def spread_on_ranks(
     for p in range(at):
         for q in range(at):
             joint[p, q] = scale * (each[p] * each[q] + risk[which[p], which[q]] * share[p] * share[q])
-    return _arranged(which, pack(which, joint, each, room, speed, home, stay, sweeps), now, room)
+    return _arranged(which, pack_experts(which, joint, each, room, speed, home, stay, sweeps), now, room)
 
 
 @kernel

@@ -83,7 +83,9 @@ def best_change(problem: Problem, traffic: Traffic, current: Ints, seed: int) ->
     most = max(int(MOST_MOVED * filled), FEW_SLOTS)
     now = layer_seconds(problem, traffic, current)
     noise = _noise_seconds(problem, traffic, current)
-    few = fastest(problem, traffic, [_relieved(view, traffic, current, current, most) for view in problem.views()])
+    few = fastest_slots(
+        problem, traffic, [_relieved(view, traffic, current, current, most) for view in problem.views()]
+    )
     unequal = by_time.fits(problem, current)
     if unequal:
         few = _by_time(problem, traffic, current, few, UNEQUAL[problem.level] * now / filled, seed)
@@ -102,7 +104,7 @@ def _more(problem: Problem, traffic: Traffic, relief: LayerChange, most: int, se
     dear = 1.0
     for _ in range(PRICE_ROUNDS):
         found = [_improved(view, traffic, current, dear, most, seed) for view in problem.views()]
-        some = fastest(problem, traffic, found)
+        some = fastest_slots(problem, traffic, found)
         moves = moved_slots(current, some)
         more = now - layer_seconds(problem, traffic, some) if moves else 0.0
         unequal = by_time.fits(problem, current)  # there a few swaps may not get away from a slow link
@@ -182,13 +184,13 @@ def fresh_slots(problem: Problem, traffic: Traffic, seed: int) -> Ints:
         price = view.price()
         if view.nodes > 1 and price.max() > UNEVEN * price.min():
             found.append(layer.fresh_layer(view.with_even_links(), traffic, seed))
-    best = fastest(problem, traffic, found)
+    best = fastest_slots(problem, traffic, found)
     if not by_time.fits(problem, best):
         return best
-    return fastest(problem, traffic, [best, by_time.swapped_by_time(problem, traffic, best, 0.0, seed)])
+    return fastest_slots(problem, traffic, [best, by_time.swapped_by_time(problem, traffic, best, 0.0, seed)])
 
 
-def fastest(problem: Problem, traffic: Traffic, found: list[Ints]) -> Ints:
+def fastest_slots(problem: Problem, traffic: Traffic, found: list[Ints]) -> Ints:
     """Of several slots [R, S] the first of those predicted to be fastest."""
     return found[0] if len(found) == 1 else min(found, key=lambda x: layer_seconds(problem, traffic, x))
 

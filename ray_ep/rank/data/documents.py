@@ -84,7 +84,7 @@ _BROKEN: tuple[type[Exception], ...] = (
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class DocumentSource:
     """Documents in UTF-8 and reading order, one line that names where they come from, and the files read so far."""
 
     documents: Iterator[bytes]
@@ -97,16 +97,18 @@ class Source:
         return f"documents: {documents:,}" + (f"; files: {files}" if files else "")
 
 
-def open_source(cfg: DataConfig) -> Source:
+def open_source(cfg: DataConfig) -> DocumentSource:
     """What the configuration names. Raises DataError, here or while documents are read."""
     if cfg.dataset:
-        return Source(_read_dataset(cfg), f"data.dataset={cfg.dataset!r}, data.dataset_split={cfg.dataset_split!r}")
+        return DocumentSource(
+            _read_dataset(cfg), f"data.dataset={cfg.dataset!r}, data.dataset_split={cfg.dataset_split!r}"
+        )
     if not cfg.files:
-        return Source(_read_standard_library(cfg.max_bytes), "the Python standard library")
+        return DocumentSource(_read_standard_library(cfg.max_bytes), "the Python standard library")
     reader = _Reader(cfg, checked_encoding(cfg.encoding), Counter())
     files = list(dict.fromkeys(chain.from_iterable(map(_expand, cfg.files))))
     documents = chain.from_iterable(reader.open(fs, path) for fs, path in files)
-    return Source(documents, f"data.files={cfg.files}", reader.formats)
+    return DocumentSource(documents, f"data.files={cfg.files}", reader.formats)
 
 
 def _read_standard_library(max_bytes: int) -> Iterator[bytes]:
@@ -308,7 +310,7 @@ def _read_dataset(cfg: DataConfig) -> Iterator[bytes]:
         else:  # streamed: max_bytes then also bounds the download
             table = datasets.load_dataset(cfg.dataset, split=cfg.dataset_split, streaming=True)
         for number, row in enumerate(table, 1):
-            yield rows.text_of(row, cfg.text_field, f"{where}, row {number}", cfg.encoding)
+            yield rows.row_text(row, cfg.text_field, f"{where}, row {number}", cfg.encoding)
     except DataError:
         raise
     except Exception as e:  # its loaders have no common base class

@@ -26,7 +26,7 @@ _DECODER = json.JSONDecoder()
 _LONGEST_CELL = 2**28  # csv's own limit of 131,072 characters is short of a book
 
 
-def text_of(row: Any, field: str, where: str, encoding: str = "utf-8") -> bytes:
+def row_text(row: Any, field: str, where: str, encoding: str = "utf-8") -> bytes:
     """The text of one row in UTF-8; null is an empty document. Raises DataError: no such field, or no text in it."""
     if not isinstance(row, dict) or field not in row:
         if not isinstance(row, dict):
@@ -195,7 +195,7 @@ def read_json(chunks: Iterator[str], where: str, field: str) -> Iterator[bytes]:
     """Objects in arrays or one after the other, each a document."""
     reader = _Json(chunks, where)
     for row in reader.values():
-        yield text_of(row, field, reader.place)
+        yield row_text(row, field, reader.place)
 
 
 def csv_mark(text: str, field: str, usual: str | None) -> str | None:
@@ -245,7 +245,7 @@ def read_csv(chunks: Iterator[str], where: str, field: str, mark: str) -> Iterat
             elif row:  # none: an empty line
                 if len(row) != len(header):
                     raise DataError(f"{where}, line {line}: {len(row)} cells, but the header has {len(header)}")
-                yield text_of({field: row[header.index(field)]}, field, f"{where}, line {line}")
+                yield row_text({field: row[header.index(field)]}, field, f"{where}, line {line}")
             line = reader.line_num + 1
     except csv.Error as e:
         raise DataError(
@@ -300,4 +300,4 @@ def _column(batches: Iterable[Any], where: str, field: str, encoding: str) -> It
             value = cell.as_py()
         except UnicodeDecodeError as e:  # a column of strings holds what is none
             value = text_of_bytes(e.object, "utf-8", place)
-        yield text_of({field: value}, field, place, encoding)
+        yield row_text({field: value}, field, place, encoding)

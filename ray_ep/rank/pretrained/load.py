@@ -27,7 +27,7 @@ from ray_ep.errors import CheckpointError, brief
 from ray_ep.moe import find_experts
 from ray_ep.moe.parallelize import keep_rows
 from ray_ep.rank.pretrained.quantised import ACTIVATION_SCALE, FLOATS, looks_like
-from ray_ep.rank.pretrained.source import Source, Stored
+from ray_ep.rank.pretrained.source import Stored, WeightSource
 
 # What families are known to carry beside a causal language model's weights, the first that fits counts.
 _BESIDE = {
@@ -61,7 +61,7 @@ def inspect(path: Path, model: PreTrainedModel) -> list[tuple[str, str]]:
     Raises:
         CheckpointError: damaged, quantised in a way that is not read, or of another model.
     """
-    source = Source(path)
+    source = WeightSource(path)
     say = f"model.path={path}"
     experts = {n: int(m.num_experts) for n, m in find_experts(model).items()}  # type: ignore[arg-type]
     expected = model.state_dict()
@@ -94,7 +94,7 @@ def load_pretrained(model: PreTrainedModel, path: Path, rows: dict[str, list[int
     Raises:
         CheckpointError: no safetensors there, unreadable, or keys missing: a checkpoint of another model.
     """
-    source = Source(path)
+    source = WeightSource(path)
     totals = {n: int(m.num_experts) for n, m in find_experts(model).items()}  # type: ignore[arg-type]
     for name, module in find_experts(model).items():
         keep_rows(module, sorted(rows[name]))
@@ -150,7 +150,7 @@ class _Shape:
 
 
 def _targets(
-    source: Source, model: PreTrainedModel, expected: dict[str, Any], experts: dict[str, int]
+    source: WeightSource, model: PreTrainedModel, expected: dict[str, Any], experts: dict[str, int]
 ) -> dict[str, Target | None]:
     """Where each tensor goes, by transformers' own renaming; None: nowhere."""
     mapping = get_model_conversion_mapping(model)
@@ -171,7 +171,7 @@ def _targets(
     return found
 
 
-def _part(source: Source, targets: dict[str, Target | None], rows: dict[str, list[int]]) -> dict[str, Any]:
+def _part(source: WeightSource, targets: dict[str, Target | None], rows: dict[str, list[int]]) -> dict[str, Any]:
     """The tensors of a model with these experts: dense ones, those of one expert each, and rows of stacks."""
     part = {}
     for key, target in targets.items():
@@ -199,7 +199,7 @@ def _load(model: PreTrainedModel, state: dict[str, Any], device: str) -> Any:
     return info
 
 
-def _check_quantised(source: Source, targets: dict[str, Target | None], expected: dict[str, Any]) -> None:
+def _check_quantised(source: WeightSource, targets: dict[str, Target | None], expected: dict[str, Any]) -> None:
     """Whatever quantisation is left is refused: by what the tensors are called, and by their dtypes."""
     undeclared = "" if source.declared else "; config.json declares no quantization_config"
     for key in [k for k, target in targets.items() if target is None]:
@@ -220,7 +220,7 @@ def _check_quantised(source: Source, targets: dict[str, Target | None], expected
             raise source.refused(f"{key} is {name} without scales that are known{undeclared}")
 
 
-def _check_experts(say: str, source: Source, targets: dict[str, Target | None], experts: dict[str, int]) -> None:
+def _check_experts(say: str, source: WeightSource, targets: dict[str, Target | None], experts: dict[str, int]) -> None:
     """Every experts module must have all of its experts, and no others, alike."""
     held: dict[tuple[str, str], dict[int, list[int]]] = defaultdict(dict)  # (module, name for all) -> expert -> shape
     for key, target in targets.items():

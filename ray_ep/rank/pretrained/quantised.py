@@ -15,6 +15,8 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 DEQUANTISED = ("fp8", "mxfp4")
 """Values of quant_method that are read: the others are refused by name."""
 FLOATS = ("F64", "F32", "F16", "BF16")
+"""safetensors' names of the dtypes that need no dequantisation."""
+
 _FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 
 # What no model has a place for, by the name it goes under; the first that fits counts.

@@ -19,6 +19,7 @@ from ray_ep.errors import CheckpointError, ModelError
 from ray_ep.rank.pretrained.quantised import DEQUANTISED, FLOATS, Packed4, Scaled, declared, scales_of
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""Names of the file of all weights, and of the file that says which of several holds each."""
 _BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
          "U16": 16, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "C64": 64}  # fmt: skip
 _LFS = b"version https://git-lfs"
@@ -30,7 +31,7 @@ Header = dict[str, tuple[str, tuple[int, ...]]]
 class Stored:
     """One tensor of a file, not read yet; `[...]` reads it, `[a:b]` some of its rows."""
 
-    source: Source
+    source: WeightSource
     key: str
     file: Path
     dtype: str
@@ -46,7 +47,7 @@ class Stored:
         return self.source.open(self.file).get_slice(self.key)[index]
 
 
-class Source:
+class WeightSource:
     """A checkpoint directory.
 
     Attributes:

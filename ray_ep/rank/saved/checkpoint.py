@@ -6,7 +6,7 @@
         statistics.npz                  routing statistics counted so far
         manifest.json                   which tensor is where, checksums, sizes; see `ray_ep.rank.saved.directory`
 Keys: `<kind>/<parameter>` and `<kind>/<parameter>/<expert>`, kind weight, exp_avg, exp_avg_sq, momentum_buffer, buffer.
-Nothing is stacked: memory stays at one file (a layer of a rank, or CHUNK dense bytes).
+Nothing is stacked: memory stays at one file (a layer of a rank, or FILE_BYTES dense bytes).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from safetensors import SafetensorError, safe_open
 from ray_ep.errors import CheckpointError, PlacementError
 from ray_ep.moe import ExpertParallel
 from ray_ep.placement import RoutingStatistics
-from ray_ep.rank.optimizer import MasterOptimizer, Weight
-from ray_ep.rank.saved.directory import STATISTICS, Directory, OtherStep
+from ray_ep.rank.saved.directory import STATISTICS_FILE, Directory, OtherStep
 from ray_ep.rank.saved.disk import checksum
+from ray_ep.rank.step.optimizer import MasterOptimizer, Weight
 
-CHUNK = 1 << 28
+FILE_BYTES = 1 << 28
 """Bytes of dense tensors in one file, unless a single tensor is larger."""
 
 QUICK = 4 << 30
@@ -99,7 +99,7 @@ class Checkpoint:
 
     def statistics(self) -> RoutingStatistics:
         """Everything counted until the checkpoint."""
-        name = self.manifest.get("statistics", STATISTICS)
+        name = self.manifest.get("statistics", STATISTICS_FILE)
         try:
             return RoutingStatistics.load_file(self._local(name))
         except (OSError, PlacementError) as e:
@@ -300,7 +300,7 @@ def _chunks(items: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, tor
     part: dict[str, torch.Tensor] = {}
     size = 0
     for key, t in items:
-        if part and size + t.nbytes > CHUNK:
+        if part and size + t.nbytes > FILE_BYTES:
             yield part
             part, size = {}, 0
         part[key] = t

@@ -32,6 +32,7 @@ _TOKENIZER = (
 )
 _GENERATION = ("generation_config.json",)
 BYTES = "bytes: token = byte, 0 ends a document; there are no tokenizer files"
+"""What a checkpoint says in place of tokenizer files where bytes are the tokens."""
 
 
 class LeftOut(Exception):

@@ -26,12 +26,16 @@ import torch
 
 from ray_ep.errors import CheckpointError, SaveError
 from ray_ep.placement import RoutingStatistics
-from ray_ep.rank.saved.disk import checksum, remedy, save_tensors, sync, temporary, words
+from ray_ep.rank.saved.disk import checksum, in_one_line, remedy, save_tensors, sync, temporary
 
 MANIFEST = "manifest.json"
-STATISTICS = "statistics.npz"
-PATIENCE_S = 10.0
-"""How long a file that another machine wrote may take to show up here."""
+"""Name of the file that lists all others of a checkpoint. It is written last: a checkpoint without it is not one."""
+
+STATISTICS_FILE = "statistics.npz"
+"""Name of the routing statistics inside a checkpoint."""
+
+APPEARS_S = 10.0
+"""Seconds that a file which another machine wrote may take to show up here."""
 
 _NAME = re.compile(r"(dense-\d+|experts-L\d+-r\d+|statistics)(-[0-9a-f]{8})?\.(safetensors|npz)|manifest\.json\.part")
 _CUT_SHORT = re.compile(r"\.tmp\w{6}")
@@ -175,7 +179,7 @@ class Directory:
             except OSError as e:
                 failed = failed or SaveError(
                     f"checkpoint {self.url}/step-{step:06d} is not needed any more (checkpoint.keep={keep}) and could "
-                    f"not be removed: {words(e)}"
+                    f"not be removed: {in_one_line(e)}"
                 )
         if failed:
             raise failed
@@ -201,7 +205,7 @@ class Directory:
         Raises:
             SaveError: it could not be written, or what other ranks wrote is not there.
         """
-        name = self._name(step, STATISTICS)
+        name = self._name(step, STATISTICS_FILE)
         files = {name: self._write(step, name, statistics.save)}
         files |= {v[0]: v[2] for v in manifest["tensors"].values()}
         tensors = {k: v[:2] for k, v in manifest["tensors"].items()}
@@ -248,7 +252,7 @@ class Directory:
         keep: set[str] = set()
         with suppress(FileNotFoundError):
             manifest = self.manifest(step)
-            keep = {MANIFEST, *(n for n, _ in manifest["tensors"].values()), *manifest.get("files", {STATISTICS})}
+            keep = {MANIFEST, *(n for n, _ in manifest["tensors"].values()), *manifest.get("files", {STATISTICS_FILE})}
         self._delete(step, [n for n in self._names(step) if n not in keep and (_NAME.fullmatch(n) or _is_cut(n))])
 
     def _remove(self, step: int) -> None:
@@ -310,7 +314,7 @@ class Directory:
 
     def _await_files(self, step: int, manifest: dict[str, Any]) -> None:
         """Raises SaveError if what ranks wrote is not seen here: then nobody could read it either."""
-        limit = time.monotonic() + PATIENCE_S
+        limit = time.monotonic() + APPEARS_S
         while fault := self.fault(step, manifest):
             if time.monotonic() > limit:
                 raise SaveError(
@@ -332,7 +336,7 @@ class Directory:
             place = where or f"{self.root if self.local else self.url}"
             what = f"{what}, {size / 1e6:,.1f} MB" if size else what
             raise SaveError(
-                f"the checkpoint of step {step} could not be saved in {place}: {words(e)} (writing {what})"
+                f"the checkpoint of step {step} could not be saved in {place}: {in_one_line(e)} (writing {what})"
                 f"{self._untouched(step)}; {remedy(e, bool(where))}"
             ) from None
 

@@ -56,7 +56,7 @@ def sync(path: str) -> None:
         os.close(handle)
 
 
-def words(e: Exception) -> str:
+def in_one_line(e: Exception) -> str:
     """What went wrong, on one line."""
     text = (e.strerror if isinstance(e, OSError) else None) or str(e) or type(e).__name__
     return " ".join(text.split())[:300]

@@ -11,14 +11,14 @@ from omegaconf import OmegaConf
 from ray_ep.config.schema import CheckpointConfig, Config
 from ray_ep.driver.publisher import Publisher
 from ray_ep.driver.records import Event
-from ray_ep.driver.rundir import checkpoint_url
+from ray_ep.driver.run.rundir import checkpoint_url
 from ray_ep.driver.start import Plan
 from ray_ep.errors import DivergedError, RankError, SaveError
 from ray_ep.placement import RoutingStatistics
 from ray_ep.rank.saved.directory import Directory
 
 
-class Ranks(Protocol):
+class SavingRanks(Protocol):
     """What saving needs of the ranks."""
 
     def save(self, url: str, step: int) -> list[dict[str, list[Any]]]:
@@ -44,7 +44,7 @@ class Saver:
         self,
         cfg: Config,
         plan: Plan,
-        ranks: Ranks,
+        ranks: SavingRanks,
         publisher: Publisher,
         clock: Callable[[], float] = time.monotonic,
     ):

@@ -17,7 +17,7 @@ from transformers import get_scheduler
 from ray_ep.collective import Group
 from ray_ep.config.schema import OptimConfig
 from ray_ep.moe import ExpertParallel
-from ray_ep.rank.update import Part, Rule, sum_of_squares, update
+from ray_ep.rank.step.update import Rule, WeightPart, sum_of_squares, update
 
 BUCKET = 1 << 23
 """Elements of dense gradients that are summed over ranks in one all-reduce."""
@@ -253,10 +253,12 @@ def _weight(name: str, p: torch.nn.Parameter, layer: int | None, ep: ExpertParal
     return Weight(name, p, master, layer)
 
 
-def _part(w: Weight, kinds: tuple[str, ...]) -> Part:
+def _part(w: Weight, kinds: tuple[str, ...]) -> WeightPart:
     """All elements of a weight, for `update`; moments of `kinds` that it lacks are made."""
     for kind in kinds:
         if kind not in w.moments:
             w.moments[kind] = torch.zeros_like(w.master.data)
     moments = tuple(w.moments[kind].view(-1) for kind in kinds)
-    return Part(w.master.data.view(-1), w.owned.reshape(-1), moments, None if w.compute is None else w.compute.view(-1))
+    return WeightPart(
+        w.master.data.view(-1), w.owned.reshape(-1), moments, None if w.compute is None else w.compute.view(-1)
+    )

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, nll_loss
 
 WHOLE = 1 << 22
-"""Up to so many logits all are one block: nothing is to be gained."""
+"""Logits. Up to so many are computed in one block: smaller blocks gain nothing."""
 
 BLOCK = 1 << 20
 """Logits of a block on a CPU: its 4 MB in float32 stay in the cache, which gains more than reading twice costs."""

@@ -16,7 +16,7 @@ import torch
 from ray_ep.moe import ExpertParallel
 
 OF_LAYER = ("calls", "pass_load")
-"""What a pass changes of a layer; all else is its placement."""
+"""Attributes of a layer that a pass changes; they are put back when a step is undone. All else is its placement."""
 
 
 class Before:

@@ -21,7 +21,7 @@ _LEAST, _MOST = 1e-24, 1e38
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class WeightPart:
     """Neighbouring elements [n] of one weight. Master and moments are float32, the others of any dtype."""
 
     master: torch.Tensor
@@ -29,10 +29,10 @@ class Part:
     moments: tuple[torch.Tensor, ...]  # exp_avg, exp_avg_sq; or momentum_buffer; or none
     compute: torch.Tensor | None  # what the model computes with; None: the master itself
 
-    def cut(self, to: slice) -> Part:
+    def cut(self, to: slice) -> WeightPart:
         """Some of its elements."""
         compute = None if self.compute is None else self.compute[to]
-        return Part(self.master[to], self.gradient[to], tuple(m[to] for m in self.moments), compute)
+        return WeightPart(self.master[to], self.gradient[to], tuple(m[to] for m in self.moments), compute)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,8 @@ def sum_of_squares(gradient: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def update(rule: Rule, weights: Iterable[Part]) -> None:
-    """Update whole weights (each a `Part` of all its elements), bit for bit as torch.optim does."""
+def update(rule: Rule, weights: Iterable[WeightPart]) -> None:
+    """Update whole weights (each a `WeightPart` of all its elements), bit for bit as torch.optim does."""
     apply = _adamw if rule.kind == "adamw" else _sgd
     wide = torch.empty(0)
     for parts in _blocks(weights):
@@ -87,9 +87,9 @@ def update(rule: Rule, weights: Iterable[Part]) -> None:
                 p.compute.copy_(p.master)
 
 
-def _blocks(weights: Iterable[Part]) -> Iterator[list[Part]]:
+def _blocks(weights: Iterable[WeightPart]) -> Iterator[list[WeightPart]]:
     """Parts that have a block together, or less than two: large weights are cut, small ones gathered."""
-    gathered: list[Part] = []
+    gathered: list[WeightPart] = []
     elements = 0
     for w in weights:
         block = CPU_BLOCK if w.master.device.type == "cpu" else GPU_BLOCK
@@ -103,7 +103,7 @@ def _blocks(weights: Iterable[Part]) -> Iterator[list[Part]]:
         yield gathered
 
 
-def _adamw(rule: Rule, parts: list[Part], gradients: list[torch.Tensor]) -> None:
+def _adamw(rule: Rule, parts: list[WeightPart], gradients: list[torch.Tensor]) -> None:
     """torch.optim.AdamW(fused=True)."""
     masters, first, second = [p.master for p in parts], [p.moments[0] for p in parts], [p.moments[1] for p in parts]
     count = torch.tensor(float(rule.number), device=masters[0].device)
@@ -113,7 +113,7 @@ def _adamw(rule: Rule, parts: list[Part], gradients: list[torch.Tensor]) -> None
     )  # fmt: skip
 
 
-def _sgd(rule: Rule, parts: list[Part], gradients: list[torch.Tensor]) -> None:
+def _sgd(rule: Rule, parts: list[WeightPart], gradients: list[torch.Tensor]) -> None:
     """torch.optim.SGD."""
     for p, g in zip(parts, gradients, strict=True):
         if rule.weight_decay:

@@ -15,7 +15,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 from ray_ep.config.schema import ClusterConfig
-from ray_ep.driver.heartbeat import LOOK_S
+from ray_ep.driver.actors.heartbeat import LOOK_S
 from ray_ep.errors import ClusterError
 
 nodes: Callable[[], list[dict[str, Any]]] = ray.nodes
@@ -136,7 +136,7 @@ class Places:
         )
 
 
-def check_room(cfg: ClusterConfig, local: bool) -> None:
+def check_cpus(cfg: ClusterConfig, local: bool) -> None:
     """Refuse at once what no waiting can give: more CPUs than a local Ray has. Raises ClusterError."""
     need, have = cfg.ranks * cfg.cpus_per_rank, resources().get("CPU", 0.0)
     if need > have and local:  # a cluster that was joined may grow: there the placement waits

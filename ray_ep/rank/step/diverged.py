@@ -16,6 +16,7 @@ from ray_ep.moe import ExpertParallel
 from ray_ep.moe.passes import recomputing
 
 LOSSES = ("the loss", "the auxiliary loss", "the router z-loss")
+"""Names of the losses of a step, in the order in which they are reduced."""
 
 
 def bad_weight(model: Any, group: Group) -> str:

@@ -9,16 +9,16 @@ from typing import Any, Protocol
 import numpy as np
 
 from ray_ep.config.schema import Config
-from ray_ep.driver.cluster import transports
+from ray_ep.driver.actors.cluster import transports
+from ray_ep.driver.actors.placed import placed
 from ray_ep.driver.interrupt import Interrupt
-from ray_ep.driver.placed import placed
 from ray_ep.errors import ConfigError
 from ray_ep.placement import Topology
 from ray_ep.placement.links.gpu_links import GpuLinks, joined
 from ray_ep.placement.links.groups import best_of, contradictions
 
 
-class Ranks(Protocol):
+class ProbingRanks(Protocol):
     """What measuring needs of the ranks."""
 
     def topology(self) -> Topology:
@@ -31,7 +31,7 @@ class Ranks(Protocol):
         """What the driver of each rank's GPU says of its links."""
 
 
-def measured(ranks: Ranks, budget_s: float) -> Topology:
+def measured_links(ranks: ProbingRanks, budget_s: float) -> Topology:
     """Links between ranks that have joined their group and are not computing.
 
     Where they contradict what Ray says of the nodes, or the GPUs' driver of their links, they are measured once more,
@@ -70,4 +70,4 @@ def probe_cluster(
         phase("measuring the links")
         ways = transports(cfg.exchange.transport, ranks.device, ranks.transports())
         ranks.join(0, cfg.cluster.collective_timeout_s, ways[:1])
-        return measured(ranks, budget_s)
+        return measured_links(ranks, budget_s)

@@ -16,6 +16,7 @@ LOWER = (
     "lower batch.sequences or batch.length (or raise batch.accumulation), balance.guest_mb, placement.slots_per_rank "
     "or the ranks of that node, or give the node more memory"
 )
+"""What a user may change where a rank ran out of memory."""
 
 
 def lost_peer(e: Exception) -> bool:

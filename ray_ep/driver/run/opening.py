@@ -6,10 +6,10 @@ from math import prod
 from typing import Any
 
 from ray_ep.config.schema import Config
+from ray_ep.driver.actors.reach import in_job_copy
 from ray_ep.driver.forming import Formed
-from ray_ep.driver.reach import in_job_copy
 from ray_ep.driver.records import Event
-from ray_ep.driver.saving import when
+from ray_ep.driver.run.saving import when
 from ray_ep.driver.start import Plan
 from ray_ep.placement.links.groups import contradictions
 
@@ -17,6 +17,7 @@ JOB_COPY = (
     "lies in the job's own copy of its working directory, which Ray deletes with the job's files: give run_dir=/a/path "
     "that outlives the job"
 )
+"""End of the refusal of a run directory inside of what Ray deletes with a job."""
 
 
 def start_of(cfg: Config, plan: Plan, formed: Formed, ray: str) -> Event:

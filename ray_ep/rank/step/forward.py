@@ -12,8 +12,8 @@ import torch
 
 from ray_ep.moe import Draws, router_losses
 from ray_ep.rank.balancing import balancing
-from ray_ep.rank.loss import summed_cross_entropy
 from ray_ep.rank.model_rank import ModelRank
+from ray_ep.rank.step.loss import summed_cross_entropy
 
 
 class Forward:

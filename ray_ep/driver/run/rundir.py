@@ -19,9 +19,9 @@ from omegaconf import OmegaConf
 from ray_ep.config.paths import is_url
 from ray_ep.config.runs import RUNS, checkpoints_of, newest, remember
 from ray_ep.config.schema import Config
-from ray_ep.driver.claim import LOCK, Claim, holder, in_use
 from ray_ep.driver.records import Event, StepRecord
 from ray_ep.driver.requests import Request, RequestKind
+from ray_ep.driver.run.claim import LOCK, Claim, holder, in_use
 from ray_ep.errors import CheckpointError, ConfigError, PlacementError
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.rank.saved.checkpoint import Checkpoint
@@ -218,12 +218,12 @@ def claimed(cfg: Config, now: datetime) -> RunDir:
         ConfigError: as `choose` does, or another process has it, or it cannot be written to; nothing is left behind.
     """
     while True:
-        run = choose(cfg, now)
+        run = choose_run_dir(cfg, now)
         try:
             new = not cfg.run_dir and not (run.path / "config.yaml").exists()
             run.claims.append(Claim(run.path, now, new))
             if cfg.run_dir:
-                choose(cfg, now)  # another run may have filled it, and ended, before it was taken
+                choose_run_dir(cfg, now)  # another run may have filled it, and ended, before it was taken
             saves = Path(cfg.checkpoint.dir or run.path)
             if not is_url(cfg.checkpoint.dir) and saves.resolve() != run.path.resolve():
                 run.claims.append(Claim(saves, now, key="checkpoint.dir"))
@@ -235,7 +235,7 @@ def claimed(cfg: Config, now: datetime) -> RunDir:
         return run
 
 
-def choose(cfg: Config, now: datetime) -> RunDir:
+def choose_run_dir(cfg: Config, now: datetime) -> RunDir:
     """The directory of this run, not yet created.
 
     Raises:

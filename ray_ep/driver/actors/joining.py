@@ -18,6 +18,8 @@ from ray._private.grpc_utils import init_grpc_channel
 from ray_ep.errors import ClusterError
 
 NONE = "give the address that `ray start --head` printed (port 6379 by default), or none, to start a local Ray"
+"""End of the refusal of an address where no Ray answers: what to do."""
+
 _LEAST = 2_000_000
 """Bytes that a local Ray's logs take in a short run, with some to spare."""
 

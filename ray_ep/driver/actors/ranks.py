@@ -18,10 +18,10 @@ from transformers import PreTrainedConfig
 
 from ray_ep.config.process import RANK
 from ray_ep.config.schema import ClusterConfig, Config
-from ray_ep.driver.cause import Kind, for_memory, kind_of, root_cause, silent_cause
-from ray_ep.driver.cluster import SLICE_S, device_of
-from ray_ep.driver.heartbeat import Heartbeat, cut_off, process_of
-from ray_ep.driver.placing import Place, Places, check_room, nodes, resources
+from ray_ep.driver.actors.cause import Kind, for_memory, kind_of, root_cause, silent_cause
+from ray_ep.driver.actors.cluster import SLICE_S, device_of
+from ray_ep.driver.actors.heartbeat import Heartbeat, cut_off, process_of
+from ray_ep.driver.actors.placing import Place, Places, check_cpus, nodes, resources
 from ray_ep.errors import RankError, SaveError
 from ray_ep.moe import Choice
 from ray_ep.placement import Placement, RoutingStatistics, Topology
@@ -29,7 +29,7 @@ from ray_ep.placement.links.gpu_links import GpuLinks
 from ray_ep.rank.actor import RankActor
 from ray_ep.rank.data.corpus import Corpus
 from ray_ep.rank.memory import oom_kills
-from ray_ep.rank.reach import Trial
+from ray_ep.rank.reach import DirectoryTrial
 from ray_ep.rank.results import StepResult
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class Ranks:
         """
         self.cfg, self.name, self._interrupted, self._actor = cfg, name, interrupted, actor
         self.device = device_of(cfg, resources())
-        check_room(cfg, local)
+        check_cpus(cfg, local)
         self._room = Places(cfg, name, self.device == "cuda", interrupted)
         self._places: list[Place] = []
         self.actors: list[Any] = []
@@ -146,7 +146,7 @@ class Ranks:
             if rank not in but:
                 actor.abort.remote()
 
-    def reach(self, trial: Trial) -> list[list[str]]:
+    def reach(self, trial: DirectoryTrial) -> list[list[str]]:
         """What each rank's node cannot read or write of what the run needs there, in words."""
         return self._call("reach", trial)
 

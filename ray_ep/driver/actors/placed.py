@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ray_ep.config.schema import ClusterConfig
-from ray_ep.driver.cluster import connected, starting
+from ray_ep.driver.actors.cluster import connected, starting
+from ray_ep.driver.actors.ranks import Ranks
 from ray_ep.driver.interrupt import Interrupt
-from ray_ep.driver.ranks import Ranks
 
 
 @contextmanager

@@ -14,11 +14,11 @@ from typing import Any
 import ray
 
 from ray_ep.config.schema import ClusterConfig
-from ray_ep.driver.joining import check_head, check_temporary, refusal
+from ray_ep.driver.actors.joining import check_head, check_temporary, refusal
 from ray_ep.errors import ClusterError
 
 SLICE_S = 0.2
-"""How long a wait lasts before signals are looked at; one whose answer is there returns at once."""
+"""Seconds of one wait, after which signals are looked at; one whose answer is there returns at once."""
 _KILL_MS = 500
 """How long a local Ray lets a process that it kills end by itself: a stopped one cannot, and Ray's own 5 s are long."""
 

@@ -19,6 +19,8 @@ from typing import Any
 from ray_ep.errors import ConfigError
 
 LOCK = ".lock"
+"""Name of the file in a run directory that a living run keeps locked."""
+
 _BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 _PATIENCE_S = 0.5
 """Somebody who only asks whether a run is alive holds its lock for a moment."""

@@ -22,11 +22,11 @@ from ray.core.generated.gcs_pb2 import ActorTableData  # type: ignore[attr-defin
 from ray.exceptions import RayError
 
 PERIOD_S = 1.0
-"""How often a rank is asked."""
+"""Seconds between two questions to a rank."""
 LOOK_S = 0.2
-"""How often it is looked who has answered."""
+"""Seconds between two looks at who has answered."""
 HANGS = 12
-"""So many times `cluster.silence_s` may a rank not answer whose process does: a long call may keep the GIL."""
+"""A rank whose process answers is lost after this many times `cluster.silence_s`: a long call may keep the GIL."""
 _PAUSE_S = 2.0
 """Between two looks that are further apart nobody listened: such a time counts against no rank."""
 _CONNECT_S = 0.5

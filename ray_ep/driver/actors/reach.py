@@ -8,27 +8,29 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ray_ep.errors import ClusterError
-from ray_ep.rank.reach import PATIENCE_S, Trial, seen, words
+from ray_ep.rank.reach import SHOWS_S, DirectoryTrial, seen
 from ray_ep.rank.saved.directory import Directory
+from ray_ep.rank.saved.disk import in_one_line
 
-SHARED = "checkpoint.dir must be a path that all nodes share, or a URL such as s3://bucket/run"
+SHARE_IT = "checkpoint.dir must be a path that all nodes share, or a URL such as s3://bucket/run"
+"""What to do where a rank cannot write where the others do."""
 
 
-class Ranks(Protocol):
+class ReachingRanks(Protocol):
     """What is needed of the ranks here."""
 
     where: list[dict[str, Any]]
     """Node and host of each."""
 
-    def reach(self, trial: Trial) -> list[list[str]]:
+    def reach(self, trial: DirectoryTrial) -> list[list[str]]:
         """What each rank's node cannot read or write, in words."""
 
 
 def try_nodes(
-    ranks: Ranks,
+    ranks: ReachingRanks,
     url: str,
     reads: tuple[tuple[str, str], ...] = (),
-    patience_s: float = PATIENCE_S,
+    patience_s: float = SHOWS_S,
 ) -> None:
     """Have one rank of each node read what the driver wrote into the directory `url`, and write for the driver.
 
@@ -43,7 +45,7 @@ def try_nodes(
     nodes: dict[str, int] = {}
     for rank, w in enumerate(ranks.where):
         nodes.setdefault(w["node"], rank)
-    trial = Trial(url, uuid.uuid4().hex, tuple(nodes.values()), reads)
+    trial = DirectoryTrial(url, uuid.uuid4().hex, tuple(nodes.values()), reads)
     directory = Directory(url)
     made = _missing(directory)
     try:
@@ -51,7 +53,9 @@ def try_nodes(
             directory.fs.makedirs(directory.root, exist_ok=True)
             directory.fs.pipe_file(f"{directory.root}/{trial.file()}", trial.name.encode())
         except Exception as e:  # each file system has errors of its own
-            raise ClusterError(f"{url}: no checkpoint can be written there: {words(e)}: set checkpoint.dir") from None
+            raise ClusterError(
+                f"{url}: no checkpoint can be written there: {in_one_line(e)}: set checkpoint.dir"
+            ) from None
         said = ranks.reach(trial)
         for rank in trial.ranks:
             found = said[rank]
@@ -59,7 +63,7 @@ def try_nodes(
                 found = [f"what it wrote into {url} is not there for the driver: {why}"]
             if found:
                 read = all(" cannot be read: " in f for f in found)
-                need = "every node must have it under that path" if read else SHARED
+                need = "every node must have it under that path" if read else SHARE_IT
                 raise ClusterError(f"rank {rank} on node {ranks.where[rank]['host']}: {'; '.join(found)}: {need}")
     finally:
         for rank_or_driver in (None, *trial.ranks):
