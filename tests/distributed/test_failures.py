@@ -108,13 +108,17 @@ STOPPED = (
 @pytest.mark.parametrize(
     "at", ["build", *(pytest.param(at, marks=pytest.mark.slow) for at in ("join", "train_step", "save"))]
 )
-def test_a_rank_that_is_stopped_is_named_whatever_it_is_at_and_the_run_ends(here, faults, cluster, at):
+def test_a_rank_that_is_stopped_is_named_whatever_it_is_at_and_the_run_ends(here, lines, faults, cluster, at):
     faults.stop(rank=1, at=at)
     options = ["optim.steps=3", "run_dir=run", "checkpoint.every=2", "cluster.silence_s=2"]
-    command = here.train(*options, faults=faults, RAY_ADDRESS=cluster.driver)
-    command.until(lambda: faults.happened("stop"), 60, "the fault")
-    began = time.monotonic()
-    assert command.wait(12) == 1, command.err
-    assert time.monotonic() - began < 12
-    assert (named := re.search(STOPPED, command.err)), command.err
-    assert not os.path.exists(f"/proc/{named[1]}")
+    local = at == "build"  # a Ray of the run's own, which kills sooner than Ray's 5 s
+    command = here.train(*options, faults=faults, **({} if local else {"RAY_ADDRESS": cluster.driver}))
+    command.until(lambda: faults.happened("stop"), 90, "the fault")
+    began, stopped = time.monotonic(), faults.lines()[-1]["pid"]
+    command.until(lambda: not os.path.exists(f"/proc/{stopped}"), 5 if local else 10, "the end of what is stopped")
+    named = command.until(lambda: re.search(STOPPED, command.err), 12 - (time.monotonic() - began), "words of it")
+    assert int(named[1]) == stopped
+    assert command.wait(20) == 1, command.err  # an interpreter takes seconds to end on a busy machine
+    assert command.left() == {}
+    if at in ("train_step", "save"):
+        assert lines(here.path / "run" / "events.jsonl")[-1]["kind"] == "failed"

@@ -70,6 +70,15 @@ def test_ranks_of_a_node_that_is_cut_off_are_named_together_with_its_address():
     assert str(e).endswith("no answer from node beta (10.0.0.2), which is down or cut off")
 
 
+def test_a_rank_whose_node_ray_has_given_up_is_named_with_that_nodes_address():
+    class Died(ActorDiedError):
+        def __str__(self):
+            return "The actor died because its node has died. Node Id: 54bc"
+
+    said = str(root_cause({1: Died()}, [], PLACES))
+    assert said.startswith("rank 1 on beta died: no answer from node beta (10.0.0.2), so Ray gave it up")
+
+
 def test_ranks_that_are_stopped_together_are_named_together():
     said = str(silent_cause({1: SILENT, 0: SILENT}, (), PLACES))
     assert said.startswith("rank 0 on alpha (process 7) and rank 1 on beta (process 8) have not answered for 5.1 s")

@@ -32,7 +32,8 @@ def test_a_cut_host_ends_the_run_within_seconds_and_is_named_with_its_rank(make_
         seconds = time.monotonic() - cut
     netlab("down", path)
     assert process.returncode == 1, words
-    named = rf"rank 1 on \S+ \(process \d+\) has not answered for .*: no answer from node \S+ \({lab.address('h1')}\)"
+    # Ray may miss the node first, on a busy machine.
+    named = rf"rank 1 on \S+ .*: no answer from node \S+ \({lab.address('h1')}\)"
     assert re.search(named, words), words
     assert seconds < 8, words
     assert lines(run / "events.jsonl")[-1]["kind"] == "failed"

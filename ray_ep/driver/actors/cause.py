@@ -77,6 +77,9 @@ def root_cause(failed: dict[int, Exception], silent: list[int], where: list[dict
         told = str(e).strip().partition("\n")[0]  # its table of the node's processes follows
         return RankError(rank, f"rank {rank}{place} was killed for memory (Ray's memory monitor): {LOWER}; {told}")
     if isinstance(e, RayActorError):
+        if "node has died" in str(e) and where:  # Ray missed the node before the rank was silent for long enough
+            node = f"{where[rank]['host']} ({where[rank]['address']})"
+            place += f" died: no answer from node {node}, so Ray gave it up; it"
         died = RankError(rank, f"rank {rank}{place} died: {_reason(e)}")
         died.__cause__ = e
         return died
