@@ -198,7 +198,7 @@ def test_what_ranks_agree_on_at_its_first_use_they_agree_on_again_after_a_failur
     cfg, config = configure("balance.in_step=always")
     ranks = trio(cfg, config, assume=False)
     [rank.ep.exchange_by(kind=way) for rank in ranks]
-    for number in range(0, 12, 2):
+    for number in range(0, 12, 2) if way == "flat" else [0]:
         ranks[1].failing.script(number, after=True)  # the others have learnt what it has not
         assert [kind for kind, _ in together(lambda r: ranks[r].train_step(0), SIZE)][1] == "Fault"
         [rank.discard() for rank in ranks]
