@@ -67,6 +67,7 @@ def regroup(ranks):
     for rank, group in zip(ranks, form(SIZE, epoch=epoch), strict=True):
         rank.failing.inner.close()
         rank.failing.inner = group
+        rank.group.use(rank.failing)  # of another epoch
         rank.failing.script(None)
 
 
