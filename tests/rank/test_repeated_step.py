@@ -67,6 +67,7 @@ def regroup(ranks):
     for rank, group in zip(ranks, form(SIZE, epoch=epoch), strict=True):
         rank.failing.inner.close()
         rank.failing.inner = group
+        rank.group.use(rank.failing)  # of another epoch
         rank.failing.script(None)
 
 
@@ -114,6 +115,7 @@ def test_a_step_that_failed_before_its_last_collective_ended_leaves_no_trace_and
         regroup(ranks)
     results = make_step(ranks)
     assert [r.loss for r in results] == [r.loss for r in want]
+    assert not any(logits is not None for rank in ranks for logits in rank.ep.routing.logits), "the graph is let go"
     assert_like_control(ranks, control)
 
 
@@ -197,7 +199,7 @@ def test_what_ranks_agree_on_at_its_first_use_they_agree_on_again_after_a_failur
     cfg, config = configure("balance.in_step=always")
     ranks = trio(cfg, config, assume=False)
     [rank.ep.exchange_by(kind=way) for rank in ranks]
-    for number in range(0, 12, 2):
+    for number in range(0, 12, 2) if way == "flat" else [0]:
         ranks[1].failing.script(number, after=True)  # the others have learnt what it has not
         assert [kind for kind, _ in together(lambda r: ranks[r].train_step(0), SIZE)][1] == "Fault"
         [rank.discard() for rank in ranks]
@@ -212,7 +214,7 @@ def test_an_evaluation_or_a_choice_that_failed_leaves_no_trace():
     together(lambda r: ranks[r].train_step(0), SIZE)
     before = [held(rank)[0] for rank in ranks]
     choose = lambda r: ranks[r].choose_exchange(1, {"gloo": ranks[r].failing, "again": ranks[r].failing})  # noqa: E731
-    for work, numbers in ((lambda r: ranks[r].evaluate(), range(0, 8, 2)), (choose, range(0, 60, 15))):
+    for work, numbers in ((lambda r: ranks[r].evaluate(), range(0, 8, 2)), (choose, range(0, 60, 6))):
         for number in numbers:
             ranks[1].failing.script(number, after=True)
             assert together(work, SIZE)[1][0] == "Fault"
