@@ -180,7 +180,7 @@ class Topology:
                 np.asarray(rows), np.asarray(tree["latency"]), np.asarray(tree["node_of"]), measured_at=at, **known
             )
         except PlacementError as e:
-            raise PlacementError(f"{where}: {e}") from None
+            raise PlacementError(f"{where}: {str(e).removeprefix('topology: ')}") from None
         except (ValueError, KeyError, TypeError, OverflowError) as e:
             raise PlacementError(f"{where}: not a topology: {e!r}") from None
 

@@ -29,7 +29,7 @@ VARIANTS = {
     "bfloat16": (("model.dtype=bfloat16",), QWEN),
     "dropout": ((), DROPOUT),
 }
-TIMES = re.compile(r"seconds|_since|_inside|\.usage\.|_meter|peak_mib|\.spent")
+TIMES = re.compile(r"seconds|_since|_inside|\.usage\.|_meter|peak_mib|\.spent|_last\.epoch")  # and the group's epoch
 
 
 @pytest.fixture
