@@ -22,48 +22,22 @@ import types
 from contextlib import contextmanager, nullcontext
 
 import torch
+from torch import Tensor
+from torch.distributed import HashStore
 from torch.utils._device import _device_constructors
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from ray_ep.collective.nccl import nccl
 from tests import fake_nccl
-from tests.fake_streams import HERE, Backward, Event, Memory, Process, Stream, memory_of, on, spot, touch
-
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-Tensor = torch.Tensor
-
-_WAITS = {  # operations whose result has a shape, or is a number, that only the device knows
-    "_local_scalar_dense": "item", "nonzero": "nonzero", "masked_select": "masked_select", "bincount": "bincount",
-    "_unique2": "unique", "unique_dim": "unique", "unique_consecutive": "unique", "equal": "equal",
-    "_linalg_check_errors": "linalg",
-}  # fmt: skip
-_SHAPE_ONLY = {"empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like",
-               "new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided"}  # fmt: skip
-_INDEXED = {"index": 2, "index_put": 3, "index_put_": 3, "_index_put_impl_": 3, "_unsafe_index": 2}
-
-
-def on_device(tensor):
-    memory = memory_of(tensor)
-    return memory is not None and not memory.pinned
-
-
-def claim(tensor, device, pinned=False):
-    """Say where a tensor with memory of its own is; returns it."""
-    there = device.type == "cuda"
-    if isinstance(tensor, Tensor) and not (there and on_device(tensor)):
-        storage, line = tensor.untyped_storage(), HERE.stream if there else HERE.host
-        storage.fake_memory = Memory(line, storage.nbytes(), pinned, spot()) if there or pinned else None
-    return tensor
+from tests.conftest import in_threads
+from tests.fake_backward import Backward
+from tests.fake_device import CPU, CUDA, Device, claim, on_device
+from tests.fake_streams import HERE, Event, Process, Stream, memory_of, on, spot, touch
 
 
 def copied(source, device, dtype=None, non_blocking=False):
     """A copy on a device, without a graph."""
-    target = claim(torch.empty_like(_plain(source), dtype=dtype or source.dtype), device)
-    return target.copy_(source, non_blocking=non_blocking)
-
-
-def _plain(tensor):
-    """The same numbers for the eyes of this module: no mode, no memory checked."""
-    return tensor.detach()
+    target = torch.empty_like(source, dtype=dtype or source.dtype, device=device)
+    return target.copy_(source.detach(), non_blocking=non_blocking)
 
 
 class _Move(torch.autograd.Function):
@@ -79,111 +53,6 @@ class _Move(torch.autograd.Function):
         return copied(gradient, *ctx.back), None, None, None
 
 
-# ---------------------------------------------------------------- what computes
-
-
-@functools.cache
-def _arguments(func):
-    """(name, written, only aliased) of an operation's arguments, and whether it gives a view."""
-    schema = func._schema
-    writes = [bool(a.alias_info and a.alias_info.is_write) for a in schema.arguments]
-    views = not any(writes) and any(r.alias_info is not None for r in schema.returns)
-    fresh = any(r.alias_info is None for r in schema.returns)
-    return {a.name: w for a, w in zip(schema.arguments, writes, strict=True)}, views, fresh
-
-
-def _tensors(value):
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-
-
-class Device(TorchDispatchMode):
-    """What every operation does to memory: checked and noted, then computed on the CPU."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        names, views, fresh = _arguments(func)
-        given = dict(zip(names, args, strict=False)) | kwargs
-        uses = [(t, names[name]) for name, value in given.items() for t in _tensors(value)]
-        if not any(memory_of(t) is not None for t, _ in uses):
-            return func(*args, **kwargs)
-        name = func._schema.name.partition("::")[2]
-        if not any(on_device(t) for t, _ in uses):
-            if not views:
-                self.use(uses, name, HERE.host)
-            return func(*args, **kwargs)
-        if name == "copy_":
-            return self.copy(func, *args, **kwargs)
-        if name in _INDEXED:
-            self.index(name, *args[: _INDEXED[name]])
-        else:
-            self.same_device(name, given, uses)
-        if name in _WAITS or (name == "repeat_interleave" and given.get("output_size") is None):
-            HERE.note(_WAITS.get(name, name))
-        if not views and name not in _SHAPE_ONLY:
-            self.use(uses, name, HERE.stream)
-        if name in _WAITS:
-            HERE.host.after(HERE.stream.clock)
-        out = self.compute(name, func, args, kwargs)
-        if fresh and not views:
-            written = {id(t) for t, w in uses if w}
-            for tensor in _tensors(out):
-                if id(tensor) not in written and memory_of(tensor) is None:
-                    claim(tensor, CUDA)
-        return out
-
-    @staticmethod
-    def compute(name, func, args, kwargs):
-        if name == "histc" and not args[0].is_floating_point():  # the CPU's is of floats only
-            return func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
-        return func(*args, **kwargs)
-
-    @staticmethod
-    def use(uses, name, line):
-        tick = HERE.launch()[1] if line is HERE.stream else line.tick()
-        where = spot()
-        for tensor, writes in uses:
-            touch(tensor, name, line, tick, writes, where)
-
-    @staticmethod
-    def same_device(name, given, uses):
-        """CUDA takes no tensor of the host but a number, and that not in a list."""
-        listed = [t for value in given.values() if isinstance(value, (list, tuple)) for t in _tensors(value)]
-        if any(not on_device(t) for t in listed) or any(t.dim() and not on_device(t) for t, _ in uses):
-            raise RuntimeError(
-                f"Expected all tensors to be on the same device, but {name} got some on cpu and some on cuda:0 ({spot()})"
-            )
-
-    @staticmethod
-    def index(name, into, indices, values=None):
-        """Indices of the host travel; those with a mask make the host wait, unless it is a fill."""
-        indices = [i for i in indices if i is not None]
-        if not on_device(into) or (values is not None and values.dim() and not on_device(values)):
-            raise RuntimeError(f"{name}: indices or values on cuda:0, indexed tensor or values on cpu ({spot()})")
-        masks = [i for i in indices if i.dtype in (torch.bool, torch.uint8)]
-        fills = values is not None and values.numel() == 1 and not on_device(values) and len(masks) == len(indices) == 1
-        if masks and not fills:
-            HERE.synchronise(f"{name} by a mask", HERE.stream)
-        if any(not on_device(i) and i.numel() for i in indices):
-            HERE.synchronise(f"{name} by indices of the host", HERE.stream)
-
-    def copy(self, func, into, source, non_blocking=False):
-        """Between devices: beside the host only with pinned memory and non_blocking."""
-        to, of = on_device(into), on_device(source)
-        host = memory_of(source if to else into)
-        self.use([(into, True), (source, False)], "copy_", HERE.stream)
-        out = func(into, source)
-        if to != of and source.numel() and not (non_blocking and host is not None):
-            HERE.synchronise("copy to the host" if of else "copy to the device", HERE.stream)
-        return out
-
-
-# ---------------------------------------------------------------- what names a device
-
-
 def _device_of(value):
     return value if isinstance(value, torch.device) else torch.device("cuda", value) if isinstance(value, int) else (
         torch.device(value))  # fmt: skip
@@ -195,6 +64,13 @@ def _factory(real, values=False):
     @functools.wraps(real)
     def make(*args, **kwargs):
         device, pinned = kwargs.get("device"), kwargs.pop("pin_memory", False)
+        before, HERE.fills = HERE.fills, False  # what is made here is not the engine's
+        try:
+            return place(device, pinned, args, kwargs)
+        finally:
+            HERE.fills = before
+
+    def place(device, pinned, args, kwargs):
         if device is None and not pinned:
             return real(*args, **kwargs)
         device = CPU if device is None else _device_of(device)
@@ -327,7 +203,8 @@ _MODULE = {
     "memory_allocated": lambda device=None: 0, "reset_peak_memory_stats": lambda device=None: None,
     "empty_cache": lambda: None, "mem_get_info": lambda device=None: (1 << 34, 1 << 34),
 }  # fmt: skip
-_FROM_VALUES = {"tensor", "as_tensor", "asarray", "scalar_tensor"}
+_LIKE = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like")
+_FROM_VALUES = {"tensor", "as_tensor", "asarray"}
 
 
 @contextmanager
@@ -347,8 +224,8 @@ def _patched(owner, values):
 @contextmanager
 def fake_cuda():
     """Inside: torch has a CUDA device and CuPy has NCCL, in this thread and those started meanwhile."""
-    constructors = {f.__name__: f for f in _device_constructors() if getattr(torch, f.__name__, None) is f}
-    factories = {n: _factory(f, n in _FROM_VALUES) for n, f in constructors.items()}
+    names = [f.__name__ for f in _device_constructors() if getattr(torch, f.__name__, None) is f]
+    factories = {n: _factory(getattr(torch, n), n in _FROM_VALUES) for n in [*names, *_LIKE]}
     made = {n: _factory(getattr(Tensor, n)) for n in ("new_empty", "new_zeros", "new_ones", "new_full")}
     made["new_tensor"] = lambda self, data, dtype=None, device=None, **_: torch.tensor(
         data, dtype=dtype or self.dtype, device=device or self.device
@@ -387,12 +264,7 @@ def host_syncs():
 
 
 def nccl_ranks(size, work, timeout_s=30.0):
-    """Results of work(group) on `size` ranks, each a thread with a device of its own, over NcclGroup; the first error."""
-    from tests.conftest import in_threads
-    from torch.distributed import HashStore
-
-    from ray_ep.collective.nccl import nccl
-
+    """Results of work(group) over NcclGroup on `size` ranks, threads with a device each; raises the first error."""
     store = HashStore()
 
     def rank(number):
@@ -401,7 +273,7 @@ def nccl_ranks(size, work, timeout_s=30.0):
         try:
             return work(group)
         except BaseException:
-            group.abort()  # so that peers do not wait
+            fake_nccl.lose(group._communicator)  # so that peers do not wait
             raise
         finally:
             group.close()

@@ -10,7 +10,6 @@ A thread has a place (`HERE`): its process (a rank), its stream and its host, wh
 
 from __future__ import annotations
 
-import bisect
 import itertools
 import sys
 import threading
@@ -205,11 +204,13 @@ class Here(threading.local):
         switches: (autograd's sequence number, stream) whenever the stream changed: a node of the graph goes back on the
             stream that it came on.
         syncs: where host syncs are noted, or None.
+        fills: torch's engine makes zeros for a node on the device, for gradients that nobody gave.
     """
 
     def __init__(self):
         self.host = Timeline(f"host thread {threading.current_thread().name}")
         self.process = self.stream = self.syncs = None
+        self.fills = False
 
     def enter(self, process):
         self.process, self.stream, self.switches = process, process.default, [(0, process.default)]
@@ -276,10 +277,6 @@ class Stream(Timeline):
         HERE.synchronise("stream.synchronize", self)
 
 
-class Adding(Stream):
-    """Where torch's engine adds gradients up, after all nodes so far; it records what it reads there."""
-
-
 class Event:
     """torch.cuda.Event."""
 
@@ -317,72 +314,6 @@ class Event:
         if not (self.query() and end.query()):
             raise RuntimeError("CUDA error: device not ready")
         return (end.at - self.at) * 1e3
-
-
-class Backward:
-    """Streams in one call of backward, as torch's engine has them.
-
-    A node runs on the stream of its forward, after the nodes whose gradients it takes; gradients are added up where and
-    when all of them are there.
-    """
-
-    def __init__(self, roots):
-        self.caller = HERE.stream
-        self.adding = Adding()
-        self.due, self.inputs, self.handles, self.nodes = {}, {}, [], []
-        self.adding.after(self.caller.clock, self.caller.tickets)
-        todo = [root for root in roots if root is not None]
-        for root in todo:
-            self.due[root] = [(dict(self.caller.clock), list(self.caller.tickets))]
-        seen = set(todo)
-        while todo:
-            node = todo.pop()
-            self.nodes.append(node)
-            for following, _ in node.next_functions:
-                if following is not None:
-                    self.inputs[following] = self.inputs.get(following, 0) + 1
-                    if following not in seen:
-                        seen.add(following)
-                        todo.append(following)
-        for node in self.nodes:
-            self.handles += [node.register_prehook(self.begin_of(node)), node.register_hook(self.end_of(node))]
-
-    def begin_of(self, node):
-        def begin(gradients):
-            stream = self.stream_of(node)
-            for gradient in gradients:
-                if (memory := memory_of(gradient)) is not None:
-                    memory.kept_for.add(stream)  # the engine records what travels from stream to stream
-            for clock, tickets in self.due.pop(node, ()):
-                stream.after(clock, tickets)
-            if self.inputs.get(node, 0) > 1:
-                stream.after(self.adding.clock, self.adding.tickets)
-            HERE.stream = stream
-
-        return begin
-
-    def end_of(self, node):
-        def end(*_):
-            stream = HERE.stream
-            for following, _ in node.next_functions:
-                if following is not None:
-                    self.due.setdefault(following, []).append((dict(stream.clock), list(stream.tickets)))
-            self.adding.after(stream.clock, stream.tickets)
-            HERE.stream = self.adding
-
-        return end
-
-    def stream_of(self, node):
-        number = node._sequence_nr()
-        if number >= 2**63:  # the leaves': no number; the engine orders the caller after them
-            return self.caller
-        at = bisect.bisect_right(HERE.switches, number, key=lambda switch: switch[0])
-        return HERE.switches[max(at - 1, 0)][1]
-
-    def close(self):
-        for handle in self.handles:
-            handle.remove()
-        HERE.stream = self.caller
 
 
 @contextmanager
