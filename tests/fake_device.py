@@ -35,6 +35,8 @@ def claim(tensor, device, pinned=False):
     there = device.type == "cuda"
     if isinstance(tensor, torch.Tensor) and not (there and on_device(tensor)):
         storage, line = tensor.untyped_storage(), HERE.stream if there else HERE.host
+        if there:
+            line.allocate()
         storage.fake_memory = Memory(line, storage.nbytes(), pinned, spot()) if there or pinned else None
     return tensor
 

@@ -129,8 +129,6 @@ class Memory:
     __slots__ = ("kept_for", "line", "pinned", "uses")
 
     def __init__(self, line, size, pinned=False, where="?"):
-        if not pinned:
-            line.allocate()
         self.line, self.pinned, self.kept_for = line, pinned, set()
         self.uses = [Use(line, line.tick(), True, 0, size, where)]
 
