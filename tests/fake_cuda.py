@@ -145,7 +145,7 @@ def _deepcopy(self, memo):
 
 
 def _backward(roots, *args, **kwargs):
-    backward = Backward([root.grad_fn for root in roots])
+    backward = Backward([root.grad_fn for root in roots if root.grad_fn is not None])
     try:
         return _REAL["backward"](roots, *args, **kwargs)
     finally:

@@ -21,6 +21,7 @@ from tests.models import (
     reference,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")
 NODES = {1: [0], 2: [0, 0], 3: [0, 0, 1]}
 IDS = torch.randint(3, VOCAB, (5, 9), generator=torch.Generator().manual_seed(1))
 
@@ -99,6 +100,12 @@ def test_checkpointed_blocks_exchange_again_in_the_same_order_on_every_rank(way)
         checkpointed(ours)
 
     assert_equals(passes(model, 3, "empty_rank", before), model, IDS)
+
+
+@pytest.mark.xfail(strict=True, reason="weights get gradients from every part's stream, of which torch warns")
+@pytest.mark.filterwarnings("error:The AccumulateGrad node's stream")
+def test_parts_on_streams_of_their_own_make_torch_warn_of_nothing():
+    passes(build("qwen3_moe"), 2, "contiguous", by(chunks=2))
 
 
 @pytest.mark.parametrize("chunks", [1, 2])
