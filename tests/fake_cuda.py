@@ -192,6 +192,8 @@ _MODULE = {
     "current_stream": lambda device=None: HERE.stream, "default_stream": lambda device=None: HERE.process.default,
     "stream": on, "set_stream": lambda stream: HERE.switch(stream) and None, "Stream": Stream, "Event": Event,
     "synchronize": lambda device=None: HERE.synchronise("torch.cuda.synchronize", *HERE.process.streams()),
+    "set_sync_debug_mode": lambda mode: setattr(HERE.process, "debug", _DEBUG.get(mode, mode)),
+    "get_sync_debug_mode": lambda: ["", "warn", "error"].index(HERE.process.debug),
     "is_current_stream_capturing": lambda: False, "is_bf16_supported": lambda *_, **__: True,
     "get_device_capability": lambda device=None: (9, 0), "get_device_name": lambda device=None: "NVIDIA Fake",
     "get_device_properties": lambda device=None: types.SimpleNamespace(
@@ -203,6 +205,7 @@ _MODULE = {
     "memory_allocated": lambda device=None: 0, "reset_peak_memory_stats": lambda device=None: None,
     "empty_cache": lambda: None, "mem_get_info": lambda device=None: (1 << 34, 1 << 34),
 }  # fmt: skip
+_DEBUG = {0: "", 1: "warn", 2: "error", "default": ""}
 _LIKE = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like")
 _FROM_VALUES = {"tensor", "as_tensor", "asarray"}
 

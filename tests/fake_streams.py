@@ -14,6 +14,7 @@ import itertools
 import sys
 import threading
 import time
+import warnings
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,6 +76,10 @@ class Timeline:
             if self.clock.get(line, 0) < tick:
                 self.clock[line] = tick
         self.tickets += [t for t in tickets if not t.ended and t not in self.tickets]
+
+    def is_after(self, clock):
+        """Whether what happens here next comes after all that `clock` counts."""
+        return all(self.clock.get(line, 0) >= tick for line, tick in clock.items())
 
     def tick(self):
         """Something happens: its number on this timeline."""
@@ -173,6 +178,7 @@ class Process:
         self.default = Stream()
         self.default.cuda_stream = 0
         self.others = weakref.WeakSet()
+        self.debug = ""  # of torch.cuda.set_sync_debug_mode
         self._given = {}  # address -> weak reference to the storage there, of those that were asked for it
 
     def streams(self):
@@ -233,8 +239,13 @@ class Here(threading.local):
             self.host.after(stream.clock)
 
     def note(self, kind):
+        """The host waits; as torch's own debug mode does, warn or raise if it is on and nobody said synchronize."""
         if self.syncs is not None:
             self.syncs.append((kind, spot()))
+        if self.process.debug and not kind.endswith("synchronize"):
+            if self.process.debug == "error":
+                raise RuntimeError("called a synchronizing CUDA operation")
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
 
 
 class Stream(Timeline):
@@ -276,21 +287,25 @@ class Stream(Timeline):
 
 
 class Event:
-    """torch.cuda.Event."""
+    """torch.cuda.Event; at the first question it has not passed yet, unless the host knows that it has."""
 
     def __init__(self, enable_timing=False, blocking=False, interprocess=False, **_):
-        self.timing, self.clock, self.tickets, self.recorded = enable_timing, {}, (), None
+        self.timing, self.clock, self.tickets, self.recorded, self.asked = enable_timing, {}, (), None, False
 
     def record(self, stream=None):
         stream = stream or HERE.stream
         stream.after(HERE.host.clock)
-        self.clock, self.tickets, self.recorded = dict(stream.clock), tuple(stream.tickets), time.perf_counter()
+        self.clock, self.tickets = dict(stream.clock), tuple(stream.tickets)
+        self.recorded, self.asked = time.perf_counter(), False
 
     def wait(self, stream=None):
         (stream or HERE.stream).wait_event(self)
 
     def query(self):
-        if all(t.ended for t in self.tickets):
+        if not all(t.ended for t in self.tickets):
+            return False
+        before, self.asked = self.asked, True
+        if before or HERE.host.is_after(self.clock):
             HERE.host.after(self.clock)
             return True
         return False
@@ -299,6 +314,7 @@ class Event:
         HERE.note("event.synchronize")
         for ticket in self.tickets:
             ticket.wait()
+        self.asked = True
         HERE.host.after(self.clock)
 
     @property
@@ -309,7 +325,7 @@ class Event:
         """Milliseconds, of events that have passed."""
         if not (self.timing and end.timing and self.recorded is not None and end.recorded is not None):
             raise ValueError("both events must have been recorded, with enable_timing=True")
-        if not (self.query() and end.query()):
+        if not (end.asked and all(t.ended for t in (*self.tickets, *end.tickets))):
             raise RuntimeError("CUDA error: device not ready")
         return (end.at - self.at) * 1e3
 

@@ -113,10 +113,36 @@ def test_the_host_does_not_wait_for_what_stays_on_the_device_or_travels_beside_i
         host.copy_(x, non_blocking=True)
         torch.ones(2).pin_memory().to("cuda", non_blocking=True)
         event = torch.cuda.current_stream().record_event()
-        assert event.query()
+        assert [event.query() for _ in range(2)] == [False, True]  # a GPU is rarely done at the first question
         torch.full((2,), 3, device="cuda")
     assert syncs == []
     assert host.tolist() == [1, 0, 0]
+
+
+def test_torchs_debug_mode_for_syncs_raises_and_warns():
+    x = there()
+    torch.cuda.set_sync_debug_mode("error")
+    with pytest.raises(RuntimeError, match="called a synchronizing CUDA operation"):
+        x.tolist()
+    torch.cuda.set_sync_debug_mode("warn")
+    with pytest.warns(UserWarning, match="called a synchronizing CUDA operation"):
+        x.tolist()
+    torch.cuda.set_sync_debug_mode("default")
+    assert x.tolist() == [1, 2, 3]
+
+
+def test_events_measure_the_time_between_them_once_they_have_passed():
+    stream = torch.cuda.current_stream()
+    first, last, plain = (torch.cuda.Event(enable_timing=timing) for timing in (True, True, False))
+    with pytest.raises(ValueError, match="recorded"):
+        first.elapsed_time(last)
+    [event.record(stream) for event in (first, plain, last)]
+    with pytest.raises(RuntimeError, match="not ready"):
+        first.elapsed_time(last)
+    last.synchronize()
+    assert 0 <= first.elapsed_time(last) < 1000
+    with pytest.raises(ValueError, match="enable_timing"):
+        first.elapsed_time(plain)
 
 
 def test_a_pinned_copy_must_have_arrived_before_the_host_reads_it():
