@@ -28,7 +28,7 @@ from ray_ep.moe.exchange.dispatch import (
 )  # fmt: skip
 from ray_ep.moe.exchange.float8 import Rounded
 from ray_ep.moe.exchange.meter import Meter
-from ray_ep.moe.exchange.segments import Segments, SumRows, starts
+from ray_ep.moe.exchange.segments import CopyRows, Segments, SumRows, starts
 from ray_ep.moe.exchange.steps import SteppedBody, Steps
 from ray_ep.moe.site import Experts, LocalPairs, LocalWeights, Site
 from ray_ep.moe.upload import upload
@@ -133,8 +133,10 @@ def transformers_experts(
     if weights.guests:
         params = {name: torch.cat([own, weights.guests[name]]) for name, own in params.items()}
     view: Any = ExtendedModule(module, params, len(next(iter(params.values()))))
-    out = grouped_mm_experts_forward(view, rows[pairs.row], pairs.expert_row[:, None], pair_weights[:, None])
-    partial: torch.Tensor = SumRows.apply(out, Segments(pairs.row, len(rows), pairs.first))  # type: ignore[no-untyped-call]
+    segments = Segments(pairs.row, len(rows), pairs.first)
+    copies = CopyRows.apply(rows, segments)  # type: ignore[no-untyped-call]
+    out = grouped_mm_experts_forward(view, copies, pairs.expert_row[:, None], pair_weights[:, None])
+    partial: torch.Tensor = SumRows.apply(out, segments)  # type: ignore[no-untyped-call]
     return partial
 
 
