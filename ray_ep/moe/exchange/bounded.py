@@ -13,11 +13,10 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 
 from ray_ep.errors import BadInput
 from ray_ep.moe.exchange.meter import MeteredGroup
-from ray_ep.moe.exchange.steps import SteppedBody, Steps
 from ray_ep.moe.site import Site
 
 
-class BoundedBody(SteppedBody):
+class BoundedBody:
     """The body of the all-gather way, but for layers that the fused one computes.
 
     Args:
@@ -25,11 +24,11 @@ class BoundedBody(SteppedBody):
     """
 
     def __init__(self, site: Site):
-        super().__init__(site)
-        self.routes = site.slots.all_routes()  # made here: parts of the tokens read them on streams of their own
+        self.site = site
+        self.routes = site.slots.all_routes()
 
-    def steps(self, module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> Steps:
-        """See `SteppedBody.steps`.
+    def compute(self, module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """See `Body.compute`.
 
         Raises:
             BadInput: more tokens than the bound.
@@ -45,8 +44,6 @@ class BoundedBody(SteppedBody):
         traffic.meter.enter("route")
         rows, mine = self._rows(all_index)
         self.site.count_pairs(mine.sum())
-        traffic.meter.enter("")
-        yield None
         traffic.meter.enter("experts")
         flat, flat_weights = everything.flatten(0, 1), all_weights.flatten(0, 1)  # [R * N, H], [R * N, K]
         if slots.held and bound:
