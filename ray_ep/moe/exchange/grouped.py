@@ -16,15 +16,7 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 from ray_ep.moe.balance.guests import BorrowedRows, Guests, destinations
 from ray_ep.moe.balance.step import counts_of, planned, rules_of
 from ray_ep.moe.exchange.dispatch import (
-    DispatchPlan,
-    ReceivedPairs,
-    Sizes,
-    Wanted,
-    agree,
-    alone,
-    combine,
-    dispatch,
-    swap,
+    DispatchPlan, ReceivedPairs, Sizes, Wanted, alone, combine, dispatch, plan_dispatch, swap,
 )  # fmt: skip
 from ray_ep.moe.exchange.float8 import Rounded
 from ray_ep.moe.exchange.meter import Meter
@@ -100,7 +92,7 @@ class GroupedBody(SteppedBody):
                 wanted = Wanted.of(index, to, traffic.size)
                 answer = yield from _read(swap(wanted, traffic), traffic.meter)
         site.note(index, to)
-        plan = agree(wanted, weights, Sizes.of(*answer), traffic, site.exchange.float8)
+        plan = plan_dispatch(wanted, weights, Sizes.of(*answer), traffic, site.exchange.float8)
         meter.enter("")
         return plan, guests
 
