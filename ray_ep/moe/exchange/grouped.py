@@ -16,7 +16,15 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 from ray_ep.moe.balance.guests import BorrowedRows, Guests, destinations
 from ray_ep.moe.balance.step import counts_of, planned, rules_of
 from ray_ep.moe.exchange.dispatch import (
-    DispatchPlan, ReceivedPairs, Sizes, Wanted, alone, combine, dispatch, plan_dispatch, swap,
+    DispatchPlan,
+    ReceivedPairs,
+    Sizes,
+    Wanted,
+    alone,
+    combine,
+    dispatch,
+    plan_dispatch,
+    swap,
 )  # fmt: skip
 from ray_ep.moe.exchange.float8 import Rounded
 from ray_ep.moe.exchange.meter import Meter
