@@ -49,6 +49,8 @@ def add_up(rows: torch.Tensor, segments: Segments) -> torch.Tensor:
 
 def add_up_in_order(rows: torch.Tensor, segments: Segments) -> torch.Tensor:
     """`add_up` for GPUs, where index_add would add in an order of its own. Not run on a GPU yet."""
+    if not rows.numel():
+        return rows.new_zeros(segments.sums, rows.shape[1])
     wide = torch.promote_types(rows.dtype, torch.float32)
     lie = rows if segments.order is None else rows[segments.order]
     sums: torch.Tensor = torch.segment_reduce(
