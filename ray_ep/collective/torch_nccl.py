@@ -98,11 +98,15 @@ class TorchNcclGroup(TorchGroup):
     def _message(self, output: torch.Tensor, input: torch.Tensor, partner: int, limit: Limit) -> None:
         """uint8 [bytes] from or to the partner; the other one is empty."""
         sizes = [[len(x) if r == partner else 0 for r in range(self.size)] for x in (output, input)]
-        self._run(lambda: self._pg.alltoall_base(output, input, *sizes))
-        self._messages.append((self._last, limit))
+
+        def watched(work: Any) -> None:
+            self._messages.append((work, limit))
+            self._finish(work)
+
         if self._watcher is None:
             self._watcher = threading.Thread(target=self._watch, name=f"messages-{self.rank}", daemon=True)
             self._watcher.start()
+        self._run(lambda: self._pg.alltoall_base(output, input, *sizes), watched)
 
     def _watch(self) -> None:
         """End the group when the oldest message has been the oldest for longer than its limit."""
@@ -133,7 +137,7 @@ class TorchNcclGroup(TorchGroup):
 
     def _check(self) -> None:
         if self._why:
-            raise GroupError(f"rank {self.rank}: the group of epoch {self.epoch} has ended: {self._why}")
+            raise GroupError(f"rank {self.rank}: the group of epoch {self.epoch} is closed or aborted: {self._why}")
         super()._check()
 
     def abort(self) -> None:
