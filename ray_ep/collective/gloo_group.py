@@ -245,8 +245,9 @@ def from_torch(timeout_s: float = 300.0) -> Group:
     if "nccl" in dist.get_backend():
         from ray_ep.collective.torch_nccl import TorchNcclGroup  # it builds on this module
 
-        return TorchNcclGroup(dist.group.WORLD, rank, size, timeout_s=timeout_s, form=_new_group)
-    kind = GlooGroup if dist.get_backend() == "gloo" else TorchGroup
+        kind: type[TorchGroup] = TorchNcclGroup
+    else:
+        kind = GlooGroup if dist.get_backend() == "gloo" else TorchGroup
     group = kind(dist.group.WORLD, rank, size, timeout_s=timeout_s, form=_new_group)
     group._warm()
     return group

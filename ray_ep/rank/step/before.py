@@ -33,7 +33,7 @@ class Before:
         self._random = torch.get_rng_state()
         self._random_there = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
         ep.counters.begin_step()
-        _ = ep.meter.pairs, ep.meter.seconds  # waits for what a device has counted; then all phases have ended, too
+        _ = ep.meter.pairs  # fetches what a device has counted
         self._back = [_contents(thing) for thing in (ep.meter, ep.routing, ep.passes, ep.balancer.done, *more)]
         self._layers = [[(name, getattr(layer, name)) for name in OF_LAYER] for layer in ep.layers]
 
