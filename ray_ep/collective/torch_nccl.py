@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup, Store
 
 from ray_ep.collective.device import ABORT_S, cuda_device, here, in_time, writable
 from ray_ep.collective.group import same_color, split_key
@@ -44,6 +44,18 @@ class TorchNcclGroup(TorchGroup):
         self.device = cuda_device(device)
         self._last: Any = None  # keeps the last result alive until the next call
         self._live = True
+        self._whole: ProcessGroup | None = None
+
+    @property
+    def process_group(self) -> ProcessGroup:
+        """torch's group of the same ranks, always the same object, for libraries that want one.
+
+        It goes over this group's communicator, which torch makes at the first collective.
+        """
+        if self._whole is None:
+            kind = ProcessGroup.BackendType.NCCL
+            self._whole = whole(self._pg, self.rank, self.size, self.device.type, kind)
+        return self._whole
 
     def all_to_all(
         self, output: torch.Tensor, input: torch.Tensor, output_sizes: Sequence[int], input_sizes: Sequence[int]
@@ -113,6 +125,7 @@ class TorchNcclGroup(TorchGroup):
                 break
             time.sleep(0.001)
         super()._free()
+        self._whole = None
 
     def _warm(self) -> None:
         # Send and receive connect each pair by itself, apart from the rings of the reductions.
@@ -159,6 +172,17 @@ def torch_nccl(
 
     in_time(warm, limit_s, f"rank {rank}: connecting the group of epoch {epoch}")
     group.timeout_s = timeout_s
+    return group
+
+
+def whole(backend: Any, rank: int, size: int, device: str, kind: Any) -> ProcessGroup:
+    """A backend of torch's as a process group for tensors on `device`; `kind`: which it is. A group stays itself."""
+    if isinstance(backend, ProcessGroup):
+        return backend
+    make: Any = ProcessGroup  # torch's stubs know only the one with a store
+    group: ProcessGroup = make(rank, size)
+    group._register_backend(torch.device(device), kind, backend)
+    group._set_default_backend(kind)
     return group
 
 

@@ -1,6 +1,6 @@
 """Where a body works: one layer of one rank, with what all layers share; and what a body is.
 
-The bodies themselves are cpu/fused.py, exchange/grouped.py and exchange/bounded.py; experts.py chooses among them.
+The bodies themselves are cpu/fused.py and exchange/grouped.py, bounded.py and deepep.py; experts.py chooses among them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from ray_ep.moe.balance.balancer import Balancer
 from ray_ep.moe.counters import Counters
 from ray_ep.moe.cpu.gemm import Gemm
 from ray_ep.moe.cpu.pool import Pool
+from ray_ep.moe.exchange.elastic import ElasticPool
 from ray_ep.moe.exchange.meter import MeteredGroup
 from ray_ep.moe.exchange.ways import Exchange
 from ray_ep.moe.passes import Passes, recomputing
@@ -30,6 +31,7 @@ class Shared:
     balancer: Balancer
     pool: Pool
     gemm: Gemm
+    elastics: ElasticPool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

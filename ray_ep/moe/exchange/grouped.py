@@ -13,7 +13,7 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 
 from ray_ep.moe.balance.guests import BorrowedRows, destinations
 from ray_ep.moe.balance.step import balanced
-from ray_ep.moe.exchange.dispatch import ReceivedPairs, combine, dispatch, plan_dispatch
+from ray_ep.moe.exchange.dispatch import combine, dispatch, plan_dispatch
 from ray_ep.moe.site import Site
 
 
@@ -52,7 +52,7 @@ class GroupedBody:
             row_of = row_of.clone()
             row_of[guests.experts] = held + torch.arange(len(guests.experts), device=row_of.device)
         meter.enter("experts")
-        partial = _experts(view, rows, pair_weights, plan.received, row_of)
+        partial = experts(view, rows, pair_weights, plan.received.row, row_of[plan.received.expert])
         meter.enter("combine")
         out = combine(partial, plan)
         meter.enter("")
@@ -69,16 +69,19 @@ class ExtendedModule:
         return self.more[name] if name in self.more else getattr(self.module, name)
 
 
-def _experts(
-    module: Any, rows: torch.Tensor, weights: torch.Tensor, pairs: ReceivedPairs, row_of: torch.Tensor
+def experts(
+    module: Any, rows: torch.Tensor, pair_weights: torch.Tensor, row: torch.Tensor, expert_row: torch.Tensor
 ) -> torch.Tensor:
-    """Run each received pair, weights [P], through its expert and sum per received row: [N, H] -> [N, H]."""
-    if not len(pairs.row):
+    """Run each received pair through its expert and sum per received row: [N, H] -> [N, H].
+
+    Args:
+        pair_weights: [P]. row: [P] of `rows`, ascending. expert_row: [P] of the module's parameters.
+    """
+    if not len(row):
         # No pairs, so no rows: but a graph, through the weights too, so that backward exchanges here as well.
         params = module.more.values() if isinstance(module, ExtendedModule) else module.parameters(recurse=False)
-        nothing: torch.Tensor = rows + weights.sum() + sum(p[:0].sum() for p in params)
+        nothing: torch.Tensor = rows + pair_weights.sum() + sum(p[:0].sum() for p in params)
         return nothing
-    expert_row = row_of[pairs.expert]
-    out = grouped_mm_experts_forward(module, rows[pairs.row], expert_row[:, None], weights[:, None])  # [P, H]
+    out = grouped_mm_experts_forward(module, rows[row], expert_row[:, None], pair_weights[:, None])  # [P, H]
     partial = torch.zeros(len(rows), out.shape[1], dtype=torch.float32, device=out.device)
-    return partial.index_add(0, pairs.row, out.float()).to(rows.dtype)
+    return partial.index_add(0, row, out.float()).to(rows.dtype)
