@@ -96,7 +96,9 @@ class ElasticBuffer:
         source = handle.recv_src_metadata[:, 0].long()
         assert len(x) == len(source)
         tokens, num_topk = handle.topk_idx.shape
-        assert topk_weights is None or (topk_weights.dtype == torch.float32 and topk_weights.shape == (len(x), num_topk))
+        assert topk_weights is None or (
+            topk_weights.dtype == torch.float32 and topk_weights.shape == (len(x), num_topk)
+        )
         rank = source // self.num_max_tokens_per_rank
         order = torch.argsort(rank, stable=True)
         give = torch.bincount(rank, minlength=self.num_ranks).tolist()

@@ -60,10 +60,18 @@ class DeepEPBody:
 
     Args:
         site: of the layer; `exchange.tokens` is the most tokens of a rank in one pass.
+
+    Raises:
+        BadInput: chunks or float8 are asked for.
     """
 
     def __init__(self, site: Site):
         self.site = site
+        exchange = site.exchange
+        if exchange.chunks > 1 or exchange.float8:
+            raise BadInput(
+                f"exchange by deepep with chunks={exchange.chunks} and float8={exchange.float8}: allowed are 1, False"
+            )
         self.slot_of, self.slots = site.slots.numbered()
         self._fits: Room | None = None  # what was found to fit
 

@@ -90,10 +90,9 @@ def check_fit(room: Room, ranks: int, slots: int, dtype: torch.dtype) -> None:
         raise BadInput(f"exchange.transport=deepep cannot carry {'; nor '.join(wrong)}")
 
 
-def check_library() -> None:
-    """Raise BadInput if deep_ep is not installed here; it is not imported."""
-    if importlib.util.find_spec("deep_ep") is None:
-        raise BadInput(f"exchange.transport=deepep: Python finds no module deep_ep: {INSTALL}")
+def installed() -> bool:
+    """Whether Python finds deep_ep; it is not imported."""
+    return importlib.util.find_spec("deep_ep") is not None
 
 
 def library() -> Any:
@@ -102,7 +101,8 @@ def library() -> Any:
     Raises:
         BadInput: it is not installed, cannot be loaded, or is of version 1.
     """
-    check_library()
+    if not installed():
+        raise BadInput(f"exchange.transport=deepep: Python finds no module deep_ep; {INSTALL}")
     try:
         import deep_ep
     except Exception as e:  # it asserts that the NCCL which it was built for is the one that torch has loaded
