@@ -18,9 +18,10 @@ from torch.nn.functional import pad
 
 from ray_ep.errors import BadInput
 from ray_ep.moe.exchange.elastic import Elastic, Room, check_fit
-from ray_ep.moe.exchange.grouped import experts
+from ray_ep.moe.exchange.grouped import nothing, transformers_experts
 from ray_ep.moe.exchange.meter import Meter
-from ray_ep.moe.site import Site
+from ray_ep.moe.exchange.segments import order_of, starts
+from ray_ep.moe.site import Experts, LocalPairs, LocalWeights, Site
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,13 +61,14 @@ class DeepEPBody:
 
     Args:
         site: of the layer; `exchange.tokens` is the most tokens of a rank in one pass.
+        experts: what computes the pairs that this rank has received; not given: transformers' grouped kernel.
 
     Raises:
         BadInput: chunks or float8 are asked for.
     """
 
-    def __init__(self, site: Site):
-        self.site = site
+    def __init__(self, site: Site, experts: Experts | None = None):
+        self.site, self.experts = site, experts or transformers_experts
         exchange = site.exchange
         if exchange.chunks > 1 or exchange.float8:
             raise BadInput(
@@ -90,7 +92,14 @@ class DeepEPBody:
         rows, pair_weights, arrived = _Send.apply(hidden, weights, way)  # type: ignore[no-untyped-call]
         site.count_pairs(len(arrived.row))
         meter.enter("experts")
-        partial = experts(module, rows, pair_weights, arrived.row, arrived.expert_row)
+        local = LocalWeights(dict(module.named_parameters(recurse=False)), {})
+        if len(arrived.row):
+            pairs = LocalPairs(
+                row=arrived.row, first=starts(arrived.row, len(rows)), expert_row=arrived.expert_row
+            )  # fmt: skip
+            partial = self.experts(module, local, rows, pair_weights, pairs)
+        else:
+            partial = nothing(local, rows, pair_weights)
         meter.enter("combine")
         out: torch.Tensor = _BringBack.apply(partial, arrived)  # type: ignore[no-untyped-call]
         meter.enter("")
@@ -132,7 +141,7 @@ class _Send(torch.autograd.Function):
         _count(way, hidden)
         slot = parcels.slot.flatten()  # [N * K]
         # This rank's pairs in the order of rows; how many there are the host knows, so nothing waits.
-        pair = torch.argsort((slot < 0).to(torch.uint8), stable=True)[: parcels.pairs]
+        pair = order_of(slot < 0, 1)[: parcels.pairs]
         arrived = Arrived(
             way=way,
             handle=parcels.handle,
