@@ -5,7 +5,14 @@ What the library leaves open is made to matter here: rows of one source come in 
 buffer is deterministic, and weights of choices that are another rank's are whatever was sent.
 """
 
+from datetime import timedelta
+
 import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import ProcessGroup
+
+from ray_ep.collective import TorchGroup, TorchNcclGroup
+from ray_ep.collective.torch_nccl import whole
 
 topk_idx_t = torch.int64
 
@@ -145,3 +152,13 @@ class ElasticBuffer:
         out = torch.empty(sum(take), rows.shape[1], dtype=rows.dtype)
         self.group.alltoall_base(out.view(torch.uint8), rows.contiguous().view(torch.uint8), take, give).wait()
         return out
+
+
+class NcclOverGloo(TorchNcclGroup):
+    """Takes the place of torch's NCCL, which the library goes over, where there is no GPU."""
+
+    def __init__(self, store, rank, size):
+        backend = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=30))
+        TorchGroup.__init__(self, backend, rank, size, timeout_s=30)
+        self.device, self._last, self._live = torch.device("cpu"), None, True
+        self._whole = whole(backend, rank, size, "cpu", ProcessGroup.BackendType.GLOO)

@@ -2,32 +2,21 @@
 
 import copy
 import sys
-from datetime import timedelta
 from types import ModuleType
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup
+from torch.distributed.distributed_c10d import PrefixStore
 
 import ray_ep
-from ray_ep.collective import SoloGroup, TorchGroup, TorchNcclGroup
-from ray_ep.collective.torch_nccl import whole
+from ray_ep.collective import SoloGroup
 from ray_ep.errors import BadInput, GroupError
 from ray_ep.moe.exchange.choose import settle
 from ray_ep.moe.exchange.elastic import Room, check_fit, library
 from tests import fake_deepep
+from tests.fake_deepep import NcclOverGloo
 from tests.models import VOCAB, build, even_shards, parallel_pass, placement_of, reference
-
-
-class NcclOverGloo(TorchNcclGroup):
-    """Takes the place of torch's NCCL where there is no GPU."""
-
-    def __init__(self, store, rank, size):
-        backend = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=30))
-        TorchGroup.__init__(self, backend, rank, size, timeout_s=30)
-        self.device, self._last, self._live = torch.device("cpu"), None, True
-        self._whole = whole(backend, rank, size, "cpu", ProcessGroup.BackendType.GLOO)
 
 
 @pytest.fixture
