@@ -36,7 +36,7 @@ class EPHandle:
 
 
 class ElasticBuffer:
-    made = []  # arguments of each, for tests
+    made = []  # of each, for tests: arguments, and rows sent to other ranks
 
     def __init__(self, group, num_bytes=None, num_cpu_bytes=0, num_max_tokens_per_rank=0, hidden=0, num_topk=0,
                  use_fp8_dispatch=False, deterministic=False, allow_hybrid_mode=True, allow_multiple_reduction=True,
@@ -48,7 +48,9 @@ class ElasticBuffer:
         self.group, self.rank_idx, self.num_ranks = group, group.rank(), group.size()
         self.num_max_tokens_per_rank, self.hidden, self.num_topk = num_max_tokens_per_rank, hidden, num_topk
         self.deterministic, self.shuffle = deterministic, torch.Generator().manual_seed(group.rank())
-        self.made.append({"tokens": num_max_tokens_per_rank, "destroy": explicitly_destroy, "s": num_cpu_timeout_secs})
+        self.fate = {"rank": group.rank(), "tokens": num_max_tokens_per_rank, "away": 0}
+        self.fate |= {"destroy": explicitly_destroy, "seconds": num_cpu_timeout_secs}
+        self.made.append(self.fate)
         group.barrier()
 
     def get_theoretical_num_sms(self, num_experts, num_topk):
@@ -78,6 +80,7 @@ class ElasticBuffer:
         token = torch.cat(handle.sent)
         assert len(x) == len(handle.topk_idx)
         sent = [len(t) for t in handle.sent]
+        self.fate["away"] += sum(sent) - sent[self.rank_idx]
         came = self._swap(torch.tensor(sent)[:, None], [1] * self.num_ranks, [1] * self.num_ranks).flatten().tolist()
         recv_x = self._swap(x[token], sent, came)
         recv_idx = self._local(self._swap(handle.topk_idx[token], sent, came), handle)
