@@ -120,12 +120,13 @@ class DeepEPBody:
         to = site.slots.served_by(index, site.slots.routes)
         site.note(index, to)
         slots = site.slots.served_by(index, self.slot_of).masked_fill(index < 0, -1)
-        visits = to.new_zeros(len(to), traffic.size + 1).scatter_(1, to.masked_fill(index < 0, traffic.size), 1)
+        visits = torch.zeros(len(to), traffic.size + 1, dtype=torch.uint8, device=to.device)
+        visits.scatter_(1, to.masked_fill(index < 0, traffic.size), 1)
         return Way(
             elastic=elastic,
             slots=slots if len(slots) else pad(slots, (0, 0, 0, 1), value=-1),
             num_slots=traffic.size * self.slots,
-            sent=visits[:, : traffic.size].sum(0).to("cpu", non_blocking=True),
+            sent=visits[:, : traffic.size].sum(0, dtype=torch.int64).to("cpu", non_blocking=True),
             meter=traffic.meter,
         )
 
