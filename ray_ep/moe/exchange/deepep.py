@@ -74,7 +74,7 @@ class DeepEPBody:
             raise BadInput(
                 f"exchange by deepep with chunks={exchange.chunks} and float8={exchange.float8}: allowed are 1, False"
             )
-        self.slot_of, self.slots = site.slots.numbered()
+        self.slot_of, self.width = site.slots.numbered()
         self._fits: Room | None = None  # what was found to fit
 
     def compute(self, module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -109,7 +109,7 @@ class DeepEPBody:
         site, traffic = self.site, self.site.traffic
         room = Room(tokens=site.exchange.tokens, hidden=hidden.shape[1], choices=index.shape[1])
         if room != self._fits:  # a layer has one kind of hidden states, and one body for each
-            check_fit(room, traffic.size, self.slots, hidden.dtype)
+            check_fit(room, traffic.size, self.width, hidden.dtype)
             self._fits = room
         if len(hidden) > room.tokens:
             raise BadInput(
@@ -125,7 +125,7 @@ class DeepEPBody:
         return Way(
             elastic=elastic,
             slots=slots if len(slots) else pad(slots, (0, 0, 0, 1), value=-1),
-            num_slots=traffic.size * self.slots,
+            num_slots=traffic.size * self.width,
             sent=visits[:, : traffic.size].sum(0, dtype=torch.int64).to("cpu", non_blocking=True),
             meter=traffic.meter,
         )
