@@ -14,6 +14,8 @@ from ray_ep.collective import SoloGroup
 from ray_ep.errors import BadInput, GroupError
 from ray_ep.moe.exchange.choose import settle
 from ray_ep.moe.exchange.elastic import Room, check_fit, library
+from ray_ep.moe.slots import Slots
+from ray_ep.placement import contiguous, random
 from tests import fake_deepep
 from tests.fake_deepep import NcclOverGloo
 from tests.models import VOCAB, build, even_shards, parallel_pass, placement_of, reference
@@ -155,6 +157,21 @@ def test_after_a_move_tokens_go_to_the_new_slots(over):
 
     for before, after in over(2, work):
         assert (before - after).abs().max() <= 0.02 * before.abs().max()
+
+
+def test_slots_are_numbered_over_all_ranks_by_the_widest():
+    def numbered(placement, rank):
+        found, width = Slots(placement, 0, rank, None, torch.device("cpu")).numbered()
+        return found.tolist(), width
+
+    assert numbered(contiguous(1, 4, 2), 0) == ([[0], [1], [2], [3]], 2)
+    assert numbered(random(1, 3, 2, [3, 0]), 1)[1] == 3
+    placement = random(1, 8, 3, [4, 5, 3], seed=2)
+    for rank in range(3):
+        routes, (found, width) = placement.routes(0, rank, None), numbered(placement, rank)
+        for expert, numbers in enumerate(found):
+            assert [n // width for n in numbers] == routes[expert].tolist()
+            assert {placement.experts_of(0, n // width)[n % width] for n in numbers} == {expert}
 
 
 ROOM = {"tokens": 64, "hidden": 512, "choices": 8}
