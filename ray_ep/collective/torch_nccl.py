@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup, Store
 
 from ray_ep.collective.device import ABORT_S, Limit, cuda_device, here, in_time, is_soon, writable
 from ray_ep.collective.group import SLICE, check_partner, same_color, split_key
@@ -52,6 +52,18 @@ class TorchNcclGroup(TorchGroup):
         self._why = ""  # why the group ended, if by itself
         self._messages: deque[tuple[Any, Limit]] = deque()  # on their way
         self._watcher: threading.Thread | None = None  # of messages; started at the first
+        self._whole: ProcessGroup | None = None
+
+    @property
+    def process_group(self) -> ProcessGroup:
+        """torch's group of the same ranks, always the same object, for libraries that want one.
+
+        It goes over this group's communicator, which torch makes at the first collective.
+        """
+        if self._whole is None:
+            kind = ProcessGroup.BackendType.NCCL
+            self._whole = whole(self._pg, self.rank, self.size, self.device.type, kind)
+        return self._whole
 
     def all_to_all(
         self, output: torch.Tensor, input: torch.Tensor, output_sizes: Sequence[int], input_sizes: Sequence[int]
@@ -154,6 +166,7 @@ class TorchNcclGroup(TorchGroup):
                 break
             time.sleep(0.001)
         super()._free()
+        self._whole = None
 
     def _warm(self) -> None:
         # Send and receive connect each pair by itself, apart from the rings of the reductions.
@@ -201,6 +214,17 @@ def torch_nccl(
     group = _join(place, rank, size, epoch, cuda_device(device), limit_s)
     group._warm()
     group.timeout_s = timeout_s
+    return group
+
+
+def whole(backend: Any, rank: int, size: int, device: str, kind: Any) -> ProcessGroup:
+    """A backend of torch's as a process group for tensors on `device`; `kind`: which it is. A group stays itself."""
+    if isinstance(backend, ProcessGroup):
+        return backend
+    make: Any = ProcessGroup  # torch's stubs know only the one with a store
+    group: ProcessGroup = make(rank, size)
+    group._register_backend(torch.device(device), kind, backend)
+    group._set_default_backend(kind)
     return group
 
 

@@ -1,6 +1,6 @@
 """One MoE layer on one rank, and the function that transformers calls in place of the experts.
 
-Weights stay in the transformers module, cut down to this rank's experts. What computes is one of three bodies, chosen
+Weights stay in the transformers module, cut down to this rank's experts. What computes is one of four bodies, chosen
 once for a way of exchanging and a kind of module. No model search here. T tokens, K top_k, E experts, H hidden.
 """
 
@@ -17,8 +17,9 @@ from ray_ep.moe.cpu.fused import FusedBody, is_plain
 from ray_ep.moe.cpu.gemm import Packed
 from ray_ep.moe.exchange.around import ChunkedBody, TwoLevelBody
 from ray_ep.moe.exchange.bounded import BoundedBody
+from ray_ep.moe.exchange.deepep import DeepEPBody
 from ray_ep.moe.exchange.grouped import GroupedBody
-from ray_ep.moe.exchange.ways import Exchange
+from ray_ep.moe.exchange.ways import DEEPEP, Exchange
 from ray_ep.moe.site import Body, Shared, Site
 from ray_ep.moe.slots import Slots
 from ray_ep.placement import Placement
@@ -134,6 +135,8 @@ class Bodies:
         taken = flat
         if kind == "all_gather":
             taken = FusedBody(site, few=True) if plain else BoundedBody(site)
+        elif kind == DEEPEP:
+            taken = flat = DeepEPBody(site)  # its source knows which rank answers, too
         elif kind == "two_level":
             taken = TwoLevelBody(site, flat)
         chunks = site.exchange.chunks

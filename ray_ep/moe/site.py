@@ -1,5 +1,6 @@
 """Where a body works: one layer of one rank, with what all layers share; what a body is, and its local mathematics.
 
+The bodies themselves are cpu/fused.py and exchange/grouped.py, bounded.py and deepep.py; experts.py chooses among them.
 The bodies themselves are cpu/fused.py, exchange/grouped.py and exchange/bounded.py; experts.py chooses among them.
 T tokens, K top_k, H hidden, N rows received, P pairs received, S experts held, G guests.
 """
@@ -15,6 +16,7 @@ from ray_ep.moe.balance.balancer import Balancer
 from ray_ep.moe.counters import Counters
 from ray_ep.moe.cpu.gemm import Gemm
 from ray_ep.moe.cpu.pool import Pool
+from ray_ep.moe.exchange.elastic import ElasticPool
 from ray_ep.moe.exchange.lanes import Lanes
 from ray_ep.moe.exchange.meter import MeteredGroup
 from ray_ep.moe.exchange.ways import Exchange
@@ -32,6 +34,7 @@ class Shared:
     balancer: Balancer
     pool: Pool
     gemm: Gemm
+    elastics: ElasticPool
     lanes: Lanes
 
 

@@ -36,7 +36,7 @@ def test_gpus_that_torch_was_not_built_for_are_left_and_an_operator_hears_what_t
         device_of(cluster(device="cuda", ranks=2), {"CPU": 4.0, "GPU": 2.0}, built=False)
 
 
-ALL, BARE = ["gloo", "nccl", "torch_nccl"], ["gloo", "torch_nccl"]
+ALL, BARE = ["gloo", "nccl", "torch_nccl", "deepep"], ["gloo", "torch_nccl"]
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,7 @@ ALL, BARE = ["gloo", "nccl", "torch_nccl"], ["gloo", "torch_nccl"]
         ("auto", "cuda", [ALL, BARE], ["torch_nccl"]),
         ("gloo", "cuda", [ALL, ALL], ["gloo"]),
         ("nccl", "cuda", [BARE, BARE], ["nccl"]),  # the rank itself says what is missing
+        ("deepep", "cuda", [ALL, ALL], ["torch_nccl"]),  # what its kernels go over
     ],
 )
 def test_transports_to_choose_from_are_those_that_every_rank_can_use(wanted, device, usable, expected):
@@ -58,3 +59,10 @@ def test_nccl_for_cpu_ranks_and_gpus_without_any_nccl_are_refused():
         transports("nccl", "cpu", [["gloo"]])
     with pytest.raises(ClusterError, match=r"no NCCL can be used by every rank"):
         transports("auto", "cuda", [ALL, ["gloo"]])
+
+
+def test_deepep_is_refused_for_cpu_ranks_and_where_a_rank_lacks_it():
+    with pytest.raises(ClusterError, match=r"exchange\.transport=deepep .* allowed are auto, gloo"):
+        transports("deepep", "cpu", [ALL])
+    with pytest.raises(ClusterError, match=r"not every rank has deep_ep and torch's NCCL .*built from source"):
+        transports("deepep", "cuda", [ALL, BARE])

@@ -140,14 +140,23 @@ def device_of(cfg: ClusterConfig, resources: dict[str, float], built: bool) -> D
 def transports(wanted: str, device: str, usable: list[list[str]]) -> list[str]:
     """Transports to choose from for ranks on `device`, given exchange.transport and what each rank could use.
 
+    DeepEP's kernels go over torch's NCCL: that is the transport then.
+
     Raises:
         ClusterError: none is left.
     """
-    if wanted in ("nccl", "torch_nccl") and device == "cpu":
+    if wanted in ("nccl", "torch_nccl", "deepep") and device == "cpu":
         raise ClusterError(
             f"exchange.transport={wanted} moves tensors between GPUs, and the cluster has none for every rank: allowed "
             "are auto, gloo"
         )
+    if wanted == "deepep":
+        if not all("deepep" in names for names in usable):
+            raise ClusterError(
+                f"exchange.transport=deepep: not every rank has deep_ep and torch's NCCL (they could use {usable}); "
+                "deep_ep is built from source: see docs/notes/deepep.md"
+            )
+        return ["torch_nccl"]
     if wanted != "auto":
         return [wanted]
     if device == "cpu":

@@ -111,10 +111,7 @@ class GroupedBody(SteppedBody):
     ) -> torch.Tensor:  # fmt: skip
         """Run each received pair through its expert and sum per received row: [N, H] -> [N, H]."""
         if not len(received.row):
-            # No pairs, so no rows: but a graph, through the weights too, so that backward exchanges here as well.
-            params = (*local.own.values(), *local.guests.values())
-            nothing: torch.Tensor = rows + pair_weights.sum() + sum(p[:0].sum() for p in params)
-            return nothing
+            return nothing(local, rows, pair_weights)
         slots, row_of = self.site.slots, self.site.slots.row_of
         if guests is not None and guests.experts:
             here = slots.row_of32.astype(np.int64)
@@ -138,6 +135,13 @@ def transformers_experts(
     copies = CopyRows.apply(rows, segments)  # type: ignore[no-untyped-call]
     out = grouped_mm_experts_forward(view, copies, pairs.expert_row[:, None], pair_weights[:, None])
     partial: torch.Tensor = SumRows.apply(out, segments)  # type: ignore[no-untyped-call]
+    return partial
+
+
+def nothing(weights: LocalWeights, rows: torch.Tensor, pair_weights: torch.Tensor) -> torch.Tensor:
+    """What a rank without pairs, and so without rows, computes: its graph, so that backward exchanges here as well."""
+    params = (*weights.own.values(), *weights.guests.values())
+    partial: torch.Tensor = rows + pair_weights.sum() + sum(p[:0].sum() for p in params)
     return partial
 
 
