@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 
 ROOT = Path(__file__).parents[2]
@@ -39,11 +40,13 @@ class Outcome:
     ranks: list[Said]
 
     def check(self, section, sections):
-        """Fail unless every rank got through a section; with the ends of all outputs if it is the first that broke."""
+        """Fail, with the ends of all outputs, at the first section that a rank did not get through; skip the rest."""
         through = [s for s in sections if all(f"rank {r}: {s} ok" in said.text for r, said in enumerate(self.ranks))]
         broke = next((s for s in sections if s not in through), section)
         ends = "\n".join(f"--- rank {r}, status {s.status}\n{s.text[-2500:]}" for r, s in enumerate(self.ranks))
-        assert section in through, ends if section == broke else f"not reached: {broke} failed"
+        if section not in through and section != broke:
+            pytest.skip(f"not reached: {broke} failed")
+        assert section in through, ends
 
 
 def run_job(kind, size, device, folder, limit_s):
