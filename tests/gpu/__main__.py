@@ -45,7 +45,7 @@ def parts(device):
     """In order; the sum of their limits is above six minutes, what they should take on a free machine is below."""
     test = [
         "-m", "pytest", "-v", "-ra", "-p", "no:cacheprovider", "--tb=short", "--timeout=100", "--device", device,
-        "-o", "faulthandler_timeout=60",
+        "-o", "faulthandler_timeout=60", "-W", "default",
     ]  # fmt: skip
     cli = ["-c", "from ray_ep.cli import main; main()"]
     works, rounds = ("B,G", "10") if device == "cuda" else ("C", "2")

@@ -142,24 +142,30 @@ def plain(name, device):
     return model, ids, *reference(model, ids)
 
 
-def equals_plain_transformers(here, group, name="qwen3_moe", places="replicated", rows=None, **way):
-    """This rank's logits and all gradients are those of plain transformers on the same device.
+def equals_plain_transformers(here, group, name="qwen3_moe", places="replicated", rows=None, free=False, **way):
+    """This rank's logits and all gradients are those of plain transformers on the same device; returns the model.
 
     Args:
-        places: kind of placement. rows: [R + 1] bounds of each rank's sequences. way: fields of `Exchange`.
+        places: kind of placement. rows: [R + 1] bounds of each rank's sequences. free: guests cost nothing.
+        way: fields of `Exchange`.
     """
     model, ids, loss, logits, grads = plain(name, here.device)
     shards = rows or even_shards(len(ids), here.size)
     nodes = np.arange(here.size) if way.get("kind") == "two_level" else None
     placement = placement_of(model, places, here.size)
-    _, total, mine, got = parallel_pass(
-        model, ids, group, placement, shards, lambda m: m.ray_ep.exchange_by(**way), nodes
-    )
+
+    def before(ours):
+        ours.ray_ep.exchange_by(**way)
+        if free:
+            ours.ray_ep.balancer.assume(seconds_per_pair=1.0, bandwidth=1e18)
+
+    ours, total, mine, got = parallel_pass(model, ids, group, placement, shards, before, nodes)
     assert abs(total - loss) <= TOLERANCE
     if len(mine):
         assert logits_differ(mine, logits[shards[here.rank] : shards[here.rank + 1]]) <= TOLERANCE
     for n, g in grads.items():
         assert (got[n] - (g if g is not None else 0)).abs().max() <= TOLERANCE, n
+    return ours
 
 
 def layers_of_any_placement(here, group):
@@ -182,6 +188,13 @@ def tokens_in_chunks(here, group):
     equals_plain_transformers(here, group, chunks=3, rows=[0] * here.size + [len(IDS)])
 
 
+def guests_of_a_step(here, group):
+    """Experts that a rank borrows for a step, with their gradients on the way back."""
+    for way in ({"fused": True}, {"fused": False}, {"chunks": 2}):
+        ours = equals_plain_transformers(here, group, places="contiguous", free=True, **way)
+        assert ours.ray_ep.balancer.done.guests > 0, way
+
+
 def low_precision(here, group):
     """bfloat16 over ranks is about as far from float32 as plain transformers in bfloat16 is."""
     ids, shards = IDS.to(here.device), even_shards(len(IDS), here.size)
@@ -198,8 +211,8 @@ def low_precision(here, group):
 
 def waits_of_the_host(here, group):
     """One a layer in forward, for the sizes, and none in backward; none at all with a bound on the tokens."""
-    if here.kind not in ("nccl", "torch_nccl"):
-        return  # every call over CPU tensors is a wait
+    if here.kind not in ("nccl", "torch_nccl") or not has_grouped_kernel(here.device):
+        return  # every call over CPU tensors is a wait, and so are products one by one
     model = build("qwen3_moe", dtype=torch.bfloat16, num_hidden_layers=1).to(here.device)
     model = ray_ep.moe.parallelize(model, group, placement_of(model, "contiguous", here.size), "off", sample=64)
     for way, most in (("flat", 1), ("all_gather", 0)):
@@ -208,6 +221,11 @@ def waits_of_the_host(here, group):
         group.barrier()
         assert len(forward) <= most, (way, forward)
         assert backward == [], (way, backward)
+
+
+def has_grouped_kernel(device):
+    """Whether torch has its grouped product for bfloat16 there: elsewhere it reads the sizes on the host."""
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def host_waits(model, device):
@@ -288,7 +306,7 @@ def a_peer_that_died(here, group):
 
 HEALTHY = (
     rows_of_uneven_numbers, loans, messages, sums_and_broadcasts, subgroups, layers_of_any_placement,
-    layers_of_every_way, tokens_in_chunks, low_precision, waits_of_the_host,
+    layers_of_every_way, tokens_in_chunks, guests_of_a_step, low_precision, waits_of_the_host,
 )  # fmt: skip
 BROKEN = (limit_of_a_message, abort_by_another_thread, a_peer_that_died)
 """Each in a group of its own, which is formed by the same processes after the one before broke."""
