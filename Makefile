@@ -39,8 +39,8 @@ test-distributed: setup
 netlab: setup  # needs root and iproute2: skipped, with the reason, where they are not
 	$(BIN)/pytest -m "lab or slow or not slow" tests/netlab
 
-gpu:  # everything on a machine with a GPU, about six minutes; installs nothing: with .venv as it is, else with PYTHON
-	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m tests.gpu
+gpu:  # everything on a machine with a GPU, about six minutes; installs nothing: PYTHON if it is given, else .venv
+	$(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON)) -m tests.gpu
 
 docs: setup
 	$(BIN)/python -m ray_ep.config.docs > docs/configuration.md

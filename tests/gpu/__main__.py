@@ -54,7 +54,7 @@ def parts(device):
         *(["--device", "cuda"] if device == "cuda" else ["--malloc=default", "--peers="]),
     ]  # fmt: skip
     outcome = r"^(FAILED|ERROR|SKIPPED) |(passed|failed|error).* in [\d.]+", r"^E  "
-    needs = ("torch", "transformers", "pytest")
+    needs = ("torch", "transformers", "pytest", "pytest_timeout")
     together, train = "tests/gpu/test_together.py", "tests/gpu/test_train.py"
     leave_out = [f"--ignore={path}" for path in (together, train)]
     return [
