@@ -57,9 +57,10 @@ def parts(device):
     needs = ("torch", "transformers", "pytest", "pytest_timeout")
     together, train = "tests/gpu/test_together.py", "tests/gpu/test_train.py"
     leave_out = [f"--ignore={path}" for path in (together, train)]
+    kernels = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/moe/test_cuda_*.py"))
     return [
         Part("versions", ["-m", "tests.gpu.versions", device], 60, needs=()),
-        Part("tests", [*test, "tests/gpu", *leave_out], 180, *outcome, needs=needs),
+        Part("tests", [*test, "tests/gpu", *kernels, *leave_out], 180, *outcome, needs=needs),
         Part("bench", bench, 100, r"^(?!ray-ep|.*loading)"),
         Part("kernels", ["-m", "tests.gpu.profile", device, works[-1]], 60, r"^(?!USDT)"),
         Part("ranks that share the GPU", [*test, together], 200, *outcome, needs=needs),
