@@ -43,10 +43,13 @@ class Outcome:
         """Fail, with the ends of all outputs, at the first section that a rank did not get through; skip the rest."""
         through = [s for s in sections if all(f"rank {r}: {s} ok" in said.text for r, said in enumerate(self.ranks))]
         broke = next((s for s in sections if s not in through), section)
-        ends = "\n".join(f"--- rank {r}, status {s.status}\n{s.text[-2500:]}" for r, s in enumerate(self.ranks))
         if section not in through and section != broke:
             pytest.skip(f"not reached: {broke} failed")
-        assert section in through, ends
+        ends = []
+        for rank, said in enumerate(self.ranks):
+            print(f"--- all of rank {rank}\n{said.text}")  # pytest shows it if this fails
+            ends += [f"--- rank {rank}, status {said.status}", *said.text.splitlines()[-14:]]
+        assert section in through, "\n".join(ends)
 
 
 def run_job(kind, size, device, folder, limit_s):
