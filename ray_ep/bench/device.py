@@ -195,7 +195,7 @@ def device_seconds(step: Callable[[], object], device: torch.device) -> float:
     began.record()
     step()
     ended.record()
-    torch.cuda.synchronize(device)
+    ended.synchronize()
     return float(began.elapsed_time(ended)) / 1e3
 
 
