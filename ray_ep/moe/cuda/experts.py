@@ -1,0 +1,146 @@
+"""The local experts as one autograd function: rows in, partial sums out, backward by hand; for the usual layout.
+
+What `GroupedBody` calls between its exchanges in place of transformers' kernel. Order: order.py; products: products.py;
+what lies between them: kernels.py, or reference.py. N rows, P pairs, H hidden, F ffn, S experts held, G guests:
+
+    rows [N, H] -> x [P, H] sorted -> G = x gate_up^T [P, 2F] -> h = w silu(g) u [P, F] -> y = h down^T [P, H]
+        -> sum of each row's pairs -> partial [N, H]
+
+Saved for backward: rows and the order, not x: rows are N of P (an eighth on one rank with top-8), and gathering them
+once more costs one pass over [P, H] of the fourteen that backward takes. G is saved; h is computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ray_ep.moe.cuda import reference
+from ray_ep.moe.cuda.order import ExpertOrder, expert_order
+from ray_ep.moe.cuda.products import Groups
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Borrowed:
+    """Guests: experts of other ranks whose rows follow the rank's own."""
+
+    gate_up: torch.Tensor  # [G, 2F, H], G at least 1
+    down: torch.Tensor  # [G, H, F]
+    pairs: int  # how many of P are theirs, as the host knows from the plan
+
+
+def steps_for(device: torch.device) -> Any:
+    """The module with the steps between products: Triton's kernels on CUDA, torch's where Triton is missing."""
+    if device.type != "cuda":
+        return reference
+    try:
+        from ray_ep.moe.cuda import kernels
+    except ImportError:
+        return reference
+    return kernels
+
+
+class FusedExperts:
+    """The experts of one rank, fused. On CUDA not run yet; its kernels ran under Triton's interpreter.
+
+    Args:
+        steps: kernels.py or reference.py, see `steps_for`.
+    """
+
+    def __init__(self, steps: Any):
+        self.steps = steps
+
+    def __call__(
+        self,
+        module: Any,
+        rows: torch.Tensor,
+        weights: torch.Tensor,
+        row: torch.Tensor,
+        expert_row: torch.Tensor,
+        guests: Borrowed | None = None,
+    ) -> torch.Tensor:
+        """rows [N, H], weights [P] of the pairs -> partial [N, H], each row's weighted sum of its experts' outputs.
+
+        Args:
+            module: the transformers experts module, of the usual layout, with the rank's own weights.
+            row: int64 [P], ascending. expert_row: int64 [P], row of the expert's weights: 0 to S - 1, guests from S.
+        """
+        own = [module.gate_up_proj, module.down_proj]
+        lent = [] if guests is None else [guests.gate_up, guests.down]
+        experts = len(own[0]) + (len(lent[0]) if lent else 0)
+        order = expert_order(row, expert_row, len(rows), experts)
+        kept = len(row) - (0 if guests is None else guests.pairs)
+        plan = _Plan(order=order, cuts=(0, kept, len(row)) if lent else (0, len(row)), steps=self.steps)
+        partial: torch.Tensor = _Experts.apply(rows, weights, plan, *own, *lent)  # type: ignore[no-untyped-call]
+        return partial
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    order: ExpertOrder
+    cuts: tuple[int, ...]  # sorted pairs: of own experts, of guests
+    steps: Any
+
+    def groups(self, params: Sequence[torch.Tensor]) -> list[Groups]:
+        """One of own experts, one of guests if there are any. params: gate_up and down of each."""
+        found, first = [], 0
+        for start, gate_up in zip(self.cuts, params[::2], strict=False):
+            ends = self.order.ends[first : first + len(gate_up)] - start
+            found.append(Groups(ends.contiguous(), gate_up, self.steps))
+            first += len(gate_up)
+        return found
+
+    def split(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Sorted x [P, ...] -> the part of own experts, and that of guests."""
+        return [x[a:b] for a, b in zip(self.cuts, self.cuts[1:], strict=False)]
+
+
+class _Experts(torch.autograd.Function):
+    """rows [N, H], weights [P], plan, gate_up, down (own, then guests') -> partial [N, H]. No collective."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, weights: torch.Tensor, plan: _Plan, *params: torch.Tensor) -> torch.Tensor:
+        order, steps, groups = plan.order, plan.steps, plan.groups(params)
+        x = rows.index_select(0, order.row)
+        gs, ys = [], []
+        for part, pair, group, gate_up, down in zip(
+            plan.split(x), plan.split(order.pair), groups, params[::2], params[1::2], strict=True
+        ):
+            gs.append(group.linear(part, gate_up))
+            ys.append(group.linear(steps.swiglu(gs[-1], weights, pair), down))
+        ctx.plan, ctx.groups = plan, groups
+        ctx.save_for_backward(rows, weights, *params, *gs)
+        partial: torch.Tensor = steps.segment_sum(ys, order.start, order.place)
+        return partial
+
+    @staticmethod
+    def backward(ctx: Any, d_partial: torch.Tensor) -> Any:
+        plan: _Plan = ctx.plan
+        order, steps, parts = plan.order, plan.steps, len(ctx.groups)
+        rows, weights, *saved = ctx.saved_tensors
+        params, gs = saved[: 2 * parts], saved[2 * parts :]
+        needs = ctx.needs_input_grad[3:]
+        d_weights, grads = torch.empty_like(weights), [None] * len(params)
+        wides: list[torch.Tensor] = []  # gradients of G
+        dy = d_partial.index_select(0, order.row)
+        for i, (part, pair) in enumerate(zip(plan.split(dy), plan.split(order.pair), strict=True)):
+            dh = ctx.groups[i].times(part, params[2 * i + 1])
+            wide, h = steps.swiglu_backward(gs[i], weights, pair, dh, d_weights)
+            wides.append(wide)
+            if needs[2 * i + 1]:
+                grads[2 * i + 1] = ctx.groups[i].outer(part, h)
+        del dy, part, dh, h
+        d_rows = None
+        if ctx.needs_input_grad[0]:
+            dxs = [g.times(wide, gate_up) for g, wide, gate_up in zip(ctx.groups, wides, params[::2], strict=True)]
+            d_rows = steps.segment_sum(dxs, order.start, order.place)
+            del dxs
+        if any(needs[::2]):
+            x = plan.split(rows.index_select(0, order.row))
+            for i, group in enumerate(ctx.groups):
+                if needs[2 * i]:
+                    grads[2 * i] = group.outer(wides[i], x[i])
+        return d_rows, d_weights if ctx.needs_input_grad[1] else None, None, *grads

@@ -1,0 +1,55 @@
+"""Products of sorted rows with each expert's weight: torch's grouped kernel where it has one, else one product each.
+
+P sorted pairs, S experts, ends [S] one past each expert's last pair.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch.nn.functional import grouped_mm
+
+
+class Groups:
+    """Sorted rows, cut into experts.
+
+    torch's grouped kernel is for bfloat16 on Hopper and Blackwell. Elsewhere its own path reads the ends anew for each
+    product; here they are read once, which waits for the device.
+
+    Args:
+        ends: int32 [S] on the device, the last one P. like: any tensor of the products' dtype, on their device.
+        steps: kernels.py or reference.py.
+    """
+
+    def __init__(self, ends: torch.Tensor, like: torch.Tensor, steps: Any):
+        self.ends, self._steps = ends, steps
+        self.grouped = like.dtype == torch.bfloat16 and like.is_cuda and torch.cuda.get_device_capability(like.device)[0] in (9, 10)
+        self._cuts = [] if self.grouped else list(pairwise([0, *ends.tolist()]))
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x [P, K], weight [S, N, K] -> [P, N], each row times the transpose of its expert's weight."""
+        return self.times(x, weight.transpose(1, 2))
+
+    def times(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x [P, K], weight [S, K, N] -> [P, N], each row times its expert's weight."""
+        if self.grouped and len(x):
+            return grouped_mm(x, weight, offs=self.ends)
+        out = x.new_empty(len(x), weight.shape[2])
+        for w, (a, b) in zip(weight, self._cuts, strict=False):
+            torch.mm(x[a:b], w, out=out[a:b])
+        return out
+
+    def outer(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """a [P, M], b [P, N] -> [S, M, N], the products of each expert's rows; zeros for one without."""
+        if self.grouped and len(a):
+            # Only of this layout (columns of a, rows of b) the kernel takes empty groups; and on Blackwell it leaves
+            # what it likes in theirs (pytorch 172439).
+            out = grouped_mm(a.t(), b, offs=self.ends)
+            self._steps.zero_empty(out, self.ends)
+            return out
+        out = a.new_zeros(len(self.ends), a.shape[1], b.shape[1])
+        for into, (first, end) in zip(out, self._cuts, strict=False):
+            torch.mm(a[first:end].t(), b[first:end], out=into)
+        return out
