@@ -202,27 +202,33 @@ class ResidentGuests:
 
 
 class BorrowedRows(torch.autograd.Function):
-    """Extends per-expert parameters by the guests' rows, for the general layer: rows, params [S, ...] -> [S + G, ...].
+    """Weights of the guests, for the general layer: rows, params [S, ...] each -> rows, params, guests' [G, ...] each.
 
-    `rows` pass through, so that on every rank the gradients go home at the same point of backward.
+    Rows and parameters pass through: so gradients go home at the same point of backward on every rank, and those that
+    come home are added to the parameters' own.
     """
 
     @staticmethod
     def forward(ctx: Any, guests: Guests, rows: torch.Tensor, *params: torch.Tensor) -> Any:
         ctx.guests = guests
-        more: list[list[torch.Tensor]] = [[] for _ in params]
-        guests.fetch(params).unpack(*more)
-        return (rows.view_as(rows), *(torch.cat([p, *(r[None] for r in m)]) for p, m in zip(params, more, strict=True)))
+        arrived: list[list[torch.Tensor]] = [[] for _ in params]
+        guests.fetch(params).unpack(*arrived)
+        # A copy of their own: what was lent is good until the next loan only.
+        theirs = (torch.stack(a) if a else p.new_empty(0, *p.shape[1:]) for a, p in zip(arrived, params, strict=True))
+        return (rows.view_as(rows), *(p.view_as(p) for p in params), *theirs)
 
     @staticmethod
     def backward(ctx: Any, d_rows: torch.Tensor, *grads: torch.Tensor) -> Any:
-        ctx.guests.traffic.meter.enter("pack")  # the experts' backward ends here
-        held = [len(g) - len(ctx.guests.experts) for g in grads]
-        own = [g[:n].clone() for g, n in zip(grads, held, strict=True)]
-        theirs = ctx.guests.new_rows(own)
-        for part, g, n in zip(side_by_side(theirs, own), grads, held, strict=True):
-            part.copy_(g[n:])
-        ctx.guests.send_home(theirs, own)()
+        guests: Guests = ctx.guests
+        guests.traffic.meter.enter("pack")  # the experts' backward ends here
+        half = len(grads) // 2
+        own = grads[:half]
+        if guests.give_rows:  # they are changed below, and others may read them
+            own = tuple(g.clone() for g in own)
+        message = guests.new_rows(own)
+        for part, g in zip(side_by_side(message, own), grads[half:], strict=True):
+            part.copy_(g)
+        guests.send_home(message, own)()
         return (None, d_rows, *own)
 
 
