@@ -1,1 +1,1 @@
-"""The local experts on CUDA: order of pairs, Triton kernels with their torch paths, grouped products, backward by hand."""
+"""The local experts on CUDA: order of pairs, Triton kernels and their torch paths, products, backward by hand."""

@@ -21,15 +21,7 @@ import torch
 from ray_ep.moe.cuda import reference
 from ray_ep.moe.cuda.order import ExpertOrder, expert_order
 from ray_ep.moe.cuda.products import Groups
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Borrowed:
-    """Guests: experts of other ranks whose rows follow the rank's own."""
-
-    gate_up: torch.Tensor  # [G, 2F, H], G at least 1
-    down: torch.Tensor  # [G, H, F]
-    pairs: int  # how many of P are theirs, as the host knows from the plan
+from ray_ep.moe.site import LocalPairs, LocalWeights
 
 
 def steps_for(device: torch.device) -> Any:
@@ -54,33 +46,22 @@ class FusedExperts:
         self.steps = steps
 
     def __call__(
-        self,
-        module: Any,
-        rows: torch.Tensor,
-        weights: torch.Tensor,
-        row: torch.Tensor,
-        expert_row: torch.Tensor,
-        guests: Borrowed | None = None,
+        self, module: Any, weights: LocalWeights, rows: torch.Tensor, pair_weights: torch.Tensor, pairs: LocalPairs
     ) -> torch.Tensor:
-        """rows [N, H], weights [P] of the pairs -> partial [N, H], each row's weighted sum of its experts' outputs.
-
-        Args:
-            module: the transformers experts module, of the usual layout, with the rank's own weights.
-            row: int64 [P], ascending. expert_row: int64 [P], row of the expert's weights: 0 to S - 1, guests from S.
-        """
-        own = [module.gate_up_proj, module.down_proj]
-        lent = [] if guests is None else [guests.gate_up, guests.down]
-        experts = len(own[0]) + (len(lent[0]) if lent else 0)
-        order = expert_order(row, expert_row, len(rows), experts)
-        kept = len(row) - (0 if guests is None else guests.pairs)
-        plan = _Plan(order=order, cuts=(0, kept, len(row)) if lent else (0, len(row)), steps=self.steps)
-        partial: torch.Tensor = _Experts.apply(rows, weights, plan, *own, *lent)  # type: ignore[no-untyped-call]
+        """See `Experts`; for modules that `fits` takes."""
+        params = [of[name] for of in (weights.own, weights.guests) if of for name in ("gate_up_proj", "down_proj")]
+        total = len(pairs.row)
+        order = expert_order(pairs.row, pairs.expert_row, sum(map(len, params[::2])))
+        cuts = (0, total - pairs.of_guests, total) if weights.guests else (0, total)
+        plan = _Plan(order=order, first=pairs.first, cuts=cuts, steps=self.steps)
+        partial: torch.Tensor = _Experts.apply(rows, pair_weights, plan, *params)  # type: ignore[no-untyped-call]
         return partial
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
     order: ExpertOrder
+    first: torch.Tensor  # int64 [N + 1] first pair of each row
     cuts: tuple[int, ...]  # sorted pairs: of own experts, of guests
     steps: Any
 
@@ -102,7 +83,9 @@ class _Experts(torch.autograd.Function):
     """rows [N, H], weights [P], plan, gate_up, down (own, then guests') -> partial [N, H]. No collective."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, weights: torch.Tensor, plan: _Plan, *params: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, rows: torch.Tensor, weights: torch.Tensor, plan: _Plan, *params: torch.Tensor
+    ) -> torch.Tensor:
         order, steps, groups = plan.order, plan.steps, plan.groups(params)
         x = rows.index_select(0, order.row)
         gs, ys = [], []
@@ -113,7 +96,7 @@ class _Experts(torch.autograd.Function):
             ys.append(group.linear(steps.swiglu(gs[-1], weights, pair), down))
         ctx.plan, ctx.groups = plan, groups
         ctx.save_for_backward(rows, weights, *params, *gs)
-        partial: torch.Tensor = steps.segment_sum(ys, order.start, order.place)
+        partial: torch.Tensor = steps.segment_sum(ys, plan.first, order.place)
         return partial
 
     @staticmethod
@@ -136,7 +119,7 @@ class _Experts(torch.autograd.Function):
         d_rows = None
         if ctx.needs_input_grad[0]:
             dxs = [g.times(wide, gate_up) for g, wide, gate_up in zip(ctx.groups, wides, params[::2], strict=True)]
-            d_rows = steps.segment_sum(dxs, order.start, order.place)
+            d_rows = steps.segment_sum(dxs, plan.first, order.place)
             del dxs
         if any(needs[::2]):
             x = plan.split(rows.index_select(0, order.row))

@@ -29,7 +29,7 @@ _ZEROERS = 64
 
 
 @triton.jit
-def _swiglu(gate_up, weight, pair, h, pairs, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _swiglu(gate_up, weight, pair, h, pairs, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """One tile [ROWS, COLUMNS] of h [P, F]."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -44,7 +44,7 @@ def _swiglu(gate_up, weight, pair, h, pairs, width, ROWS: tl.constexpr, COLUMNS:
 
 
 @triton.jit
-def _swiglu_backward(  # type: ignore[no-untyped-def]
+def _swiglu_backward(
     gate_up, weight, pair, dh, d_gate_up, h, d_weight, pairs, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """ROWS pairs, COLUMNS at a time, so that a weight's gradient is summed by one program."""
@@ -72,7 +72,7 @@ def _swiglu_backward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _row(rows, more, first_more, place, width, TWO: tl.constexpr):  # type: ignore[no-untyped-def]
+def _row(rows, more, first_more, place, width, TWO: tl.constexpr):
     """Where a row begins, in `rows` or, from `first_more` on, in `more`."""
     at = rows + place * width
     if TWO:
@@ -81,9 +81,7 @@ def _row(rows, more, first_more, place, width, TWO: tl.constexpr):  # type: igno
 
 
 @triton.jit
-def _segment_sum(  # type: ignore[no-untyped-def]
-    rows, more, first_more, start, member, out, width, TWO: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _segment_sum(rows, more, first_more, start, member, out, width, TWO: tl.constexpr, COLUMNS: tl.constexpr):
     """COLUMNS of one row of out [N, H]. Four loads are under way together, and are added in their order."""
     segment = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -110,7 +108,7 @@ def _segment_sum(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _zero_empty(out, ends, size, PROGRAMS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _zero_empty(out, ends, size, PROGRAMS: tl.constexpr, COLUMNS: tl.constexpr):
     """Write zeros to the experts of out [S, ...] that have no pairs."""
     expert = tl.program_id(0).to(tl.int64)
     begin = tl.load(ends + expert - 1, mask=expert > 0, other=0)
@@ -143,8 +141,18 @@ def swiglu_backward(
     rows = _TILE // columns
     if pairs:
         _swiglu_backward[(triton.cdiv(pairs, rows),)](
-            gate_up, weight, pair, dh, d_gate_up, h, d_weight, pairs, width,
-            ROWS=rows, COLUMNS=columns, enable_fp_fusion=True,
+            gate_up,
+            weight,
+            pair,
+            dh,
+            d_gate_up,
+            h,
+            d_weight,
+            pairs,
+            width,
+            ROWS=rows,
+            COLUMNS=columns,
+            enable_fp_fusion=True,
         )
     return d_gate_up, h
 
@@ -166,7 +174,9 @@ def segment_sum(parts: Sequence[torch.Tensor], start: torch.Tensor, member: torc
 def zero_empty(out: torch.Tensor, ends: torch.Tensor) -> None:
     """See reference.zero_empty."""
     if len(out):
-        _zero_empty[(len(out), _ZEROERS)](out, ends, out[0].numel(), PROGRAMS=_ZEROERS, COLUMNS=_COLUMNS, enable_fp_fusion=True)
+        _zero_empty[(len(out), _ZEROERS)](
+            out, ends, out[0].numel(), PROGRAMS=_ZEROERS, COLUMNS=_COLUMNS, enable_fp_fusion=True
+        )
 
 
 def _columns(width: int) -> Any:

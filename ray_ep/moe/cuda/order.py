@@ -1,10 +1,10 @@
 """The order of pairs by expert, and the way back: all on the device, the host knows lengths only.
 
-N rows received, P pairs received, S experts (own and guests).
+P pairs received, S experts (own and guests).
 
     pairs as they came   row 0 0 1 2 2   expert b a b a c
-    sorted pairs         expert a a b b c   pair 1 3 0 2 4     -> pair [P]; row [P] = their rows
-    back                 place 2 0 3 1 4   start 0 2 3 5       -> row i has places place[start[i]:start[i + 1]]
+    sorted pairs         expert a a b b c   pair 1 3 0 2 4   row 0 2 0 1 2   ends 2 4 5
+    and back             place 2 0 3 1 4
 """
 
 from __future__ import annotations
@@ -21,15 +21,14 @@ class ExpertOrder:
     pair: torch.Tensor  # int64 [P] pair in each sorted place
     row: torch.Tensor  # int64 [P] row in each sorted place
     place: torch.Tensor  # int64 [P] sorted place of each pair
-    start: torch.Tensor  # int64 [N + 1] first pair of each row
     ends: torch.Tensor  # int32 [S] one past the last sorted place of each expert
 
 
-def expert_order(row: torch.Tensor, expert_row: torch.Tensor, rows: int, experts: int) -> ExpertOrder:
+def expert_order(row: torch.Tensor, expert_row: torch.Tensor, experts: int) -> ExpertOrder:
     """Group pairs by expert, those of one expert in the order in which they came.
 
     Args:
-        row: int64 [P], ascending. expert_row: int64 [P] from 0 to S - 1. rows: N. experts: S.
+        row: int64 [P] of each pair. expert_row: int64 [P] from 0 to S - 1. experts: S.
     """
     device, pairs = row.device, len(row)
     # One byte where that is enough: a radix sort on a GPU passes over int64 keys eight times.
@@ -42,6 +41,5 @@ def expert_order(row: torch.Tensor, expert_row: torch.Tensor, rows: int, experts
         pair=pair,
         row=row[pair],
         place=place,
-        start=torch.searchsorted(row, torch.arange(rows + 1, device=device)),
         ends=torch.searchsorted(sorted_key, every, right=True, out_int32=True),
     )

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch.nn.functional import grouped_mm
 
+_GROUPED = (9, 10)
+"""Major compute capabilities with torch's grouped kernel: Hopper, Blackwell."""
+
 
 class Groups:
     """Sorted rows, cut into experts.
@@ -25,7 +28,7 @@ class Groups:
 
     def __init__(self, ends: torch.Tensor, like: torch.Tensor, steps: Any):
         self.ends, self._steps = ends, steps
-        self.grouped = like.dtype == torch.bfloat16 and like.is_cuda and torch.cuda.get_device_capability(like.device)[0] in (9, 10)
+        self.grouped = like.is_cuda and like.dtype == torch.bfloat16 and _generation(like.device) in _GROUPED
         self._cuts = [] if self.grouped else list(pairwise([0, *ends.tolist()]))
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -53,3 +56,7 @@ class Groups:
         for into, (first, end) in zip(out, self._cuts, strict=False):
             torch.mm(a[first:end].t(), b[first:end], out=into)
         return out
+
+
+def _generation(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]

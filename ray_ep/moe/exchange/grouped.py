@@ -45,15 +45,17 @@ class GroupedBody:
         rows, pair_weights = dispatch(hidden, weights, plan)
         guests = None if balance is None else balance.guests
         rows, local = _weights(module, rows, guests)
-        row_of = site.slots.row_of
-        if guests is not None:
+        row_of, of_guests = site.slots.row_of, 0
+        if balance is not None and guests is not None:
+            of_guests = int(balance.plan.quota[guests.experts, site.traffic.rank].sum())
             row_of = row_of.clone()
             row_of[guests.experts] = site.slots.held + torch.arange(len(guests.experts), device=row_of.device)
         meter.enter("experts")
         if len(plan.received.row):
             row = plan.received.row
             first = torch.searchsorted(row, torch.arange(len(rows) + 1, device=row.device))
-            pairs = LocalPairs(row=row, first=first, expert_row=row_of[plan.received.expert])
+            expert_row = row_of[plan.received.expert]
+            pairs = LocalPairs(row=row, first=first, expert_row=expert_row, of_guests=of_guests)
             partial = self.experts(module, local, rows, pair_weights, pairs)
         else:  # no rows either: but a graph, through the weights too, so that backward exchanges here as well
             params = (*local.own.values(), *local.guests.values())
