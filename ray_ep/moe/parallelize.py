@@ -23,6 +23,7 @@ from ray_ep.moe.cpu import kernels
 from ray_ep.moe.cpu.fused import is_plain
 from ray_ep.moe.cpu.gemm import Gemm, Packed
 from ray_ep.moe.cpu.pool import Pool
+from ray_ep.moe.exchange.lanes import Lanes
 from ray_ep.moe.exchange.meter import Meter, MeteredGroup
 from ray_ep.moe.exchange.ways import Exchange
 from ray_ep.moe.experts import IMPLEMENTATION, ExpertLayer
@@ -66,6 +67,7 @@ class ExpertParallel:
             balancer=balancer,
             pool=Pool(),
             gemm=self.gemm,
+            lanes=Lanes(),
         )
         self.layers = [ExpertLayer(i, name, self.num_experts, shared) for i, name in enumerate(modules)]
 

@@ -15,6 +15,7 @@ from ray_ep.moe.balance.balancer import Balancer
 from ray_ep.moe.counters import Counters
 from ray_ep.moe.cpu.gemm import Gemm
 from ray_ep.moe.cpu.pool import Pool
+from ray_ep.moe.exchange.lanes import Lanes
 from ray_ep.moe.exchange.meter import MeteredGroup
 from ray_ep.moe.exchange.ways import Exchange
 from ray_ep.moe.passes import Passes, recomputing
@@ -31,6 +32,7 @@ class Shared:
     balancer: Balancer
     pool: Pool
     gemm: Gemm
+    lanes: Lanes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

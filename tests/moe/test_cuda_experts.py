@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import ray_ep
-from ray_ep.moe.cuda import reference
-from ray_ep.moe.cuda.experts import FusedExperts, steps_for
+from ray_ep.moe.cuda import kernels_for, reference
+from ray_ep.moe.cuda.experts import FusedExperts
 from ray_ep.moe.cuda.products import Groups
 from ray_ep.moe.exchange.grouped import GroupedBody, transformers_experts
 from ray_ep.moe.site import LocalPairs, LocalWeights, Site
@@ -24,7 +24,7 @@ def interpreted():
     return pytest.importorskip("ray_ep.moe.cuda.kernels", reason="Triton has wheels for Linux only")
 
 
-STEPS = {"torch": lambda: reference, "triton": interpreted}
+KERNELS = {"torch": lambda: reference, "triton": interpreted}
 EXPERTS = {
     "all": lambda draw: torch.randint(0, OWN + GUESTS, (19,), generator=draw),
     "one with all": lambda draw: torch.full((19,), 2),
@@ -53,12 +53,12 @@ def call(experts, pairs, rows, weights, *params, module=None):
 
 
 @pytest.mark.parametrize("kind", EXPERTS)
-@pytest.mark.parametrize("steps", STEPS)
-def test_the_fused_experts_equal_transformers_forward_and_backward(steps, kind):
+@pytest.mark.parametrize("by", KERNELS)
+def test_the_fused_experts_equal_transformers_forward_and_backward(by, kind):
     module = ray_ep.moe.find_experts(build("qwen3_moe", num_hidden_layers=1)).popitem()[1]
     pairs = pairs_of(EXPERTS[kind](torch.Generator().manual_seed(1)))
     mine, theirs = tensors(torch.float32), tensors(torch.float32)
-    got = call(FusedExperts(STEPS[steps]()), pairs, *mine)
+    got = call(FusedExperts(KERNELS[by]()), pairs, *mine)
     want = call(transformers_experts, pairs, *theirs, module=module)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     gradient = torch.randn(ROWS, HIDDEN, generator=torch.Generator().manual_seed(2))
@@ -118,7 +118,7 @@ def test_torchs_grouped_kernel_and_one_product_each_give_the_same(ends):
 
 
 def test_a_cpu_takes_the_torch_paths():
-    assert steps_for(torch.device("cpu")) is reference
+    assert kernels_for(torch.device("cpu")) is reference
 
 
 def skewed(rank):

@@ -60,7 +60,7 @@ def test_segment_sums_equal_their_torch_path(dtype, width, parts):
     start = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(DEVICE)
     member = torch.randint(0, 20, (int(lengths.sum()),), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     split = [rows] if parts == 1 else [rows[:7], rows[7:]]
-    got, want = (steps.segment_sum(split, start, member) for steps in (kernels, reference))
+    got, want = (by.segment_sum(split, start, member) for by in (kernels, reference))
     slow = torch.stack([rows[member[a:b]].float().sum(0) for a, b in pairwise(start.tolist())])
     torch.testing.assert_close(want, slow.to(dtype), rtol=2 * DTYPES[dtype][0], atol=1e-5)
     if dtype == torch.bfloat16:
@@ -71,18 +71,18 @@ def test_segment_sums_equal_their_torch_path(dtype, width, parts):
 
 def test_no_segments_and_segments_of_nothing_are_sums_too():
     (rows,), none = draws(torch.float32, (0, 24)), torch.zeros(0, dtype=torch.int64, device=DEVICE)
-    for steps in (kernels, reference):
-        assert steps.segment_sum([rows], none.new_zeros(1), none).shape == (0, 24)
-        assert steps.segment_sum([rows], none.new_zeros(4), none).tolist() == [[0.0] * 24] * 3
+    for by in (kernels, reference):
+        assert by.segment_sum([rows], none.new_zeros(1), none).shape == (0, 24)
+        assert by.segment_sum([rows], none.new_zeros(4), none).tolist() == [[0.0] * 24] * 3
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_experts_without_pairs_get_zeros_and_others_keep_what_they_have(dtype):
     ends = torch.tensor([0, 2, 2, 7, 7], dtype=torch.int32, device=DEVICE)
-    for steps in (kernels, reference):
+    for by in (kernels, reference):
         out = torch.full((5, 3, 700), float("nan"), dtype=dtype, device=DEVICE)
         out[[1, 3]] = 1
-        steps.zero_empty(out, ends)
+        by.zero_empty(out, ends)
         assert out.float().sum((1, 2)).tolist() == [0, 2100, 0, 2100, 0]
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from ray_ep.collective import Group
-from ray_ep.moe.exchange.meter import MeteredGroup
 from ray_ep.placement import Placement, Topology
 from ray_ep.placement.in_step.rules import StepPlan, StepRules, balance_step, warm
 
@@ -129,11 +128,8 @@ class Balancer:
             self._rules[layer, training] = self._make(layer, weights, hidden, training)
         return self._rules[layer, training]
 
-    def plan(self, counts: torch.Tensor, rules: StepRules, traffic: MeteredGroup, count: bool) -> StepPlan:
-        """The plan for this rank's counts [E] (collective); `count`: it belongs to the figures of `done`."""
-        gathered = traffic.all_gather(counts)
-        traffic.group.wait()
-        everyone = gathered.cpu().numpy()
+    def plan(self, everyone: np.ndarray, rules: StepRules, count: bool) -> StepPlan:
+        """The plan for the counts of all ranks [R, E]; `count`: it belongs to the figures of `done`."""
         fair = everyone.sum() / self.group.size
         plan = balance_step(everyone, rules, cap=max(int(np.ceil(self.most * fair)), 1))
         if count:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ray_ep.moe.exchange.meter import MeteredGroup
+from ray_ep.moe.exchange.segments import order_of
 from ray_ep.placement.in_step.rules import StepPlan, StepRules
 
 _SERVES = 8
@@ -38,6 +39,7 @@ class Guests:
     give: list[int]  # [R] how many to each
     experts: list[int]  # [G] experts taken, by rank that gives, experts ascending
     take: list[int]  # [R]
+    pairs: int  # that go through the experts taken
     keep: bool  # until backward, else fetched again there
 
     @staticmethod
@@ -57,6 +59,7 @@ class Guests:
             give=give,
             experts=expert[taken][by_source].tolist(),
             take=take,
+            pairs=int(plan.quota[expert[taken], me].sum()),
             keep=keep,
         )
 
@@ -234,15 +237,16 @@ class BorrowedRows(torch.autograd.Function):
 
 def destinations(index: torch.Tensor, sends: torch.Tensor, rank: int) -> torch.Tensor:
     """to [T, K]: the rank of each pair of index [T, K] (-1: none) so that `sends` [E, R] are met: itself first."""
-    ranks = sends.shape[1]
-    order = torch.tensor([rank, *(r for r in range(ranks) if r != rank)], device=index.device)
+    experts, ranks = sends.shape
+    place = torch.arange(ranks, device=index.device)
+    order = torch.where(place == 0, rank, place - (place <= rank).long())  # rank, 0, 1, ... without it
     ends = sends[:, order].cumsum(1)  # [E, R]
     flat = index.reshape(-1)
-    by_expert = torch.argsort(flat, stable=True)
+    by_expert = order_of(flat, experts)
     expert = flat[by_expert]
     first = torch.searchsorted(expert, expert)
     number = torch.arange(len(flat), device=index.device) - first  # of the pair among its expert's
-    place = (ends[expert.clamp_min(0)] <= number[:, None]).sum(1).clamp_max(ranks - 1)
+    at = (ends[expert.clamp_min(0)] <= number[:, None]).sum(1).clamp_max(ranks - 1)
     to = torch.empty_like(flat)
-    to[by_expert] = torch.where(expert >= 0, order[place], -1)
+    to[by_expert] = torch.where(expert >= 0, order[at], -1)
     return to.view_as(index)

@@ -1,1 +1,20 @@
 """The local experts on CUDA: order of pairs, Triton kernels and their torch paths, products, backward by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ray_ep.moe.cuda import reference
+
+
+def kernels_for(device: torch.device) -> Any:
+    """What works between products: kernels.py on CUDA, reference.py elsewhere and where Triton is missing."""
+    if device.type != "cuda":
+        return reference
+    try:
+        from ray_ep.moe.cuda import kernels
+    except ImportError:
+        return reference
+    return kernels

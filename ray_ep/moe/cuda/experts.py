@@ -18,32 +18,20 @@ from typing import Any
 
 import torch
 
-from ray_ep.moe.cuda import reference
 from ray_ep.moe.cuda.order import ExpertOrder, expert_order
 from ray_ep.moe.cuda.products import Groups
 from ray_ep.moe.site import LocalPairs, LocalWeights
-
-
-def steps_for(device: torch.device) -> Any:
-    """The module with the steps between products: Triton's kernels on CUDA, torch's where Triton is missing."""
-    if device.type != "cuda":
-        return reference
-    try:
-        from ray_ep.moe.cuda import kernels
-    except ImportError:
-        return reference
-    return kernels
 
 
 class FusedExperts:
     """The experts of one rank, fused. On CUDA not run yet; its kernels ran under Triton's interpreter.
 
     Args:
-        steps: kernels.py or reference.py, see `steps_for`.
+        kernels: what `kernels_for` gives for the device.
     """
 
-    def __init__(self, steps: Any):
-        self.steps = steps
+    def __init__(self, kernels: Any):
+        self.kernels = kernels
 
     def __call__(
         self, module: Any, weights: LocalWeights, rows: torch.Tensor, pair_weights: torch.Tensor, pairs: LocalPairs
@@ -53,7 +41,7 @@ class FusedExperts:
         total = len(pairs.row)
         order = expert_order(pairs.row, pairs.expert_row, sum(map(len, params[::2])))
         cuts = (0, total - pairs.of_guests, total) if weights.guests else (0, total)
-        plan = _Plan(order=order, first=pairs.first, cuts=cuts, steps=self.steps)
+        plan = _Plan(order=order, first=pairs.first, cuts=cuts, kernels=self.kernels)
         partial: torch.Tensor = _Experts.apply(rows, pair_weights, plan, *params)  # type: ignore[no-untyped-call]
         return partial
 
@@ -63,14 +51,14 @@ class _Plan:
     order: ExpertOrder
     first: torch.Tensor  # int64 [N + 1] first pair of each row
     cuts: tuple[int, ...]  # sorted pairs: of own experts, of guests
-    steps: Any
+    kernels: Any
 
     def groups(self, params: Sequence[torch.Tensor]) -> list[Groups]:
         """One of own experts, one of guests if there are any. params: gate_up and down of each."""
         found, first = [], 0
         for start, gate_up in zip(self.cuts, params[::2], strict=False):
             ends = self.order.ends[first : first + len(gate_up)] - start
-            found.append(Groups(ends.contiguous(), gate_up, self.steps))
+            found.append(Groups(ends.contiguous(), gate_up, self.kernels))
             first += len(gate_up)
         return found
 
@@ -86,23 +74,23 @@ class _Experts(torch.autograd.Function):
     def forward(
         ctx: Any, rows: torch.Tensor, weights: torch.Tensor, plan: _Plan, *params: torch.Tensor
     ) -> torch.Tensor:
-        order, steps, groups = plan.order, plan.steps, plan.groups(params)
+        order, kernels, groups = plan.order, plan.kernels, plan.groups(params)
         x = rows.index_select(0, order.row)
         gs, ys = [], []
         for part, pair, group, gate_up, down in zip(
             plan.split(x), plan.split(order.pair), groups, params[::2], params[1::2], strict=True
         ):
             gs.append(group.linear(part, gate_up))
-            ys.append(group.linear(steps.swiglu(gs[-1], weights, pair), down))
+            ys.append(group.linear(kernels.swiglu(gs[-1], weights, pair), down))
         ctx.plan, ctx.groups = plan, groups
         ctx.save_for_backward(rows, weights, *params, *gs)
-        partial: torch.Tensor = steps.segment_sum(ys, plan.first, order.place)
+        partial: torch.Tensor = kernels.segment_sum(ys, plan.first, order.place)
         return partial
 
     @staticmethod
     def backward(ctx: Any, d_partial: torch.Tensor) -> Any:
         plan: _Plan = ctx.plan
-        order, steps, parts = plan.order, plan.steps, len(ctx.groups)
+        order, kernels, parts = plan.order, plan.kernels, len(ctx.groups)
         rows, weights, *saved = ctx.saved_tensors
         params, gs = saved[: 2 * parts], saved[2 * parts :]
         needs = ctx.needs_input_grad[3:]
@@ -111,7 +99,7 @@ class _Experts(torch.autograd.Function):
         dy = d_partial.index_select(0, order.row)
         for i, (part, pair) in enumerate(zip(plan.split(dy), plan.split(order.pair), strict=True)):
             dh = ctx.groups[i].times(part, params[2 * i + 1])
-            wide, h = steps.swiglu_backward(gs[i], weights, pair, dh, d_weights)
+            wide, h = kernels.swiglu_backward(gs[i], weights, pair, dh, d_weights)
             wides.append(wide)
             if needs[2 * i + 1]:
                 grads[2 * i + 1] = ctx.groups[i].outer(part, h)
@@ -119,7 +107,7 @@ class _Experts(torch.autograd.Function):
         d_rows = None
         if ctx.needs_input_grad[0]:
             dxs = [g.times(wide, gate_up) for g, wide, gate_up in zip(ctx.groups, wides, params[::2], strict=True)]
-            d_rows = steps.segment_sum(dxs, plan.first, order.place)
+            d_rows = kernels.segment_sum(dxs, plan.first, order.place)
             del dxs
         if any(needs[::2]):
             x = plan.split(rows.index_select(0, order.row))

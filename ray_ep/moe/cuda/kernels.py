@@ -1,9 +1,9 @@
 """Triton kernels of the CUDA experts: SwiGLU with the pairs' weights, its backward, segment sums. Tensors in and out.
 
-Each equals its namesake in reference.py. Needs Triton, so only `steps_for` imports this module. Arithmetic is float32,
-what is read and written is in the tensors' own dtype. No atomics: results are the same bits in every run.
-N rows, P pairs, H hidden, F ffn, S experts; "sorted" pairs are grouped by expert. Run by Triton's interpreter on a
-CPU in the tests. Not run on a GPU yet.
+Each equals its namesake in reference.py. Needs Triton, so only `kernels_for` imports this module. Arithmetic is
+float32, what is read and written is in the tensors' own dtype. No atomics: results are the same bits in every run.
+N rows, P pairs, H hidden, F ffn, S experts; "sorted" pairs are grouped by expert. Not run on a GPU yet: run by
+Triton's interpreter on a CPU, and compiled for Hopper.
 """
 
 from __future__ import annotations

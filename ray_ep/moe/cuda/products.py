@@ -23,11 +23,11 @@ class Groups:
 
     Args:
         ends: int32 [S] on the device, the last one P. like: any tensor of the products' dtype, on their device.
-        steps: kernels.py or reference.py.
+        kernels: what `kernels_for` gives for the device.
     """
 
-    def __init__(self, ends: torch.Tensor, like: torch.Tensor, steps: Any):
-        self.ends, self._steps = ends, steps
+    def __init__(self, ends: torch.Tensor, like: torch.Tensor, kernels: Any):
+        self.ends, self._kernels = ends, kernels
         self.grouped = like.is_cuda and like.dtype == torch.bfloat16 and _generation(like.device) in _GROUPED
         self._cuts = [] if self.grouped else list(pairwise([0, *ends.tolist()]))
 
@@ -50,7 +50,7 @@ class Groups:
             # Only of this layout (columns of a, rows of b) the kernel takes empty groups; and on Blackwell it leaves
             # what it likes in theirs (pytorch 172439).
             out = grouped_mm(a.t(), b, offs=self.ends)
-            self._steps.zero_empty(out, self.ends)
+            self._kernels.zero_empty(out, self.ends)
             return out
         out = a.new_zeros(len(self.ends), a.shape[1], b.shape[1])
         for into, (first, end) in zip(out, self._cuts, strict=False):

@@ -13,21 +13,18 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 
 from ray_ep.errors import BadInput
 from ray_ep.moe.exchange.meter import MeteredGroup
-from ray_ep.moe.site import Site
+from ray_ep.moe.exchange.steps import SteppedBody, Steps
 
 
-class BoundedBody:
+class BoundedBody(SteppedBody):
     """The body of the all-gather way, but for layers that the fused one computes.
 
     Args:
         site: of the layer; `exchange.tokens` is N, or 0: it is agreed on in each pass, which waits for the device.
     """
 
-    def __init__(self, site: Site):
-        self.site = site
-
-    def compute(self, module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """See `Body.compute`.
+    def steps(self, module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> Steps:
+        """See `SteppedBody.steps`.
 
         Raises:
             BadInput: more tokens than the bound.
@@ -46,6 +43,8 @@ class BoundedBody:
         traffic.meter.enter("route")
         rows, mine = self._rows(all_index)
         self.site.count_pairs(mine.sum())
+        traffic.meter.enter("")
+        yield None
         traffic.meter.enter("experts")
         flat, flat_weights = everything.flatten(0, 1), all_weights.flatten(0, 1)  # [R * N, H], [R * N, K]
         if slots.held and bound:
