@@ -128,8 +128,8 @@ class ExpertParallel:
         """
         inference = Inference()
         for index, module in enumerate(self.modules):
-            if is_plain(module, module.gate_up_proj):  # type: ignore[arg-type]
-                weights = self.parameters(index)
+            weights = self.parameters(index)
+            if is_plain(module, weights["down_proj"]):  # which every layout has
                 inference.packed[index] = (
                     Packed(weights["gate_up_proj"], self.gemm), Packed(weights["down_proj"], self.gemm),
                 )  # fmt: skip
