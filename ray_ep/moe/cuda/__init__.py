@@ -14,7 +14,7 @@ def kernels_for(device: torch.device) -> Any:
     if device.type != "cuda":
         return reference
     try:
-        from ray_ep.moe.cuda import kernels
+        import ray_ep.moe.cuda.kernels as kernels
     except ImportError:
         return reference
     return kernels

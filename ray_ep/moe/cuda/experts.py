@@ -20,7 +20,22 @@ import torch
 
 from ray_ep.moe.cuda.order import ExpertOrder, expert_order
 from ray_ep.moe.cuda.products import Groups
+from ray_ep.moe.layout import is_gated_silu
 from ray_ep.moe.site import LocalPairs, LocalWeights
+
+
+def fits(module: Any, hidden: torch.Tensor) -> bool:
+    """Whether `FusedExperts` computes this layer: CUDA, gated SiLU in the usual layout, rows of whole 16 bytes.
+
+    The last is what torch's grouped products ask for; transformers' kernel does, too.
+    """
+    return (
+        hidden.is_cuda
+        and hidden.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and is_gated_silu(module)
+        and bool(module.gate_up_proj.dtype == hidden.dtype)
+        and all(w.shape[2] * w.element_size() % 16 == 0 for w in (module.gate_up_proj, module.down_proj))
+    )
 
 
 class FusedExperts:
@@ -42,7 +57,7 @@ class FusedExperts:
         order = expert_order(pairs.row, pairs.expert_row, sum(map(len, params[::2])))
         cuts = (0, total - pairs.of_guests, total) if weights.guests else (0, total)
         plan = _Plan(order=order, first=pairs.first, cuts=cuts, kernels=self.kernels)
-        partial: torch.Tensor = _Experts.apply(rows, pair_weights, plan, *params)  # type: ignore[no-untyped-call]
+        partial: torch.Tensor = _Experts.apply(rows, pair_weights.contiguous(), plan, *params)  # type: ignore[no-untyped-call]
         return partial
 
 
@@ -57,8 +72,8 @@ class _Plan:
         """One of own experts, one of guests if there are any. params: gate_up and down of each."""
         found, first = [], 0
         for start, gate_up in zip(self.cuts, params[::2], strict=False):
-            ends = self.order.ends[first : first + len(gate_up)] - start
-            found.append(Groups(ends.contiguous(), gate_up, self.kernels))
+            ends = self.order.ends[first : first + len(gate_up)]
+            found.append(Groups(ends - start if first else ends, gate_up, self.kernels))
             first += len(gate_up)
         return found
 
