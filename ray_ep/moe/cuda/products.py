@@ -28,7 +28,7 @@ class Groups:
 
     def __init__(self, ends: torch.Tensor, like: torch.Tensor, kernels: Any):
         self.ends, self._kernels = ends, kernels
-        self.grouped = like.is_cuda and like.dtype == torch.bfloat16 and _generation(like.device) in _GROUPED
+        self.grouped = has_grouped_kernel(like)
         self._cuts = [] if self.grouped else list(pairwise([0, *ends.tolist()]))
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -58,5 +58,8 @@ class Groups:
         return out
 
 
-def _generation(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0]
+def has_grouped_kernel(like: torch.Tensor) -> bool:
+    """Whether torch multiplies all experts at once for this dtype and device, without reading the ends on the host."""
+    if not like.is_cuda or like.dtype != torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(like.device)[0] in _GROUPED
