@@ -18,6 +18,7 @@ import numpy as np
 import yaml
 
 from ray_ep.errors import PlacementError
+from ray_ep.placement.placement import files_by_version
 from ray_ep.placement.topology import Topology
 
 _NEWEST = 1000  # steps: what a long run's step takes now, not what it took days ago
@@ -154,7 +155,7 @@ def _read_exchange(path: Path) -> dict[str, Any]:
 
 def _read_placement(folder: Path) -> tuple[int, list[list[list[int]]]]:
     """(version, slots) of the newest placement that can be read."""
-    for path in sorted(folder.glob("*.json"), reverse=True):
+    for path in reversed(files_by_version(folder)):
         try:
             placement = json.loads(path.read_text(encoding="utf-8"))
             slots = [[[int(e) for e in rank] for rank in layer] for layer in placement["slots"]]

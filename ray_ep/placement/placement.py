@@ -261,6 +261,11 @@ class Placement:
         return out
 
 
+def files_by_version(folder: Path) -> list[Path]:
+    """Files of the placements in a run's folder `placements`, by version: 10000.json comes after 9999.json."""
+    return sorted(folder.glob("*.json"), key=lambda path: (len(path.stem), path.stem))
+
+
 def _padded(per_rank: list[list[list[int]]], at_least: int) -> Ints:
     """[L, R, S] from lists of experts [L][R], -1 behind them."""
     size = max((len(row) for layer in per_rank for row in layer), default=0)

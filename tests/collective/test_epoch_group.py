@@ -148,6 +148,34 @@ def test_a_group_that_comes_when_nobody_waits_any_more_is_closed(held):
     assert closed.wait(5)
 
 
+def test_an_order_to_end_that_comes_while_the_last_peer_joins_ends_the_new_group(held):
+    store, first = dist.HashStore(), held[0]
+
+    def make():
+        made = gloo(store, 0, 1, 1, "127.0.0.1", 5.0)
+        first.abort(1)  # nobody looks for it any more
+        return made
+
+    first.form(1, {"gloo": make}, 5.0)
+    with pytest.raises(GroupError, match="epoch 1"):
+        first.barrier()
+
+
+def test_forming_leaves_the_group_of_the_epoch_before(held):
+    store, first = dist.HashStore(), held[0]
+    form(first, store, 0, 1, 1)
+    before = first.present
+    form(first, store, 0, 1, 2)
+    limit = time.monotonic() + 10
+    while time.monotonic() < limit:
+        try:
+            before.barrier()
+        except GroupError:
+            return
+        time.sleep(0.05)
+    pytest.fail("the group of epoch 1 still works: it was not left")
+
+
 def test_the_limit_of_forming_is_not_that_of_a_collective(held):
     store = dist.HashStore()
     in_threads(*(lambda i=i: form(held[i], store, i, 2, 1, timeout_s=20.0, limit_s=0.8) for i in range(2)))

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from dataclasses import replace
 from datetime import timedelta
 
 import numpy as np
@@ -311,15 +312,45 @@ def test_ranks_that_differ_after_a_regroup_are_told_in_what_and_none_hangs(spoil
     run.close()
 
 
+def test_ranks_that_were_told_of_different_links_are_refused():
+    run = Run(2)
+    run.start("off")
+    run.train([0], 2e-6)
+    run.membership = run.membership.next()
+
+    def one(rank, worker):
+        run.form(worker.group, rank)
+        topology = Topology.of_nodes([0, rank])
+        with pytest.raises(PlacementError, match="ranks 0 and 1 of epoch 1 differ in topology"):
+            regroup(worker.model, worker.group, run.placement, topology, state=worker.optimizer)
+        regroup(worker.model, worker.group, run.placement, run.topology, state=worker.optimizer)
+        assert worker.ep.routing.logits == [None] * LAYERS, "the old group's memory is kept by the last pass's graph"
+
+    run.on_all(one)
+    run.close()
+
+
 def test_a_rank_that_lacks_what_it_is_to_own_says_so_and_nothing_changes():
     run = Run(3)
     run.placement = Placement(np.tile(np.array([[range(8), range(8), [-1] * 8]]), (LAYERS, 1, 1)), EXPERTS)
     run.start("off")
     run.train([0], 2e-6)
-    before = run.workers["m1"].ep.placement
+    before = [run.workers[m].ep.placement for m in ("m1", "m2")]
     with pytest.raises(PlacementError, match=r"no masters and moments of expert 0|rank 0 cannot"):
         run.change(gone=["m0"])
-    assert run.workers["m1"].ep.placement is before
+    assert [run.workers[m].ep.placement for m in ("m1", "m2")] == before, "one rank went on without the other"
+    run.close()
+
+
+def test_two_levels_become_one_where_one_node_is_left():
+    run = Run(3)
+    run.membership, run.topology = replace(run.membership, node_of=(0, 0, 1)), Topology.of_nodes([0, 0, 1])
+    run.placement = Placement(np.tile(np.array([[range(4), range(4, 8), [-1] * 4]]), (LAYERS, 1, 1)), EXPERTS)
+    run.start("off")
+    run.on_all(lambda rank, w: w.ep.exchange_by(kind="two_level"))
+    run.change(gone=["m2"])
+    assert run.on_all(lambda rank, w: w.ep.exchange.kind) == ["flat", "flat"]
+    run.train([0], 2e-6)
     run.close()
 
 

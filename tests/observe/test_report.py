@@ -223,6 +223,12 @@ def test_a_placement_on_many_ranks_is_summed_up(run_dir):
     assert "Too many ranks for a table" in page.text
 
 
+def test_the_newest_placement_is_that_of_the_highest_version(run_dir):
+    for version, ranks in ((9999, 2), (10000, 65)):
+        (run_dir / "placements" / f"{version:04d}.json").write_text(json.dumps(placement(ranks)))
+    assert "4 layers on 65 ranks" in Page(write_report(run_dir).read_text()).text
+
+
 def test_a_forced_router_is_announced(run_dir):
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config("balanced")))
     page = Page(write_report(run_dir).read_text())

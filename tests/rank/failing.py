@@ -123,7 +123,6 @@ EXEMPT = {
     "config": "nobody changes it",
     "_buffers": "a pool's memory is used again; that it is free is looked at",
     "_began": "what had been spent when the last step began: read inside of a step alone",
-    "_all_routes": "made at the first use, from the placement",
 }
 
 

@@ -22,6 +22,7 @@ from ray_ep.errors import BadInput, PlacementError
 from ray_ep.placement import Placement, RoutingStatistics, StepCosts, Topology
 from ray_ep.placement.compare import Measured
 from ray_ep.placement.engines.records import Recorded
+from ray_ep.placement.placement import files_by_version
 from ray_ep.placement.planner.survive import fewest_slots
 from ray_ep.placement.whatif.description import describe
 
@@ -108,7 +109,7 @@ def read_current(
         ids = None if recorded.engine == "ray_ep" else recorded.layer_ids
         placement, notes = read_map(path, ranks, ids, layers)
     else:
-        files = [] if run is None else sorted((run / "placements").glob("*.json"))
+        files = [] if run is None else files_by_version(run / "placements")
         if not files:
             return None, ()
         path, placement = files[-1], read_placement(files[-1])

@@ -24,6 +24,7 @@ from ray_ep.driver.requests import Request, RequestKind
 from ray_ep.driver.run.claim import LOCK, Claim, holder, in_use
 from ray_ep.errors import CheckpointError, ConfigError, PlacementError
 from ray_ep.placement import Placement, RoutingStatistics, Topology
+from ray_ep.placement.placement import files_by_version
 from ray_ep.rank.saved.checkpoint import Checkpoint
 from ray_ep.rank.saved.directory import Directory
 
@@ -121,7 +122,7 @@ class RunDir:
 
     def newest_placement(self) -> Placement | None:
         """The placement that the run had last; None: none that can be read."""
-        for path in sorted((self.path / "placements").glob("*.json"), key=lambda p: (len(p.name), p.name))[::-1]:
+        for path in reversed(files_by_version(self.path / "placements")):
             with suppress(PlacementError):
                 return Placement.load(path)
         return None

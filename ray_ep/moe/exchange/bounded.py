@@ -14,6 +14,7 @@ from transformers.integrations.moe import grouped_mm_experts_forward
 from ray_ep.errors import BadInput
 from ray_ep.moe.exchange.meter import MeteredGroup
 from ray_ep.moe.exchange.steps import SteppedBody, Steps
+from ray_ep.moe.site import Site
 
 
 class BoundedBody(SteppedBody):
@@ -22,6 +23,10 @@ class BoundedBody(SteppedBody):
     Args:
         site: of the layer; `exchange.tokens` is N, or 0: it is agreed on in each pass, which waits for the device.
     """
+
+    def __init__(self, site: Site):
+        super().__init__(site)
+        self.routes = site.slots.all_routes()  # made here: parts of the tokens read them on streams of their own
 
     def steps(self, module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> Steps:
         """See `SteppedBody.steps`.
@@ -64,7 +69,7 @@ class BoundedBody(SteppedBody):
     def _rows(self, all_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """all_index [R, N, K] -> local rows [R * N, K], S where it is not this rank's, and whether it is [R, N, K]."""
         slots, traffic = self.site.slots, self.site.traffic
-        routes, device = slots.all_routes(), all_index.device
+        routes, device = self.routes, all_index.device
         column = torch.arange(all_index.shape[1], device=device) % routes.shape[2]
         source = torch.arange(traffic.size, device=device)
         serves = routes[source[:, None, None], all_index.clamp_min(0), column[None, :, None]]
