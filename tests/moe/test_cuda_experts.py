@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ray_ep
-from ray_ep.moe.cuda import kernels_for, reference
+from ray_ep.moe.cuda import kernels_for, products, reference
 from ray_ep.moe.cuda.experts import FusedExperts
 from ray_ep.moe.cuda.products import Groups
 from ray_ep.moe.exchange.grouped import GroupedBody, transformers_experts
@@ -86,7 +86,8 @@ def test_half_precision_is_close_to_float32_and_the_same_bits_each_time(dtype):
         assert (a.float() - want).norm() <= 0.02 * want.norm()
 
 
-def test_what_needs_no_gradient_gets_none():
+def test_frozen_weights_cost_no_product(monkeypatch):
+    monkeypatch.delattr(Groups, "outer")
     pairs, inputs = pairs_of(EXPERTS["all"](torch.Generator().manual_seed(1))), tensors(torch.float32)
     for frozen in inputs[2:]:
         frozen.requires_grad_(False)
@@ -105,16 +106,19 @@ def test_no_pairs_give_zeros_and_a_graph():
 
 
 @pytest.mark.parametrize("ends", [[3, 3, 11, 11], [0, 0, 0, 11], [11, 11, 11, 11]])
-def test_torchs_grouped_kernel_and_one_product_each_give_the_same(ends):
+def test_torchs_grouped_kernel_and_one_product_each_give_the_same(monkeypatch, ends):
     """On CPU torch has the grouped product as well, with the demands on layout that the one for CUDA has."""
     draw = torch.Generator().manual_seed(0)
     a, b, weight = (torch.randn(s, generator=draw).bfloat16() for s in ((11, 16), (11, 24), (4, 24, 16)))
     each = Groups(torch.tensor(ends, dtype=torch.int32), a, reference)
-    grouped = copy.copy(each)
-    grouped.grouped = True
+    monkeypatch.setattr(products, "has_grouped_kernel", lambda like: True)
+    grouped = Groups(torch.tensor(ends, dtype=torch.int32), a, reference)
     for one in (lambda g: g.linear(a, weight), lambda g: g.times(b, weight), lambda g: g.outer(b, a)):
         torch.testing.assert_close(one(grouped), one(each), rtol=2**-7, atol=2**-7)
     assert not each.outer(b, a)[1].any()
+    none = grouped.outer(b[:0], a[:0])
+    assert none.shape == (4, 24, 16)
+    assert not none.any()
 
 
 def test_a_cpu_takes_the_torch_paths():
