@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ray_ep.moe.exchange.dispatch import Sizes, Wanted, agree, combine, dispatch, swap
-from ray_ep.moe.exchange.steps import Part, SteppedBody, Steps, steps_of, together
+from ray_ep.moe.exchange.steps import Part, SteppedBody, Steps, WithParameters, steps_of, together
 from ray_ep.moe.exchange.ways import by_row
 from ray_ep.moe.site import Body, Site
 
@@ -61,6 +61,8 @@ class ChunkedBody:
         """See `Body.compute`."""
         inputs = list(zip(*(x.tensor_split(self.chunks) for x in (hidden, index, weights)), strict=True))
         streams = self.site.shared.lanes.of(self.chunks, hidden.device)
+        if streams[0] is not None:
+            module = WithParameters.of_streams(module)
         parts = [
             Part(steps_of(self.inner, module, *some), stream) for some, stream in zip(inputs, streams, strict=True)
         ]

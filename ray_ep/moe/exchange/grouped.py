@@ -28,8 +28,8 @@ from ray_ep.moe.exchange.dispatch import (
 )  # fmt: skip
 from ray_ep.moe.exchange.float8 import Rounded
 from ray_ep.moe.exchange.meter import Meter
-from ray_ep.moe.exchange.segments import Segments, SumRows, starts
-from ray_ep.moe.exchange.steps import SteppedBody, Steps
+from ray_ep.moe.exchange.segments import CopyRows, Segments, SumRows, starts
+from ray_ep.moe.exchange.steps import SteppedBody, Steps, WithParameters
 from ray_ep.moe.site import Experts, LocalPairs, LocalWeights, Site
 from ray_ep.moe.upload import upload
 from ray_ep.placement.in_step.rules import StepRules
@@ -133,20 +133,12 @@ def transformers_experts(
     params = dict(weights.own)
     if weights.guests:
         params = {name: torch.cat([own, weights.guests[name]]) for name, own in params.items()}
-    view: Any = ExtendedModule(module, params, len(next(iter(params.values()))))
-    out = grouped_mm_experts_forward(view, rows[pairs.row], pairs.expert_row[:, None], pair_weights[:, None])
-    partial: torch.Tensor = SumRows.apply(out, Segments(pairs.row, len(rows), pairs.first))  # type: ignore[no-untyped-call]
+    view: Any = WithParameters(module, params)
+    segments = Segments(pairs.row, len(rows), pairs.first)
+    copies = CopyRows.apply(rows, segments)  # type: ignore[no-untyped-call]
+    out = grouped_mm_experts_forward(view, copies, pairs.expert_row[:, None], pair_weights[:, None])
+    partial: torch.Tensor = SumRows.apply(out, segments)  # type: ignore[no-untyped-call]
     return partial
-
-
-class ExtendedModule:
-    """An experts module with other per-expert parameters, for the length of one call of transformers' kernel."""
-
-    def __init__(self, module: torch.nn.Module, params: dict[str, torch.Tensor], num_experts: int):
-        self.module, self.params, self.num_experts = module, params, num_experts
-
-    def __getattr__(self, name: str) -> Any:
-        return self.params[name] if name in self.params else getattr(self.module, name)
 
 
 def _weights(module: Any, rows: torch.Tensor, guests: Guests | None) -> tuple[torch.Tensor, LocalWeights]:

@@ -58,6 +58,19 @@ def add_up_in_order(rows: torch.Tensor, segments: Segments) -> torch.Tensor:
     return sums
 
 
+class CopyRows(torch.autograd.Function):
+    """Sums [M, H] to their rows [n, H] forward, `add_up` of the rows' gradients backward: the adjoint of SumRows."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: torch.Tensor, segments: Segments) -> torch.Tensor:
+        ctx.segments = segments
+        return sums[segments.of]
+
+    @staticmethod
+    def backward(ctx: Any, d_rows: torch.Tensor) -> Any:
+        return add_up(d_rows, ctx.segments), None
+
+
 class SumRows(torch.autograd.Function):
     """`add_up`: rows [n, H] to sums [M, H] forward, each sum's gradient to its rows backward."""
 

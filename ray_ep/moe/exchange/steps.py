@@ -7,7 +7,7 @@ or side by side. T tokens, K top_k, H hidden.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -107,3 +107,33 @@ def together(parts: list[Part], group: Group) -> list[torch.Tensor]:
             part.go()
         part.join()
     return [part.out for part in parts if part.out is not None]
+
+
+class WithParameters:
+    """An experts module with other per-expert parameters, for the length of one pass or of one kernel's call.
+
+    Args:
+        params: by name, with a graph of their own maybe, one row for each expert.
+    """
+
+    def __init__(self, module: Any, params: dict[str, torch.Tensor]):
+        self.module, self.params, self.num_experts = module, params, len(next(iter(params.values())))
+
+    @staticmethod
+    def of_streams(module: Any) -> WithParameters:
+        """The module's own, through a node of the current stream: it takes gradients from those of all parts.
+
+        A parameter itself expects them from one.
+        """
+        return WithParameters(module, {name: p.view_as(p) for name, p in module.named_parameters(recurse=False)})
+
+    def __getattr__(self, name: str) -> Any:
+        return self.params[name] if name in self.params else getattr(self.module, name)
+
+    def named_parameters(self, recurse: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+        """As of a module."""
+        return iter(self.params.items())
+
+    def parameters(self, recurse: bool = True) -> Iterator[torch.Tensor]:
+        """As of a module."""
+        return iter(self.params.values())
