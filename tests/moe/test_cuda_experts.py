@@ -33,18 +33,20 @@ EXPERTS = {
 }
 
 
-def tensors(dtype):
+def tensors(dtype, device="cpu"):
     """rows, pair weights, and own and guests' gate_up and down."""
     draw = torch.Generator().manual_seed(0)
     shapes = [(ROWS, HIDDEN), (19,)]
     shapes += [s for n in (OWN, GUESTS) for s in ((n, 2 * FFN, HIDDEN), (n, HIDDEN, FFN))]
-    return [torch.randn(s, generator=draw).to(dtype).requires_grad_() for s in shapes]
+    return [torch.randn(s, generator=draw).to(device, dtype).requires_grad_() for s in shapes]
 
 
-def pairs_of(expert_row):
+def pairs_of(expert_row, device="cpu"):
     row = torch.tensor([0, 0, 0, 0, 0, 1, 1, 3, 3, 3, 4, 4, 4, 4, 4, 5, 6, 6, 6])[: len(expert_row)]  # none for row 2
     first = torch.searchsorted(row, torch.arange(ROWS + 1))
-    return LocalPairs(row=row, first=first, expert_row=expert_row, of_guests=int((expert_row >= OWN).sum()))
+    of_guests = int((expert_row >= OWN).sum())
+    row, first, expert_row = (t.to(device) for t in (row, first, expert_row))
+    return LocalPairs(row=row, first=first, expert_row=expert_row, of_guests=of_guests)
 
 
 def call(experts, pairs, rows, weights, *params, module=None):
@@ -56,12 +58,13 @@ def call(experts, pairs, rows, weights, *params, module=None):
 @pytest.mark.parametrize("by", KERNELS)
 def test_the_fused_experts_equal_transformers_forward_and_backward(by, kind):
     module = ray_ep.moe.find_experts(build("qwen3_moe", num_hidden_layers=1)).popitem()[1]
-    pairs = pairs_of(EXPERTS[kind](torch.Generator().manual_seed(1)))
-    mine, theirs = tensors(torch.float32), tensors(torch.float32)
+    device = "cuda" if by == "triton" and torch.cuda.is_available() else "cpu"
+    pairs = pairs_of(EXPERTS[kind](torch.Generator().manual_seed(1)), device)
+    mine, theirs = (tensors(torch.float32, device) for _ in range(2))
     got = call(FusedExperts(KERNELS[by]()), pairs, *mine)
     want = call(transformers_experts, pairs, *theirs, module=module)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    gradient = torch.randn(ROWS, HIDDEN, generator=torch.Generator().manual_seed(2))
+    gradient = torch.randn(ROWS, HIDDEN, generator=torch.Generator().manual_seed(2)).to(device)
     for a, b in zip(*(torch.autograd.grad(out, x, gradient) for out, x in ((got, mine), (want, theirs))), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
 

@@ -90,13 +90,13 @@ class _Experts(torch.autograd.Function):
         ctx: Any, rows: torch.Tensor, weights: torch.Tensor, plan: _Plan, *params: torch.Tensor
     ) -> torch.Tensor:
         order, kernels, groups = plan.order, plan.kernels, plan.groups(params)
-        x = rows.index_select(0, order.row)
-        gs, ys = [], []
-        for part, pair, group, gate_up, down in zip(
-            plan.split(x), plan.split(order.pair), groups, params[::2], params[1::2], strict=True
-        ):
-            gs.append(group.linear(part, gate_up))
-            ys.append(group.linear(kernels.swiglu(gs[-1], weights, pair), down))
+        x = plan.split(rows.index_select(0, order.row))
+        gs = [group.linear(part, gate_up) for group, part, gate_up in zip(groups, x, params[::2], strict=True)]
+        del x
+        ys = [
+            group.linear(kernels.swiglu(g, weights, pair), down)
+            for group, g, pair, down in zip(groups, gs, plan.split(order.pair), params[1::2], strict=True)
+        ]
         ctx.plan, ctx.groups = plan, groups
         ctx.save_for_backward(rows, weights, *params, *gs)
         partial: torch.Tensor = kernels.segment_sum(ys, plan.first, order.place)
