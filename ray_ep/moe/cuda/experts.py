@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from ray_ep.moe.cuda.order import ExpertOrder, expert_order
 from ray_ep.moe.cuda.products import Groups
@@ -103,6 +104,7 @@ class _Experts(torch.autograd.Function):
         return partial
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_partial: torch.Tensor) -> Any:
         plan: _Plan = ctx.plan
         order, kernels, parts = plan.order, plan.kernels, len(ctx.groups)

@@ -14,6 +14,9 @@ from torch.nn.functional import grouped_mm
 _GROUPED = (9, 10)
 """Major compute capabilities with torch's grouped kernel: Hopper, Blackwell."""
 
+_GROUPS = 1024
+"""Groups that torch's kernel refuses, and more."""
+
 
 class Groups:
     """Sorted rows, cut into experts.
@@ -28,7 +31,7 @@ class Groups:
 
     def __init__(self, ends: torch.Tensor, like: torch.Tensor, kernels: Any):
         self.ends, self._kernels = ends, kernels
-        self.grouped = has_grouped_kernel(like)
+        self.grouped = has_grouped_kernel(like) and len(ends) < _GROUPS
         self._cuts = [] if self.grouped else list(pairwise([0, *ends.tolist()]))
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -40,8 +43,9 @@ class Groups:
         if self.grouped and len(x):
             return grouped_mm(x, weight, offs=self.ends)
         out = x.new_empty(len(x), weight.shape[2])
-        for w, (a, b) in zip(weight, self._cuts, strict=False):
-            torch.mm(x[a:b], w, out=out[a:b])
+        for w, (first, end) in zip(weight, self._cuts, strict=False):
+            if first < end:
+                torch.mm(x[first:end], w, out=out[first:end])
         return out
 
     def outer(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -52,9 +56,11 @@ class Groups:
             out = grouped_mm(a.t(), b, offs=self.ends)
             self._kernels.zero_empty(out, self.ends)
             return out
-        out = a.new_zeros(len(self.ends), a.shape[1], b.shape[1])
-        for into, (first, end) in zip(out, self._cuts, strict=False):
-            torch.mm(a[first:end].t(), b[first:end], out=into)
+        if not len(a):
+            return a.new_zeros(len(self.ends), a.shape[1], b.shape[1])
+        out = a.new_empty(len(self.ends), a.shape[1], b.shape[1])
+        for into, (first, end) in zip(out, self._cuts, strict=True):
+            torch.mm(a[first:end].t(), b[first:end], out=into)  # of no rows: zeros
         return out
 
 
