@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_ep.moe.exchange.dispatch import combine, dispatch, plan_dispatch
+from ray_ep.moe.exchange.dispatch import Sizes, Wanted, combine, dispatch, plan_dispatch, swap
 from ray_ep.moe.exchange.meter import Meter, MeteredGroup
 from ray_ep.placement import Placement, contiguous, random
 from tests.conftest import run_ranks
@@ -60,7 +60,8 @@ def round_trip(case, group):
     group.all_to_all = all_to_all
     index, routes = case.index[r], case.routes[r]
     to = routes[index, (torch.arange(len(index)) % routes.shape[1])[:, None]]
-    agreed = plan_dispatch(index, w, to, MeteredGroup(group, meter))
+    traffic, wanted = MeteredGroup(group, meter), Wanted.of(index, to, group.size)
+    agreed = plan_dispatch(wanted, w, Sizes.of(*swap(wanted, traffic).numpy()), traffic)
     rows, pair_w = dispatch(x, w, agreed)
     scaled = rows[agreed.received.row] * ((agreed.received.expert + 1).to(x.dtype) * pair_w)[:, None]
     out = combine(torch.zeros_like(rows).index_add(0, agreed.received.row, scaled), agreed)

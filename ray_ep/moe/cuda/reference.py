@@ -46,6 +46,8 @@ def segment_sum(parts: Sequence[torch.Tensor], start: torch.Tensor, member: torc
         start: int64 [N + 1], ascending. member: int64, numbers of rows.
     """
     rows = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    if not len(member):
+        return rows.new_zeros(len(start) - 1, rows.shape[1])
     picked = _wide(rows.index_select(0, member))
     return torch.segment_reduce(picked, "sum", offsets=start, axis=0, unsafe=True).to(rows.dtype)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ray_ep.moe.exchange.dispatch import Sizes, Wanted, agree, combine, dispatch, swap
+from ray_ep.moe.exchange.dispatch import Sizes, Wanted, combine, dispatch, plan_dispatch, swap
 from ray_ep.moe.exchange.steps import Part, SteppedBody, Steps, WithParameters, steps_of, together
 from ray_ep.moe.exchange.ways import by_row
 from ray_ep.moe.site import Body, Site
@@ -35,7 +35,7 @@ class TwoLevelBody(SteppedBody):
         meter.enter("")
         answer = yield asked
         meter.enter("route")
-        plan = agree(wanted, weights, Sizes.of(*answer), traffic, site.exchange.float8)
+        plan = plan_dispatch(wanted, weights, Sizes.of(*answer), traffic, site.exchange.float8)
         meter.enter("pack")
         rows, pair_weights = dispatch(hidden, weights, plan)
         second = by_row(plan.received, pair_weights, len(rows), index.shape[1])
@@ -69,7 +69,7 @@ class ChunkedBody:
         out = together(parts, self.site.traffic.group)
         for stream, some, there in zip(streams, inputs, out, strict=True):
             if stream is not None:
-                for tensor in some:
+                for tensor in some:  # backward reads them on this stream, too
                     tensor.record_stream(stream)
                 there.record_stream(torch.cuda.current_stream())
         return torch.cat(out)

@@ -17,7 +17,7 @@ from ray_ep.moe.site import Site
 
 
 class BoundedBody:
-    """The body of the all-gather way, but for layers that the fused one computes.
+    """The body of the all-gather way, but for layers that the fused one computes. Not run on a GPU yet.
 
     Args:
         site: of the layer; `exchange.tokens` is N, or 0: it is agreed on in each pass, which waits for the device.

@@ -79,7 +79,7 @@ class Wanted:
 
     @staticmethod
     def of(index: torch.Tensor, to: torch.Tensor, ranks: int) -> Wanted:
-        """index [T, K], to [T, K] the rank that serves each choice: of a -1 it means nothing."""
+        """index [T, K] experts, -1 for no choice; to [T, K] the rank that serves each; T may differ between ranks."""
         to = torch.where(index >= 0, to, ranks)
         visits = torch.zeros(len(index), ranks + 1, dtype=torch.uint8, device=to.device).scatter_(1, to, 1)[:, :ranks]
         flat = to.reshape(-1)
@@ -87,32 +87,20 @@ class Wanted:
         return Wanted(index, flat, visits, torch.stack([visits.sum(0, dtype=torch.int64), pairs[:ranks]], 1))
 
 
-def plan_dispatch(
-    index: torch.Tensor, weights: torch.Tensor, to: torch.Tensor, traffic: MeteredGroup, float8: bool = False
-) -> DispatchPlan:
-    """Agree with all ranks on one layer's exchange (collective); the host waits for the device once.
-
-    Args:
-        index: [T, K] expert ids, -1 for no choice; T may be 0 and may differ between ranks.
-        weights: [T, K] of the pairs.
-        to: [T, K] the rank that serves each choice.
-        float8: dispatch tokens in 8 bits.
-    """
-    wanted = Wanted.of(index, to, traffic.size)
-    asked = swap(wanted, traffic)
-    traffic.group.wait()
-    return agree(wanted, weights, Sizes.of(*asked.cpu().numpy()), traffic, float8)
-
-
 def swap(wanted: Wanted, traffic: MeteredGroup) -> torch.Tensor:
     """int64 [2, R, 2] on the device: sizes from this rank, and to it (collective)."""
     return torch.stack([wanted.sizes, traffic.swap_sizes(wanted.sizes)])
 
 
-def agree(
+def plan_dispatch(
     wanted: Wanted, weights: torch.Tensor, sizes: Sizes, traffic: MeteredGroup, float8: bool = False
 ) -> DispatchPlan:
-    """The plan, once all sizes are known on the host (collective): experts and weights of the pairs travel here."""
+    """The plan, once all sizes are known on the host (collective): the pairs' experts and weights travel here.
+
+    Args:
+        weights: [T, K] of the pairs.
+        float8: dispatch tokens in 8 bits.
+    """
     tokens, top_k = wanted.index.shape
     # Rank-major, tokens ascending: stable sorts, cut to the sizes that the host knows.
     there = order_of(1 - wanted.visits.t().reshape(-1), 1)[: sum(sizes.rows_out)]

@@ -20,10 +20,10 @@ from ray_ep.moe.exchange.dispatch import (
     ReceivedPairs,
     Sizes,
     Wanted,
-    agree,
     alone,
     combine,
     dispatch,
+    plan_dispatch,
     swap,
 )  # fmt: skip
 from ray_ep.moe.exchange.float8 import Rounded
@@ -43,6 +43,7 @@ class GroupedBody(SteppedBody):
 
     On a GPU the host waits for the device once a pass in forward, to read the sizes; with balance it reads all ranks'
     counts with them, and a second time where the balance moves pairs. A rank alone does not wait. Backward never does.
+    Not run on a GPU yet.
 
     Args:
         site: of the layer.
@@ -91,7 +92,7 @@ class GroupedBody(SteppedBody):
             asked = traffic.all_gather(torch.cat([counts_of(index, experts), wanted.sizes.reshape(-1)]))
         answer = yield from _read(asked, traffic.meter)
         if rules is not None:
-            balance = planned(site, answer[:, :experts].astype(np.int32), rules)
+            balance = planned(site, answer[:, :experts], rules)
             guests, sizes = balance.guests, answer[:, experts:].reshape(traffic.size, traffic.size, 2)
             answer = np.stack([sizes[traffic.rank], sizes[:, traffic.rank]])
             if balance.plan.moved:
@@ -100,7 +101,7 @@ class GroupedBody(SteppedBody):
                 wanted = Wanted.of(index, to, traffic.size)
                 answer = yield from _read(swap(wanted, traffic), traffic.meter)
         site.note(index, to)
-        plan = agree(wanted, weights, Sizes.of(*answer), traffic, site.exchange.float8)
+        plan = plan_dispatch(wanted, weights, Sizes.of(*answer), traffic, site.exchange.float8)
         meter.enter("")
         return plan, guests
 
