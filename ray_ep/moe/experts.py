@@ -133,7 +133,7 @@ class Bodies:
         self.device, self.dtype = hidden.device, hidden.dtype
         fused, kind = site.exchange.fused, site.exchange.kind
         plain = fused and is_plain(module, hidden)
-        experts = FusedExperts(kernels_for(hidden.device)) if fused and fits(module, hidden) else None
+        experts = FusedExperts(kernels_for(hidden.device, hidden.dtype)) if fused and fits(module, hidden) else None
         flat: Body = FusedBody(site) if plain else GroupedBody(site, experts)
         taken = flat
         if kind == "all_gather":

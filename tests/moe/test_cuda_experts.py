@@ -124,8 +124,9 @@ def test_torchs_grouped_kernel_and_one_product_each_give_the_same(monkeypatch, e
     assert not none.any()
 
 
-def test_a_cpu_takes_the_torch_paths():
-    assert kernels_for(torch.device("cpu")) is reference
+def test_cpus_and_float64_take_the_torch_paths():
+    assert kernels_for(torch.device("cpu"), torch.bfloat16) is reference
+    assert kernels_for(torch.device("cuda"), torch.float64) is reference, "kernels add in float32"
 
 
 def skewed(rank):

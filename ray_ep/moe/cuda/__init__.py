@@ -9,9 +9,9 @@ import torch
 from ray_ep.moe.cuda import reference
 
 
-def kernels_for(device: torch.device) -> Any:
-    """What works between products: kernels.py on CUDA, reference.py elsewhere and where Triton is missing."""
-    if device.type != "cuda":
+def kernels_for(device: torch.device, dtype: torch.dtype) -> Any:
+    """What works between products: kernels.py on CUDA; reference.py elsewhere, for float64, and without Triton."""
+    if device.type != "cuda" or dtype == torch.float64:
         return reference
     try:
         import ray_ep.moe.cuda.kernels as kernels

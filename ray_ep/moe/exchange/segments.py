@@ -54,7 +54,8 @@ def add_up_in_order(rows: torch.Tensor, segments: Segments) -> torch.Tensor:
     order = segments.order
     if order is None:
         order = torch.arange(len(rows), device=rows.device)
-    sums: torch.Tensor = kernels_for(rows.device).segment_sum([rows.contiguous()], segments.first, order)
+    kernels = kernels_for(rows.device, rows.dtype)
+    sums: torch.Tensor = kernels.segment_sum([rows.contiguous()], segments.first, order)
     return sums
 
 
