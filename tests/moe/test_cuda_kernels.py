@@ -9,6 +9,7 @@ import torch
 
 from ray_ep.moe.cuda import reference
 from ray_ep.moe.cuda.order import expert_order
+from tests.test_structure import FILES, ROOT, imported
 
 pytest.importorskip("triton", reason="Triton has wheels for Linux only")
 from ray_ep.moe.cuda import kernels
@@ -141,3 +142,9 @@ def test_kernels_compile_for_hopper_with_loads_of_16_bytes_and_no_atomics():
     assert run.returncode == 0, run.stderr
     found = [eval(line) for line in run.stdout.splitlines()]
     assert found == [(4, 0), (6, 0), (4, 0), (4, 0), (0, 0)]
+
+
+def test_triton_is_needed_by_the_kernels_alone_and_they_by_a_cuda_pass_alone():
+    assert [p.relative_to(ROOT).as_posix() for p in FILES if "triton" in imported(p)] == ["moe/cuda/kernels.py"]
+    users = [p.relative_to(ROOT).as_posix() for p in FILES if "import ray_ep.moe.cuda.kernels" in p.read_text()]
+    assert users == ["moe/cuda/__init__.py"], "in kernels_for"

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ray_ep
-from ray_ep.moe.cuda import products, reference
+from ray_ep.moe.cuda import experts, reference
 from ray_ep.moe.cuda.experts import FusedExperts
 from ray_ep.moe.exchange.grouped import transformers_experts
 from ray_ep.moe.site import LocalPairs, LocalWeights
@@ -66,7 +66,7 @@ class Kernels:
 
 @pytest.fixture
 def traffic_of(monkeypatch):
-    monkeypatch.setattr(products, "has_grouped_kernel", lambda like: True)
+    monkeypatch.setattr(experts, "has_grouped_kernel", lambda like, groups: True)
     module = ray_ep.moe.find_experts(build("qwen3_moe", num_hidden_layers=1)).popitem()[1]
 
     def measure(make):

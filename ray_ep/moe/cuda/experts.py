@@ -20,7 +20,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ray_ep.moe.cuda.order import ExpertOrder, expert_order
-from ray_ep.moe.cuda.products import Groups
+from ray_ep.moe.cuda.products import Groups, has_grouped_kernel
 from ray_ep.moe.layout import is_gated_silu
 from ray_ep.moe.site import LocalPairs, LocalWeights
 
@@ -71,11 +71,13 @@ class _Plan:
 
     def groups(self, params: Sequence[torch.Tensor]) -> list[Groups]:
         """One of own experts, one of guests if there are any. params: gate_up and down of each."""
-        found, first = [], 0
+        ends, found, first = self.order.ends, [], 0
+        # Where torch has no grouped kernel the host waits for the device here, once a pass.
+        on_host = None if has_grouped_kernel(params[0], len(ends)) else ends.tolist()
         for start, gate_up in zip(self.cuts, params[::2], strict=False):
-            ends = self.order.ends[first : first + len(gate_up)]
-            found.append(Groups(ends - start if first else ends, gate_up, self.kernels))
-            first += len(gate_up)
+            part = slice(first, first := first + len(gate_up))
+            known = None if on_host is None else [end - start for end in on_host[part]]
+            found.append(Groups(ends[part] - start if start else ends[part], known, self.kernels))
         return found
 
     def split(self, x: torch.Tensor) -> list[torch.Tensor]:

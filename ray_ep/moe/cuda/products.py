@@ -21,18 +21,15 @@ _GROUPS = 1024
 class Groups:
     """Sorted rows, cut into experts.
 
-    torch's grouped kernel is for bfloat16 on Hopper and Blackwell. Elsewhere its own path reads the ends anew for each
-    product; here they are read once, which waits for the device.
-
     Args:
-        ends: int32 [S] on the device, the last one P. like: any tensor of the products' dtype, on their device.
+        ends: int32 [S] on the device, the last one P.
+        on_host: the same numbers where torch has no grouped kernel; None where it has one.
         kernels: what `kernels_for` gives for the device.
     """
 
-    def __init__(self, ends: torch.Tensor, like: torch.Tensor, kernels: Any):
-        self.ends, self._kernels = ends, kernels
-        self.grouped = has_grouped_kernel(like) and len(ends) < _GROUPS
-        self._cuts = [] if self.grouped else list(pairwise([0, *ends.tolist()]))
+    def __init__(self, ends: torch.Tensor, on_host: list[int] | None, kernels: Any):
+        self.ends, self.grouped, self._kernels = ends, on_host is None, kernels
+        self._cuts = list(pairwise([0, *(on_host or ())]))
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x [P, K], weight [S, N, K] -> [P, N], each row times the transpose of its expert's weight."""
@@ -64,8 +61,11 @@ class Groups:
         return out
 
 
-def has_grouped_kernel(like: torch.Tensor) -> bool:
-    """Whether torch multiplies all experts at once for this dtype and device, without reading the ends on the host."""
-    if not like.is_cuda or like.dtype != torch.bfloat16:
+def has_grouped_kernel(like: torch.Tensor, groups: int) -> bool:
+    """Whether torch multiplies all groups at once for this dtype and device.
+
+    Elsewhere its own path reads the ends on the host anew for each product: `Groups` gets them read once for all.
+    """
+    if not like.is_cuda or like.dtype != torch.bfloat16 or groups >= _GROUPS:
         return False
     return torch.cuda.get_device_capability(like.device)[0] in _GROUPED
