@@ -217,7 +217,8 @@ def parallelize(
         module.config._experts_implementation = IMPLEMENTATION
     if next(model.parameters()).device.type == "cpu":
         kernels.warm()
-    warm_step()
+    if balance != "off":
+        warm_step()
     _attach_routers(model, ep)
     ep.routing.checkpoint_blocks(model)
     model.ray_ep = ep  # type: ignore[assignment]  # no module of torch's
