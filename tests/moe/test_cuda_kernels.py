@@ -33,8 +33,9 @@ def draws(dtype, *shapes):
     return [torch.randn(s, generator=generator).to(DEVICE, dtype) for s in shapes]
 
 
-@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("size", "weight_dtype"), [*((size, torch.float32) for size in SIZES), ("odd", torch.bfloat16)]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_swiglu_with_weights_equals_its_torch_path(dtype, size, weight_dtype):
     pairs, width = SIZES[size]
@@ -78,11 +79,10 @@ def test_no_segments_and_segments_of_nothing_are_sums_too():
         assert by.segment_sum([rows], none.new_zeros(4), none).tolist() == [[0.0] * 24] * 3
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_experts_without_pairs_get_zeros_and_others_keep_what_they_have(dtype):
+def test_experts_without_pairs_get_zeros_and_others_keep_what_they_have():
     ends = torch.tensor([0, 2, 2, 7, 7], dtype=torch.int32, device=DEVICE)
     for by in (kernels, reference):
-        out = torch.full((5, 3, 700), float("nan"), dtype=dtype, device=DEVICE)
+        out = torch.full((5, 3, 700), float("nan"), dtype=torch.bfloat16, device=DEVICE)
         out[[1, 3]] = 1
         by.zero_empty(out, ends)
         assert out.float().sum((1, 2)).tolist() == [0, 2100, 0, 2100, 0]
