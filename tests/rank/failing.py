@@ -74,6 +74,12 @@ class FailingGroup(Group):
     def broadcast(self, tensor, source):
         self._call("broadcast", tensor, source)
 
+    def send(self, tensor, to, limit_s=None):
+        self._call("send", tensor, to, limit_s)
+
+    def receive(self, tensor, source, limit_s=None):
+        self._call("receive", tensor, source, limit_s)
+
     def barrier(self):
         self._call("barrier")
 
