@@ -25,7 +25,7 @@ class ClusterConfig:
     ranks: int = _opt(2, "number of ranks (one Ray actor with one device each)")
     device: str = _opt(
         "auto",
-        "device of a rank; auto: cuda if the cluster has a GPU for every rank, else cpu",
+        "device of a rank; auto: cuda if the cluster has a GPU for every rank and torch was built for CUDA, else cpu",
         ("auto", "cpu", "cuda"),
     )
     cpus_per_rank: float = _opt(

@@ -137,7 +137,7 @@ class Bodies:
         elif kind == "two_level":
             taken = TwoLevelBody(site, flat)
         chunks = site.exchange.chunks
-        self.taken, self.traced = (b if chunks == 1 else ChunkedBody(b, chunks) for b in (taken, flat))
+        self.taken, self.traced = (b if chunks == 1 else ChunkedBody(site, b, chunks) for b in (taken, flat))
 
 
 def _experts_forward(module: torch.nn.Module, *args: torch.Tensor) -> torch.Tensor:

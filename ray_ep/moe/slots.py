@@ -39,7 +39,6 @@ class Slots:
         self.gateways = torch.from_numpy(gateways(routes, nodes, rank)).to(device)
         self._ranks = placement.num_ranks
         self._routes_of = functools.cache(lambda source: placement.routes(layer, source, node_of).astype(np.int32))
-        self._all_routes: torch.Tensor | None = None
 
     def routes_of(self, source: int) -> np.ndarray:
         """[E, C] int32: the rank that serves an expert for tokens of `source`."""
@@ -47,11 +46,9 @@ class Slots:
         return routes
 
     def all_routes(self) -> torch.Tensor:
-        """[R, E, C] the rank that serves an expert for tokens of each source."""
-        if self._all_routes is None:
-            every = np.stack([self.routes_of(source) for source in range(self._ranks)])
-            self._all_routes = torch.from_numpy(every).to(self.row_of.device).long()
-        return self._all_routes
+        """[R, E, C] the rank that serves an expert for tokens of each source, made anew."""
+        every = np.stack([self.routes_of(source) for source in range(self._ranks)])
+        return torch.from_numpy(every).to(self.row_of.device).long()
 
     def served_by(self, index: torch.Tensor, routes: torch.Tensor) -> torch.Tensor:
         """[T, K] the rank for each choice of index [T, K] under `routes` [E, C]; that of a -1 means nothing."""

@@ -233,4 +233,4 @@ def _most_tokens(group: Group, hidden: torch.Tensor) -> int:
 
 def _synchronise(like: torch.Tensor) -> None:
     if like.device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(like.device)  # all of its streams: parts of the tokens may have their own
