@@ -6,8 +6,8 @@
 
 What it does like CUDA: operations on tensors of both devices are refused, so is `numpy()`; whatever lets the host wait
 is noted; streams and events order work, and a use that they do not order raises Race (fake_streams.py); cupy.cuda.nccl
-works between threads (fake_nccl.py). What it does not: numbers are the CPU's, memory is not limited, time is not a
-GPU's, graphs are not captured, and kernels other than torch's own do not run.
+works between threads (fake_nccl.py), Triton's kernels in its interpreter (fake_triton.py). What it does not: numbers
+are the CPU's, memory is not limited, time is not a GPU's, and graphs are not captured.
 
 A tensor is on the device if its storage has a `fake_memory` that is not pinned. Three places see to that: patched
 methods and factories (what names a device), a dispatch mode in every thread (what computes), hooks on backward.
@@ -27,11 +27,13 @@ from torch.distributed import HashStore
 from torch.utils._device import _device_constructors
 
 from ray_ep.collective.nccl import nccl
+from ray_ep.errors import GroupError
 from tests import fake_nccl
 from tests.conftest import in_threads
 from tests.fake_backward import Backward
 from tests.fake_device import CPU, CUDA, Device, claim, on_device
 from tests.fake_streams import HERE, Event, Process, Stream, memory_of, on, spot, touch
+from tests.fake_triton import checked, interpreter
 
 
 def copied(source, device, dtype=None, non_blocking=False):
@@ -233,6 +235,7 @@ def fake_cuda():
     made["new_tensor"] = lambda self, data, dtype=None, device=None, **_: torch.tensor(
         data, dtype=dtype or self.dtype, device=device or self.device
     )
+    triton = interpreter()
     cupy, cuda = types.ModuleType("cupy"), types.ModuleType("cupy.cuda")
     cupy.cuda, cuda.nccl = cuda, fake_nccl
     modules = {"cupy": cupy, "cupy.cuda": cuda, "cupy.cuda.nccl": fake_nccl}
@@ -246,6 +249,7 @@ def fake_cuda():
             _patched(Tensor, _TENSOR | made),
             _patched(torch.cuda, _MODULE | {"default_generators": (torch.Generator(),)}),
             _patched(torch.autograd, {"_engine_run_backward": _backward}),
+            _patched(triton, {"__call__": checked(triton.__call__)}) if triton else nullcontext(),
             _patched(threading.Thread, {"start": _start_thread, "_bootstrap_inner": _begin_thread}),
             Device(),
         ):
@@ -266,19 +270,34 @@ def host_syncs():
         HERE.syncs = before
 
 
+def in_own_process(work):
+    """`work` of one rank, in a thread of its own: with a device that is not that of whoever started the thread."""
+
+    def alone(*args):
+        HERE.enter(Process())
+        return work(*args)
+
+    return alone
+
+
 def nccl_ranks(size, work, timeout_s=30.0):
     """Results of work(group) over NcclGroup on `size` ranks, threads with a device each; raises the first error."""
-    store = HashStore()
+    store, errors = HashStore(), []
 
     def rank(number):
-        HERE.enter(Process())
         group = nccl(store, number, size, timeout_s=timeout_s)
         try:
             return work(group)
-        except BaseException:
+        except BaseException as e:
+            errors.append(e)
             fake_nccl.lose(group._communicator)  # so that peers do not wait
             raise
         finally:
             group.close()
 
-    return in_threads(*(functools.partial(rank, number) for number in range(size)))
+    try:
+        return in_threads(*(functools.partial(in_own_process(rank), number) for number in range(size)))
+    except GroupError:
+        if cause := next((e for e in errors if not isinstance(e, GroupError)), None):  # peers only heard of it
+            raise cause from None
+        raise

@@ -73,6 +73,8 @@ class Device(TorchDispatchMode):
         else:
             waits = _WAITS.get(name, "")
             _refuse_mixed(name, given, uses)
+        if name == "_grouped_mm" and args[0].dtype != torch.bfloat16:
+            waits = name  # torch has a kernel for bfloat16, else one product each, for which it reads the offsets
         if name == "repeat_interleave" and given.get("output_size") is None:
             waits = name
         if not views and name not in _SHAPE_ONLY:

@@ -24,7 +24,7 @@ import torch
 _NUMBERS = itertools.count(1)
 
 
-class Race(AssertionError):
+class Race(Exception):
     """A use of memory that no stream order, event or wait puts after the one before it."""
 
 

@@ -52,7 +52,9 @@ def functions():
 
 
 def parameters(node):
-    """How many parameters a caller sees."""
+    """How many parameters a caller sees; none for a kernel of Triton, which is launched and takes no objects."""
+    if any(ast.unparse(d) == "triton.jit" for d in node.decorator_list):
+        return 0
     a = node.args
     places = [*a.posonlyargs, *a.args]
     own = bool(places) and places[0].arg in ("self", "cls")

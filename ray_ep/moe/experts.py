@@ -15,6 +15,8 @@ from transformers.integrations.moe import ExpertsInterface
 from ray_ep.collective import Group
 from ray_ep.moe.cpu.fused import FusedBody, is_plain
 from ray_ep.moe.cpu.gemm import Packed
+from ray_ep.moe.cuda import kernels_for
+from ray_ep.moe.cuda.experts import FusedExperts, fits
 from ray_ep.moe.exchange.around import ChunkedBody, TwoLevelBody
 from ray_ep.moe.exchange.bounded import BoundedBody
 from ray_ep.moe.exchange.deepep import DeepEPBody
@@ -130,13 +132,15 @@ class Bodies:
 
     def __init__(self, site: Site, module: Any, hidden: torch.Tensor):
         self.device, self.dtype = hidden.device, hidden.dtype
-        plain, kind = site.exchange.fused and is_plain(module, hidden), site.exchange.kind
-        flat: Body = FusedBody(site) if plain else GroupedBody(site)
+        fused, kind = site.exchange.fused, site.exchange.kind
+        plain = fused and is_plain(module, hidden)
+        experts = FusedExperts(kernels_for(hidden.device, hidden.dtype)) if fused and fits(module, hidden) else None
+        flat: Body = FusedBody(site) if plain else GroupedBody(site, experts)
         taken = flat
         if kind == "all_gather":
             taken = FusedBody(site, few=True) if plain else BoundedBody(site)
         elif kind == DEEPEP:
-            taken = flat = DeepEPBody(site)  # its source knows which rank answers, too
+            taken = flat = DeepEPBody(site, experts)  # its source knows which rank answers, too
         elif kind == "two_level":
             taken = TwoLevelBody(site, flat)
         chunks = site.exchange.chunks

@@ -85,6 +85,7 @@ class LocalPairs:
     row: torch.Tensor  # int64 [P] ascending, below N
     first: torch.Tensor  # int64 [N + 1] the first pair of each row
     expert_row: torch.Tensor  # int64 [P] below S: of the rank's own weights; from S on: S + number of the guest
+    of_guests: int  # how many pairs go through guests; the plan of the balance says it, so nothing waits
 
 
 @dataclass(frozen=True, slots=True)

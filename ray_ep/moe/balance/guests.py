@@ -39,6 +39,7 @@ class Guests:
     give: list[int]  # [R] how many to each
     experts: list[int]  # [G] experts taken, by rank that gives, experts ascending
     take: list[int]  # [R]
+    pairs: int  # that go through the experts taken
     keep: bool  # until backward, else fetched again there
 
     @staticmethod
@@ -58,6 +59,7 @@ class Guests:
             give=give,
             experts=expert[taken][by_source].tolist(),
             take=take,
+            pairs=int(plan.quota[expert[taken], me].sum()),
             keep=keep,
         )
 

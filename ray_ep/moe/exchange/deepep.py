@@ -94,9 +94,8 @@ class DeepEPBody:
         meter.enter("experts")
         local = LocalWeights(dict(module.named_parameters(recurse=False)), {})
         if len(arrived.row):
-            pairs = LocalPairs(
-                row=arrived.row, first=starts(arrived.row, len(rows)), expert_row=arrived.expert_row
-            )  # fmt: skip
+            first = starts(arrived.row, len(rows))
+            pairs = LocalPairs(row=arrived.row, first=first, expert_row=arrived.expert_row, of_guests=0)
             partial = self.experts(module, local, rows, pair_weights, pairs)
         else:
             partial = nothing(local, rows, pair_weights)

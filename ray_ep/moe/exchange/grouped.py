@@ -118,7 +118,8 @@ class GroupedBody(SteppedBody):
             here[guests.experts] = slots.held + np.arange(len(guests.experts))
             row_of = upload(here, row_of.device)
         pairs = LocalPairs(
-            row=received.row, first=starts(received.row, len(rows)), expert_row=row_of[received.expert]
+            row=received.row, first=starts(received.row, len(rows)), expert_row=row_of[received.expert],
+            of_guests=0 if guests is None else guests.pairs,
         )  # fmt: skip
         return self.experts(module, local, rows, pair_weights, pairs)
 

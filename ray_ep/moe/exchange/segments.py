@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from ray_ep.moe.cuda import kernels_for
+
 
 @dataclass(frozen=True, slots=True)
 class Segments:
@@ -49,14 +51,12 @@ def add_up(rows: torch.Tensor, segments: Segments) -> torch.Tensor:
 
 def add_up_in_order(rows: torch.Tensor, segments: Segments) -> torch.Tensor:
     """`add_up` for GPUs, where index_add would add in an order of its own. Not run on a GPU yet."""
-    if not rows.numel():
-        return rows.new_zeros(segments.sums, rows.shape[1])
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    lie = rows if segments.order is None else rows[segments.order]
-    sums: torch.Tensor = torch.segment_reduce(
-        lie.to(wide), "sum", offsets=segments.first, unsafe=True, initial=0
-    )  # unsafe: a check would make the host wait
-    return sums.to(rows.dtype)
+    order = segments.order
+    if order is None:
+        order = torch.arange(len(rows), device=rows.device)
+    kernels = kernels_for(rows.device, rows.dtype)
+    sums: torch.Tensor = kernels.segment_sum([rows.contiguous()], segments.first, order)
+    return sums
 
 
 class CopyRows(torch.autograd.Function):
