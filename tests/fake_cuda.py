@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
+import time
 import types
 from contextlib import contextmanager, nullcontext
 
@@ -163,9 +164,22 @@ def _begin_thread(self):
         _REAL["_bootstrap_inner"](self)
 
 
-def _start_thread(self):
-    self.fake_origin = HERE.process, dict(HERE.host.clock)
-    _REAL["start"](self)
+def _starting(started):
+    """`Thread.start`, which also puts the thread into a list."""
+
+    def start(self):
+        self.fake_origin = HERE.process, dict(HERE.host.clock)
+        started.append(self)
+        _REAL["start"](self)
+
+    return start
+
+
+def _leave(threads, limit_s=0.5):
+    """Let threads end before the device goes: whoever closes a group, or is late for one, still needs it."""
+    limit = time.monotonic() + limit_s
+    for thread in threads:
+        thread.join(max(limit - time.monotonic(), 0))
 
 
 _REAL = {
@@ -248,7 +262,7 @@ def fake_cuda(triton=False):
         modules |= dict.fromkeys(_IN_TRITON)  # None: importing it fails
     before = {name: sys.modules[name] for name in modules if name in sys.modules}
     sys.modules.update(modules)
-    place = HERE.process, HERE.stream
+    place, started = (HERE.process, HERE.stream), []
     HERE.enter(Process())
     try:
         with (
@@ -257,10 +271,13 @@ def fake_cuda(triton=False):
             _patched(torch.cuda, _MODULE | {"default_generators": (torch.Generator(),)}),
             _patched(torch.autograd, {"_engine_run_backward": _backward}),
             _patched(executor, {"__call__": checked(executor.__call__)}) if executor else nullcontext(),
-            _patched(threading.Thread, {"start": _start_thread, "_bootstrap_inner": _begin_thread}),
+            _patched(threading.Thread, {"start": _starting(started), "_bootstrap_inner": _begin_thread}),
             Device(),
         ):
-            yield
+            try:
+                yield
+            finally:
+                _leave(started)
     finally:
         HERE.process, HERE.stream = place
         [sys.modules.pop(name) for name in modules]
