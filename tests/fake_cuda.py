@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
+import time
 import types
 from contextlib import contextmanager, nullcontext
 
@@ -163,9 +164,22 @@ def _begin_thread(self):
         _REAL["_bootstrap_inner"](self)
 
 
-def _start_thread(self):
-    self.fake_origin = HERE.process, dict(HERE.host.clock)
-    _REAL["start"](self)
+def _starting(started):
+    """`Thread.start`, which also puts the thread into a list."""
+
+    def start(self):
+        self.fake_origin = HERE.process, dict(HERE.host.clock)
+        started.append(self)
+        _REAL["start"](self)
+
+    return start
+
+
+def _leave(threads, limit_s=0.5):
+    """Let threads end before the device goes: whoever closes a group, or is late for one, still needs it."""
+    limit = time.monotonic() + limit_s
+    for thread in threads:
+        thread.join(max(limit - time.monotonic(), 0))
 
 
 _REAL = {
@@ -207,6 +221,7 @@ _MODULE = {
     "memory_allocated": lambda device=None: 0, "reset_peak_memory_stats": lambda device=None: None,
     "empty_cache": lambda: None, "mem_get_info": lambda device=None: (1 << 34, 1 << 34),
 }  # fmt: skip
+_IN_TRITON = ("ray_ep.moe.cuda.kernels",)
 _DEBUG = {0: "", 1: "warn", 2: "error", "default": ""}
 _LIKE = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like")
 _FROM_VALUES = {"tensor", "as_tensor", "asarray"}
@@ -227,21 +242,27 @@ def _patched(owner, values):
 
 
 @contextmanager
-def fake_cuda():
-    """Inside: torch has a CUDA device and CuPy has NCCL, in this thread and those started meanwhile."""
+def fake_cuda(triton=False):
+    """Inside: torch has a CUDA device and CuPy has NCCL, in this thread and those started meanwhile.
+
+    Args:
+        triton: it is installed; else kernels in it have to be done without. Its interpreter takes 0.1 s a kernel.
+    """
     names = [f.__name__ for f in _device_constructors() if getattr(torch, f.__name__, None) is f]
     factories = {n: _factory(getattr(torch, n), n in _FROM_VALUES) for n in [*names, *_LIKE]}
     made = {n: _factory(getattr(Tensor, n)) for n in ("new_empty", "new_zeros", "new_ones", "new_full")}
     made["new_tensor"] = lambda self, data, dtype=None, device=None, **_: torch.tensor(
         data, dtype=dtype or self.dtype, device=device or self.device
     )
-    triton = interpreter()
+    executor = interpreter() if triton else None
     cupy, cuda = types.ModuleType("cupy"), types.ModuleType("cupy.cuda")
     cupy.cuda, cuda.nccl = cuda, fake_nccl
     modules = {"cupy": cupy, "cupy.cuda": cuda, "cupy.cuda.nccl": fake_nccl}
-    before = {name: sys.modules.get(name) for name in modules}
+    if not triton:
+        modules |= dict.fromkeys(_IN_TRITON)  # None: importing it fails
+    before = {name: sys.modules[name] for name in modules if name in sys.modules}
     sys.modules.update(modules)
-    place = HERE.process, HERE.stream
+    place, started = (HERE.process, HERE.stream), []
     HERE.enter(Process())
     try:
         with (
@@ -249,15 +270,18 @@ def fake_cuda():
             _patched(Tensor, _TENSOR | made),
             _patched(torch.cuda, _MODULE | {"default_generators": (torch.Generator(),)}),
             _patched(torch.autograd, {"_engine_run_backward": _backward}),
-            _patched(triton, {"__call__": checked(triton.__call__)}) if triton else nullcontext(),
-            _patched(threading.Thread, {"start": _start_thread, "_bootstrap_inner": _begin_thread}),
+            _patched(executor, {"__call__": checked(executor.__call__)}) if executor else nullcontext(),
+            _patched(threading.Thread, {"start": _starting(started), "_bootstrap_inner": _begin_thread}),
             Device(),
         ):
-            yield
+            try:
+                yield
+            finally:
+                _leave(started)
     finally:
         HERE.process, HERE.stream = place
-        for name, module in before.items():
-            sys.modules.pop(name) if module is None else sys.modules.update({name: module})
+        [sys.modules.pop(name) for name in modules]
+        sys.modules.update(before)
 
 
 @contextmanager

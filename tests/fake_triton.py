@@ -6,6 +6,7 @@ kernel its tensors count as read, and as written if their bytes are others after
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import threading
@@ -52,4 +53,5 @@ def checked(run):
 
 
 def _bytes_of(tensor):
-    return bytes(tensor.untyped_storage()) if tensor.numel() else b""
+    storage = tensor.untyped_storage()
+    return ctypes.string_at(storage.data_ptr(), storage.nbytes()) if tensor.numel() else b""

@@ -1,7 +1,6 @@
 """Layers on the CUDA that is not there equal plain transformers, and let the host wait no more often than they must."""
 
 import copy
-import warnings
 from collections import Counter
 
 import numpy as np
@@ -26,11 +25,11 @@ NODES = {1: [0], 2: [0, 0], 3: [0, 0, 1]}
 IDS = torch.randint(3, VOCAB, (5, 9), generator=torch.Generator().manual_seed(1))
 
 
-def passes(model, size, kind, before=lambda model: None, balance="off", shards=None):
+def passes(model, size, kind, before=lambda model: None, balance="off", shards=None, triton=False):
     """Each rank's forward and backward over its rows of IDS on the device: model, loss, logits, gradients, on the host.
 
     Args:
-        before: called with the parallelized model.
+        before: called with the parallelized model. triton: its kernels are used where a layer has some.
     """
     placement, shards = placement_of(model, kind, size), shards or even_shards(len(IDS), size)
 
@@ -54,7 +53,7 @@ def passes(model, size, kind, before=lambda model: None, balance="off", shards=N
         assert all(layer.calls for layer in ours.ray_ep.layers)
         return ours, total.cpu(), logits.detach()[: len(part)].cpu(), grads
 
-    with fake_cuda():
+    with fake_cuda(triton):
         return nccl_ranks(size, work)
 
 
@@ -72,6 +71,11 @@ def test_logits_and_every_gradient_equal_plain_transformers_on_one_to_three_rank
     model = build(name)
     for size, kind in ((1, "contiguous"), (2, "replicated"), (3, "shuffled")):
         assert_equals(passes(model, size, kind), model, IDS)
+
+
+def test_layers_with_kernels_in_triton_equal_plain_transformers():
+    model = build("qwen3_moe", num_hidden_layers=1)
+    assert_equals(passes(model, 2, "replicated", triton=True), model, IDS)
 
 
 @pytest.mark.parametrize("kind", ["empty_rank", "uneven"])
@@ -100,13 +104,6 @@ def test_checkpointed_blocks_exchange_again_in_the_same_order_on_every_rank(way)
         checkpointed(ours)
 
     assert_equals(passes(model, 3, "empty_rank", before), model, IDS)
-
-
-def test_parts_on_streams_of_their_own_make_torch_warn_of_nothing():
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        passes(build("qwen3_moe"), 2, "contiguous", by(chunks=2))
-    assert caught == []
 
 
 @pytest.mark.parametrize("chunks", [1, 2])
@@ -183,12 +180,12 @@ def waits(way, size=2, balance="off", sample=0, train=True):
     [
         ({"way": {}, "size": 1}, 0),
         ({"way": {}}, 1),
+        ({"way": {}, "sample": 64}, 1),
         ({"way": {"float8": True}}, 1),
+        ({"way": {"chunks": 2}}, 1),
         ({"way": {"kind": "two_level"}, "size": 3}, 2),
         ({"way": {"kind": "all_gather", "tokens": 64}}, 0),
-        ({"way": {}, "sample": 64}, 1),
         ({"way": {"kind": "all_gather", "tokens": 64}, "sample": 64}, 0),
-        ({"way": {"chunks": 2}}, 1),
         ({"way": {}, "balance": "always"}, 2),
         ({"way": {}, "balance": "always", "train": False}, 2),
     ],
