@@ -151,7 +151,6 @@ def waits(way, size=2, balance="off", sample=0, train=True):
     def work(group):
         ours = copy.deepcopy(model).cuda()
         ours = ray_ep.moe.parallelize(ours, group, placement, balance, sample=sample, node_of=nodes)
-        ours.ray_ep.counters.enabled = True
         ours.ray_ep.exchange_by(**way)
         if balance != "off":
             ours.ray_ep.balancer.assume(1e-3, 1e12)
