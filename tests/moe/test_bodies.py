@@ -114,6 +114,25 @@ def test_one_token_in_parts_travels_in_bfloat16(ranks, kind):
             assert (got - want).abs().max() <= tolerance * want.abs().max()
 
 
+def saved_for_being_asked(work):
+    """Bytes that a pass keeps with the tensors that it saves only so that backward asks for them."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        work()
+    return [t.untyped_storage().nbytes() for t in saved if not t.numel()]
+
+
+def test_what_is_saved_only_to_be_asked_for_keeps_no_memory():
+    """A view of nothing keeps all that it is a view of."""
+    ep = ray_ep.moe.parallelize(build("qwen3_moe", num_hidden_layers=1), SoloGroup()).ray_ep
+    ep.exchange_by(kind="all_gather", chunks=2, fused=False)
+    work = work_of(2)
+    kept = saved_for_being_asked(
+        lambda: ep.layers[0].compute(ep.modules[0], work.x.requires_grad_(), work.index, work.w)
+    )
+    assert kept == [0, 0, 0], "of both parts and of the whole"
+
+
 def test_a_body_is_chosen_once_and_again_when_way_placement_or_dtype_change():
     model = build("qwen3_moe", num_hidden_layers=1)
     ep = ray_ep.moe.parallelize(model, SoloGroup()).ray_ep

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import ray_ep
+from ray_ep.moe.passes import recomputing
 from tests.fake_cuda import fake_cuda, host_syncs, nccl_ranks
 from tests.models import (
     MODELS,
@@ -104,6 +105,23 @@ def test_checkpointed_blocks_exchange_again_in_the_same_order_on_every_rank(way)
         checkpointed(ours)
 
     assert_equals(passes(model, 3, "empty_rank", before), model, IDS)
+
+
+@pytest.mark.parametrize("kind", ["flat", "all_gather"])
+def test_a_checkpointed_block_is_computed_again_on_the_stream_of_its_forward(kind):
+    """Not on that of a part of its tokens, though that part's backward asks for it."""
+    seen = []
+
+    def before(ours):
+        by(kind=kind, chunks=2)(ours)
+        checkpointed(ours)
+        for router in ours.ray_ep.routing.routers:
+            router.register_forward_hook(
+                lambda *_: seen.append((recomputing(), torch.cuda.current_stream().cuda_stream))
+            )
+
+    passes(build("qwen3_moe"), 2, "contiguous", before)
+    assert Counter(seen) == {(False, 0): 4, (True, 0): 4}
 
 
 @pytest.mark.parametrize("chunks", [1, 2])

@@ -117,7 +117,8 @@ class _ScatterSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, traffic: MeteredGroup) -> torch.Tensor:
         ctx.traffic = traffic
-        ctx.save_for_backward(x[:0])  # see dispatch._Combine: reading it starts a checkpointed block's recomputation
+        # See dispatch._Combine: reading it starts a checkpointed block's recomputation. No view: that would keep x.
+        ctx.save_for_backward(x.new_empty(0))
         return _scatter_sum(x, traffic)
 
     @staticmethod
