@@ -93,4 +93,4 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_whole: torch.Tensor) -> Any:
         _ = ctx.saved_tensors
-        return d_whole.split(ctx.sizes)
+        return d_whole.split(ctx.sizes)  # type: ignore[no-untyped-call]
