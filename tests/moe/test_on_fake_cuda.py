@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import ray_ep
+from ray_ep.collective import SoloGroup
+from ray_ep.errors import BadInput
 from ray_ep.moe.passes import recomputing
 from tests.fake_cuda import fake_cuda, host_syncs, nccl_ranks
 from tests.models import (
@@ -72,6 +74,15 @@ def test_logits_and_every_gradient_equal_plain_transformers_on_one_to_three_rank
     model = build(name)
     for size, kind in ((1, "contiguous"), (2, "replicated"), (3, "shuffled")):
         assert_equals(passes(model, size, kind), model, IDS)
+
+
+def test_a_model_on_a_gpu_that_is_not_the_current_one_is_refused_before_its_first_pass(monkeypatch):
+    with fake_cuda():
+        model = build("qwen3_moe", num_hidden_layers=1).cuda()
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+        with pytest.raises(BadInput, match=r"on cuda:0, and this .* is cuda:1: call torch\.cuda\.set_device\(0\)"):
+            ray_ep.moe.parallelize(model, SoloGroup())
+        monkeypatch.undo()
 
 
 def test_layers_with_kernels_in_triton_equal_plain_transformers():
