@@ -9,10 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ray_ep
+from ray_ep.collective import SoloGroup
+from ray_ep.moe.cuda import reference
+from ray_ep.moe.cuda.experts import FusedExperts
 from ray_ep.moe.exchange.dispatch import Sizes, Wanted, combine, dispatch, plan_dispatch, swap
+from ray_ep.moe.exchange.grouped import GroupedBody
 from ray_ep.moe.exchange.meter import Meter, MeteredGroup
+from ray_ep.moe.site import Site
 from ray_ep.placement import Placement, contiguous, random
 from tests.conftest import run_ranks
+from tests.models import build
 
 HIDDEN = 3
 
@@ -202,3 +209,34 @@ def test_nothing_is_read_from_a_buffer_before_it_is_written(ranks, spoiled):
         assert first.out.tolist() == [[1.75, 0, 3.5], [0, 10, 30]]
         assert (first.d_x.tolist(), first.d_w.tolist()) == ([[1.75, 1.75, 1.75], [10, 0, 0]], [[9, 3], [0, 0]])
     assert {"new_empty", "empty_like"} <= set(spoiled)
+
+
+class Torn(SoloGroup):
+    """Rank 0 of two: sizes arrive, for else the host would not go on, and nothing after them."""
+
+    def __init__(self):
+        super().__init__()
+        self.size, self.members = 2, [0, 1]
+
+    def all_to_all(self, output, input, output_sizes, input_sizes):
+        if input.dtype == torch.int64:
+            output.copy_(input)
+
+    def all_gather(self, input):
+        return input.new_empty(2, *input.shape)
+
+
+@pytest.mark.parametrize("kind", ["flat", "two_level", "all_gather"])
+def test_what_an_aborted_exchange_leaves_points_nowhere_beyond_its_tensors(spoiled, kind):
+    """On a GPU the host learns of the abort later than the device goes on: there a wrong index ends CUDA for good."""
+    model = ray_ep.moe.parallelize(build("qwen3_moe", num_hidden_layers=1), Torn(), balance="off", node_of=np.arange(2))
+    ep, draw = model.ray_ep, torch.Generator().manual_seed(0)
+    x, index = torch.randn(9, 32, generator=draw), torch.rand(9, 8, generator=draw).topk(3).indices
+    bodies = [lambda *a: ep.layers[0].compute(*a)]
+    if kind == "flat":
+        site = Site(index=0, slots=ep.layers[0].slots, exchange=ep.exchange, shared=ep.layers[0].shared)
+        bodies.append(GroupedBody(site, FusedExperts(reference)).compute)
+    ep.exchange_by(kind=kind, fused=False, tokens=9)
+    for body in bodies:
+        out = body(ep.modules[0], x, index, torch.rand(9, 3, generator=draw))
+        assert out.isnan().any(), "nothing came"

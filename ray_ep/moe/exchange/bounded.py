@@ -78,9 +78,10 @@ class BoundedBody:
         routes, device = self.routes, all_index.device
         column = torch.arange(all_index.shape[1], device=device) % routes.shape[2]
         source = torch.arange(traffic.size, device=device)
-        serves = routes[source[:, None, None], all_index.clamp_min(0), column[None, :, None]]
+        expert = all_index.clamp(0, routes.shape[1] - 1)  # after an aborted exchange it may be any: see plan_dispatch
+        serves = routes[source[:, None, None], expert, column[None, :, None]]
         mine = (serves == traffic.rank) & (all_index >= 0)
-        return torch.where(mine, slots.row_of[all_index.clamp_min(0)], slots.held).flatten(0, 1), mine
+        return torch.where(mine, slots.row_of[expert], slots.held).flatten(0, 1), mine
 
 
 class _Gather(torch.autograd.Function):

@@ -108,13 +108,18 @@ def plan_dispatch(
     token = there % max(tokens, 1)
     pair = order_of(wanted.to, traffic.size)[: sum(sizes.pairs_out)]
     message = _message(wanted, weights, pair, top_k)
-    received = traffic.all_to_all(message, sizes.pairs_out, sizes.pairs_in)
+    # Zeros, and no row below 0: the device goes on after an exchange that was aborted, and an index beyond its tensor
+    # would end CUDA in this process and hide what had happened.
+    blank = message.new_zeros(sum(sizes.pairs_in), message.shape[1])
+    received = traffic.all_to_all(message, sizes.pairs_out, sizes.pairs_in, blank)
     code = received[:, 0]
     return DispatchPlan(
         sizes=sizes,
         order=SendOrder(token=token, pair=pair, copies=Segments.made(token, tokens)),
         received=ReceivedPairs(
-            row=(code & 1).cumsum(0) - 1, expert=(code >> 1).long(), weight=_weights(received, weights.dtype)
+            row=((code & 1).cumsum(0) - 1).clamp_min_(0),
+            expert=(code >> 1).long(),
+            weight=_weights(received, weights.dtype),
         ),
         traffic=traffic,
         float8=float8,

@@ -62,7 +62,7 @@ def by_row(pairs: ReceivedPairs, weights: torch.Tensor, rows: int, top_k: int) -
     """
     row = pairs.row  # ascending
     first = torch.searchsorted(row, torch.arange(rows, device=row.device))
-    column = torch.arange(len(row), device=row.device) - first[row]
+    column = (torch.arange(len(row), device=row.device) - first[row]).clamp_max_(top_k - 1)  # more: see plan_dispatch
     index = torch.full((rows, top_k), -1, dtype=torch.int64, device=row.device)
     index[row, column] = pairs.expert
     return index, weights.new_zeros(rows, top_k).index_put((row, column), weights)
