@@ -1,5 +1,6 @@
 """NcclGroup over the NCCL that is not there: exchanges, their order, and the ends of a group."""
 
+import threading
 import time
 
 import pytest
@@ -109,8 +110,6 @@ def test_abort_releases_a_waiting_rank_and_the_device_goes_on():
             return None
         x = torch.ones(3, device="cuda")
         g.all_reduce(x)  # the peer does not come: enqueued, and the host goes on
-        import threading
-
         threading.Timer(0.2, g.abort).start()
         took, text = timed(g.wait)
         assert torch.ones(2, device="cuda").sum().item() == 2
@@ -122,20 +121,46 @@ def test_abort_releases_a_waiting_rank_and_the_device_goes_on():
     assert "aborted" in later
 
 
-@pytest.mark.parametrize("wait", [lambda g, x: g.wait(), lambda g, x: (x + 1, g.wait()), lambda g, x: g.barrier()])
+WAITS = {
+    "wait": lambda g, x: (g.all_reduce(x), g.wait()),
+    "work": lambda g, x: (g.all_reduce(x), x + 1, g.wait()),
+    "barrier": lambda g, x: (g.all_reduce(x), g.barrier()),
+    "a result on the host": lambda g, x: g.all_reduce(x.cpu()),
+    "more results on the host": lambda g, x: g.all_gather(x.cpu()),
+}
+
+
+@pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)
 def test_a_peer_that_never_comes_ends_the_group_after_the_time_limit(wait):
     def work(g):
         if g.rank == 0:
             g.timeout_s = 0.3
-            x = torch.ones(1, device="cuda")
-            g.all_reduce(x)
-            return timed(lambda: wait(g, x))
+            return timed(lambda: wait(g, torch.ones(1, device="cuda")))
         time.sleep(0.7)
         return None
 
     took, text = nccl_ranks(2, work)[0]
     assert took < 3
     assert "no answer from the peers in 0.3 s" in text
+
+
+def test_a_call_that_does_not_come_back_ends_at_its_limit():
+    """NCCL connects in the first call of a kind, which blocks the host until the peer does the same."""
+
+    def work(g):
+        aborted, abort = threading.Event(), g._communicator.abort
+        g._communicator.abort = lambda: (aborted.set(), abort())
+
+        def connect(*_):
+            assert aborted.wait(20)
+            raise fake_nccl.NcclError("NCCL_ERROR_INTERNAL_ERROR: aborted")
+
+        g._communicator.send = connect
+        return timed(lambda: g.send(torch.ones(1, device="cuda"), 1 - g.rank, 0.3))
+
+    took, text = nccl_ranks(2, work)[0]
+    assert took < 5
+    assert "rank 1 did not take a message within 0.3 s" in text
 
 
 def test_a_lost_peer_is_heard_of_long_before_the_time_limit():

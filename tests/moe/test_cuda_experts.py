@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import ray_ep
-from ray_ep.moe.cuda import kernels_for, reference
+from ray_ep.moe.cuda import experts as of_cuda
+from ray_ep.moe.cuda import kernels_for, products, reference
 from ray_ep.moe.cuda.experts import FusedExperts
 from ray_ep.moe.cuda.products import Groups
 from ray_ep.moe.exchange.grouped import GroupedBody, transformers_experts
@@ -55,8 +56,9 @@ def call(experts, pairs, rows, weights, *params, module=None):
 
 
 @pytest.mark.parametrize("kind", EXPERTS)
-@pytest.mark.parametrize("by", KERNELS)
-def test_the_fused_experts_equal_transformers_forward_and_backward(by, kind):
+@pytest.mark.parametrize(("by", "grouped"), [("torch", True), ("torch", False), ("triton", False)])
+def test_the_fused_experts_equal_transformers_forward_and_backward(monkeypatch, by, kind, grouped):
+    monkeypatch.setattr(of_cuda, "has_grouped_kernel", lambda like, groups: grouped)  # on CPU torch has it for float32
     module = ray_ep.moe.find_experts(build("qwen3_moe", num_hidden_layers=1)).popitem()[1]
     device = "cuda" if by == "triton" and torch.cuda.is_available() else "cpu"
     pairs = pairs_of(EXPERTS[kind](torch.Generator().manual_seed(1)), device)
@@ -76,12 +78,12 @@ def test_the_backward_written_by_hand_is_that_of_finite_differences():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_close_to_float32_and_the_same_bits_each_time(dtype):
-    pairs, experts = pairs_of(EXPERTS["all"](torch.Generator().manual_seed(1))), FusedExperts(reference)
+    pairs, fused = pairs_of(EXPERTS["all"](torch.Generator().manual_seed(1))), FusedExperts(reference)
     narrow = tensors(dtype)
     wide = [t.detach().float().requires_grad_() for t in narrow]
     runs = []
     for inputs in (narrow, narrow, wide):
-        out = call(experts, pairs, *inputs)
+        out = call(fused, pairs, *inputs)
         runs.append([out, *torch.autograd.grad(out.float().square().mean(), inputs)])
     for a, b, want in zip(*runs, strict=True):
         assert a.dtype == dtype
@@ -120,6 +122,21 @@ def test_torchs_grouped_kernel_and_one_product_each_give_the_same(ends):
     none = grouped.outer(b[:0], a[:0])
     assert none.shape == (4, 24, 16)
     assert not none.any()
+
+
+def test_experts_without_pairs_have_gradient_zero_whatever_torchs_kernel_leaves_there(monkeypatch):
+    ends, draw = [3, 3, 11, 11], torch.Generator().manual_seed(0)
+    a, b = (torch.randn(s, generator=draw).bfloat16() for s in ((11, 16), (11, 24)))
+    real = products.grouped_mm
+
+    def leaving(*args, offs):
+        out = real(*args, offs=offs)
+        out[[1, 3]] = torch.nan
+        return out
+
+    monkeypatch.setattr(products, "grouped_mm", leaving)
+    out = Groups(torch.tensor(ends, dtype=torch.int32), None, reference).outer(a, b)
+    assert out.flatten(1).any(1).tolist() == [True, False, True, False]
 
 
 def test_cpus_and_float64_take_the_torch_paths():
