@@ -9,6 +9,7 @@ import torch
 
 from ray_ep.moe.cuda import reference
 from ray_ep.moe.cuda.order import expert_order
+from ray_ep.moe.exchange.segments import order_of
 from tests.test_structure import FILES, ROOT, imported
 
 pytest.importorskip("triton", reason="Triton has wheels for Linux only")
@@ -106,6 +107,12 @@ def test_keys_are_wide_enough_for_every_expert(experts):
     assert torch.equal(order.pair, torch.argsort(expert, stable=True))
     assert torch.equal(order.ends, torch.bincount(expert, minlength=experts).cumsum(0).int())
     assert torch.equal(order.pair[order.place], torch.arange(3000))
+
+
+@pytest.mark.parametrize("most", [1, 127, 128, 32767, 32768])
+def test_small_keys_are_ordered_up_to_the_largest_and_with_none_before_them(most):
+    keys = torch.tensor([most, 0, -1, most - 1, -1, most])
+    assert order_of(keys, most).tolist() == torch.argsort(keys, stable=True).tolist()
 
 
 COMPILE = """
