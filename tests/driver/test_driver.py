@@ -60,6 +60,7 @@ def test_what_ranks_compute_on_is_told_where_it_is_not_what_one_would_expect(tmp
     it = driven(tmp_path)
     it.ranks.note = "GPUs are left"
     it.driver.form()
+    it.publisher.flush()
     told = [(e["kind"], e["message"], e["fields"]) for e in it.run.events()]
     assert ("device", "GPUs are left", {"device": "cpu"}) in told
 
