@@ -43,7 +43,7 @@ def count(config, numbers=NUMBERS):
     """Count if all tests of one of the suites are asked for: no paths, no `-k`, nothing left out."""
     chosen = config.option
     whole = config.args_source == config.ArgsSource.TESTPATHS and not (
-        chosen.keyword or chosen.collectonly or chosen.lf or chosen.deselect or chosen.ignore or chosen.maxfail
+        chosen.keyword or chosen.collectonly or getattr(chosen, "lf", False) or chosen.deselect or chosen.ignore or chosen.maxfail
     )
     least = json.loads(Path(numbers).read_text()).get(chosen.markexpr) if whole else None
     if least is not None:
