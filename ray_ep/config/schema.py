@@ -183,7 +183,7 @@ class ExchangeConfig:
         "tokens; auto: all are timed at the start on the run's own routing and the fastest is taken",
         ("auto", "flat", "two_level", "all_gather"),
     )
-    chunks: int = _opt(1, "parts that a rank's tokens travel in; on GPUs one travels while another computes")
+    chunks: int = _opt(1, "parts, up to 32, that a rank's tokens travel in; on GPUs one travels while another computes")
     float8: bool = _opt(False, "dispatch tokens rounded to 8 bits (e4m3, one scale a token), in forward only")
     tokens: int = _opt(
         0,

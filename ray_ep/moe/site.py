@@ -1,7 +1,6 @@
 """Where a body works: one layer of one rank, with what all layers share; what a body is, and its local mathematics.
 
 The bodies themselves are cpu/fused.py and exchange/grouped.py, bounded.py and deepep.py; experts.py chooses among them.
-The bodies themselves are cpu/fused.py, exchange/grouped.py and exchange/bounded.py; experts.py chooses among them.
 T tokens, K top_k, H hidden, N rows received, P pairs received, S experts held, G guests.
 """
 

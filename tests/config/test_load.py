@@ -42,6 +42,7 @@ def test_file_and_overrides_merge_and_the_override_wins(tmp_path, monkeypatch):
         ("exchange.kind=ring", "allowed are auto, flat, two_level, all_gather"),
         ("exchange.transport=mpi", "allowed are auto, gloo, nccl, torch_nccl, deepep"),
         ("exchange.chunks=0", "at least 1"),
+        ("exchange.chunks=33", "must be from 1 to 32"),
         ("exchange.tokens=100", "a rank has up to 4096 tokens in one pass"),
     ],
 )

@@ -125,16 +125,16 @@ def device_of(cfg: ClusterConfig, resources: dict[str, float], built: bool) -> D
             f"cluster.device=cuda: {cfg.ranks} ranks need {cfg.ranks} GPUs, the cluster has {have} (and "
             f"{resources.get('CPU', 0.0):g} CPUs): lower cluster.ranks, or cluster.device=cpu"
         )
-    if cfg.device == "cpu" or have < cfg.ranks:
+    if cfg.device == "cpu" or not have:
         return Device("cpu")
+    why = "torch was built without CUDA: install torch's build for CUDA on every node"
     if built:
-        return Device("cuda")
-    need = "was built without CUDA: install torch's build for CUDA on every node, and ray_ep's extra cuda12 or cuda13"
-    if cfg.device == "cuda":
-        raise ClusterError(f"cluster.device=cuda: torch {need}; or cluster.device=cpu")
-    return Device(
-        "cpu", f"ranks compute on CPUs: the cluster has {have} GPUs, but torch {need} (cluster.device=cpu: no GPUs)"
-    )
+        if have >= cfg.ranks:
+            return Device("cuda")
+        why = f"{cfg.ranks} ranks need {cfg.ranks}: cluster.ranks={have} takes them"
+    elif cfg.device == "cuda":
+        raise ClusterError(f"cluster.device=cuda: {why}; or cluster.device=cpu")
+    return Device("cpu", f"ranks compute on CPUs: GPUs in the cluster: {have}, but {why} (cluster.device=cpu: no GPUs)")
 
 
 def transports(wanted: str, device: str, usable: list[list[str]]) -> list[str]:
