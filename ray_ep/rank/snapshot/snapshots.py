@@ -155,7 +155,10 @@ class Snapshots:
             into = torch.empty(sum(take), dtype=torch.uint8)
         self.side.all_to_all(into, mine, take, give)
         if len(parts) > 1:
-    XX
+            at = 0
+            for part in parts.values():
+                part.copy_(into[at : at + len(part)])
+                at += len(part)
 
     def _new(self, key: Key, layout: Layout) -> OwnedCopy:
         """A copy in memory that was used before, if there is some: fresh pages cost as much as the copy."""
