@@ -7,7 +7,8 @@ from ray_ep.collective import Membership
 from ray_ep.driver.recovery.decide import Survivor, Taken, decide
 from ray_ep.placement import Placement, contiguous
 from ray_ep.rank.results import RankState
-from ray_ep.rank.snapshot.snapshots import Held, Key
+from ray_ep.rank.snapshot.copies import Key
+from ray_ep.rank.snapshot.snapshots import Held
 
 NOW = Membership(0, ("a", "b", "c"), (0, 1, 2))  # b keeps a, c keeps b, a keeps c
 OWNERS = contiguous(2, 6, 3)
