@@ -200,12 +200,10 @@ class RankActor:
         self.snapshots.regroup()
         return self.trainer.state(), self.snapshots.held()
 
-    def finish(self, step: int) -> None:
-        """`Trainer.finish`."""
-        self.trainer.finish(step)
-
-    def discard(self) -> None:
-        """`Trainer.discard`."""
+    def settle(self, finish: int | None) -> None:
+        """Finish step `finish` where all of it is reduced; a half step of another kind is forgotten."""
+        if finish is not None and self.trainer.state().ready == finish:
+            self.trainer.finish(finish)
         self.trainer.discard()
 
     def publish(self) -> None:
