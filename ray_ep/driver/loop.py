@@ -45,6 +45,7 @@ class Driver:
         done: optimizer steps behind the run.
         mover: made anew for each membership, by `adopt`.
         stop: who asked for the end.
+        unfinished: of a step that is made, while what is due after it is not done.
     """
 
     mover: Mover
@@ -68,6 +69,7 @@ class Driver:
         self.recovery = Recovery(cfg, plan.config, plan.expert_parameters, ranks, tell, clock)
         self.done = 0
         self.stop: Request | None = None
+        self.unfinished: StepRecord | None = None
 
     def form(self, ray: str = "a Ray", phase: Callable[[str], None] = lambda name: None) -> None:
         """Have the ranks form; then the run is there: its directory is made, and listeners hear what runs."""
@@ -97,7 +99,7 @@ class Driver:
             RankError, DivergedError: as below. SaveError: the last checkpoint could not be written.
         """
         while True:
-            while self.done < self.cfg.optim.steps and not self.stopping():
+            while (self.done < self.cfg.optim.steps or self.unfinished) and not self.stopping():
                 self.step_with_recovery()
             try:
                 return self.drain()
@@ -107,8 +109,8 @@ class Driver:
     def step_with_recovery(self) -> None:
         """One round, whoever is lost in it: a snapshot, a step, experts that move, and what is due after the step.
 
-        The others go on without a rank that is lost: a round that was broken off is not finished, its step is made
-        again if it did not count, and what was due after it comes when it is due next.
+        The others go on without a rank that is lost: its step is made again if it did not count, else what was due
+        after it is done by them.
 
         Raises:
             RankError: a rank raised an error of its own, or one was lost and the others cannot go on.
@@ -117,11 +119,13 @@ class Driver:
         try:
             if self.recovery.due(self.done):
                 self.recovery.take(self.done, self.mover.placement)
-            record = self.step_and_rebalance()
+            record = self.unfinished or self.step_and_rebalance()
             if record is not None:
                 self.finish_step(record)
         except LostError as e:
             self.recover(e)
+            if self.unfinished is not None and self.unfinished.step > self.done:
+                self.unfinished = None  # it is made again
 
     def recover(self, error: LostError) -> None:
         """Have those that are left go on; raises RankError if they cannot."""
@@ -140,6 +144,7 @@ class Driver:
             if words:
                 self.publisher.event(Event(kind, words))
         record = step_record(self.done, results, seconds, self.mover.topology, self.mover.placement)
+        self.unfinished = record
         self.requests.poll()
         if self.stopping():
             return record
@@ -167,6 +172,7 @@ class Driver:
             with self.activity("evaluation"):
                 record = replace(record, eval_loss=self.evaluator.evaluate(self.done))
         self.publisher.step(record)
+        self.unfinished = None
         self.alarm.watch(self.done, record.load)
         if self.done < self.cfg.optim.steps and self.saver.due(self.done) and not self.stopping():
             with self.activity("saving"):

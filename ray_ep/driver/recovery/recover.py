@@ -237,7 +237,8 @@ class Recovery:
         gone = [m for m in before.members if m not in members.members]
         what = f"; {again} steps are made again" if again > 1 else "; 1 step is made again" if again else ""
         cause = str(error).splitlines()[0]
-        words = f"{cause}; {members.size} ranks go on in epoch {members.epoch}: {decision.words}{what}"
+        count = f"{members.size} ranks go" if members.size > 1 else "1 rank goes"
+        words = f"{cause.partition('. ')[0]}; {count} on in epoch {members.epoch}: {decision.words}{what}"
         log.info("recovered lost=%s epoch=%d done=%d repeated=%d", gone, members.epoch, decision.done, again)
         fields = {
             "lost": gone, "cause": cause, "epoch": members.epoch, "ranks": members.size, "done": decision.done,
