@@ -23,7 +23,14 @@ BETWEEN_STEPS = {
 }
 WHILE_RECOVERING = {1: (f"{TRAINER}._reduce", 4), 3: (f"{TRAINER}.regroup", 1), 5: (f"{TRAINER}.migrate", 1)}
 STEPS = 16
-OPTIONS = [f"optim.steps={STEPS}", "snapshot.every=2", "eval.every=4", "checkpoint.every=5", "checkpoint.keep=0"]
+OPTIONS = [
+    f"optim.steps={STEPS}",
+    "snapshot.every=2",
+    "eval.every=4",
+    "checkpoint.every=5",
+    "checkpoint.keep=0",
+    "exchange.kind=flat",
+]
 
 
 def curve(lines, run):

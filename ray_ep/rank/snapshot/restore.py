@@ -41,6 +41,7 @@ def restore(
     snapshot.dense.put_back(trainer.optimizer)
     _count(trainer, snapshot, lost)
     trainer.regroup(placement, topology, rows)
+    trainer.went_back()
 
 
 def rows_for(snapshot: Snapshot, taken: Placement, placement: Placement, rank: int) -> dict[tuple[int, int], Rows]:
