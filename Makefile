@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup train test test-all check format test-distributed netlab docs clean
+.PHONY: setup train test test-all check format test-distributed netlab gpu docs clean
 
 setup: $(READY)
 
@@ -38,6 +38,9 @@ test-distributed: setup
 
 netlab: setup  # needs root and iproute2: skipped, with the reason, where they are not
 	$(BIN)/pytest -m "lab or slow or not slow" tests/netlab
+
+gpu:  # everything on a machine with a GPU, about six minutes; installs nothing: PYTHON if it is given, else .venv
+	$(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON)) -m tests.gpu
 
 docs: setup
 	$(BIN)/python -m ray_ep.config.docs > docs/configuration.md

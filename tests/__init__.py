@@ -1,0 +1,8 @@
+"""Tests. Without a GPU Triton's kernels run in its interpreter, which has to be said before anything imports Triton."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -133,7 +133,7 @@ def gather_gradients(model, group):
         for pn, p in ep.parameters(i).items():
             rows = (p.grad if p.grad is not None else torch.zeros_like(p)).flatten(1).clone()
             ep.replicas[i].sum_to_owner(rows)
-            full = torch.zeros(ep.num_experts, rows.shape[1], dtype=rows.dtype)
+            full = torch.zeros(ep.num_experts, rows.shape[1], dtype=rows.dtype, device=rows.device)
             mine = [r for r, e in enumerate(ep.layers[i].experts) if owner[e] == group.rank]
             full[[ep.layers[i].experts[r] for r in mine]] = rows[mine]
             group.all_reduce(full)

@@ -35,6 +35,7 @@ WORKS = {
     "A": Work(2048, 512, 1024, 16, 2),
     "B": Work(4096, 1024, 512, 64, 8),
     "C": Work(16, 512, 1024, 16, 2),
+    "G": Work(16384, 2048, 768, 128, 8),
 }
 """Sizes of the layer that is measured, by the name that --work takes."""
 

@@ -143,7 +143,7 @@ bench.add_command(bench_train)
 
 
 @bench.command("layer")
-@click.option("--work", "works", default="A", show_default=True, help="A, B, C or several, such as A,B.")
+@click.option("--work", "works", default="A", show_default=True, help="A, B, C, G or several, such as A,B.")
 @click.option("--dtype", "dtypes", default="float32,bfloat16", show_default=True, help="One or several.")
 @click.option("--pass", "passes", default="forward,both", show_default=True, help="forward, both (with backward).")
 @click.option("--ranks", help="One or several, such as 2,4; 2 if not given, on a GPU 1.")
@@ -174,11 +174,14 @@ def bench_layer(
     brief: bool,
     **lists: str | None,
 ) -> None:
-    """The MoE layer against its peers and against the GEMM floor; on a GPU one rank, against plain transformers.
+    """The MoE layer against its peers and against the GEMM floor.
+
+    With --device cuda: one rank, against plain transformers and as shares of what that GPU was measured to do at most.
 
     \b
     Works (tokens of a rank, hidden, ffn, experts, top_k):
       A  2048, 512, 1024, 16, 2     B  4096, 1024, 512, 64, 8     C  16, 512, 1024, 16, 2 (decode)
+      G  16384, 2048, 768, 128, 8 (a GPU's)
 
     With --routing, how much of its balanced speed the layer keeps, with balance inside the step and without: balanced,
     zipf, RATIO:HOT (that share of the tokens picks among the first HOT experts), hot-rank, spread, ragged, zero,
@@ -251,17 +254,24 @@ def _bench_skew(rows: list[LayerCase], routing: str, llep: str | None, brief: bo
 
 
 def _bench_on_device(rows: list[LayerCase], peers: str | None, memory: bool, as_json: bool) -> None:
-    from ray_ep.bench.device import TITLE, run_on_device
+    from ray_ep.bench.device import TITLE, Ceilings, measure_ceilings, name_of, run_on_device
+    from ray_ep.collective.device import cuda_device
     from ray_ep.errors import BadInput
 
     if peers or memory or any(case.ranks != 1 for case in rows):
         raise BadInput(
             "bench layer --device cuda: one rank on one GPU, its peak memory included: --ranks=1, no --peers"
         )
+    device = cuda_device(None)
+    ceilings: dict[str, Ceilings] = {}
     wanted = dict.fromkeys((c.work, c.dtype, c.backward, c.rounds) for c in rows)  # malloc is the CPU's affair
     for number, case in enumerate(wanted):
-        results = run_on_device(*case)
+        dtype = case[1]
+        if dtype not in ceilings:
+            ceilings[dtype] = measure_ceilings(dtype, device)
+            if not as_json:
+                click.echo(f"{name_of(device)}, {dtype} {ceilings[dtype].line()}")
+        result = run_on_device(*case, ceilings[dtype], device)
         if not as_json and not number:
-            click.echo(f"{results[0].device}\n{TITLE}")
-        for result in results:
-            click.echo(json.dumps(result.to_dict()) if as_json else result.line())
+            click.echo(TITLE)
+        click.echo(json.dumps(result.to_dict()) if as_json else result.line())

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -19,6 +20,28 @@ T = TypeVar("T")
 
 ABORT_S = 10.0
 """Seconds that `abort` waits for NCCL's own abort, which may hang itself."""
+
+SPIN_S = 0.002
+"""Seconds of looking without sleep: what is nearly there is not worth one, and messages are timed by it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """How many seconds a call may take, and what is said of one that takes longer."""
+
+    seconds: float
+    words: str
+
+    @staticmethod
+    def of_call(timeout_s: float) -> Limit:
+        """Of a call that needs all ranks."""
+        return Limit(timeout_s, f"no answer from the peers in {timeout_s:g} s")
+
+    @staticmethod
+    def of_message(partner: int, limit_s: float, sent: bool) -> Limit:
+        """Of a message to or from a partner."""
+        what = f"rank {partner} did not take a message" if sent else f"no message from rank {partner}"
+        return Limit(limit_s, f"{what} within {limit_s:g} s")
 
 
 def cuda_device(device: torch.device | str | int | None) -> torch.device:
@@ -80,6 +103,18 @@ def check_sizes(
             f"all_to_all: rows of the output ({output.dtype} {tuple(output.shape[1:])}) are not like those of the "
             f"input ({input.dtype} {tuple(input.shape[1:])})"
         )
+
+
+def is_soon(is_done: Callable[[], bool], look: Callable[[], None], limit_s: float) -> bool:
+    """Whether `is_done` became true within the limit; `look` is called between two looks at it and may raise."""
+    now = time.monotonic()
+    limit, spin = now + limit_s, now + SPIN_S
+    while not is_done():
+        look()
+        if (now := time.monotonic()) > limit:
+            return False
+        time.sleep(0 if now < spin else 0.0002)
+    return True
 
 
 def in_time(

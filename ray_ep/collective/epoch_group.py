@@ -120,6 +120,12 @@ class EpochGroup(Group):
     def broadcast(self, tensor: torch.Tensor, source: int) -> None:
         self.present.broadcast(tensor, source)
 
+    def send(self, tensor: torch.Tensor, to: int, limit_s: float | None = None) -> None:
+        self.present.send(tensor, to, limit_s)
+
+    def receive(self, tensor: torch.Tensor, source: int, limit_s: float | None = None) -> None:
+        self.present.receive(tensor, source, limit_s)
+
     def barrier(self) -> None:
         self.present.barrier()
 

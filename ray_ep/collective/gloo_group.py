@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from ray_ep.collective.group import Group, same_color, split_key
+from ray_ep.collective.group import Group, check_partner, same_color, split_key
 from ray_ep.collective.mailboxes import FACTS, Mailboxes
 from ray_ep.collective.one_host import ORDERED, OneHost, as_bytes, seen_as
 from ray_ep.collective.torch_group import TorchGroup
@@ -160,6 +160,7 @@ class GlooGroup(TorchGroup):
             raise
 
     def send(self, tensor: torch.Tensor, to: int, limit_s: float | None = None) -> None:
+        check_partner(to, self)
         shared = self._shares(to, tensor.nbytes)
         if shared:
             seen_as(tensor, self._box(-1, to, _MESSAGE, tensor.nbytes)).copy_(tensor)
@@ -169,6 +170,7 @@ class GlooGroup(TorchGroup):
             super().receive(_SIGN.clone(), to, limit_s)
 
     def receive(self, tensor: torch.Tensor, source: int, limit_s: float | None = None) -> None:
+        check_partner(source, self)
         if not self._shares(source, tensor.nbytes):
             super().receive(tensor, source, limit_s)
             return
@@ -243,8 +245,9 @@ def from_torch(timeout_s: float = 300.0) -> Group:
     if "nccl" in dist.get_backend():
         from ray_ep.collective.torch_nccl import TorchNcclGroup  # it builds on this module
 
-        return TorchNcclGroup(dist.group.WORLD, rank, size, timeout_s=timeout_s, form=_new_group)
-    kind = GlooGroup if dist.get_backend() == "gloo" else TorchGroup
+        kind: type[TorchGroup] = TorchNcclGroup
+    else:
+        kind = GlooGroup if dist.get_backend() == "gloo" else TorchGroup
     group = kind(dist.group.WORLD, rank, size, timeout_s=timeout_s, form=_new_group)
     group._warm()
     return group

@@ -12,7 +12,7 @@ from datetime import timedelta
 
 import torch
 
-from ray_ep.errors import GroupError
+from ray_ep.errors import BadInput, GroupError
 
 SLICE = timedelta(milliseconds=200)
 """Length of one wait; after it the abort flag is looked at, for gloo's own abort releases nobody (measured)."""
@@ -73,6 +73,23 @@ class Group(ABC):
     @abstractmethod
     def broadcast(self, tensor: torch.Tensor, source: int) -> None:
         """In place, from the source rank."""
+
+    @abstractmethod
+    def send(self, tensor: torch.Tensor, to: int, limit_s: float | None = None) -> None:
+        """A message to another rank, which calls `receive`; the others take no part. The tensor may be changed then.
+
+        Args:
+            limit_s: seconds that the message may take; None: those of any call. Where calls return before their work
+                is done, the limit ends the group beside it, and the next call or `wait` says so.
+
+        Raises:
+            BadInput: `to` is not another rank of the group.
+            GroupError: as any call; the message was not taken within the limit, and the partner is named.
+        """
+
+    @abstractmethod
+    def receive(self, tensor: torch.Tensor, source: int, limit_s: float | None = None) -> None:
+        """Counterpart of `send`, in place: same size, same dtype."""
 
     @abstractmethod
     def barrier(self) -> None:
@@ -187,6 +204,12 @@ class SoloGroup(Group):
     def broadcast(self, tensor: torch.Tensor, source: int) -> None:
         pass
 
+    def send(self, tensor: torch.Tensor, to: int, limit_s: float | None = None) -> None:
+        check_partner(to, self)
+
+    def receive(self, tensor: torch.Tensor, source: int, limit_s: float | None = None) -> None:
+        check_partner(source, self)
+
     def barrier(self) -> None:
         pass
 
@@ -198,6 +221,13 @@ class SoloGroup(Group):
 
     def close(self) -> None:
         pass
+
+
+def check_partner(partner: int, group: Group) -> None:
+    """Raise BadInput unless `partner` is another rank of the group."""
+    if partner == group.rank or not 0 <= partner < group.size:
+        allowed = ", ".join(str(r) for r in range(group.size) if r != group.rank) or "none: it is alone"
+        raise BadInput(f"rank {group.rank}: a message to or from rank {partner}; allowed are {allowed}")
 
 
 def same_color(colors: list[int], rank: int) -> list[int]:

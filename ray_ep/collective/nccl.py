@@ -20,17 +20,22 @@ import torch
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from ray_ep.collective.cupy_nccl import communicator, library, reduction_type
-from ray_ep.collective.device import ABORT_S, check_sizes, cuda_device, here, in_time, writable
-from ray_ep.collective.group import SLICE, SplittableGroup, same_color, split_key
+from ray_ep.collective.device import ABORT_S, Limit, check_sizes, cuda_device, here, in_time, is_soon, writable
+from ray_ep.collective.group import SLICE, SplittableGroup, check_partner, same_color, split_key
 from ray_ep.errors import GroupError
 
 
 @dataclass(frozen=True, slots=True)
 class Enqueued:
-    """One call on its way: events on the side stream; `began` only where the time counts."""
+    """One call on its way: events on the side stream.
+
+    Args:
+        began: only where the time counts. limit: None: that of the group's calls.
+    """
 
     done: torch.cuda.Event
     began: torch.cuda.Event | None
+    limit: Limit | None
 
 
 class NcclGroup(SplittableGroup):
@@ -41,8 +46,9 @@ class NcclGroup(SplittableGroup):
     streams of one thread keep the order in which they were made. Tensors elsewhere than on the device, or not
     contiguous, are copied there and back; from the CPU that is a host sync.
 
-    A watchdog ends the group, and with it every kernel that waits for a dead peer, when an exchange takes longer than
-    `timeout_s` or NCCL reports an error; the host learns of it at its next call or `wait`. `seconds` is measured by
+    A watchdog ends the group, and with it every kernel that waits for a dead peer, when a call takes longer than
+    `timeout_s`, a message longer than its own limit (by up to half a second), or NCCL reports an error; the host learns
+    of it at its next call or `wait`, and a host that reads a result is released. `seconds` is measured by
     events on the device and lacks what has not ended yet. Under CUDA graph capture use capture_error_mode
     "thread_local", since the watchdog queries events meanwhile; captured calls are not watched.
 
@@ -75,7 +81,8 @@ class NcclGroup(SplittableGroup):
         self._why = ""  # why the group ended
         self._pending: deque[Enqueued] = deque()
         self._last: Enqueued | None = None
-        self._entered: float | None = None  # since when a thread is inside a call of the communicator
+        # Since when a thread is inside a call of the communicator, and how long it may be there.
+        self._entered: tuple[float, Limit | None] | None = None
         self._seconds = 0.0
         self._stopped = threading.Event()
         threading.Thread(target=self._watch, name=f"nccl-watchdog-{rank}", daemon=True).start()
@@ -123,28 +130,25 @@ class NcclGroup(SplittableGroup):
         self.all_reduce(self._token)
         self.wait()
 
-    def send(self, tensor: torch.Tensor, to: int) -> None:
-        """Point to point, for ray.util.collective's own interface."""
+    def send(self, tensor: torch.Tensor, to: int, limit_s: float | None = None) -> None:
+        check_partner(to, self)
+        limit = Limit.of_message(to, self.timeout_s if limit_s is None else limit_s, sent=True)
         mine = here(tensor, self.device)
         at, count, byte = mine.data_ptr(), n_bytes(mine), self._nccl.NCCL_UINT8
-        self._launch(lambda stream: self._communicator.send(at, count, byte, to, stream))
+        self._launch(lambda stream: self._communicator.send(at, count, byte, to, stream), limit=limit)
 
-    def receive(self, tensor: torch.Tensor, source: int) -> None:
-        """Counterpart of `send`, in place."""
+    def receive(self, tensor: torch.Tensor, source: int, limit_s: float | None = None) -> None:
+        check_partner(source, self)
+        limit = Limit.of_message(source, self.timeout_s if limit_s is None else limit_s, sent=False)
         with writable(tensor, self.device, self.wait, fill=False) as buffer:
             at, count, byte = buffer.data_ptr(), n_bytes(buffer), self._nccl.NCCL_UINT8
-            self._launch(lambda stream: self._communicator.recv(at, count, byte, source, stream))
+            self._launch(lambda stream: self._communicator.recv(at, count, byte, source, stream), limit=limit)
 
     def wait(self) -> None:
         self._check()
-        last, limit = self._last, time.monotonic() + self.timeout_s
-        spin = time.monotonic() + 0.002  # what is nearly there is not worth a sleep
-        while last is not None and not self._is_done(last):
-            self._check()
-            now = time.monotonic()
-            if now > limit:
-                self._fail(f"no answer from the peers in {self.timeout_s:g} s")
-            time.sleep(0 if now < spin else 0.0002)
+        last, limit = self._last, Limit.of_call(self.timeout_s)
+        if last is not None and not is_soon(lambda: self._is_done(last), self._check, limit.seconds):
+            self._fail(limit.words)
         self._check()  # an abort ends what was enqueued, too
 
     def abort(self) -> None:
@@ -185,7 +189,7 @@ class NcclGroup(SplittableGroup):
 
         self._launch(call, timed=True)
 
-    def _launch(self, call: Callable[[int], None], timed: bool = False) -> None:
+    def _launch(self, call: Callable[[int], None], timed: bool = False, limit: Limit | None = None) -> None:
         """Enqueue on the side stream: after what the current stream holds, before what comes next there."""
         self._check()
         try:
@@ -196,7 +200,7 @@ class NcclGroup(SplittableGroup):
                 done = torch.cuda.Event(enable_timing=began is not None)  # type: ignore[no-untyped-call]
                 with self._calling:
                     self._check()
-                    self._entered = time.monotonic()  # NCCL connects at the first call of a kind: that blocks the host
+                    self._entered = time.monotonic(), limit  # NCCL connects at the first of a kind: the host waits
                     self._communicator.check_async_error()
                     self._stream.wait_stream(current)
                     if began is not None:
@@ -210,7 +214,7 @@ class NcclGroup(SplittableGroup):
             self._fail(f"a peer is gone: {str(e).splitlines()[0]}")
             self._check()
         if not capturing:
-            self._last = Enqueued(done, began)
+            self._last = Enqueued(done, began, limit)
             self._pending.append(self._last)
 
     def _is_done(self, enqueued: Enqueued) -> bool:
@@ -254,11 +258,12 @@ class NcclGroup(SplittableGroup):
             now, first, entered = time.monotonic(), self._drain(), self._entered
             if first is not oldest:
                 oldest, since = first, now
-            if (first is not None and now - since > self.timeout_s) or (
-                entered is not None and now - entered > self.timeout_s
-            ):
-                self._fail(f"no answer from the peers in {self.timeout_s:g} s")
-            elif error := self._error():
+            under_way = [] if first is None else [(since, first.limit)]
+            for began, limit in under_way if entered is None else [*under_way, entered]:
+                limit = limit or Limit.of_call(self.timeout_s)
+                if now - began > limit.seconds:
+                    self._fail(limit.words)
+            if error := self._error():
                 self._fail(f"a peer is gone: {error}")
 
     def _error(self) -> str:

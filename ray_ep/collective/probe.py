@@ -8,14 +8,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ray_ep.collective.group import Group, SoloGroup
-from ray_ep.collective.torch_group import TorchGroup
+from ray_ep.collective.group import Group
 from ray_ep.errors import GroupError, PlacementError
 from ray_ep.placement.links.groups import find_groups
 from ray_ep.placement.links.probe import (
@@ -38,24 +36,14 @@ PARTNER_S = 20.0
 """Seconds that a rank waits for a message of its partner before probing fails."""
 
 
-class Messages(Protocol):
-    """Messages between two ranks of a group, the others not taking part."""
-
-    def send(self, tensor: torch.Tensor, to: int) -> None:
-        """Return when the tensor may be changed."""
-
-    def receive(self, tensor: torch.Tensor, source: int) -> None:
-        """In place."""
-
-
-class PointToPoint:
-    """Messages over the connections that a TorchGroup's exchanges use.
+class Messages:
+    """Messages between two ranks of a group, with a limit for each; over the connections that its exchanges use.
 
     Not `all_to_all` with one partner: over gloo that waits for an empty message of *every* rank, so each link would be
     timed as the slowest one of its round.
     """
 
-    def __init__(self, group: TorchGroup, patience_s: float = PARTNER_S):
+    def __init__(self, group: Group, patience_s: float = PARTNER_S):
         self._group, self._patience = group, patience_s
 
     def send(self, tensor: torch.Tensor, to: int) -> None:
@@ -65,6 +53,10 @@ class PointToPoint:
     def receive(self, tensor: torch.Tensor, source: int) -> None:
         """In place."""
         self._group.receive(tensor, source, self._patience)
+
+    def wait(self) -> None:
+        """Return once all that was sent and received has arrived: on a GPU calls return before that."""
+        self._group.wait()
 
 
 class ProbeError(GroupError):
@@ -93,7 +85,7 @@ def measure(
         node_of: [R] node of each rank, the same on every rank.
         budget_s: about how long it may take; each pair is given at least the few messages that two sizes need.
         device: where the messages lie, as the group's exchanges have them.
-        messages: how two ranks talk; None: over the group's own connections.
+        messages: how two ranks talk; None: over the group.
         clock: seconds.
 
     Returns:
@@ -105,7 +97,7 @@ def measure(
     """
     if len(node_of) != group.size:
         raise PlacementError(f"probe: node_of names {len(node_of)} ranks, the group has {group.size}")
-    if isinstance(group, SoloGroup):
+    if group.size == 1:
         return Topology.of_nodes(list(node_of))
     alone, company = probe_rounds(node_of), company_rounds(node_of)
     part = budget_s / (len(alone) + len(company))
@@ -154,10 +146,7 @@ def _time(
     """
     if not (math.isfinite(budget_s) and budget_s > 0):
         raise PlacementError(f"probe: budget_s is {budget_s}, expected a positive number of seconds")
-    if messages is None:
-        if not isinstance(group, TorchGroup):
-            raise PlacementError(f"probe: {type(group).__name__} has no messages between two ranks: give `messages`")
-        messages = PointToPoint(group)
+    messages = messages or Messages(group)
     mine = torch.full((group.size, 4), math.nan, dtype=torch.float64)  # latency, bandwidth, spread, time of day
     mine[:, 3] = time.time()
     start, now, partner = clock(), "starting", None
@@ -178,7 +167,9 @@ def _time(
                 else:
                     end.follow()
         now, partner = "gathering the results", None
-        everything = group.all_gather(mine.to(device)).cpu().numpy()  # [R, R, 4]
+        gathered = group.all_gather(mine.to(device))  # [R, R, 4]
+        group.wait()
+        everything = gathered.cpu().numpy()
     except GroupError as e:
         raise ProbeError(f"rank {group.rank}: probing the links failed ({now}): {e}", partner) from None
     fits = {
@@ -215,20 +206,22 @@ class _End:
     def _ping(self, size: int, repeats: int) -> list[float]:
         payload = torch.zeros(size, dtype=torch.uint8, device=self._device)
         self._messages.send(torch.tensor([size, repeats], device=self._device), self._partner)
+        self._messages.wait()  # on a GPU the payload is there only then
         seconds = []
         for _ in range(repeats):
             start = self._clock()
             self._messages.send(payload, self._partner)
             self._messages.receive(self._byte, self._partner)
-            self._byte.cpu()  # on a GPU, the message has arrived only then
+            self._messages.wait()
             seconds.append(self._clock() - start)
         return seconds
 
     def follow(self) -> None:
-        """Answer the partner until it is done."""
+        """Answer the partner until it is done. On a GPU all answers to a size are enqueued before the first arrives."""
         order = torch.zeros(2, dtype=torch.int64, device=self._device)
         while True:
             self._messages.receive(order, self._partner)
+            self._messages.wait()
             size, repeats = order.tolist()
             if size == 0:
                 return

@@ -56,7 +56,7 @@ class OurBackend(BaseGroup):
     """What our backends share: ranks meet in a store of rank 0; `group` is the same members as a ray_ep `Group`."""
 
     name: str
-    group: Any  # a SplittableGroup with send and receive
+    group: SplittableGroup
 
     def __init__(self, world_size: int, rank: int, group_name: str):
         super().__init__(world_size, rank, group_name)

@@ -48,6 +48,13 @@ class StagedGroup(Group):
         with writable(tensor, CPU, self.wait) as buffer:
             self.inner.broadcast(buffer, source)
 
+    def send(self, tensor: torch.Tensor, to: int, limit_s: float | None = None) -> None:
+        self.inner.send(here(tensor, CPU), to, limit_s)
+
+    def receive(self, tensor: torch.Tensor, source: int, limit_s: float | None = None) -> None:
+        with writable(tensor, CPU, self.wait, fill=False) as buffer:
+            self.inner.receive(buffer, source, limit_s)
+
     def barrier(self) -> None:
         self.inner.barrier()
 

@@ -1,6 +1,6 @@
 """Groups over torch process groups: every failure of theirs becomes a GroupError, and waits can be aborted.
 
-Imports group.py and torch.
+Imports group.py, device.py and torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ray_ep.collective.group import SLICE, SplittableGroup
+from ray_ep.collective.device import here, writable
+from ray_ep.collective.group import SLICE, SplittableGroup, check_partner
 from ray_ep.errors import GroupError
 
 
@@ -98,16 +99,20 @@ class TorchGroup(SplittableGroup):
         self._pg = None
 
     def send(self, tensor: torch.Tensor, to: int, limit_s: float | None = None) -> None:
-        """Point to point; returns when the tensor may be changed.
+        """As of a `Group`.
 
-        gloo closes the connection when a wait for a single message runs out, so this waits once, not in slices: for
-        `limit_s` (None: the group's time limit), after which the group is unusable. An abort is seen only then.
+        gloo closes the connection when a wait for a single message runs out, so this waits once, not in slices: an
+        abort is seen only when the limit is over.
         """
-        self._run(lambda: self._pg.send([tensor], to, 0), lambda work: self._finish_message(work, limit_s))
+        check_partner(to, self)
+        limit, mine = self.timeout_s if limit_s is None else limit_s, here(tensor, tensor.device)
+        self._run(lambda: self._pg.send([mine], to, 0), lambda work: _wait_once(work, limit), to)
 
     def receive(self, tensor: torch.Tensor, source: int, limit_s: float | None = None) -> None:
-        """Counterpart of `send`, in place."""
-        self._run(lambda: self._pg.recv([tensor], source, 0), lambda work: self._finish_message(work, limit_s))
+        check_partner(source, self)
+        limit = self.timeout_s if limit_s is None else limit_s
+        with writable(tensor, tensor.device, self.wait, fill=False) as buffer:
+            self._run(lambda: self._pg.recv([buffer], source, 0), lambda work: _wait_once(work, limit), source)
 
     def _form(self, colors: list[int]) -> TorchGroup:
         if self._make is None:
@@ -122,20 +127,23 @@ class TorchGroup(SplittableGroup):
         self._run(lambda: self._pg.alltoall_base(output, input, taken, given), started.append)
         return lambda: self._run(started.pop)
 
-    def _run(self, start: Callable[[], Any], finish: Callable[[Any], None] | None = None) -> None:
-        """Start a call and finish it (None: as a collective); every failure becomes GroupError, at this one place."""
+    def _run(
+        self, start: Callable[[], Any], finish: Callable[[Any], None] | None = None, partner: int | None = None
+    ) -> None:
+        """Start a call and finish it (None: as a collective); every failure becomes GroupError, at this one place.
+
+        Args:
+            partner: of a message.
+        """
         self._check()
         try:
             (finish or self._finish)(start())
         except RuntimeError as e:
             self._aborted.set()
+            who = "" if partner is None else f"rank {partner}, by a message: "
             raise GroupError(
-                f"rank {self.rank}: a peer of epoch {self.epoch} is gone: {str(e).splitlines()[0]}"
+                f"rank {self.rank}: a peer of epoch {self.epoch} is gone: {who}{str(e).splitlines()[0]}"
             ) from None
-
-    def _finish_message(self, work: Any, limit_s: float | None) -> None:
-        """Wait for a started message, once."""
-        work.wait(timedelta(seconds=self.timeout_s if limit_s is None else limit_s))
 
     def _finish(self, work: Any) -> None:
         """Wait for a started collective in slices."""
@@ -157,3 +165,8 @@ class TorchGroup(SplittableGroup):
                 raise GroupError(
                     f"rank {self.rank}: no answer from the peers of epoch {self.epoch} in {self.timeout_s:g} s"
                 )
+
+
+def _wait_once(work: Any, limit_s: float) -> None:
+    """Wait for a started message."""
+    work.wait(timedelta(seconds=limit_s))

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from ray_ep.config.exchange import check_exchange, settle_exchange
 from ray_ep.config.paths import absolute
 from ray_ep.config.runs import newest, settings_of, settings_of_checkpoint
 from ray_ep.config.schema import Config, ModelConfig
@@ -80,6 +81,7 @@ def _built(values: dict[str, Any]) -> Config:
         before = OmegaConf.to_container(base.model.overrides) if key == "model.overrides" else None
         OmegaConf.update(base, key, _joined(before, value), merge=False)
     check(base)
+    settle_exchange(base)
     OmegaConf.set_readonly(base, True)
     return cast(Config, base)
 
@@ -194,24 +196,7 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(
             f"placement.imbalance={cfg.placement.imbalance!r}: busiest over mean is at least 1: give more than 1, or 0"
         )
-    _check_exchange(cfg)
-
-
-def _check_exchange(cfg: DictConfig) -> None:
-    exchange, cluster = cfg.exchange, cfg.cluster
-    if exchange.transport in ("nccl", "torch_nccl") and cluster.device == "cpu":
-        raise ConfigError(
-            f"exchange.transport={exchange.transport!r} moves tensors between GPUs; with cluster.device='cpu' allowed "
-            "are auto, gloo"
-        )
-    passes = [cfg.batch.sequences // cfg.batch.accumulation, cfg.eval.sequences if cfg.eval.every else 0]
-    tokens = -(-max(passes) // cluster.ranks) * cfg.batch.length
-    most = -(-tokens // exchange.chunks)
-    if exchange.tokens and exchange.tokens < most:
-        raise ConfigError(
-            f"exchange.tokens={exchange.tokens}: a rank has up to {most} tokens in one pass (batch.sequences, "
-            f"batch.length, eval.sequences, exchange.chunks): give at least {most}, or 0"
-        )
+    check_exchange(cfg)
 
 
 _AT_LEAST: dict[str, float] = {

@@ -25,7 +25,7 @@ class ClusterConfig:
     ranks: int = _opt(2, "number of ranks (one Ray actor with one device each)")
     device: str = _opt(
         "auto",
-        "device of a rank; auto: cuda if the cluster has a GPU for every rank, else cpu",
+        "device of a rank; auto: cuda if the cluster has a GPU for every rank and torch was built for CUDA, else cpu",
         ("auto", "cpu", "cuda"),
     )
     cpus_per_rank: float = _opt(
@@ -186,13 +186,16 @@ class ExchangeConfig:
     chunks: int = _opt(1, "parts that a rank's tokens travel in; on GPUs one travels while another computes")
     float8: bool = _opt(False, "dispatch tokens rounded to 8 bits (e4m3, one scale a token), in forward only")
     tokens: int = _opt(
-        0, "most tokens of a rank in one pass for all_gather on GPUs, so that nothing waits; 0: agreed on in each pass"
+        0,
+        "most tokens of a rank in one pass: for all_gather on GPUs, so that nothing waits (0: agreed on in each pass), "
+        "and for deepep's buffer (0: as many as training and evaluation have)",
     )
     transport: str = _opt(
         "auto",
-        "library that moves them: gloo (on GPUs through CPU memory), nccl (CuPy's) or torch_nccl; auto: gloo for CPU "
-        "ranks, for GPU ranks the faster of the two over NCCL",
-        ("auto", "gloo", "nccl", "torch_nccl"),
+        "library that moves them: gloo (on GPUs through CPU memory), nccl (CuPy's), torch_nccl, or deepep (DeepEP's "
+        "kernels over torch_nccl; not run yet with the real library; without balance inside the step); auto: gloo for "
+        "CPU ranks, for GPU ranks the faster of the two over NCCL",
+        ("auto", "gloo", "nccl", "torch_nccl", "deepep"),
     )
 
 

@@ -78,7 +78,8 @@ class Driver:
         self.adopt(formed)
         phase("")
         self.publisher.start(start_of(self.cfg, self.plan, formed, ray))
-        for note in notes_of(self.cfg, self.plan, formed):
+        device = [Event("device", self.ranks.note, {"device": self.ranks.device})] if self.ranks.note else []
+        for note in (*device, *notes_of(self.cfg, self.plan, formed)):
             self.publisher.event(note)
         self.saver.start()
 

@@ -10,16 +10,21 @@ import shlex
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 from ray_ep.config.changes import changes
+from ray_ep.config.exchange import most_tokens
 from ray_ep.config.runs import settings_of
 from ray_ep.config.schema import Config
 from ray_ep.driver.records import Event
 from ray_ep.driver.run.rundir import RunDir, checkpoint_url, claimed, find_checkpoint
 from ray_ep.errors import CheckpointError, ConfigError
 from ray_ep.moe import find_experts
+from ray_ep.moe.exchange.elastic import Room, check_fit
+from ray_ep.moe.exchange.ways import DEEPEP
 from ray_ep.placement import Placement, contiguous, random
 from ray_ep.rank.balancing import balancing
 from ray_ep.rank.data.corpus import Corpus, load_corpus
@@ -67,6 +72,11 @@ def _checked(cfg: Config, run: RunDir) -> Plan:
     modules = find_experts(model)
     experts: int = next(iter(modules.values())).num_experts  # type: ignore[assignment]
     placement = _placement(cfg, run, len(modules), experts)
+    if cfg.exchange.transport == DEEPEP and cfg.cluster.ranks > 1:
+        _check_deepep(cfg, next(iter(modules.values())), config, placement)
+        notes.append(
+            ("balance", "balance inside the step is off: exchange.transport=deepep carries tokens to slots only")
+        )
     signature = {n: list(p.shape) for n, p in model.named_parameters()}
     size = max(sum(p.numel() for p in m.parameters()) for m in modules.values()) // experts
     notes += [("router", balancing(cfg, config).words)]
@@ -107,6 +117,19 @@ def _initial(cfg: Config, layers: int, experts: int) -> Placement:
             f"{ranks}"
         )
     return placement
+
+
+def _check_deepep(cfg: Config, experts: Any, config: PreTrainedConfig, placement: Placement) -> None:
+    """Raise BadInput for a model that DeepEP does not carry; `experts` is one of its experts modules."""
+    text = config.get_text_config()
+    down = getattr(experts, "down_proj", None)  # [E, H, F], or the other way
+    hidden = int(text.hidden_size if down is None else down.shape[2 if experts.is_transposed else 1])
+    room = Room(
+        tokens=cfg.exchange.tokens or most_tokens(cfg, cfg.cluster.ranks),
+        hidden=hidden,
+        choices=int(getattr(text, "num_experts_per_tok", None) or 1),
+    )
+    check_fit(room, cfg.cluster.ranks, placement.slots.shape[2], getattr(torch, cfg.model.dtype))
 
 
 def _earlier_checkpoint(cfg: Config, run: RunDir) -> Checkpoint | None:

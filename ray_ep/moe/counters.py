@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ray_ep.moe.passes import recomputing
+from ray_ep.moe.upload import upload
 from ray_ep.placement import RoutingStatistics
 
 _EAGER = ("seconds", "seen", "_passes", "_previous", "_kept")
@@ -205,7 +206,7 @@ class Counters:
             self.seen += len(index)
         if self._kept is None or (self._kept[0] >= len(index)).any():
             return None, None
-        tokens, places = (torch.from_numpy(x).to(index.device) for x in self._kept)
+        tokens, places = upload(np.stack(self._kept), index.device)
         return index[tokens].to(torch.int32), places
 
 

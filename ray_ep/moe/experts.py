@@ -1,6 +1,6 @@
 """One MoE layer on one rank, and the function that transformers calls in place of the experts.
 
-Weights stay in the transformers module, cut down to this rank's experts. What computes is one of three bodies, chosen
+Weights stay in the transformers module, cut down to this rank's experts. What computes is one of four bodies, chosen
 once for a way of exchanging and a kind of module. No model search here. T tokens, K top_k, E experts, H hidden.
 """
 
@@ -15,10 +15,13 @@ from transformers.integrations.moe import ExpertsInterface
 from ray_ep.collective import Group
 from ray_ep.moe.cpu.fused import FusedBody, is_plain
 from ray_ep.moe.cpu.gemm import Packed
+from ray_ep.moe.cuda import kernels_for
+from ray_ep.moe.cuda.experts import FusedExperts, fits
 from ray_ep.moe.exchange.around import ChunkedBody, TwoLevelBody
 from ray_ep.moe.exchange.bounded import BoundedBody
+from ray_ep.moe.exchange.deepep import DeepEPBody
 from ray_ep.moe.exchange.grouped import GroupedBody
-from ray_ep.moe.exchange.ways import Exchange
+from ray_ep.moe.exchange.ways import DEEPEP, Exchange
 from ray_ep.moe.site import Body, Shared, Site
 from ray_ep.moe.slots import Slots
 from ray_ep.placement import Placement
@@ -129,15 +132,19 @@ class Bodies:
 
     def __init__(self, site: Site, module: Any, hidden: torch.Tensor):
         self.device, self.dtype = hidden.device, hidden.dtype
-        plain, kind = site.exchange.fused and is_plain(module, hidden), site.exchange.kind
-        flat: Body = FusedBody(site) if plain else GroupedBody(site)
+        fused, kind = site.exchange.fused, site.exchange.kind
+        plain = fused and is_plain(module, hidden)
+        experts = FusedExperts(kernels_for(hidden.device, hidden.dtype)) if fused and fits(module, hidden) else None
+        flat: Body = FusedBody(site) if plain else GroupedBody(site, experts)
         taken = flat
         if kind == "all_gather":
             taken = FusedBody(site, few=True) if plain else BoundedBody(site)
+        elif kind == DEEPEP:
+            taken = flat = DeepEPBody(site, experts)  # its source knows which rank answers, too
         elif kind == "two_level":
             taken = TwoLevelBody(site, flat)
         chunks = site.exchange.chunks
-        self.taken, self.traced = (b if chunks == 1 else ChunkedBody(b, chunks) for b in (taken, flat))
+        self.taken, self.traced = (b if chunks == 1 else ChunkedBody(site, b, chunks) for b in (taken, flat))
 
 
 def _experts_forward(module: torch.nn.Module, *args: torch.Tensor) -> torch.Tensor:

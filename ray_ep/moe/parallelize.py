@@ -23,6 +23,8 @@ from ray_ep.moe.cpu import kernels
 from ray_ep.moe.cpu.fused import is_plain
 from ray_ep.moe.cpu.gemm import Gemm, Packed
 from ray_ep.moe.cpu.pool import Pool
+from ray_ep.moe.exchange.elastic import ElasticPool
+from ray_ep.moe.exchange.lanes import Lanes
 from ray_ep.moe.exchange.meter import Meter, MeteredGroup
 from ray_ep.moe.exchange.ways import Exchange
 from ray_ep.moe.experts import IMPLEMENTATION, ExpertLayer
@@ -66,6 +68,8 @@ class ExpertParallel:
             balancer=balancer,
             pool=Pool(),
             gemm=self.gemm,
+            elastics=ElasticPool(),
+            lanes=Lanes(),
         )
         self.layers = [ExpertLayer(i, name, self.num_experts, shared) for i, name in enumerate(modules)]
 
@@ -126,8 +130,8 @@ class ExpertParallel:
         """
         inference = Inference()
         for index, module in enumerate(self.modules):
-            if is_plain(module, module.gate_up_proj):  # type: ignore[arg-type]
-                weights = self.parameters(index)
+            weights = self.parameters(index)
+            if is_plain(module, weights["down_proj"]):  # which every layout has
                 inference.packed[index] = (
                     Packed(weights["gate_up_proj"], self.gemm), Packed(weights["down_proj"], self.gemm),
                 )  # fmt: skip
@@ -215,7 +219,8 @@ def parallelize(
         module.config._experts_implementation = IMPLEMENTATION
     if next(model.parameters()).device.type == "cpu":
         kernels.warm()
-    warm_step()
+    if balance != "off":
+        warm_step()
     _attach_routers(model, ep)
     ep.routing.checkpoint_blocks(model)
     model.ray_ep = ep  # type: ignore[assignment]  # no module of torch's

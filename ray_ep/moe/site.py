@@ -1,6 +1,8 @@
-"""Where a body works: one layer of one rank, with what all layers share; and what a body is.
+"""Where a body works: one layer of one rank, with what all layers share; what a body is, and its local mathematics.
 
+The bodies themselves are cpu/fused.py and exchange/grouped.py, bounded.py and deepep.py; experts.py chooses among them.
 The bodies themselves are cpu/fused.py, exchange/grouped.py and exchange/bounded.py; experts.py chooses among them.
+T tokens, K top_k, H hidden, N rows received, P pairs received, S experts held, G guests.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from ray_ep.moe.balance.balancer import Balancer
 from ray_ep.moe.counters import Counters
 from ray_ep.moe.cpu.gemm import Gemm
 from ray_ep.moe.cpu.pool import Pool
+from ray_ep.moe.exchange.elastic import ElasticPool
+from ray_ep.moe.exchange.lanes import Lanes
 from ray_ep.moe.exchange.meter import MeteredGroup
 from ray_ep.moe.exchange.ways import Exchange
 from ray_ep.moe.passes import Passes, recomputing
@@ -30,6 +34,8 @@ class Shared:
     balancer: Balancer
     pool: Pool
     gemm: Gemm
+    elastics: ElasticPool
+    lanes: Lanes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,5 +74,39 @@ class Body(Protocol):
 
         Args:
             module: the transformers experts module, with this rank's weights.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalPairs:
+    """The pairs that one rank computes: which row of tokens goes through which row of the weights."""
+
+    row: torch.Tensor  # int64 [P] ascending, below N
+    first: torch.Tensor  # int64 [N + 1] the first pair of each row
+    expert_row: torch.Tensor  # int64 [P] below S: of the rank's own weights; from S on: S + number of the guest
+    of_guests: int  # how many pairs go through guests; the plan of the balance says it, so nothing waits
+
+
+@dataclass(frozen=True, slots=True)
+class LocalWeights:
+    """Per-expert parameters of one pass by their names in the module, with graph."""
+
+    own: dict[str, torch.Tensor]  # [S, ...] each
+    guests: dict[str, torch.Tensor]  # [G, ...] each, contiguous; empty where this rank has none
+
+
+class Experts(Protocol):
+    """The mathematics between two exchanges, on one rank alone; no host sync. All give the same, up to rounding."""
+
+    def __call__(
+        self, module: Any, weights: LocalWeights, rows: torch.Tensor, pair_weights: torch.Tensor, pairs: LocalPairs
+    ) -> torch.Tensor:
+        """rows [N, H], pair_weights [P] (both with graph) -> [N, H]: each row's pairs, weighted and added up.
+
+        Never called without pairs.
+
+        Args:
+            module: the transformers experts module, for its flags and functions; its parameters are in `weights`.
         """
         ...

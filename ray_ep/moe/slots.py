@@ -39,7 +39,8 @@ class Slots:
         self.gateways = torch.from_numpy(gateways(routes, nodes, rank)).to(device)
         self._ranks = placement.num_ranks
         self._routes_of = functools.cache(lambda source: placement.routes(layer, source, node_of).astype(np.int32))
-        self._all_routes: torch.Tensor | None = None
+        self._width = placement.slots.shape[2]
+        self._experts_on = functools.partial(placement.experts_of, layer)
 
     def routes_of(self, source: int) -> np.ndarray:
         """[E, C] int32: the rank that serves an expert for tokens of `source`."""
@@ -47,13 +48,23 @@ class Slots:
         return routes
 
     def all_routes(self) -> torch.Tensor:
-        """[R, E, C] the rank that serves an expert for tokens of each source."""
-        if self._all_routes is None:
-            every = np.stack([self.routes_of(source) for source in range(self._ranks)])
-            self._all_routes = torch.from_numpy(every).to(self.row_of.device).long()
-        return self._all_routes
+        """[R, E, C] the rank that serves an expert for tokens of each source, made anew."""
+        every = np.stack([self.routes_of(source) for source in range(self._ranks)])
+        return torch.from_numpy(every).to(self.row_of.device).long()
 
     def served_by(self, index: torch.Tensor, routes: torch.Tensor) -> torch.Tensor:
         """[T, K] the rank for each choice of index [T, K] under `routes` [E, C]; that of a -1 means nothing."""
         column = torch.arange(len(index), device=index.device) % routes.shape[1]
         return routes[index.clamp_min(0), column[:, None]]
+
+    def numbered(self) -> tuple[torch.Tensor, int]:
+        """[E, C] int64 number over all ranks of the slot that serves an expert for this rank's tokens; slots of a rank.
+
+        Rank r's slots are r * S and up to S, in the order of its rows of weights, S the most that any rank has.
+        """
+        row_on = torch.zeros(self._ranks, len(self.routes), dtype=torch.int64)
+        for to in range(self._ranks):
+            found = self._experts_on(to)
+            row_on[to, found] = torch.arange(len(found))
+        expert = torch.arange(len(self.routes), device=self.routes.device)[:, None]
+        return self.routes * self._width + row_on.to(self.routes.device)[self.routes, expert], self._width

@@ -23,6 +23,8 @@ from ray_ep.collective.ray_backend import RENDEZVOUS_S, join, usable
 from ray_ep.config import from_dict
 from ray_ep.errors import RayEPError, SaveError
 from ray_ep.moe import Choice, Moved
+from ray_ep.moe.exchange.elastic import installed
+from ray_ep.moe.exchange.ways import DEEPEP
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.placement.links.gpu_links import GpuLinks
 from ray_ep.placement.links.groups import groups_of
@@ -74,8 +76,9 @@ class RankActor:
         return trial.on_rank(self.rank)
 
     def transports(self) -> list[str]:
-        """Transports that this process could use."""
-        return usable()
+        """Transports that this process could use, by their names in the configuration."""
+        found = usable()
+        return [*found, DEEPEP] if "torch_nccl" in found and installed() else found
 
     def join(
         self,

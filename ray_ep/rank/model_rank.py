@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ray_ep.collective import Group
+from ray_ep.config.exchange import most_tokens
 from ray_ep.config.schema import Config
 from ray_ep.errors import ModelError
 from ray_ep.moe import (
@@ -29,6 +30,8 @@ from ray_ep.moe import (
     regroup,
     settle,
 )
+from ray_ep.moe.exchange.elastic import library
+from ray_ep.moe.exchange.ways import DEEPEP
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.rank.model import build
 from ray_ep.rank.step.before import unseen
@@ -58,6 +61,9 @@ class ModelRank:
         topology: Topology | None = None,
     ):
         self.cfg, self.config, self.device = cfg, config, torch.device(device)
+        way, by_deepep = cfg.exchange, cfg.exchange.transport == DEEPEP
+        if by_deepep and group.size > 1:
+            library()  # raises before the model is built
         self.model = build(
             cfg.model, config, cfg.seed, group, placement, self.device,
             node_of=node_of, sample=cfg.statistics.sample // group.size, balance=cfg.balance.in_step,
@@ -66,8 +72,9 @@ class ModelRank:
         self.ep: ExpertParallel = self.model.ray_ep  # type: ignore[assignment]
         self.ep.routing.force = cfg.router.force
         self.top_k = int(getattr(config.get_text_config(), "num_experts_per_tok", None) or 1)
-        way = cfg.exchange
-        self.ep.exchange_by(chunks=way.chunks, float8=way.float8, tokens=way.tokens)
+        # DeepEP's buffer needs a bound.
+        tokens = way.tokens or (most_tokens(cfg, group.size) if by_deepep else 0)
+        self.ep.exchange_by(chunks=way.chunks, float8=way.float8, tokens=tokens)
 
     @property
     def group(self) -> Group:
@@ -88,7 +95,10 @@ class ModelRank:
             tokens: of all ranks in such a pass.
             backward: time backward, too.
         """
-        kinds = KINDS if self.cfg.exchange.kind == "auto" else (self.cfg.exchange.kind,)
+        exchange = self.cfg.exchange
+        kinds = KINDS if exchange.kind == "auto" else (exchange.kind,)
+        if exchange.transport == DEEPEP:
+            kinds = (DEEPEP,)
         if len(groups) == 1 and (self.group.size == 1 or len(kinds) == 1):
             return settle(self.ep, kinds[0], groups, ceil(tokens * self.top_k / self.ep.num_experts), backward)
         layer = self.ep.layers[len(self.ep.layers) // 2]

@@ -50,7 +50,8 @@ class Trainer:
         self.model, self.ep, self.device = rank.model, rank.ep, rank.device
         tokens = self.cfg.batch.sequences * self.cfg.batch.length / self.group.size  # of this rank in a step
         self.ep.counters.window = round(self.cfg.placement.decay / log(2) * tokens)
-        self.clock = StepClock(self.ep.meter.seconds)
+        device = self.ep.meter if self.device.type == "cuda" else None
+        self.clock = StepClock(self.ep.meter.seconds, device=device)
         self.optimizer = MasterOptimizer(self.model, self.cfg.optim, self.clock.enter)
         self.pays = self._fresh_pays()
         self._costs_told = False  # what balance costs
@@ -210,10 +211,11 @@ class Trainer:
     def usage(self) -> Usage:
         """Totals since this rank's making, by its own clock."""
         meter, counters = self.ep.meter, self.ep.counters
+        pairs = meter.pairs.copy()  # first: on a GPU this waits for them, and then all phases have ended
         now, exchange, experts = time.perf_counter(), meter.seconds["exchange"], meter.seconds["experts"]
         balance = np.array(astuple(self.ep.balancer.done), np.float64)
         phases = np.array(list(self.clock.seconds.values()))
-        return Usage(now, exchange, experts, counters.seconds, meter.sent.copy(), meter.pairs.copy(), balance, phases)
+        return Usage(now, exchange, experts, counters.seconds, meter.sent.copy(), pairs, balance, phases)
 
     def _assert_whole(self) -> None:
         assert self._before is None, f"a half step was neither finished nor discarded: {self.state()}"
@@ -242,6 +244,7 @@ class Trainer:
     def _reduce(self, step: int, losses: torch.Tensor) -> Reduced:
         """Sum what is left over ranks in one message: squares of gradients, losses [3], seconds, loads (collective)."""
         load = self.ep.counters.step  # [L, E] of this rank
+        self.group.wait()  # on a GPU, the time up to here has passed only then; the norm waits for it in any case
         seconds = torch.tensor([time.perf_counter() - self._began.seconds], dtype=torch.float64, device=self.device)
         figures = torch.cat([losses, seconds, load.flatten().double()])
         norm = self.optimizer.norm(figures)

@@ -8,7 +8,7 @@ import torch
 from click.testing import CliRunner
 
 from ray_ep.bench.contenders import Work
-from ray_ep.bench.device import gemms
+from ray_ep.bench.device import Ceilings, flops, gemms, least_bytes, measure_ceilings, run_on_device
 from ray_ep.cli import main
 
 RAY_EP = Path(sys.executable).with_name("ray-ep")
@@ -68,12 +68,36 @@ def test_several_ranks_on_the_one_gpu_are_refused():
     assert "--ranks=1" in refused("--work=C", "--device=cuda", "--ranks=2")
 
 
-def test_the_roofline_computes_the_works_products_alike_one_by_one_and_batched():
+def test_the_roofline_computes_the_works_products_alike_one_by_one_batched_and_grouped():
     work = Work(tokens=64, hidden=32, ffn=16, experts=4, top_k=2)
     results = [[t.clone() for t in step()] for step in gemms(work, torch.float32, torch.device("cpu")).values()]
     assert [t.shape for t in results[0]] == [(4, 32, 32), (4, 32, 32)]
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
+    assert len(results) == 3
+    for same in zip(*results, strict=True):
+        for other in same[1:]:
+            torch.testing.assert_close(other, same[0])
+
+
+def test_a_work_on_a_device_is_measured_as_shares_of_what_the_device_can_do():
+    cpu = torch.device("cpu")
+    ceilings = measure_ceilings("float32", cpu, side=256, copied=1 << 22)
+    assert 1e8 < ceilings.flops_per_second < 1e14
+    assert 1e7 < ceilings.bytes_per_second < 1e13
+    row = run_on_device("C", "float32", True, 2, Ceilings(1e12, 1e11), cpu).to_dict()
+    pairs, weights = 16 * 2, 16 * 3 * 512 * 1024
+    assert row["share_of_flops"] == pytest.approx(3 * 2 * 3 * pairs * 512 * 1024 / 1e12 / row["seconds"])
+    assert row["share_of_bytes"] == pytest.approx(3 * 4 * (weights + 2 * 16 * 512) / 1e11 / row["seconds"])
+    assert row["share_of_gemms"] == pytest.approx(row["gemm_seconds"] / row["seconds"])
+    assert row["tokens_per_second"] == pytest.approx(16 / row["seconds"])
+    assert min(row[f"{kind}_seconds"] for kind in ("plain", "general", "gemm")) > 0
+
+
+def test_flops_and_bytes_of_a_forward_are_a_third_of_both():
+    work = Work(tokens=3, hidden=5, ffn=7, experts=2, top_k=2)
+    assert flops(work, False) == 3 * 2 * (2 * 5 * 14 + 2 * 7 * 5)
+    assert least_bytes(work, 2, False) == 2 * (2 * (5 * 14 + 7 * 5) + 3 * 5 + 3 * 5)
+    assert flops(work, True) == 3 * flops(work, False)
+    assert least_bytes(work, 2, True) == 3 * least_bytes(work, 2, False)
 
 
 @pytest.mark.parametrize("wrong", ["--work=D", "--dtype=float16", "--pass=backward", "--ranks=two", "--peers=megatron"])

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from ray_ep.collective import SoloGroup
-from ray_ep.collective.probe import PointToPoint, measure
+from ray_ep.collective.probe import Messages, measure
 from ray_ep.errors import GroupError, PlacementError
 from ray_ep.placement.links.groups import contradictions
 
 
-class Slowed(PointToPoint):
+class Slowed(Messages):
     """A link of latency [R, R] and bandwidth [R, R]: the message leaves when it would have arrived."""
 
     def __init__(self, group, latency, bandwidth):
@@ -26,7 +26,7 @@ class Slowed(PointToPoint):
         super().send(tensor, to)
 
 
-class SharedCards(PointToPoint):
+class SharedCards(Messages):
     """One network card a node, of 5 MB/s: of its ranks one sends to another node at a time."""
 
     def __init__(self, group, node_of, folder):
@@ -123,7 +123,7 @@ def test_the_group_works_on_after_probing(ranks):
 
 @pytest.mark.parametrize("dies_at", [0, 5, 40])
 def test_a_rank_that_dies_while_probing_is_an_error_on_the_others_that_says_so(ranks, dies_at):
-    class Dying(PointToPoint):
+    class Dying(Messages):
         sent = 0
 
         def send(self, tensor, to):
@@ -149,7 +149,7 @@ def test_a_rank_that_dies_while_probing_is_an_error_on_the_others_that_says_so(r
 
 
 def test_a_partner_that_says_nothing_ends_probing_after_its_patience(ranks):
-    class Mute(PointToPoint):
+    class Mute(Messages):
         def send(self, tensor, to):
             if self._group.rank == 0:
                 time.sleep(1.5)

@@ -40,7 +40,7 @@ def test_file_and_overrides_merge_and_the_override_wins(tmp_path, monkeypatch):
         ("model.overrides={num_experts: [1", "not YAML"),
         ("data.files=[a.txt", "a list that nothing closes"),
         ("exchange.kind=ring", "allowed are auto, flat, two_level, all_gather"),
-        ("exchange.transport=mpi", "allowed are auto, gloo, nccl, torch_nccl"),
+        ("exchange.transport=mpi", "allowed are auto, gloo, nccl, torch_nccl, deepep"),
         ("exchange.chunks=0", "at least 1"),
         ("exchange.tokens=100", "a rank has up to 4096 tokens in one pass"),
     ],
@@ -51,11 +51,31 @@ def test_a_bad_override_is_named_with_what_is_allowed(override, says):
     assert override.split("=")[0].split(".")[-1] in str(e.value)
 
 
-@pytest.mark.parametrize("transport", ["nccl", "torch_nccl"])
+@pytest.mark.parametrize("transport", ["nccl", "torch_nccl", "deepep"])
 def test_a_transport_between_gpus_is_refused_for_cpu_ranks(transport):
+    keys = [f"exchange.transport={transport}", "model.dtype=bfloat16"]
     with pytest.raises(ConfigError, match=rf"exchange\.transport='{transport}'.*allowed are auto, gloo"):
-        load_config(None, [f"exchange.transport={transport}", "cluster.device=cpu"])
-    assert load_config(None, [f"exchange.transport={transport}"]).cluster.device == "auto"  # the cluster may have GPUs
+        load_config(None, [*keys, "cluster.device=cpu"])
+    assert load_config(None, keys).cluster.device == "auto"  # the cluster may have GPUs
+
+
+@pytest.mark.parametrize(
+    ("override", "allowed"),
+    [
+        ("model.dtype=float32", "bfloat16"),
+        ("exchange.kind=two_level", "auto or flat"),
+        ("exchange.chunks=2", "1"),
+        ("exchange.float8=true", "False"),
+        ("balance.in_step=always", "auto or off"),
+    ],
+)
+def test_what_deepep_does_not_do_is_refused_and_balance_that_was_left_to_it_is_off(override, allowed):
+    keys = ["exchange.transport=deepep", "model.dtype=bfloat16"]
+    with pytest.raises(
+        ConfigError, match=rf"{override.split('=')[0]}=.*: with exchange\.transport=deepep.* {allowed}$"
+    ):
+        load_config(None, [*keys, override])
+    assert load_config(None, keys).balance.in_step == "off"
 
 
 def test_the_bound_on_tokens_counts_those_of_a_rank_a_pass_and_a_chunk():

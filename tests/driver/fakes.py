@@ -53,7 +53,7 @@ class FakeRanks:
         look: called in every call, as a wait does between its slices.
     """
 
-    device, name = "cpu", "fake"
+    device, note, name = "cpu", "", "fake"
     where = [{"node": "a", "host": "alpha"}] * RANKS
 
     def __init__(self, links=None, look=bool, size=RANKS):

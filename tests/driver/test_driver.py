@@ -61,6 +61,14 @@ def test_a_run_calls_its_ranks_in_this_order_and_tells_what_it_did(tmp_path, cap
     ]
 
 
+def test_what_ranks_compute_on_is_told_where_it_is_not_what_one_would_expect(tmp_path):
+    it = driven(tmp_path)
+    it.ranks.note = "GPUs are left"
+    it.driver.form()
+    told = [(e["kind"], e["message"], e["fields"]) for e in it.run.events()]
+    assert ("device", "GPUs are left", {"device": "cpu"}) in told
+
+
 def test_files_hold_every_record_with_its_figures_and_metrics_have_the_keys_that_they_had(tmp_path):
     it = driven(tmp_path, "optim.steps=2")
     whole(it)

@@ -272,3 +272,14 @@ def test_a_directory_whose_name_looks_like_a_pattern_is_none(place, monkeypatch)
     for files in ("a.txt", "*.txt"):
         plan, _ = resumed(*OWN, f"data.files={files}")
         assert plan.corpus.documents == 1
+
+
+def test_a_model_that_deepep_does_not_carry_is_refused_before_anything_starts():
+    keys = ["exchange.transport=deepep", "model.dtype=bfloat16", "cluster.ranks=2"]
+    with pytest.raises(BadInput, match="hidden size 32: it moves multiples of 256"):
+        check_run(load_config(None, [*OWN, *keys]), NOW)
+    plan = check_run(load_config(None, [*OWN, *keys, "model.overrides.hidden_size=256"]), NOW)
+    plan.run.release()
+    assert told(plan, "balance") == [
+        "balance inside the step is off: exchange.transport=deepep carries tokens to slots only"
+    ]

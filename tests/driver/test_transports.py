@@ -3,7 +3,7 @@
 import pytest
 
 from ray_ep.config import load_config
-from ray_ep.driver.actors.cluster import device_of, transports
+from ray_ep.driver.actors.cluster import Device, device_of, transports
 from ray_ep.errors import ClusterError
 
 
@@ -16,15 +16,27 @@ def cluster(**keys):
     [("auto", 0, "cpu"), ("auto", 1, "cpu"), ("auto", 2, "cuda"), ("cpu", 8, "cpu"), ("cuda", 2, "cuda")],
 )
 def test_ranks_sit_on_gpus_if_there_is_one_for_each(device, gpus, expected):
-    assert device_of(cluster(device=device, ranks=2), {"CPU": 4.0, "GPU": float(gpus)}) == expected
+    found = device_of(cluster(device=device, ranks=2), {"CPU": 4.0, "GPU": float(gpus)}, built=True)
+    assert found == Device(expected)
 
 
-def test_too_few_gpus_are_refused_with_what_there_is():
+@pytest.mark.parametrize("built", [True, False])
+def test_too_few_gpus_are_refused_with_what_there_is(built):
     with pytest.raises(ClusterError, match=r"2 ranks need 2 GPUs, the cluster has 0 \(and 4 CPUs\)"):
-        device_of(cluster(device="cuda", ranks=2), {"CPU": 4.0})
+        device_of(cluster(device="cuda", ranks=2), {"CPU": 4.0}, built)
 
 
-ALL, BARE = ["gloo", "nccl", "torch_nccl"], ["gloo", "torch_nccl"]
+def test_gpus_that_torch_was_not_built_for_are_left_and_an_operator_hears_what_to_install():
+    found = device_of(cluster(device="auto", ranks=2), {"CPU": 4.0, "GPU": 2.0}, built=False)
+    assert found.kind == "cpu"
+    assert "the cluster has 2 GPUs, but torch was built without CUDA: install torch's build for CUDA" in found.note
+    assert device_of(cluster(device="cpu", ranks=2), {"GPU": 2.0}, built=False).note == ""
+    assert device_of(cluster(device="auto", ranks=2), {"GPU": 1.0}, built=False).note == ""
+    with pytest.raises(ClusterError, match=r"cluster\.device=cuda: torch was built without CUDA: install"):
+        device_of(cluster(device="cuda", ranks=2), {"CPU": 4.0, "GPU": 2.0}, built=False)
+
+
+ALL, BARE = ["gloo", "nccl", "torch_nccl", "deepep"], ["gloo", "torch_nccl"]
 
 
 @pytest.mark.parametrize(
@@ -35,6 +47,7 @@ ALL, BARE = ["gloo", "nccl", "torch_nccl"], ["gloo", "torch_nccl"]
         ("auto", "cuda", [ALL, BARE], ["torch_nccl"]),
         ("gloo", "cuda", [ALL, ALL], ["gloo"]),
         ("nccl", "cuda", [BARE, BARE], ["nccl"]),  # the rank itself says what is missing
+        ("deepep", "cuda", [ALL, ALL], ["torch_nccl"]),  # what its kernels go over
     ],
 )
 def test_transports_to_choose_from_are_those_that_every_rank_can_use(wanted, device, usable, expected):
@@ -46,3 +59,10 @@ def test_nccl_for_cpu_ranks_and_gpus_without_any_nccl_are_refused():
         transports("nccl", "cpu", [["gloo"]])
     with pytest.raises(ClusterError, match=r"no NCCL can be used by every rank"):
         transports("auto", "cuda", [ALL, ["gloo"]])
+
+
+def test_deepep_is_refused_for_cpu_ranks_and_where_a_rank_lacks_it():
+    with pytest.raises(ClusterError, match=r"exchange\.transport=deepep .* allowed are auto, gloo"):
+        transports("deepep", "cpu", [ALL])
+    with pytest.raises(ClusterError, match=r"not every rank has deep_ep and torch's NCCL .*built from source"):
+        transports("deepep", "cuda", [ALL, BARE])

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from ray_ep.collective.nccl import NcclGroup, nccl
 from ray_ep.errors import BadInput, GroupError
 
-pytestmark = pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings("ignore:Synchronization debug mode")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool]
 
 

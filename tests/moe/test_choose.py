@@ -59,6 +59,12 @@ class Shaped(Group):
     def broadcast(self, tensor, source):
         self.inner.broadcast(tensor, source)
 
+    def send(self, tensor, to, limit_s=None):
+        self.inner.send(tensor, to, limit_s)
+
+    def receive(self, tensor, source, limit_s=None):
+        self.inner.receive(tensor, source, limit_s)
+
     def barrier(self):
         self.inner.barrier()
 

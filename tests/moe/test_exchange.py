@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ray_ep.moe.exchange.dispatch import combine, dispatch, plan_dispatch
+from ray_ep.moe.exchange.dispatch import Sizes, Wanted, combine, dispatch, plan_dispatch, swap
 from ray_ep.moe.exchange.meter import Meter, MeteredGroup
 from ray_ep.placement import Placement, contiguous, random
 from tests.conftest import run_ranks
@@ -60,7 +60,8 @@ def round_trip(case, group):
     group.all_to_all = all_to_all
     index, routes = case.index[r], case.routes[r]
     to = routes[index, (torch.arange(len(index)) % routes.shape[1])[:, None]]
-    agreed = plan_dispatch(index, to, MeteredGroup(group, meter))
+    traffic, wanted = MeteredGroup(group, meter), Wanted.of(index, to, group.size)
+    agreed = plan_dispatch(wanted, w, Sizes.of(*swap(wanted, traffic).numpy()), traffic)
     rows, pair_w = dispatch(x, w, agreed)
     scaled = rows[agreed.received.row] * ((agreed.received.expert + 1).to(x.dtype) * pair_w)[:, None]
     out = combine(torch.zeros_like(rows).index_add(0, agreed.received.row, scaled), agreed)
@@ -129,11 +130,12 @@ def test_a_token_travels_once_per_remote_rank_in_both_directions_of_both_passes(
         return sum(destination(case, source, t, e) == rank for t, chosen in tokens for e in chosen)
 
     row, weight = (n * case.x[0].dtype.itemsize for n in (HIDDEN, 1))
+    pair = 4 + 4  # its expert, and the bits of its weight as float32
     for r, got in enumerate(run_ranks(size, lambda g: round_trip(case, g))):
         for q in set(range(size)) - {r}:
             # Forward: own tokens out, others' partial sums back. Backward: gradients of the sums out, of tokens back.
             rows = (len(visits(case, r, q)) + len(visits(case, q, r))) * row
-            forward = rows + pairs(r, q) * (weight + 2 * 4)  # expert and row of each pair, int32
+            forward = rows + pairs(r, q) * pair
             assert got.sent_forward[q] == forward
             assert got.sent[q] == forward + rows + pairs(q, r) * weight
             assert got.wire[q] == got.sent[q] + 2 * 8  # the two sizes themselves, not metered
@@ -169,9 +171,9 @@ def test_three_tokens_on_two_ranks_travel_as_worked_out_by_hand(ranks):
     assert first.d_x.tolist() == [[1.75, 1.75, 1.75], [10, 0, 0]]
     assert first.d_w.tolist() == [[9, 3], [0, 0]]  # (e + 1) * x . g
     assert (second.d_x.tolist(), second.d_w.tolist()) == ([[0, 5, 0]], [[4, 2]])
-    # 12 bytes a row, 4 a weight, 8 a pair's metadata: a, b and three pairs go to rank 1, one sum goes to rank 0.
-    assert first.sent_forward.tolist() == [0, 2 * 12 + 3 * (4 + 8) + 12]
-    assert second.sent_forward.tolist() == [12 + 2 * (4 + 8) + 2 * 12, 0]
+    # 12 bytes a row, 8 a pair with its weight: a, b and three pairs go to rank 1, one sum goes to rank 0.
+    assert first.sent_forward.tolist() == [0, 2 * 12 + 3 * 8 + 12]
+    assert second.sent_forward.tolist() == [12 + 2 * 8 + 2 * 12, 0]
     assert [first.sent[1] - first.sent_forward[1], second.sent[0] - second.sent_forward[0]] == [44, 48]
 
 

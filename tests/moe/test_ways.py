@@ -117,9 +117,17 @@ def test_more_tokens_than_the_bound_are_refused_with_the_bound(ranks):
         passes(ranks, model, ids_of(1), 1, "contiguous", set_way("all_gather", tokens=8, fused=False))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_weights_give_the_same_logits_and_are_let_go(ranks, dtype):
-    model, ids = build("qwen3_moe", dtype=dtype, num_hidden_layers=1), ids_of()
+@pytest.mark.parametrize(
+    ("name", "dtype", "packs"),
+    [
+        ("qwen3_moe", torch.float32, True),
+        ("qwen3_moe", torch.bfloat16, True),
+        ("nemotron_h", torch.float32, False),  # its experts have no gate
+        ("gpt_oss", torch.float32, False),
+    ],
+)
+def test_packed_weights_give_the_same_logits_and_are_let_go(ranks, name, dtype, packs):
+    model, ids = build(name, dtype=dtype), ids_of()
 
     def work(group):
         import copy
@@ -130,6 +138,7 @@ def test_packed_weights_give_the_same_logits_and_are_let_go(ranks, dtype):
         with torch.no_grad():
             plain = m(input_ids=ids).logits
             with m.ray_ep.inference():
+                assert all((layer.packed is not None) == packs for layer in m.ray_ep.layers)
                 packed = m(input_ids=ids).logits
         assert all(layer.packed is None for layer in m.ray_ep.layers)
         return (plain - packed).abs().max() / plain.abs().max()

@@ -35,6 +35,22 @@ def test_every_weight_is_bit_for_bit_what_torch_makes_of_it_and_its_copy_follows
             assert copy is None or torch.equal(copy, p.bfloat16())
 
 
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_an_update_is_the_same_where_new_tensors_are_bfloat16_by_default(kind):
+    def updated():
+        master, gradient, first, second = torch.rand(4, 7, dtype=torch.float32, generator=torch.Generator()).unbind()
+        moments = (first, second) if kind == "adamw" else (first,)
+        update(Rule(kind, 0.01, 0.9, 0.999, 1e-8, 0.1, 1, 301), [WeightPart(master, gradient, moments, None)])
+        return master
+
+    expected = updated()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(updated(), expected)  # bfloat16 has no 301
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [0, 1, 1 << 16, 300_001])
 def test_squares_are_summed_as_exactly_as_in_float64(size, dtype):

@@ -102,11 +102,22 @@ def _gcs() -> str:
     return str(ray.get_runtime_context().gcs_address)
 
 
-def device_of(cfg: ClusterConfig, resources: dict[str, float]) -> str:
-    """cpu or cuda: what the ranks compute on, given what the cluster has in all (`ray.cluster_resources()`).
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What ranks compute on: cpu or cuda, and what an operator should know of the choice; "": nothing."""
+
+    kind: str
+    note: str = ""
+
+
+def device_of(cfg: ClusterConfig, resources: dict[str, float], built: bool) -> Device:
+    """What the ranks compute on, given what the cluster has in all (`ray.cluster_resources()`).
+
+    Args:
+        built: torch was built for CUDA (`torch.backends.cuda.is_built()`), here and so on the ranks' nodes.
 
     Raises:
-        ClusterError: cuda is asked for and there are fewer GPUs than ranks.
+        ClusterError: cuda is asked for, and there are fewer GPUs than ranks or torch cannot use any.
     """
     have = int(resources.get("GPU", 0))
     if cfg.device == "cuda" and have < cfg.ranks:
@@ -114,20 +125,38 @@ def device_of(cfg: ClusterConfig, resources: dict[str, float]) -> str:
             f"cluster.device=cuda: {cfg.ranks} ranks need {cfg.ranks} GPUs, the cluster has {have} (and "
             f"{resources.get('CPU', 0.0):g} CPUs): lower cluster.ranks, or cluster.device=cpu"
         )
-    return "cuda" if cfg.device == "cuda" or (cfg.device == "auto" and have >= cfg.ranks) else "cpu"
+    if cfg.device == "cpu" or have < cfg.ranks:
+        return Device("cpu")
+    if built:
+        return Device("cuda")
+    need = "was built without CUDA: install torch's build for CUDA on every node, and ray_ep's extra cuda12 or cuda13"
+    if cfg.device == "cuda":
+        raise ClusterError(f"cluster.device=cuda: torch {need}; or cluster.device=cpu")
+    return Device(
+        "cpu", f"ranks compute on CPUs: the cluster has {have} GPUs, but torch {need} (cluster.device=cpu: no GPUs)"
+    )
 
 
 def transports(wanted: str, device: str, usable: list[list[str]]) -> list[str]:
     """Transports to choose from for ranks on `device`, given exchange.transport and what each rank could use.
 
+    DeepEP's kernels go over torch's NCCL: that is the transport then.
+
     Raises:
         ClusterError: none is left.
     """
-    if wanted in ("nccl", "torch_nccl") and device == "cpu":
+    if wanted in ("nccl", "torch_nccl", "deepep") and device == "cpu":
         raise ClusterError(
             f"exchange.transport={wanted} moves tensors between GPUs, and the cluster has none for every rank: allowed "
             "are auto, gloo"
         )
+    if wanted == "deepep":
+        if not all("deepep" in names for names in usable):
+            raise ClusterError(
+                f"exchange.transport=deepep: not every rank has deep_ep and torch's NCCL (they could use {usable}); "
+                "deep_ep is built from source: see docs/notes/deepep.md"
+            )
+        return ["torch_nccl"]
     if wanted != "auto":
         return [wanted]
     if device == "cpu":

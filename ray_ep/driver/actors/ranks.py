@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
 from omegaconf import OmegaConf
 from ray._private.state import workers
 from ray.exceptions import RayActorError, RayError
@@ -57,6 +58,7 @@ class Ranks:
 
     Attributes:
         membership: who they are, under the epoch of their group.
+        device: cpu or cuda. note: what an operator should know of it; "": nothing.
     """
 
     def __init__(
@@ -73,7 +75,11 @@ class Ranks:
             RankError: a rank died or went silent while it started.
         """
         self.cfg, self.name, self._interrupted, self._actor = cfg, name, interrupted, actor
-        self.device = device_of(cfg, resources())
+        built = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]
+        found = device_of(cfg, resources(), built)
+        self.device, self.note = found.kind, found.note
+        if self.note:
+            log.warning(self.note)
         check_cpus(cfg, local)
         self._room = Places(cfg, name, self.device == "cuda", interrupted)
         self._places: list[Place] = []

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from ray_ep.collective import Group
-from ray_ep.moe.exchange.meter import MeteredGroup
 from ray_ep.placement import Placement, Topology
 from ray_ep.placement.in_step.rules import StepPlan, StepRules, balance_step, warm
 
@@ -26,6 +25,9 @@ _TRIAL_ROWS = 256
 
 _TRIAL_BYTES = 1 << 20
 """Least bytes of the trial that measures bandwidth: a small expert alone would measure latency, which guests share."""
+
+_TRIAL_ROWS_CUDA, _TRIAL_BYTES_CUDA = 1 << 13, 1 << 26
+"""On a GPU, which has done less before the host has asked for it: that would be timed. Not run on a GPU yet."""
 
 _TRIALS = 8
 """Trials after which a rank that is slower in all of them is taken to be slower."""
@@ -129,11 +131,8 @@ class Balancer:
             self._rules[layer, training] = self._make(layer, weights, hidden, training)
         return self._rules[layer, training]
 
-    def plan(self, counts: torch.Tensor, rules: StepRules, traffic: MeteredGroup, count: bool) -> StepPlan:
-        """The plan for this rank's counts [E] (collective); `count`: it belongs to the figures of `done`."""
-        gathered = traffic.all_gather(counts)
-        traffic.group.wait()
-        everyone = gathered.cpu().numpy()
+    def plan(self, everyone: np.ndarray, rules: StepRules, count: bool) -> StepPlan:
+        """The plan for the counts of all ranks [R, E]; `count`: it belongs to the figures of `done`."""
         fair = everyone.sum() / self.group.size
         plan = balance_step(everyone, rules, cap=max(int(np.ceil(self.most * fair)), 1))
         if count:
@@ -191,7 +190,8 @@ class Balancer:
         blocks = [w[0] if len(w) else w.new_zeros(w.shape[1:]) for w in matrices]
         seconds = self._of_pair(blocks, hidden)
         message = torch.cat([b.reshape(-1) for b in blocks])
-        message = message.repeat(-(-_TRIAL_BYTES // max(message.numel() * message.element_size(), 1)))
+        least = _TRIAL_BYTES if hidden.device.type == "cpu" else _TRIAL_BYTES_CUDA
+        message = message.repeat(-(-least // max(message.numel() * message.element_size(), 1)))
         received = torch.empty_like(message)
         give, take = [0] * self.group.size, [0] * self.group.size
         mates = np.flatnonzero(self.nodes.node_of == self.nodes.node_of[self.group.rank])
@@ -205,7 +205,8 @@ class Balancer:
             self.group.all_to_all(received[: sum(take)], message[: sum(give)], take, give)
             _synchronise(hidden)
             travel = min(travel, time.perf_counter() - start)
-        speed = torch.tensor(np.inf if alone else message.numel() * message.element_size() / travel).double()
+        there = np.inf if alone else message.numel() * message.element_size() / travel
+        speed = torch.tensor(there, dtype=torch.float64)
         return seconds, float(self.group.all_gather(speed).median())
 
     def _of_pair(self, blocks: list[torch.Tensor], hidden: torch.Tensor) -> np.ndarray:
@@ -213,7 +214,8 @@ class Balancer:
 
         What differs then is noise, which must not move tokens; a rank that looks slow is given more chances.
         """
-        inputs = [hidden.new_ones(_TRIAL_ROWS, block.shape[1]) for block in blocks]
+        rows = _TRIAL_ROWS if hidden.device.type == "cpu" else _TRIAL_ROWS_CUDA
+        inputs = [hidden.new_ones(rows, block.shape[1]) for block in blocks]
         took = np.full(self.group.size, np.inf)
         for _ in range(_TRIALS):
             mine = np.inf
@@ -224,7 +226,7 @@ class Balancer:
                 for x, block in zip(inputs, blocks, strict=True):
                     x @ block.t()
                 _synchronise(hidden)
-                mine = min(mine, (time.perf_counter() - start) / _TRIAL_ROWS)
+                mine = min(mine, (time.perf_counter() - start) / rows)
             every = self.group.all_gather(torch.tensor(mine, dtype=torch.float64))
             took = np.minimum(took, every.cpu().numpy())
             if took.max() < _SAME_SPEED * took.min():
@@ -240,7 +242,7 @@ def _largest(group: Group, number: float) -> float:
 
 def _synchronise(like: torch.Tensor) -> None:
     if like.device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(like.device)
 
 
 __all__ = ["MODES", "Balance", "Balancer", "Limits", "warm"]

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ray_ep.moe.exchange.meter import MeteredGroup
+from ray_ep.moe.exchange.segments import order_of
 from ray_ep.placement.in_step.rules import StepPlan, StepRules
 
 _SERVES = 8
@@ -38,6 +39,7 @@ class Guests:
     give: list[int]  # [R] how many to each
     experts: list[int]  # [G] experts taken, by rank that gives, experts ascending
     take: list[int]  # [R]
+    pairs: int  # that go through the experts taken
     keep: bool  # until backward, else fetched again there
 
     @staticmethod
@@ -57,6 +59,7 @@ class Guests:
             give=give,
             experts=expert[taken][by_source].tolist(),
             take=take,
+            pairs=int(plan.quota[expert[taken], me].sum()),
             keep=keep,
         )
 
@@ -202,41 +205,48 @@ class ResidentGuests:
 
 
 class BorrowedRows(torch.autograd.Function):
-    """Extends per-expert parameters by the guests' rows, for the general layer: rows, params [S, ...] -> [S + G, ...].
+    """Weights of the guests, for the general layer: rows, params [S, ...] each -> rows, params, guests' [G, ...] each.
 
-    `rows` pass through, so that on every rank the gradients go home at the same point of backward.
+    Rows and parameters pass through: so gradients go home at the same point of backward on every rank, and those that
+    come home are added to the parameters' own.
     """
 
     @staticmethod
     def forward(ctx: Any, guests: Guests, rows: torch.Tensor, *params: torch.Tensor) -> Any:
         ctx.guests = guests
-        more: list[list[torch.Tensor]] = [[] for _ in params]
-        guests.fetch(params).unpack(*more)
-        return (rows.view_as(rows), *(torch.cat([p, *(r[None] for r in m)]) for p, m in zip(params, more, strict=True)))
+        arrived: list[list[torch.Tensor]] = [[] for _ in params]
+        guests.fetch(params).unpack(*arrived)
+        # A copy of their own: what was lent is good until the next loan only.
+        theirs = (torch.stack(a) if a else p.new_empty(0, *p.shape[1:]) for a, p in zip(arrived, params, strict=True))
+        return (rows.view_as(rows), *(p.view_as(p) for p in params), *theirs)
 
     @staticmethod
     def backward(ctx: Any, d_rows: torch.Tensor, *grads: torch.Tensor) -> Any:
-        ctx.guests.traffic.meter.enter("pack")  # the experts' backward ends here
-        held = [len(g) - len(ctx.guests.experts) for g in grads]
-        own = [g[:n].clone() for g, n in zip(grads, held, strict=True)]
-        theirs = ctx.guests.new_rows(own)
-        for part, g, n in zip(side_by_side(theirs, own), grads, held, strict=True):
-            part.copy_(g[n:])
-        ctx.guests.send_home(theirs, own)()
+        guests: Guests = ctx.guests
+        guests.traffic.meter.enter("pack")  # the experts' backward ends here
+        half = len(grads) // 2
+        own = grads[:half]
+        if guests.give_rows:  # they are changed below, and others may read them
+            own = tuple(g.clone() for g in own)
+        message = guests.new_rows(own)
+        for part, g in zip(side_by_side(message, own), grads[half:], strict=True):
+            part.copy_(g)
+        guests.send_home(message, own)()
         return (None, d_rows, *own)
 
 
 def destinations(index: torch.Tensor, sends: torch.Tensor, rank: int) -> torch.Tensor:
     """to [T, K]: the rank of each pair of index [T, K] (-1: none) so that `sends` [E, R] are met: itself first."""
-    ranks = sends.shape[1]
-    order = torch.tensor([rank, *(r for r in range(ranks) if r != rank)], device=index.device)
+    experts, ranks = sends.shape
+    place = torch.arange(ranks, device=index.device)
+    order = torch.where(place == 0, rank, place - (place <= rank).long())  # rank, 0, 1, ... without it
     ends = sends[:, order].cumsum(1)  # [E, R]
     flat = index.reshape(-1)
-    by_expert = torch.argsort(flat, stable=True)
+    by_expert = order_of(flat, experts)
     expert = flat[by_expert]
     first = torch.searchsorted(expert, expert)
     number = torch.arange(len(flat), device=index.device) - first  # of the pair among its expert's
-    place = (ends[expert.clamp_min(0)] <= number[:, None]).sum(1).clamp_max(ranks - 1)
+    at = (ends[expert.clamp_min(0)] <= number[:, None]).sum(1).clamp_max(ranks - 1)
     to = torch.empty_like(flat)
-    to[by_expert] = torch.where(expert >= 0, order[place], -1)
+    to[by_expert] = torch.where(expert >= 0, order[at], -1)
     return to.view_as(index)

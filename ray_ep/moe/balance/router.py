@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ray_ep.collective import Group
+from ray_ep.moe.counters import bincount
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def router_losses(
     experts = load.shape[1]
     with aux_graph:  # layer by layer: twice as fast as all logits in one tensor, for many layers and experts
         mean_prob = torch.stack([probabilities(x, routers[i]).sum(0) for i, x in found]) / tokens  # [L, E] of this rank
-    share = load[[i for i, _ in found]] / tokens  # [L, E]
+    share = torch.stack([load[i] for i, _ in found]) / tokens  # [L, E]
     if kind in ("pooled", "transformers"):
         return RouterLosses(experts * (share.mean(0) * mean_prob.mean(0)).sum(), z)
     return RouterLosses(experts * (share * mean_prob).sum(), z)
@@ -68,7 +69,7 @@ def _first_choices(logits: torch.Tensor | None, load: torch.Tensor, top_k: int) 
     """[E] how many tokens have an expert among their `top_k` largest logits [T, E]; zeros like `load` without any."""
     if logits is None:
         return torch.zeros_like(load)
-    return torch.bincount(logits.detach().topk(top_k).indices.flatten(), minlength=len(load)).to(load)
+    return bincount(logits.detach().topk(top_k).indices.flatten(), len(load)).to(load)
 
 
 def probabilities(logits: torch.Tensor, router: torch.nn.Module | None) -> torch.Tensor:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ray_ep.moe.balance.guests import Guests, ResidentGuests
+from ray_ep.moe.counters import bincount
 from ray_ep.moe.passes import recomputing
 from ray_ep.moe.site import Site
 from ray_ep.placement.in_step.rules import StepPlan, StepRules
@@ -34,19 +36,32 @@ def balanced(
         weights: [S, ...] per-expert parameters. hidden: [T, H], for its size.
         stays: guests may stay from this pass on, if it is one of inference.
     """
-    balancer, meter = site.shared.balancer, site.traffic.meter
-    rules = balancer.rules(site.index, weights, hidden, torch.is_grad_enabled())
+    rules = rules_of(site, weights, hidden)
     if rules is None:
         return None
     resident = _resident(site, rules) if stays else None
-    rules = rules if resident is None else resident.rules
-    meter.enter("route")
-    counts = torch.bincount(index[index >= 0].reshape(-1), minlength=len(site.slots.row_of))
-    plan = balancer.plan(counts.to(torch.int32), rules, site.traffic, not recomputing())
+    site.traffic.meter.enter("route")
+    gathered = site.traffic.all_gather(counts_of(index, len(site.slots.row_of)).to(torch.int32))
+    site.traffic.group.wait()
+    return planned(site, gathered.cpu().numpy(), rules, resident)
+
+
+def rules_of(site: Site, weights: list[torch.Tensor], hidden: torch.Tensor) -> StepRules | None:
+    """The rules of the layer's balance in this pass; None: there is none here (collective at first)."""
+    return site.shared.balancer.rules(site.index, weights, hidden, torch.is_grad_enabled())
+
+
+def counts_of(index: torch.Tensor, experts: int) -> torch.Tensor:
+    """int64 [E]: how often each expert was chosen in index [T, K], -1 for no choice."""
+    return bincount(torch.where(index >= 0, index, experts).reshape(-1), experts + 1)[:experts]
+
+
+def planned(site: Site, everyone: np.ndarray, rules: StepRules, resident: ResidentGuests | None = None) -> StepBalance:
+    """The balance for the counts of all ranks [R, E]."""
+    balancer = site.shared.balancer
+    plan = balancer.plan(everyone, rules if resident is None else resident.rules, not recomputing())
     row_of = site.slots.row_of32 if resident is None else resident.row_of
-    return StepBalance(
-        plan=plan, guests=Guests.of(plan, row_of, site.traffic, balancer.keep), resident=resident
-    )  # fmt: skip
+    return StepBalance(plan=plan, guests=Guests.of(plan, row_of, site.traffic, balancer.keep), resident=resident)
 
 
 def _resident(site: Site, rules: StepRules) -> ResidentGuests | None:

@@ -16,8 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.activations import SiLUActivation
-from transformers.integrations.moe import _default_apply_gate
 
 from ray_ep.moe.balance.guests import ExpertMessage, side_by_side
 from ray_ep.moe.balance.step import StepBalance, balanced
@@ -26,6 +24,7 @@ from ray_ep.moe.cpu.gemm import Gemm, Packed
 from ray_ep.moe.cpu.kernels import view
 from ray_ep.moe.cpu.plan import FusedPlan, Gatherer, agree
 from ray_ep.moe.cpu.rows import collect, send_back, send_home
+from ray_ep.moe.layout import is_gated_silu
 from ray_ep.moe.site import Site
 
 _ROWS = 2048
@@ -81,11 +80,7 @@ def is_plain(module: Any, hidden: torch.Tensor) -> bool:
     return (
         hidden.device.type == "cpu"
         and hidden.dtype in (torch.float32, torch.bfloat16)
-        and module.has_gate
-        and not (module.has_bias or module.is_transposed or module.has_post_expert_norm)
-        and module.is_concatenated
-        and type(module)._apply_gate is _default_apply_gate
-        and isinstance(module.act_fn, (torch.nn.SiLU, SiLUActivation))
+        and is_gated_silu(module)
         and bool(module.gate_up_proj.dtype == hidden.dtype)
     )
 

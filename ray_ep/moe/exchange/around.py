@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from ray_ep.moe.exchange.dispatch import combine, dispatch, plan_dispatch
+from ray_ep.moe.exchange.dispatch import Sizes, Wanted, combine, dispatch, plan_dispatch, swap
+from ray_ep.moe.exchange.steps import Part, SteppedBody, Steps, WithParameters, steps_of, together
 from ray_ep.moe.exchange.ways import by_row
 from ray_ep.moe.site import Body, Site
 
 
-class TwoLevelBody:
+class TwoLevelBody(SteppedBody):
     """Tokens travel once to each node, to the rank that stands there for this one, whose body is the second level.
 
     Args:
@@ -22,17 +23,24 @@ class TwoLevelBody:
     """
 
     def __init__(self, site: Site, inner: Body):
-        self.site, self.inner = site, inner
+        super().__init__(site)
+        self.inner = inner
 
-    def compute(self, module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """See `Body.compute`."""
-        site, meter = self.site, self.site.traffic.meter
+    def steps(self, module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> Steps:
+        """See `SteppedBody.steps`."""
+        site, traffic, meter = self.site, self.site.traffic, self.site.traffic.meter
         meter.enter("route")
-        to = site.slots.served_by(index, site.slots.gateways)
-        plan = plan_dispatch(index, to, site.traffic, site.exchange.float8)
+        wanted = Wanted.of(index, site.slots.served_by(index, site.slots.gateways), traffic.size)
+        asked = swap(wanted, traffic)
+        meter.enter("")
+        answer = yield asked
+        meter.enter("route")
+        plan = plan_dispatch(wanted, weights, Sizes.of(*answer), traffic, site.exchange.float8)
         meter.enter("pack")
         rows, pair_weights = dispatch(hidden, weights, plan)
-        partial = self.inner.compute(module, rows, *by_row(plan.received, pair_weights, len(rows), index.shape[1]))
+        second = by_row(plan.received, pair_weights, len(rows), index.shape[1])
+        meter.enter("")
+        partial = yield from steps_of(self.inner, module, rows, *second)
         meter.enter("combine")
         out = combine(partial, plan)
         meter.enter("")
@@ -40,29 +48,28 @@ class TwoLevelBody:
 
 
 class ChunkedBody:
-    """Tokens in parts, one after the other; on GPUs a stream each: one part computes while the next is on its way.
+    """Tokens in parts; on GPUs a stream each: one part travels while another computes. Not run on a GPU yet.
 
-    Not run on a GPU yet. Args: inner: of each part. chunks: how many.
+    Args:
+        site: of the layer. inner: of each part. chunks: how many.
     """
 
-    def __init__(self, inner: Body, chunks: int):
-        self.inner, self.chunks = inner, chunks
+    def __init__(self, site: Site, inner: Body, chunks: int):
+        self.site, self.inner, self.chunks = site, inner, chunks
 
     def compute(self, module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """See `Body.compute`."""
-        parts = list(zip(*(x.tensor_split(self.chunks) for x in (hidden, index, weights)), strict=True))
-        if hidden.device.type != "cuda":
-            return torch.cat([self.inner.compute(module, *part) for part in parts])
-        main, streams, out = torch.cuda.current_stream(), [], []
-        for part in parts:
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            stream.wait_stream(main)
-            with torch.cuda.stream(stream):
-                out.append(self.inner.compute(module, *part))
-            for tensor in (*part, out[-1]):
-                tensor.record_stream(stream)
-            out[-1].record_stream(main)
-            streams.append(stream)
-        for stream in streams:  # every part is read below, and none need end before the next
-            main.wait_stream(stream)
+        inputs = list(zip(*(x.tensor_split(self.chunks) for x in (hidden, index, weights)), strict=True))
+        streams = self.site.shared.lanes.of(self.chunks, hidden.device)
+        if streams[0] is not None:
+            module = WithParameters.of_streams(module)
+        parts = [
+            Part(steps_of(self.inner, module, *some), stream) for some, stream in zip(inputs, streams, strict=True)
+        ]
+        out = together(parts, self.site.traffic.group)
+        for stream, some, there in zip(streams, inputs, out, strict=True):
+            if stream is not None:
+                for tensor in some:  # backward reads them on this stream, too
+                    tensor.record_stream(stream)
+                there.record_stream(torch.cuda.current_stream())
         return torch.cat(out)

@@ -17,7 +17,7 @@ from ray_ep.moe.site import Site
 
 
 class BoundedBody:
-    """The body of the all-gather way, but for layers that the fused one computes.
+    """The body of the all-gather way, but for layers that the fused one computes. Not run on a GPU yet.
 
     Args:
         site: of the layer; `exchange.tokens` is N, or 0: it is agreed on in each pass, which waits for the device.
@@ -25,6 +25,7 @@ class BoundedBody:
 
     def __init__(self, site: Site):
         self.site = site
+        self.routes = site.slots.all_routes()
 
     def compute(self, module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """See `Body.compute`.
@@ -38,11 +39,8 @@ class BoundedBody:
             raise BadInput(
                 f"exchange.tokens={bound}: a rank has {tokens} tokens in one pass; allowed is up to the bound"
             )
-        pad = (0, 0, 0, bound - tokens)
         traffic.meter.enter("pack")
-        padded, padded_weights = (torch.nn.functional.pad(x, pad) for x in (hidden, weights))
-        everything, all_weights = _Gather.apply(padded, padded_weights, traffic)  # type: ignore[no-untyped-call]
-        all_index = traffic.all_gather(torch.nn.functional.pad(index.to(torch.int32), pad, value=-1)).long()
+        everything, all_weights, all_index = self._gather(hidden, index, weights, bound)
         traffic.meter.enter("route")
         rows, mine = self._rows(all_index)
         self.site.count_pairs(mine.sum())
@@ -62,10 +60,20 @@ class BoundedBody:
         traffic.meter.enter("")
         return out[:tokens]
 
+    def _gather(
+        self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, bound: int
+    ) -> tuple[torch.Tensor, ...]:
+        """Everybody's hidden [R, N, H], weights [R, N, K] and experts [R, N, K], -1 for none (collective)."""
+        pad = (0, 0, 0, bound - len(hidden))
+        padded, padded_weights = (torch.nn.functional.pad(x, pad) for x in (hidden, weights))
+        padded_index = torch.nn.functional.pad(index.to(torch.int32), pad, value=-1)
+        found: tuple[torch.Tensor, ...] = _Gather.apply(padded, padded_weights, padded_index, self.site.traffic)  # type: ignore[no-untyped-call]
+        return found
+
     def _rows(self, all_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """all_index [R, N, K] -> local rows [R * N, K], S where it is not this rank's, and whether it is [R, N, K]."""
         slots, traffic = self.site.slots, self.site.traffic
-        routes, device = slots.all_routes(), all_index.device
+        routes, device = self.routes, all_index.device
         column = torch.arange(all_index.shape[1], device=device) % routes.shape[2]
         source = torch.arange(traffic.size, device=device)
         serves = routes[source[:, None, None], all_index.clamp_min(0), column[None, :, None]]
@@ -74,20 +82,32 @@ class BoundedBody:
 
 
 class _Gather(torch.autograd.Function):
-    """Tokens [N, H] and weights [N, K] of every rank -> [R, N, ...]; backward sums what all say about this rank's."""
+    """Tokens [N, H], weights [N, K] and experts int32 [N, K] of every rank, in one message -> [R, N, ...] each.
+
+    Backward sums what all ranks say about this one's tokens and weights.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weights: torch.Tensor, traffic: MeteredGroup) -> Any:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weights: torch.Tensor, index: torch.Tensor, traffic: MeteredGroup
+    ) -> Any:
         ctx.traffic = traffic
-        return traffic.all_gather(hidden), traffic.all_gather(weights)
+        kinds = (hidden, weights, index)
+        message = torch.cat([x.contiguous().view(torch.uint8) for x in kinds], 1)  # [N, bytes of a token]
+        sizes = [x.shape[1] * x.element_size() for x in kinds]
+        parts = traffic.all_gather(message).split(sizes, 2)  # type: ignore[no-untyped-call]
+        found = [part.contiguous().view(x.dtype) for part, x in zip(parts, kinds, strict=True)]
+        found[2] = found[2].long()
+        ctx.mark_non_differentiable(found[2])
+        return tuple(found)
 
     @staticmethod
-    def backward(ctx: Any, d_hidden: torch.Tensor, d_weights: torch.Tensor) -> Any:
+    def backward(ctx: Any, d_hidden: torch.Tensor, d_weights: torch.Tensor, _: Any) -> Any:
         ctx.traffic.meter.enter("combine")
         d_weights = _scatter_sum(d_weights, ctx.traffic)
         d_hidden = _scatter_sum(d_hidden, ctx.traffic)
         ctx.traffic.meter.enter("")
-        return d_hidden, d_weights, None
+        return d_hidden, d_weights, None, None
 
 
 class _ScatterSum(torch.autograd.Function):

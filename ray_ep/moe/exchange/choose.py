@@ -19,7 +19,7 @@ from ray_ep.collective import Group
 from ray_ep.moe.cpu.fused import is_plain
 from ray_ep.moe.cpu.gemm import is_large
 from ray_ep.moe.cpu.measure import ProductTiming, Shapes, time_libraries, time_packed
-from ray_ep.moe.exchange.ways import KINDS
+from ray_ep.moe.exchange.ways import DEEPEP, KINDS
 from ray_ep.moe.parallelize import ExpertParallel
 
 Key = TypeVar("Key")
@@ -193,7 +193,9 @@ def ways_to_try(ep: ExpertParallel, kinds: tuple[str, ...], received: int) -> tu
     if kinds == ("two_level",) and not levels:
         nodes = "one node" if ep.num_nodes == 1 else "nodes of one rank each"
         return ["flat"], f"two_level is pinned; on {nodes} there is one level"
-    return [k for k in kinds if sensible[k]] or [kinds[0]], ""
+    if kinds == (DEEPEP,) and ep.group.size == 1:
+        return ["flat"], "deepep is asked for; one rank exchanges with nobody"
+    return [k for k in kinds if sensible.get(k)] or [kinds[0]], ""
 
 
 def _choose_library(
@@ -233,4 +235,4 @@ def _most_tokens(group: Group, hidden: torch.Tensor) -> int:
 
 def _synchronise(like: torch.Tensor) -> None:
     if like.device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(like.device)  # all of its streams: parts of the tokens may have their own

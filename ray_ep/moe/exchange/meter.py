@@ -1,6 +1,6 @@
 """What a rank's layers spend and send, and the one place where their exchanges are made, timed and counted.
 
-No plans (dispatch.py, cpu/plan.py), no autograd. Imports the groups. R ranks, L MoE layers.
+No plans (dispatch.py, cpu/plan.py), no autograd. Imports the groups and laps.py. R ranks, L MoE layers.
 """
 
 from __future__ import annotations
@@ -8,11 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 
 from ray_ep.collective import Group
+from ray_ep.moe.exchange.laps import Lap, Mark, count, mark
 
 PHASES = ("route", "pack", "exchange", "experts", "combine")
 """Of a layer: agree who sends what; gather the rows; all-to-all, waiting included; experts; add up what came."""
@@ -20,14 +22,24 @@ PHASES = ("route", "pack", "exchange", "experts", "combine")
 
 @dataclass(slots=True)
 class Meter:
-    """What one rank's layers did since its making."""
+    """What one rank's layers did since its making.
+
+    On the CPU a phase takes what the host spends in it. On a CUDA device (not run on one yet) it takes what the stream
+    does from the phase's first work to its last, waiting included: for peers, for an exchange on the side stream
+    (`NcclGroup.seconds` counts from when that has its turn there), and for a host that is late with work. What has not
+    ended yet counts later, never by a host sync. Parts of a layer's tokens that run on streams of their own, beside
+    each other, count each for itself. While a graph is captured nothing is timed, and nothing of its replays.
+    """
 
     sent: np.ndarray  # [R] bytes of hidden states and metadata
     _pairs: np.ndarray  # [L]
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    _seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     _phase: str = ""
     _since: float = 0.0
     _there: torch.Tensor = field(init=False)  # [L] pairs that the device has counted since they were read last
+    _on_device: bool = False
+    _mark: Mark | None = None  # where the phase began
+    _laps: list[Lap] = field(default_factory=list)  # that have not been counted
 
     def __post_init__(self) -> None:
         self._there = torch.zeros(len(self._pairs), dtype=torch.int64)
@@ -35,10 +47,17 @@ class Meter:
     def to(self, device: torch.device) -> None:
         """Go on counting on a device."""
         self._there = self._there.to(device)
+        self._on_device = device.type == "cuda"
 
     def regroup(self, ranks: int) -> None:
         """Count what is sent anew, to other ranks [R]."""
         self.sent = np.zeros(ranks, np.int64)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By phase, of all that has ended; always the same dict."""
+        count(self._laps)
+        return self._seconds
 
     @property
     def pairs(self) -> np.ndarray:
@@ -59,11 +78,46 @@ class Meter:
 
     def enter(self, phase: str) -> str:
         """From now on time counts for `phase` ("": for none); returns the phase until now."""
+        if self._on_device:
+            return self._enter_on_device(phase)
         now, left = time.perf_counter(), self._phase
         if left:
-            self.seconds[left] += now - self._since
+            self._seconds[left] += now - self._since
         self._phase, self._since = phase, now
         return left
+
+    def lap(self, began: Mark | None, add: Callable[[float], None]) -> Mark | None:
+        """The present moment on the device's current stream, from which another lap may be taken.
+
+        Args:
+            began: what an earlier call on this stream gave.
+            add: called once the device is there, after all that layers had done by then was counted, with the seconds
+                since `began` (0 without one).
+
+        Returns:
+            None, and `add` is never called, while a graph is captured.
+        """
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        now = mark()
+        self._laps.append(Lap(began, now, add))
+        count(self._laps)
+        return now
+
+    def _enter_on_device(self, phase: str) -> str:
+        left, began, now = self._phase, self._mark, None
+        if not torch.cuda.is_current_stream_capturing():
+            if left and began is not None:  # it ends where it began, whatever stream is the current one
+                ended = mark(began.stream)
+                self._laps.append(Lap(began, ended, partial(self._add, left)))
+                now = ended if began.stream == torch.cuda.current_stream() else None
+            now = (now or mark()) if phase else None
+            count(self._laps)
+        self._phase, self._mark = phase, now
+        return left
+
+    def _add(self, phase: str, seconds: float) -> None:
+        self._seconds[phase] += seconds
 
     def add(self, sizes: list[int], row: torch.Tensor, rank: int) -> None:
         """Count `sizes` [R] rows like `row` [...]; what stays on the rank is not traffic."""

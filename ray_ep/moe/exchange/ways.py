@@ -16,16 +16,20 @@ from ray_ep.moe.exchange.dispatch import ReceivedPairs
 KINDS = ("flat", "two_level", "all_gather")
 """Ways of the exchange; of equally fast ones the first is taken."""
 
+DEEPEP = "deepep"
+"""One more way, never timed with the others: by DeepEP's kernels (deepep.py), over torch's NCCL."""
+
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
     """How the layers of one model exchange, and so which bodies they have; the same on every rank.
 
     Args:
-        kind: one of KINDS.
+        kind: one of KINDS, or DEEPEP.
         chunks: tokens travel in this many parts; on GPUs one part travels while another computes.
         float8: dispatch in 8 bits (float8.py).
-        tokens: bound on the tokens of a rank in one pass, for all_gather on GPUs; 0: agreed on in each pass.
+        tokens: bound on the tokens of a rank in one pass, for DEEPEP, and for all_gather on GPUs, where 0 has it agreed
+            on in each pass.
         fused: layers have the fused body where it fits; off for comparison.
     """
 

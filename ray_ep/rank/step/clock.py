@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Protocol
 
 INSIDE = ("dispatch", "exchange", "experts")
 """What MoE layers do, counted forward and backward (a recomputation is backward): planning, packing and summing rows;
@@ -23,29 +25,52 @@ _INSIDE_OF = {"exchange": "exchange", "experts": "experts"}
 """Phases of the meter that have one of their own here; the others are dispatch."""
 
 
+class Device(Protocol):
+    """What times work on a device: `ray_ep.moe`'s meter."""
+
+    def lap(self, began: Any, add: Callable[[float], None]) -> Any:
+        """The present moment there; `add` takes the seconds since `began` once it has come."""
+
+
 class StepClock:
-    """Seconds of each phase since its making.
+    """Seconds of each phase since its making: of the host, or of a device, where what has not ended counts later.
 
     Args:
         layers: seconds that the MoE layers have spent so far, by phase of `ray_ep.moe.PHASES`; it goes on changing.
         clock: seconds, for tests.
+        device: where the phases' work is done; None: the host does it.
     """
 
-    def __init__(self, layers: Mapping[str, float], clock: Callable[[], float] = time.perf_counter):
+    def __init__(
+        self,
+        layers: Mapping[str, float],
+        clock: Callable[[], float] = time.perf_counter,
+        device: Device | None = None,
+    ):
         self.seconds = dict.fromkeys(STEP_PHASES, 0.0)
-        self._layers, self._clock = layers, clock
-        self._phase, self._since, self._inside = "", 0.0, self._spent()
+        self._layers, self._clock, self._device = layers, clock, device
+        self._phase, self._inside = "", self._spent()
+        self._since: Any = None if device else 0.0  # seconds, or a moment on the device
 
     def enter(self, phase: str) -> None:
         """From now on time counts for `phase` ("": for none)."""
-        now, inside = self._clock(), self._spent()
-        if self._phase:
-            self.seconds[self._phase] += now - self._since
-            way = "backward" if self._phase == "backward" else "forward"
+        if self._device is not None:
+            self._since = self._device.lap(self._since, partial(self._add, self._phase))
+        else:
+            now = self._clock()
+            self._add(self._phase, now - self._since)
+            self._since = now
+        self._phase = phase
+
+    def _add(self, phase: str, seconds: float) -> None:
+        inside = self._spent()
+        if phase:
+            self.seconds[phase] += seconds
+            way = "backward" if phase == "backward" else "forward"
             for what, spent in inside.items():
                 self.seconds[f"{what}_{way}"] += spent - self._inside[what]
-                self.seconds[self._phase] -= spent - self._inside[what]
-        self._phase, self._since, self._inside = phase, now, inside
+                self.seconds[phase] -= spent - self._inside[what]
+        self._inside = inside
 
     def _spent(self) -> dict[str, float]:
         found = dict.fromkeys(INSIDE, 0.0)

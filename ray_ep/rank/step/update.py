@@ -70,7 +70,7 @@ def sum_of_squares(gradient: torch.Tensor) -> torch.Tensor:
 def update(rule: Rule, weights: Iterable[WeightPart]) -> None:
     """Update whole weights (each a `WeightPart` of all its elements), bit for bit as torch.optim does."""
     apply = _adamw if rule.kind == "adamw" else _sgd
-    wide = torch.empty(0)
+    wide = torch.empty(0, dtype=torch.float32)
     for parts in _blocks(weights):
         narrow = sum(len(p.gradient) for p in parts if p.gradient.dtype != torch.float32)
         if len(wide) < narrow:
@@ -106,7 +106,7 @@ def _blocks(weights: Iterable[WeightPart]) -> Iterator[list[WeightPart]]:
 def _adamw(rule: Rule, parts: list[WeightPart], gradients: list[torch.Tensor]) -> None:
     """torch.optim.AdamW(fused=True)."""
     masters, first, second = [p.master for p in parts], [p.moments[0] for p in parts], [p.moments[1] for p in parts]
-    count = torch.tensor(float(rule.number), device=masters[0].device)
+    count = torch.tensor(float(rule.number), dtype=torch.float32, device=masters[0].device)
     torch._fused_adamw_(
         masters, gradients, first, second, [], [count] * len(parts), lr=rule.learning_rate, beta1=rule.beta1,
         beta2=rule.beta2, weight_decay=rule.weight_decay, eps=rule.eps, amsgrad=False, maximize=False,
