@@ -66,7 +66,7 @@ class Driver:
         held_out, keep, tell = len(plan.corpus.held_out), plan.run.provenance, publisher.event
         self.evaluator = Evaluator(cfg.eval, cfg.optim.steps, held_out, ranks, keep, tell)
         self.alarm = Alarm(cfg.router, tell)
-        self.recovery = Recovery(cfg, plan.config, plan.expert_parameters, ranks, tell, clock)
+        self.recovery = Recovery(cfg, plan, ranks, self.saver.newest_there, tell, clock)
         self.done = 0
         self.stop: Request | None = None
         self.unfinished: StepRecord | None = None

@@ -65,6 +65,7 @@ def test_what_ranks_compute_on_is_told_where_it_is_not_what_one_would_expect(tmp
     it = driven(tmp_path)
     it.ranks.note = "GPUs are left"
     it.driver.form()
+    it.publisher.flush()
     told = [(e["kind"], e["message"], e["fields"]) for e in it.run.events()]
     assert ("device", "GPUs are left", {"device": "cpu"}) in told
 
@@ -205,12 +206,24 @@ def test_a_rank_that_is_lost_while_others_recover_begins_the_recovery_anew(tmp_p
     assert event["fields"]["lost"] == ["m1", "m3"]
 
 
-def test_a_rank_that_is_lost_with_its_keeper_ends_the_run_and_says_so(tmp_path):
-    it = driven(tmp_path, size=4)
-    it.ranks.meanwhile["train_step", 3] = lambda: lose(1)
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_rank_that_is_lost_with_its_keeper_costs_the_steps_since_the_checkpoint_or_the_run(tmp_path, saved):
+    it = driven(tmp_path, f"checkpoint.every={2 * saved}", "checkpoint.every_minutes=0", size=4)
+    it.ranks.meanwhile["train_step", 4] = lambda: lose(1)
     it.ranks.meanwhile["join", 2] = lambda: lose(0, "rank 0 on alpha died: killed")
-    with pytest.raises(RankError, match=r"(?s)rank 1 on beta.*what m0, m1 owned is held by nobody else"):
-        whole(it)
+    if not saved:
+        with pytest.raises(
+            RankError, match=r"(?s)rank 1 on beta.*what m0, m1 owned is held by nobody else.*would have"
+        ):
+            whole(it)
+        return
+    assert whole(it) == "done"
+    assert [r.step for r in it.ear.steps()] == [1, 2, 3, 3, 4, 5]
+    (event,) = [e for e in it.run.events() if e["kind"] == "recovered"]
+    assert "what m0, m1 owned is held by nobody else" in event["message"]
+    assert "all go back to the checkpoint of step 2; 1 step is made again" in event["message"]
+    after = it.ranks.calls[-it.ranks.calls[::-1].index("lose") :]
+    assert after[:6] == ["states", "settle", "join", "build", "load", "choose_exchange"]
 
 
 @pytest.mark.parametrize(("call", "number", "moved"), [("migrate", 1, 1), ("evaluate", 1, 0), ("evaluate", 3, 0)])

@@ -42,6 +42,7 @@ class Decision:
         snapshot: that all go back to; None: nobody goes back.
         finish: step that those with all its reductions finish; None: half steps are forgotten.
         keepers: member that has the state of each lost one, which owned experts in the snapshot.
+        checkpoint: directory of the checkpoint that all go back to; "": none.
         words: why.
     """
 
@@ -50,6 +51,7 @@ class Decision:
     finish: int | None
     words: str
     keepers: Mapping[str, str] = field(default_factory=dict)
+    checkpoint: str = ""
 
 
 def decide(

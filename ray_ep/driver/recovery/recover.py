@@ -18,11 +18,15 @@ from ray_ep.collective import Membership
 from ray_ep.config.schema import Config
 from ray_ep.driver.forming import Formed
 from ray_ep.driver.rebalance.mover import facts_of
+from ray_ep.driver.rebalance.recent import Facts
 from ray_ep.driver.records import Event
 from ray_ep.driver.recovery.decide import Decision, Survivor, Taken, decide
+from ray_ep.driver.start import Plan
 from ray_ep.errors import LostError, PlacementError, RankError
-from ray_ep.placement import Placement, RoutingStatistics, Topology, plan, slots_needed
+from ray_ep.moe import Choice
+from ray_ep.placement import Placement, RoutingStatistics, Topology, contiguous, plan, slots_needed
 from ray_ep.placement.planner.survive import fewest_slots
+from ray_ep.rank.data.corpus import Corpus
 from ray_ep.rank.snapshot.copies import Key
 
 JOIN_S = 10.0
@@ -65,6 +69,17 @@ class SurvivingRanks(Protocol):
     def migrate(self, placement: Placement, buffer_mb: float) -> None:
         """Experts move."""
 
+    def build(
+        self, cfg: Config, config: PreTrainedConfig, corpus: Corpus, placement: Placement, topology: Topology
+    ) -> None:
+        """Build the model anew."""
+
+    def load(self, url: str, step: int) -> None:
+        """Take on a checkpoint."""
+
+    def choose_exchange(self, step: int) -> Choice:
+        """The fastest way to exchange, timed anew."""
+
     def snapshot(self, step: int) -> float:
         """Copy what each owns."""
 
@@ -73,21 +88,21 @@ class Recovery:
     """What a run needs to go on after a loss: snapshots, and what to do then.
 
     Args:
-        config: of the model. expert_parameters: of one expert.
-        clock: seconds.
+        newest: directory and step of the newest checkpoint, if there is one.
+        publish: tells an operator. clock: seconds.
     """
 
     def __init__(
         self,
         cfg: Config,
-        config: PreTrainedConfig,
-        expert_parameters: int,
+        plan: Plan,
         ranks: SurvivingRanks,
+        newest: Callable[[], tuple[str, int] | None],
         publish: Callable[[Event], None],
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.cfg, self.config, self.expert_parameters = cfg, config, expert_parameters
-        self.ranks, self.publish, self.clock = ranks, publish, clock
+        self.cfg, self.plan, self.ranks, self.newest = cfg, plan, ranks, newest
+        self.publish, self.clock = publish, clock
         self.snapshots: list[Taken] = []
         self._since: float | None = None  # recovered, and no step was made yet
         self._told: list[tuple[str, dict[str, Any]]] = []  # of each recovery since the last step: words, fields
@@ -141,7 +156,7 @@ class Recovery:
                 survivors = self.ranks.states()
                 found = decide(before, now.placement, survivors, self.snapshots, go_back)
                 if isinstance(found, str):
-                    raise RankError(error.rank, f"{error}\n{found}") from error
+                    found = self._from_checkpoint(error, found)
                 go_back = go_back or found.snapshot is not None
                 formed, seconds = self._carried_out(found, before, now, load, began)
             except LostError as again:  # of those that were left
@@ -167,6 +182,10 @@ class Recovery:
         self.ranks.join(cfg.cluster.collective_timeout_s, ways, bool(cfg.snapshot.every), JOIN_S)
         joined = self.clock()
         topology = now.topology.among(members.origin(before), members.node_of)
+        if decision.checkpoint:
+            return self._begun_again(
+                decision, now, topology, joined, {"decide": decided - began, "regroup": joined - decided}
+            )
         if decision.snapshot is None:
             placement = now.placement.among(members.origin(before))
             placement = replace(placement, version=now.placement.version + 1)
@@ -179,7 +198,7 @@ class Recovery:
             self.ranks.migrate(better, cfg.placement.migration_buffer_mb)
             placement = better
         restored = self.clock()
-        facts = facts_of(cfg, self.config, self.expert_parameters, now.choice.kind, members.size)
+        facts = self._facts(now.choice)
         seconds = {"decide": decided - began, "regroup": joined - decided, "restore": restored - joined}
         return Formed(topology, placement, now.choice, facts, decision.done), seconds
 
@@ -196,6 +215,33 @@ class Recovery:
         placement = replace(placement, version=now.placement.version + 1)
         self.ranks.restore(taken.key, taken.placement, placement, topology, wards)
         return placement
+
+    def _from_checkpoint(self, error: LostError, why: str) -> Decision:
+        """The newest checkpoint in place of a snapshot; raises RankError if there is none."""
+        found = self.newest()
+        if found is None:
+            keep = "snapshot.every=1 and ranks on more nodes" if self.snapshots else "a snapshot"
+            raise RankError(error.rank, f"{error}\n{why}, and there is no checkpoint: {keep} would have saved it")
+        url, step = found
+        return Decision(step, None, None, f"{why}: all go back to the checkpoint of step {step}", checkpoint=url)
+
+    def _begun_again(
+        self, decision: Decision, now: Formed, topology: Topology, joined: float, seconds: dict[str, float]
+    ) -> tuple[Formed, dict[str, float]]:
+        """All build the model anew and take on a checkpoint."""
+        before, ranks = now.placement, self.ranks.membership.size
+        slots = max(self.cfg.placement.slots_per_rank, slots_needed(before.num_experts, ranks))
+        placement = contiguous(before.num_layers, before.num_experts, ranks, slots)
+        placement = replace(placement, version=before.version + 1)
+        self.ranks.build(self.cfg, self.plan.config, self.plan.corpus, placement, topology)
+        self.ranks.load(decision.checkpoint, decision.done)
+        choice = self.ranks.choose_exchange(decision.done)
+        formed = Formed(topology, placement, choice, self._facts(choice), decision.done)
+        return formed, {**seconds, "restore": self.clock() - joined}
+
+    def _facts(self, choice: Choice) -> Facts:
+        plan, ranks = self.plan, self.ranks.membership.size
+        return facts_of(self.cfg, plan.config, plan.expert_parameters, choice.kind, ranks)
 
     def _planned(self, placement: Placement, topology: Topology, load: np.ndarray) -> Placement | None:
         """A better placement for who is there; None: it stays."""
