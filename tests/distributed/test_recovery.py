@@ -4,9 +4,12 @@ Scripted and counted (tests/faults.py). Six ranks on one node: each is kept by t
 between two snapshots.
 """
 
+import os
 import re
+import signal
 
 import pytest
+from ray.cluster_utils import Cluster
 
 TRAINER, SNAPSHOTS = "ray_ep.rank.trainer:Trainer", "ray_ep.rank.snapshot.snapshots:Snapshots"
 IN_A_STEP = {  # rank: where, at which call (from 1)
@@ -99,3 +102,26 @@ def test_a_killed_rank_is_named_and_the_other_goes_on_alone(here, lines, faults,
     assert [m["step"] for m in lines(here.path / "run" / "metrics.jsonl")] == [1, 2, 3, 3, 4, 5, 6]
     assert [m["world_size"] for m in lines(here.path / "run" / "metrics.jsonl")] == [2, 2, 2, 1, 1, 1, 1]
     assert command.left() == {}
+
+
+@pytest.mark.slow
+def test_a_node_that_is_lost_takes_its_ranks_along_and_the_others_go_on(here, lines):
+    """Its raylet is killed; Ray's own verdict on it takes 13 s by default, and the ranks there live on for a while."""
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        lost = nodes.add_node(num_cpus=1)
+        options = ["optim.steps=100000", "snapshot.every=2", "run_dir=run", "cluster.cpus_per_rank=0.5", "eval.every=0"]
+        command = here.train(*options, "cluster.ranks=3", RAY_ADDRESS=nodes.address)
+        metrics = here.path / "run" / "metrics.jsonl"
+        command.until(lambda: len(lines(metrics)) >= 5, 90, "five steps")
+        os.kill(lost.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+        command.until(lambda: "event kind=recovered" in command.err, 30, "the recovery")
+        done = len(lines(metrics))
+        command.until(lambda: len(lines(metrics)) >= done + 5, 30, "five more steps")
+        os.killpg(command.process.pid, signal.SIGINT)
+        assert command.wait(60) == 130, command.err
+        (event,) = [e["fields"] for e in lines(here.path / "run" / "events.jsonl") if e["kind"] == "recovered"]
+        assert 3 - len(event["lost"]) == event["ranks"] >= 1
+        assert event["repeated"] <= 3
+    finally:
+        nodes.shutdown()

@@ -111,16 +111,16 @@ class OwnedCopy:
 
 
 class DenseCopy:
-    """Copy of what every rank has: dense masters and moments, buffers, the number of updates."""
+    """Copy in the host's memory of what every rank has: dense masters and moments, buffers, the number of updates."""
 
     def __init__(self, model: torch.nn.Module, optimizer: MasterOptimizer):
         self.updates = optimizer.updates
         self.weights = [
-            (w, w.master.data.clone(), {k: m.clone() for k, m in w.moments.items()})
+            (w, _copy(w.master.data), {k: _copy(m) for k, m in w.moments.items()})
             for w in optimizer.weights
             if w.layer is None
         ]
-        self.buffers = [(b, b.clone()) for b in model.buffers()]
+        self.buffers = [(b, _copy(b)) for b in model.buffers()]
 
     @torch.no_grad()
     def put_back(self, optimizer: MasterOptimizer) -> None:
@@ -128,8 +128,12 @@ class DenseCopy:
         optimizer.updates = self.updates
         for w, master, moments in self.weights:
             w.master.data.copy_(master)
-            w.moments = {kind: moment.clone() for kind, moment in moments.items()}
+            w.moments = {kind: moment.to(w.master.device, copy=True) for kind, moment in moments.items()}
             if w.compute is not None:
                 w.compute.copy_(w.master)
         for buffer, then in self.buffers:
             buffer.copy_(then)
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True)
