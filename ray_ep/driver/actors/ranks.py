@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -12,7 +12,6 @@ import numpy as np
 import ray
 import torch
 from omegaconf import OmegaConf
-from ray._private.state import workers
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from transformers import PreTrainedConfig
@@ -23,8 +22,9 @@ from ray_ep.config.process import RANK
 from ray_ep.config.schema import ClusterConfig, Config
 from ray_ep.driver.actors.cause import Kind, for_memory, kind_of, lost_ranks, root_cause, silent_cause
 from ray_ep.driver.actors.cluster import SLICE_S, device_of
-from ray_ep.driver.actors.heartbeat import Heartbeat, cut_off, process_of
-from ray_ep.driver.actors.placing import Place, Places, check_cpus, nodes, resources
+from ray_ep.driver.actors.gone import Gone
+from ray_ep.driver.actors.heartbeat import Heartbeat, process_of
+from ray_ep.driver.actors.placing import Place, Places, check_cpus, resources
 from ray_ep.driver.recovery.decide import Survivor
 from ray_ep.errors import LostError, RankError, SaveError
 from ray_ep.moe import Choice
@@ -38,19 +38,15 @@ from ray_ep.rank.results import StepResult
 from ray_ep.rank.snapshot.copies import Key
 
 log = logging.getLogger(__name__)
-_workers: Callable[[], dict[str, Any]] = workers
 
 _RELEASED_S = 1.0
 """How long to wait for the other ranks once one is lost: aborted, they come back within 0.2 s, and may say why."""
+_BACK = 2.0
+"""After a loss, how many times cluster.silence_s ranks that answer may take to come back: at their next exchange."""
 _SAID_S = 2.0
 """How long to wait for all ranks to say what each finds by itself, before those that have not are aborted."""
 _START_S = 300.0
 """Least time that a rank has to start: imports took 4 to 20 s, and over 60 s where 20 processes shared a core."""
-_POLL_S = 0.01
-_POLITE_S = 1.0
-"""After so long it is asked whether the nodes of killed processes that are still there answer at all."""
-_GONE_S = 8.0
-"""How long to wait for killed processes to go: Ray gives one that does not answer 5 s, then it sends SIGKILL."""
 
 
 class Ranks:
@@ -85,7 +81,7 @@ class Ranks:
         self._places: list[Place] = []
         self.actors: list[Any] = []
         self.where: list[dict[str, Any]] = []
-        self._cut_off: set[str] = set()  # nodes that did not answer when they were asked
+        self._gone = Gone()
         self._lost: list[dict[str, Any]] = []  # where ranks were that were killed and may still be there
         self._number: dict[str, int] = {}  # of each node, as topologies have it
         try:
@@ -145,7 +141,8 @@ class Ranks:
         calls = {getattr(a, method).remote(*args, *own[r]): r for r, a in enumerate(self.actors)}
         results: list[Any] = [None] * len(self.actors)
         failed: dict[int, Exception] = {}  # in the order in which they failed
-        pending, limit, aborted = list(calls), float("inf"), False
+        silent: dict[int, str] = {}
+        pending, limit, began = list(calls), float("inf"), 0.0
         while pending and (left := limit - time.monotonic()) > 0:
             self._interrupted()
             done, pending = ray.wait(pending, num_returns=1, timeout=min(left, SLICE_S))
@@ -154,41 +151,48 @@ class Ranks:
                     results[calls[call]] = ray.get(call)
                 except Exception as e:
                     failed[calls[call]] = e
-            lost, dead = self._heartbeat.look()
-            if lost and not aborted:
-                raise self._silent(lost, {c: calls[c] for c in pending if calls[c] not in lost})
-            failed = dead | failed
+            found, dead = self._heartbeat.look()
+            silent |= self._killed({r: why for r, why in found.items() if r not in silent})
+            failed = {r: e for r, e in (dead | failed).items() if r not in silent}
+            pending = [c for c in pending if calls[c] not in silent]
             kinds = {kind_of(e) for e in failed.values()}
-            if Kind.ALONE in kinds and not aborted:
-                limit, aborted = time.monotonic() + _RELEASED_S, True
-                self._abort(failed.keys())
+            if (silent or Kind.ALONE in kinds) and not began:
+                began = time.monotonic()
+                self._abort({*failed, *silent})
+            if began:
+                limit = began + (_RELEASED_S if lost_ranks(failed, ()) is None else _BACK * self.cfg.silence_s)
             elif Kind.BY_ALL in kinds:
                 limit = min(limit, time.monotonic() + _SAID_S)
-        if failed:
+        if failed or silent:
             quiet = [calls[c] for c in pending if calls[c] not in failed]
-            if quiet and not aborted:
+            if quiet and not began:
                 self._abort(failed.keys())
-            cause, gone = self._explained(root_cause(failed, quiet, self.where)), lost_ranks(failed, quiet)
-            if gone is None or not isinstance(cause, RankError):
-                raise cause
-            raise LostError(cause.rank, str(cause), gone, self._heartbeat.silent_s(gone)) from cause.__cause__
+            raise self._cause(failed, silent, quiet)
         return results
 
-    def _silent(self, lost: dict[int, str], pending: dict[Any, int]) -> LostError:
-        """Ranks are silent: kill them, release the others; the error that says so."""
-        self._locate()
-        for rank in lost:
-            ray.kill(self.actors[rank], no_restart=True)  # should it wake up, it finds itself dead
-        self._abort(lost.keys())
-        left = ray.wait(list(pending), num_returns=len(pending), timeout=_RELEASED_S)[1] if pending else []
-        self._ask_nodes(self.where[rank] for rank in lost)
-        cause = silent_cause(lost, [r for r in lost if self._places[r].node in self._cut_off], self.where)
-        gone = tuple(sorted([*lost, *(pending[c] for c in left)]))
-        return LostError(cause.rank, str(cause), gone, self._heartbeat.silent_s(gone))
+    def _cause(self, failed: dict[int, Exception], silent: dict[int, str], quiet: list[int]) -> Exception:
+        """The error of a call that failed, given those that did not come back."""
+        gone = lost_ranks(failed, [*silent, *quiet])
+        if silent and gone is not None:
+            self._gone.ask(self.where[rank] for rank in silent)
+            cause: Exception = silent_cause(
+                silent, [r for r in silent if self._places[r].node in self._gone.cut_off], self.where
+            )
+        else:
+            cause = self._explained(root_cause(failed, quiet, self.where))
+        if gone is None or not isinstance(cause, RankError):
+            return cause
+        lost = LostError(cause.rank, str(cause), gone, self._heartbeat.silent_s(gone))
+        lost.__cause__ = cause.__cause__
+        return lost
 
-    def _ask_nodes(self, where: Iterable[dict[str, Any]]) -> None:
-        """Ask these ranks' nodes whether they are there."""
-        self._cut_off |= cut_off((w["node"], w["address"], w["port"]) for w in where)
+    def _killed(self, silent: dict[int, str]) -> dict[int, str]:
+        """Kill ranks that are silent: should one wake up, it finds itself dead."""
+        if silent:
+            self._locate()
+        for rank in silent:
+            ray.kill(self.actors[rank], no_restart=True)
+        return silent
 
     def _abort(self, but: Collection[int]) -> None:
         """Release ranks from collectives, for whose end they would wait in vain."""
@@ -333,12 +337,12 @@ class Ranks:
         """Stop every rank and give its place back.
 
         Returns:
-            Within _GONE_S, what is not known to be gone, in words, which are logged, too.
+            Within some seconds, what is not known to be gone, in words, which are logged, too.
         """
         self._locate()
         for actor in self.actors:
             ray.kill(actor, no_restart=True)
-        left = self._awaited_end([*self.where[: len(self.actors)], *self._lost])
+        left = self._gone.awaited([*self.where[: len(self.actors)], *self._lost])
         for place in self._places:
             self._room.give_up(place)
         self.actors, self._places, self._lost = [], [], []
@@ -351,28 +355,6 @@ class Ranks:
         for where, actor in zip(self.where, self.actors, strict=False):
             if "worker" not in where and (process := process_of(actor)):
                 where |= {"worker": process.worker, "pid": process.pid}
-
-    def _awaited_end(self, killed: list[dict[str, Any]]) -> list[str]:
-        """Wait until Ray says of every killed process that it is dead, or of its node; what it does not say that of."""
-        alive = [where for where in killed if "worker" in where]
-        began, asked = time.monotonic(), False
-        while alive:
-            there, up = set(_workers()), {n["NodeID"] for n in nodes() if n["Alive"]}
-            alive = [w for w in alive if w["worker"] in there and w["node"] in up]
-            waited = time.monotonic() - began
-            if waited > _POLITE_S and not asked:  # Ray takes up to a minute to miss a node
-                self._ask_nodes(alive)
-                asked = True
-            if waited > _GONE_S or all(w["node"] in self._cut_off for w in alive):
-                break
-            time.sleep(_POLL_S)
-        return [self._still_there(where) for where in alive]
-
-    def _still_there(self, where: dict[str, Any]) -> str:
-        who = f"rank {where['rank']} (process {where['pid']} on {where['host']}, {where['address']})"
-        if where["node"] in self._cut_off:
-            return f"{who} was killed, but its node does not answer: whether it is gone is not known"
-        return f"{who} is still there {_GONE_S:g} s after it was killed"
 
     def _started(self, rank: int, place: Place) -> Any:
         """The actor of a rank in its place."""
