@@ -93,11 +93,14 @@ class Ranks:
             members = tuple(f"rank-{rank}" for rank in range(cfg.ranks))
             self.membership = Membership(0, members, tuple(self._node(p.node) for p in self._places))
             self.actors = [self._started(rank, place) for rank, place in enumerate(self._places)]
-            self._heartbeat = Heartbeat(self.actors, cfg.silence_s, max(cfg.wait_s, _START_S))
+            self._heartbeat = self._listen()
             self.where = [{**w, **said} for w, said in zip(self.where, self._call("where"), strict=True)]
         except BaseException:
             self.kill()
             raise
+
+    def _listen(self) -> Heartbeat:
+        return Heartbeat(self.actors, self.cfg.silence_s, max(self.cfg.wait_s, _START_S))
 
     def topology(self) -> Topology:
         """Who shares a node, as Ray says."""
@@ -122,7 +125,7 @@ class Ranks:
         self.actors = [self.actors[rank] for rank in stay]
         self._places = [self._places[rank] for rank in stay]
         self.where = [{**self.where[rank], "rank": new} for new, rank in enumerate(stay)]
-        self._heartbeat = Heartbeat(self.actors, self.cfg.silence_s, self.cfg.silence_s)
+        self._heartbeat = self._listen()
 
     def _call(self, method: str, *args: Any, each: Sequence[tuple[Any, ...]] | None = None) -> list[Any]:
         """Call a method on all ranks; results in rank order.
