@@ -63,6 +63,15 @@ def cuda_device(device: torch.device | str | int | None) -> torch.device:
     return found if found.index is not None else torch.device("cuda", torch.cuda.current_device())
 
 
+def check_current(device: torch.device) -> None:
+    """Raise BadInput for a GPU that is not the current one: kernels and streams would be those of the current one."""
+    if device.type == "cuda" and device.index != (current := torch.cuda.current_device()):
+        raise BadInput(
+            f"the model is on {device}, and this thread's current device is cuda:{current}: call "
+            f"torch.cuda.set_device({device.index}) first"
+        )
+
+
 def here(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor itself if it is contiguous and on the device, else a copy that is."""
     return tensor.detach().to(device).contiguous()

@@ -226,6 +226,20 @@ class CheckpointConfig:
 
 
 @dataclass
+class SnapshotConfig:
+    """Second copies of what each rank owns, held by a rank of another node: from there comes what a lost one owned."""
+
+    every: int = _opt(10, "take one every N steps: so many are repeated at most after a loss; 0: a loss ends the run")
+
+
+@dataclass
+class ElasticConfig:
+    """Going on when ranks are lost."""
+
+    min_ranks: int = _opt(1, "fewest ranks that a run goes on with; cluster.ranks: it ends with the first one lost")
+
+
+@dataclass
 class EvalConfig:
     """Evaluation on the held-out split."""
 
@@ -272,5 +286,7 @@ class Config:
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     topology: TopologyConfig = field(default_factory=TopologyConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    snapshot: SnapshotConfig = field(default_factory=SnapshotConfig)
+    elastic: ElasticConfig = field(default_factory=ElasticConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ray_ep.collective import EpochGroup, Group
+from ray_ep.collective.device import check_current
 from ray_ep.errors import BadInput, ModelError, PlacementError
 from ray_ep.moe.balance.balancer import MODES, Balancer, Limits
 from ray_ep.moe.balance.balancer import warm as warm_step
@@ -174,7 +175,8 @@ def parallelize(
 
     Every rank of the group calls it with the same model; afterwards each holds the dense part whole and the experts
     that its placement names, and forward and backward must be called by all ranks together (a rank without tokens
-    inside `model.ray_ep.idle()`). A model that shall compute on a GPU is moved there before.
+    inside `model.ray_ep.idle()`). A model that shall compute on a GPU is moved there before,
+    and that GPU is the thread's current device, now and in each pass.
     Dense gradients are this rank's share: sum them over ranks yourself. A replica's gradient is its share too:
     `model.ray_ep.replicas` sums them to the primary.
 
@@ -190,6 +192,7 @@ def parallelize(
         The model, with `model.ray_ep` (an `ExpertParallel`).
 
     Raises:
+        BadInput: an unknown `balance`, or the model is on a GPU that is not the current one.
         ModelError: no experts that go through transformers' experts interface, or already parallelized.
         PlacementError: the placement does not fit layers, experts or ranks.
     """
@@ -198,6 +201,8 @@ def parallelize(
         raise ModelError(f"{type(model).__name__} is already parallelized")
     if balance not in MODES:
         raise BadInput(f"balance={balance!r}: allowed are {', '.join(MODES)}")
+    device = next(model.parameters()).device
+    check_current(device)
     group = EpochGroup.of(group)
     balancer = Balancer(group, len(modules), balance, limits or Limits())
     ep = ExpertParallel(modules, group, sample, seed, balancer)
@@ -209,7 +214,7 @@ def parallelize(
             f"{placement.num_ranks} ranks; the model has {layers} MoE layers x {experts} experts and the group "
             f"{group.size} ranks"
         )
-    ep.place(placement, node_of, next(model.parameters()).device)
+    ep.place(placement, node_of, device)
     for index, layer in enumerate(ep.layers):
         module: Any = ep.modules[index]
         keep_rows(module, layer.experts)
@@ -217,7 +222,7 @@ def parallelize(
         module.ray_ep_layer = layer
         module.config = copy.copy(module.config)  # its own: another model may share the config object
         module.config._experts_implementation = IMPLEMENTATION
-    if next(model.parameters()).device.type == "cpu":
+    if device.type == "cpu":
         kernels.warm()
     if balance != "off":
         warm_step()

@@ -88,6 +88,51 @@ def test_every_body_gives_what_token_by_token_gives_forward_and_backward(ranks, 
             assert (mine - sum(of_ranks)[experts]).abs().max() <= 2e-5
 
 
+@pytest.mark.parametrize("kind", ["flat", "two_level", "all_gather"])
+def test_one_token_in_parts_travels_in_bfloat16(ranks, kind):
+    """Messages of one row and of none, with columns of several dtypes: three weights of 2 bytes before numbers of 4."""
+    dtype, tolerance = torch.bfloat16, 0.05
+    model = build("qwen3_moe", num_hidden_layers=1, dtype=dtype)
+    whole = ray_ep.moe.find_experts(model).popitem()[1]
+    draw = torch.Generator().manual_seed(0)
+    x, w, g = (torch.randn(1, n, generator=draw).to(dtype) for n in (32, 3, 32))
+    work = SimpleNamespace(x=x, w=w, g=g, index=torch.tensor([[0, 7, -1]]))
+    wanted = token_by_token(whole.gate_up_proj, whole.down_proj, work)
+
+    def one(group):
+        m = ray_ep.moe.parallelize(copy.deepcopy(model), group, node_of=np.arange(group.size) // 2)
+        m.ray_ep.exchange_by(kind=kind, chunks=2, fused=False)
+        mine = slice(0, 1 if group.rank == 0 else 0)
+        inputs = [t[mine].clone().requires_grad_() for t in (x, w)]
+        out = m.ray_ep.layers[0].compute(m.ray_ep.modules[0], inputs[0], work.index[mine], inputs[1])
+        out.backward(g[mine])
+        return out.detach(), *(t.grad for t in inputs)
+
+    for size in (1, 3):
+        for got, want in zip(ranks(size, one)[0], wanted, strict=False):
+            assert got.dtype == dtype
+            assert (got - want).abs().max() <= tolerance * want.abs().max()
+
+
+def saved_for_being_asked(work):
+    """Bytes that a pass keeps with the tensors that it saves only so that backward asks for them."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        work()
+    return [t.untyped_storage().nbytes() for t in saved if not t.numel()]
+
+
+def test_what_is_saved_only_to_be_asked_for_keeps_no_memory():
+    """A view of nothing keeps all that it is a view of."""
+    ep = ray_ep.moe.parallelize(build("qwen3_moe", num_hidden_layers=1), SoloGroup()).ray_ep
+    ep.exchange_by(kind="all_gather", chunks=2, fused=False)
+    work = work_of(2)
+    kept = saved_for_being_asked(
+        lambda: ep.layers[0].compute(ep.modules[0], work.x.requires_grad_(), work.index, work.w)
+    )
+    assert kept == [0, 0, 0], "of both parts and of the whole"
+
+
 def test_a_body_is_chosen_once_and_again_when_way_placement_or_dtype_change():
     model = build("qwen3_moe", num_hidden_layers=1)
     ep = ray_ep.moe.parallelize(model, SoloGroup()).ray_ep

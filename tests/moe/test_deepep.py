@@ -19,6 +19,7 @@ from ray_ep.placement import contiguous, random
 from tests import fake_deepep
 from tests.fake_deepep import NcclOverGloo
 from tests.models import VOCAB, build, even_shards, parallel_pass, placement_of, reference
+from tests.moe.test_bodies import saved_for_being_asked
 
 
 @pytest.fixture
@@ -84,6 +85,13 @@ def test_any_placement_equals_the_general_layer_and_plain_transformers(over, siz
     found = passes(over, model, ids, size, kind, by_deepep)
     assert_near_plain(found, model, ids)
     assert_same(found, passes(over, model, ids, size, kind, general))
+
+
+def test_sums_that_have_gone_home_are_not_kept_for_backward(over):
+    model, ids = made(num_hidden_layers=1), ids_of(2)
+    found = over(2, lambda g: saved_for_being_asked(
+        lambda: parallel_pass(model, ids, g, placement_of(model, "contiguous", 2), [0, 1, 2], by_deepep)))  # fmt: skip
+    assert found == [[0], [0]]
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3", "nemotron_h"])

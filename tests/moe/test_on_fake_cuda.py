@@ -8,6 +8,9 @@ import pytest
 import torch
 
 import ray_ep
+from ray_ep.collective import SoloGroup
+from ray_ep.errors import BadInput
+from ray_ep.moe.passes import recomputing
 from tests.fake_cuda import fake_cuda, host_syncs, nccl_ranks
 from tests.models import (
     MODELS,
@@ -73,6 +76,15 @@ def test_logits_and_every_gradient_equal_plain_transformers_on_one_to_three_rank
         assert_equals(passes(model, size, kind), model, IDS)
 
 
+def test_a_model_on_a_gpu_that_is_not_the_current_one_is_refused_before_its_first_pass(monkeypatch):
+    with fake_cuda():
+        model = build("qwen3_moe", num_hidden_layers=1).cuda()
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+        with pytest.raises(BadInput, match=r"on cuda:0, and this .* is cuda:1: call torch\.cuda\.set_device\(0\)"):
+            ray_ep.moe.parallelize(model, SoloGroup())
+        monkeypatch.undo()
+
+
 def test_layers_with_kernels_in_triton_equal_plain_transformers():
     model = build("qwen3_moe", num_hidden_layers=1)
     assert_equals(passes(model, 2, "replicated", triton=True), model, IDS)
@@ -104,6 +116,23 @@ def test_checkpointed_blocks_exchange_again_in_the_same_order_on_every_rank(way)
         checkpointed(ours)
 
     assert_equals(passes(model, 3, "empty_rank", before), model, IDS)
+
+
+@pytest.mark.parametrize("kind", ["flat", "all_gather"])
+def test_a_checkpointed_block_is_computed_again_on_the_stream_of_its_forward(kind):
+    """Not on that of a part of its tokens, though that part's backward asks for it."""
+    seen = []
+
+    def before(ours):
+        by(kind=kind, chunks=2)(ours)
+        checkpointed(ours)
+        for router in ours.ray_ep.routing.routers:
+            router.register_forward_hook(
+                lambda *_: seen.append((recomputing(), torch.cuda.current_stream().cuda_stream))
+            )
+
+    passes(build("qwen3_moe"), 2, "contiguous", before)
+    assert Counter(seen) == {(False, 0): 4, (True, 0): 4}
 
 
 @pytest.mark.parametrize("chunks", [1, 2])
@@ -151,7 +180,6 @@ def waits(way, size=2, balance="off", sample=0, train=True):
     def work(group):
         ours = copy.deepcopy(model).cuda()
         ours = ray_ep.moe.parallelize(ours, group, placement, balance, sample=sample, node_of=nodes)
-        ours.ray_ep.counters.enabled = True
         ours.ray_ep.exchange_by(**way)
         if balance != "off":
             ours.ray_ep.balancer.assume(1e-3, 1e12)

@@ -72,4 +72,25 @@ class ChunkedBody:
                 for tensor in some:  # backward reads them on this stream, too
                     tensor.record_stream(stream)
                 there.record_stream(torch.cuda.current_stream())
-        return torch.cat(out)
+        whole: torch.Tensor = _Whole.apply(*out)  # type: ignore[no-untyped-call]
+        return whole
+
+
+class _Whole(torch.autograd.Function):
+    """Parts [t, H] -> all tokens [T, H], and the gradient to its parts.
+
+    Its backward reads a saved tensor, which starts the recomputation of a checkpointed block: here, on the stream of
+    the block's forward. Started by a part's backward all of the block would run on the part's stream, from its memory,
+    and what belongs to no part would be read elsewhere without waiting for that.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *parts: torch.Tensor) -> torch.Tensor:
+        ctx.sizes = list(map(len, parts))
+        ctx.save_for_backward(parts[0].new_empty(0))
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, d_whole: torch.Tensor) -> Any:
+        _ = ctx.saved_tensors
+        return d_whole.split(ctx.sizes)  # type: ignore[no-untyped-call]

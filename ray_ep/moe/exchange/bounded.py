@@ -6,12 +6,14 @@ graph. R ranks, N tokens of a rank at most (padded), T of this rank, K top_k, H 
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from transformers.integrations.moe import grouped_mm_experts_forward
 
 from ray_ep.errors import BadInput
+from ray_ep.moe.exchange.columns import beside, columns, width
 from ray_ep.moe.exchange.meter import MeteredGroup
 from ray_ep.moe.site import Site
 
@@ -93,10 +95,9 @@ class _Gather(torch.autograd.Function):
     ) -> Any:
         ctx.traffic = traffic
         kinds = (hidden, weights, index)
-        message = torch.cat([x.contiguous().view(torch.uint8) for x in kinds], 1)  # [N, bytes of a token]
-        sizes = [x.shape[1] * x.element_size() for x in kinds]
-        parts = traffic.all_gather(message).split(sizes, 2)  # type: ignore[no-untyped-call]
-        found = [part.contiguous().view(x.dtype) for part, x in zip(parts, kinds, strict=True)]
+        every = traffic.all_gather(beside(kinds))  # uint8 [R, N, bytes of a token]
+        ends = list(accumulate(map(width, kinds)))
+        found = [columns(every, a, b, x.dtype) for (a, b), x in zip(pairwise([0, *ends]), kinds, strict=True)]
         found[2] = found[2].long()
         ctx.mark_non_differentiable(found[2])
         return tuple(found)
@@ -116,7 +117,8 @@ class _ScatterSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, traffic: MeteredGroup) -> torch.Tensor:
         ctx.traffic = traffic
-        ctx.save_for_backward(x[:0])  # see dispatch._Combine: reading it starts a checkpointed block's recomputation
+        # See dispatch._Combine: reading it starts a checkpointed block's recomputation. No view: that would keep x.
+        ctx.save_for_backward(x.new_empty(0))
         return _scatter_sum(x, traffic)
 
     @staticmethod

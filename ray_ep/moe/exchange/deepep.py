@@ -174,9 +174,8 @@ class _BringBack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, partial: torch.Tensor, arrived: Arrived) -> torch.Tensor:
         ctx.arrived = arrived
-        ctx.save_for_backward(
-            partial[:0]
-        )  # see dispatch._Combine: reading it starts a checkpointed block's recomputation
+        # See dispatch._Combine: reading it starts a checkpointed block's recomputation. No view: that keeps `partial`.
+        ctx.save_for_backward(partial.new_empty(0))
         phase = arrived.way.meter.enter("exchange")
         out, _ = arrived.way.elastic.bring_back(partial, arrived.handle)
         arrived.way.meter.enter(phase)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ray_ep.moe.exchange.columns import columns
 from ray_ep.moe.exchange.float8 import pack, unpack
 from ray_ep.moe.exchange.meter import MeteredGroup
 from ray_ep.moe.exchange.segments import Segments, add_up, order_of
@@ -203,7 +204,7 @@ def _message(wanted: Wanted, weights: torch.Tensor, pair: torch.Tensor, top_k: i
 def _weights(received: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """[P] of `dtype`, the inverse of `_message`."""
     wide = torch.promote_types(dtype, torch.float32)
-    return received[:, 1:].contiguous().view(wide)[:, 0].to(dtype)
+    return columns(received, 1, received.shape[1], wide)[:, 0].to(dtype)
 
 
 def _rows_there(rows: torch.Tensor, plan: DispatchPlan) -> torch.Tensor:

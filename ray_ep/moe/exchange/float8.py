@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ray_ep.moe.exchange.columns import beside, columns
+
 _SCALE = 4
 """Bytes of a row's scale, which lies before its codes."""
 
@@ -18,13 +20,13 @@ def pack(rows: torch.Tensor) -> torch.Tensor:
     top = torch.finfo(torch.float8_e4m3fn).max
     scale = (rows.detach().abs().amax(1, keepdim=True).float() / top).clamp_min(torch.finfo(torch.float32).tiny)
     codes = (rows.detach().float() / scale).to(torch.float8_e4m3fn)
-    return torch.cat([scale.view(torch.uint8), codes.view(torch.uint8)], 1)
+    return beside([scale, codes])
 
 
 def unpack(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Inverse of `pack`, rounded: [N, H] of `dtype`."""
-    scale = packed[:, :_SCALE].contiguous().view(torch.float32)
-    return (packed[:, _SCALE:].contiguous().view(torch.float8_e4m3fn).float() * scale).to(dtype)
+    scale = columns(packed, 0, _SCALE, torch.float32)
+    return (columns(packed, _SCALE, packed.shape[1], torch.float8_e4m3fn).float() * scale).to(dtype)
 
 
 class Rounded(torch.autograd.Function):
