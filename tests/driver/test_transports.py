@@ -71,8 +71,9 @@ def test_transports_to_choose_from_are_those_that_every_rank_can_use(wanted, dev
 def test_nccl_for_cpu_ranks_and_gpus_without_any_nccl_are_refused():
     with pytest.raises(ClusterError, match=r"exchange\.transport=nccl .* allowed are auto, gloo"):
         transports("nccl", "cpu", [["gloo"]])
-    with pytest.raises(ClusterError, match=r"no NCCL can be used by every rank"):
-        transports("auto", "cuda", [ALL, ["gloo"]])
+    said = r"no NCCL can be used by every rank \(rank 0 and others: gloo, nccl, torch_nccl; rank 1: gloo\)"
+    with pytest.raises(ClusterError, match=said):
+        transports("auto", "cuda", [ALL[:3], ["gloo"], ALL[:3]])
 
 
 def test_deepep_is_refused_for_cpu_ranks_and_where_a_rank_lacks_it():

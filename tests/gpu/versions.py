@@ -36,8 +36,8 @@ def main(device):
     print(", ".join(f"{name} {version(name)}" for name in IMPORTED + INSTALLED), flush=True)
     try:
         import torch
-    except ImportError:
-        sys.exit("no torch here: `make setup`, or PYTHON=... of an environment that has it")
+    except (ImportError, OSError) as e:
+        sys.exit(f"no torch can be used here ({e}): `make setup`, or `make gpu PYTHON=...` of another environment")
     print(f"NCCL of CuPy {cupy_nccl()}")
     if device == "cpu":
         return

@@ -147,13 +147,13 @@ def transports(wanted: str, device: str, usable: list[list[str]]) -> list[str]:
     """
     if wanted in ("nccl", "torch_nccl", "deepep") and device == "cpu":
         raise ClusterError(
-            f"exchange.transport={wanted} moves tensors between GPUs, and the cluster has none for every rank: allowed "
-            "are auto, gloo"
+            f"exchange.transport={wanted} moves tensors between GPUs, and these ranks compute on CPUs: allowed are "
+            "auto, gloo (cluster.device=cuda says what is missing for GPUs)"
         )
     if wanted == "deepep":
         if not all("deepep" in names for names in usable):
             raise ClusterError(
-                f"exchange.transport=deepep: not every rank has deep_ep and torch's NCCL (they could use {usable}); "
+                f"exchange.transport=deepep: not every rank has deep_ep and torch's NCCL ({_usable_by(usable)}); "
                 "deep_ep is built from source: see docs/notes/deepep.md"
             )
         return ["torch_nccl"]
@@ -164,7 +164,15 @@ def transports(wanted: str, device: str, usable: list[list[str]]) -> list[str]:
     found = [t for t in ("nccl", "torch_nccl") if all(t in names for names in usable)]
     if not found:
         raise ClusterError(
-            f"exchange.transport=auto: no NCCL can be used by every rank (they could use {usable}): install ray_ep's "
+            f"exchange.transport=auto: no NCCL can be used by every rank ({_usable_by(usable)}): install ray_ep's "
             "extra cuda12 or cuda13, or exchange.transport=gloo"
         )
     return found
+
+
+def _usable_by(usable: list[list[str]]) -> str:
+    """Which ranks can use what, in words."""
+    ranks: dict[str, list[int]] = {}
+    for rank, names in enumerate(usable):
+        ranks.setdefault(", ".join(names), []).append(rank)
+    return "; ".join(f"rank {of[0]}{' and others' * (len(of) > 1)}: {names}" for names, of in ranks.items())
