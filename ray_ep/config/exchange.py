@@ -46,9 +46,12 @@ def check_exchange(cfg: Any) -> None:
 
 
 def settle_exchange(cfg: Any) -> None:
-    """Put in place of `auto` what the exchange leaves no choice of: DeepEP knows slots only, and lends no experts."""
+    """Put in place what the exchange leaves no choice of: DeepEP lends no experts, and cannot go on without a rank.
+
+    Its kernels end the process's use of the GPU when a peer does not answer.
+    """
     if cfg.exchange.transport == "deepep":
-        cfg.balance.in_step = "off"
+        cfg.balance.in_step, cfg.snapshot.every = "off", 0
 
 
 def most_tokens(cfg: Any, ranks: int) -> int:
