@@ -12,6 +12,7 @@ RayEPError
 ├── DivergedError        training gave values that are not finite: stopped before they were applied or saved
 ├── GroupError           a collective failed: a peer died, timed out, or the group was aborted
 └── RankError            a rank raised or died; carries that rank's own traceback
+    └── LostError        ranks are gone, or a collective failed and nobody says why; the others were released
 """
 
 from __future__ import annotations
@@ -70,6 +71,18 @@ class RankError(RayEPError):
     def __init__(self, rank: int, message: str):
         super().__init__(message)
         self.rank = rank
+
+
+class LostError(RankError):
+    """Ranks died, went silent or did not come back; those that are left were released and can go on without them.
+
+    ``lost`` are their numbers, ascending; none where a collective failed and every rank is still there. ``silent_s``:
+    seconds from their last sign of life, at most one more than from their end, until the others were released.
+    """
+
+    def __init__(self, rank: int, message: str, lost: tuple[int, ...], silent_s: float = 0.0):
+        super().__init__(rank, message)
+        self.lost, self.silent_s = lost, silent_s
 
 
 _FOREIGN = ("trust_remote_code", "ignore_mismatched_sizes", "use_safetensors", "pip install", "http", "upgrade")

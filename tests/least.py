@@ -42,14 +42,8 @@ class Least:
 def count(config, numbers=NUMBERS):
     """Count if all tests of one of the suites are asked for: no paths, no `-k`, nothing left out."""
     chosen = config.option
-    whole = config.args_source == config.ArgsSource.TESTPATHS and not (
-        chosen.keyword
-        or chosen.collectonly
-        or getattr(chosen, "lf", False)
-        or chosen.deselect
-        or chosen.ignore
-        or chosen.maxfail
-    )
+    less = ("keyword", "collectonly", "lf", "deselect", "ignore", "maxfail")  # lf only where pytest has its cache
+    whole = config.args_source == config.ArgsSource.TESTPATHS and not any(getattr(chosen, x, False) for x in less)
     least = json.loads(Path(numbers).read_text()).get(chosen.markexpr) if whole else None
     if least is not None:
         config.pluginmanager.register(Least(chosen.markexpr, least), "least")

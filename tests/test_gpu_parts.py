@@ -51,6 +51,14 @@ def test_a_part_over_its_limit_is_killed_with_all_that_it_started(tmp_path):
     assert not lives(int(child))
 
 
+def test_a_part_at_which_the_user_ends_the_run_says_so_and_shows_what_it_had(tmp_path):
+    text = "import os, time; print('so far', flush=True); os.kill(os.getppid(), 2); time.sleep(60)"  # 2: SIGINT
+    ended = run_part(script(text), tmp_path, grace_s=2.0)
+    assert ended.verdict == "interrupted"
+    assert not ended.passed
+    assert "so far" in ended.shown
+
+
 def lives(pid, patience_s=5.0):
     """Whether a process is there after a while; a zombie is not."""
     until = time.monotonic() + patience_s
@@ -97,6 +105,17 @@ def test_without_a_gpu_it_ends_at_once_with_a_sentence(tmp_path):
     assert "no GPU can be used here" in done.stderr
     assert f"torch {torch.__version__}" in done.stderr
     assert time.monotonic() - began < 60
+
+
+def test_without_torch_it_ends_at_once_with_what_to_do(tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('libcudart is not there')")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.gpu"], cwd=ROOT, timeout=100, capture_output=True, text=True, check=False,
+        env={**os.environ, "OUT": str(tmp_path), "PYTHONPATH": f"{tmp_path}"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "no torch can be used here (libcudart is not there): `make setup`, or" in done.stderr
 
 
 @pytest.mark.slow

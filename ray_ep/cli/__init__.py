@@ -203,7 +203,12 @@ def bench_layer(
             "bench layer --llep: it is compared on imposed routings on CPUs: --routing=zipf,80:4, no --device"
         )
     if device == "cuda":
-        _bench_on_device(rows, peers, memory, as_json)
+        if routing is not None or peers or memory or any(row.ranks != 1 for row in rows):
+            raise BadInput(
+                "bench layer --device cuda: it measures one rank beside plain transformers, with its peak memory: "
+                "--ranks=1; no --routing, --peers, --memory"
+            )
+        _bench_on_device(rows, as_json)
         return
     if routing is not None:
         _bench_skew(rows, routing, llep, brief, as_json)
@@ -253,15 +258,10 @@ def _bench_skew(rows: list[LayerCase], routing: str, llep: str | None, brief: bo
             click.echo(json.dumps(result.to_dict()) if as_json else result.line())
 
 
-def _bench_on_device(rows: list[LayerCase], peers: str | None, memory: bool, as_json: bool) -> None:
+def _bench_on_device(rows: list[LayerCase], as_json: bool) -> None:
     from ray_ep.bench.device import TITLE, Ceilings, measure_ceilings, name_of, run_on_device
     from ray_ep.collective.device import cuda_device
-    from ray_ep.errors import BadInput
 
-    if peers or memory or any(case.ranks != 1 for case in rows):
-        raise BadInput(
-            "bench layer --device cuda: one rank on one GPU, its peak memory included: --ranks=1, no --peers"
-        )
     device = cuda_device(None)
     ceilings: dict[str, Ceilings] = {}
     wanted = dict.fromkeys((c.work, c.dtype, c.backward, c.rounds) for c in rows)  # malloc is the CPU's affair

@@ -51,7 +51,10 @@ def cuda_device(device: torch.device | str | int | None) -> torch.device:
         BadInput: no CUDA here, or the device is not a CUDA device.
     """
     if not torch.cuda.is_available():
-        raise BadInput(f"NCCL needs a CUDA device and a torch built for it; torch {torch.__version__} sees none")
+        why = "was built without CUDA: install torch's build for CUDA"
+        if torch.version.cuda:
+            why = f"(for CUDA {torch.version.cuda}) sees none: look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+        raise BadInput(f"no GPU can be used here: torch {torch.__version__} {why}")
     if device is None:
         return torch.device("cuda", torch.cuda.current_device())
     found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)

@@ -6,6 +6,8 @@ from typing import Any
 
 from ray_ep.errors import ConfigError
 
+_MOST_CHUNKS = 32
+"""Streams that torch has on a GPU; and each part has exchanges of its own, so many parts only cost time."""
 _BETWEEN_GPUS = ("nccl", "torch_nccl", "deepep")
 _OF_DEEPEP = {
     "model.dtype": ("bfloat16",),
@@ -20,6 +22,8 @@ _OF_DEEPEP = {
 def check_exchange(cfg: Any) -> None:
     """Raise ConfigError for keys (of the whole `Config`) that do not go together."""
     exchange, cluster = cfg.exchange, cfg.cluster
+    if exchange.chunks > _MOST_CHUNKS:
+        raise ConfigError(f"exchange.chunks={exchange.chunks}: must be from 1 to {_MOST_CHUNKS}")
     if exchange.transport in _BETWEEN_GPUS and cluster.device == "cpu":
         raise ConfigError(
             f"exchange.transport={exchange.transport!r} moves tensors between GPUs; with cluster.device='cpu' allowed "
@@ -42,9 +46,12 @@ def check_exchange(cfg: Any) -> None:
 
 
 def settle_exchange(cfg: Any) -> None:
-    """Put in place of `auto` what the exchange leaves no choice of: DeepEP knows slots only, and lends no experts."""
+    """Put in place what the exchange leaves no choice of: DeepEP lends no experts, and cannot go on without a rank.
+
+    Its kernels end the process's use of the GPU when a peer does not answer.
+    """
     if cfg.exchange.transport == "deepep":
-        cfg.balance.in_step = "off"
+        cfg.balance.in_step, cfg.snapshot.every = "off", 0
 
 
 def most_tokens(cfg: Any, ranks: int) -> int:

@@ -196,6 +196,11 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(
             f"placement.imbalance={cfg.placement.imbalance!r}: busiest over mean is at least 1: give more than 1, or 0"
         )
+    if cfg.elastic.min_ranks > cfg.cluster.ranks:
+        raise ConfigError(
+            f"elastic.min_ranks={cfg.elastic.min_ranks} is more than cluster.ranks={cfg.cluster.ranks}: a run begins "
+            "with that many, so allowed is up to it"
+        )
     check_exchange(cfg)
 
 
@@ -239,6 +244,8 @@ _AT_LEAST: dict[str, float] = {
     "checkpoint.every": 0,
     "checkpoint.every_minutes": 0,
     "checkpoint.keep": 0,
+    "snapshot.every": 0,
+    "elastic.min_ranks": 1,
     "eval.every": 0,
     "eval.sequences": 1,
     "statistics.sample": 0,

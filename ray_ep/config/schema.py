@@ -183,7 +183,7 @@ class ExchangeConfig:
         "tokens; auto: all are timed at the start on the run's own routing and the fastest is taken",
         ("auto", "flat", "two_level", "all_gather"),
     )
-    chunks: int = _opt(1, "parts that a rank's tokens travel in; on GPUs one travels while another computes")
+    chunks: int = _opt(1, "parts, up to 32, that a rank's tokens travel in; on GPUs one travels while another computes")
     float8: bool = _opt(False, "dispatch tokens rounded to 8 bits (e4m3, one scale a token), in forward only")
     tokens: int = _opt(
         0,
@@ -223,6 +223,20 @@ class CheckpointConfig:
     )
     keep: int = _opt(2, "number of checkpoints kept; 0: all")
     dir: str = _opt("", "directory or fsspec URL; empty: 'checkpoints' in the run directory")
+
+
+@dataclass
+class SnapshotConfig:
+    """Second copies of what each rank owns, held by a rank of another node: from there comes what a lost one owned."""
+
+    every: int = _opt(10, "take one every N steps: so many are repeated at most after a loss; 0: a loss ends the run")
+
+
+@dataclass
+class ElasticConfig:
+    """Going on when ranks are lost."""
+
+    min_ranks: int = _opt(1, "fewest ranks that a run goes on with; cluster.ranks: it ends with the first one lost")
 
 
 @dataclass
@@ -272,5 +286,7 @@ class Config:
     exchange: ExchangeConfig = field(default_factory=ExchangeConfig)
     topology: TopologyConfig = field(default_factory=TopologyConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    snapshot: SnapshotConfig = field(default_factory=SnapshotConfig)
+    elastic: ElasticConfig = field(default_factory=ElasticConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)

@@ -60,7 +60,7 @@ def form(cfg: Config, plan: Plan, ranks: Ranks, phase: Callable[[str], None] = l
     try_nodes(ranks, checkpoint_url(cfg, plan.run), reads)
     phase("connecting the ranks")
     ways = transports(cfg.exchange.transport, ranks.device, ranks.transports())
-    ranks.join(0, cfg.cluster.collective_timeout_s, ways)
+    ranks.join(cfg.cluster.collective_timeout_s, ways, snapshots=bool(cfg.snapshot.every))
     topology = ranks.topology()
     if cfg.topology.measure and topology.num_ranks > 1:
         phase("measuring the links")

@@ -22,11 +22,13 @@ from ray_ep.driver.measures import step_record
 from ray_ep.driver.publisher import LAST_S, Publisher
 from ray_ep.driver.rebalance.mover import Mover
 from ray_ep.driver.records import Event, StepRecord
+from ray_ep.driver.recovery.recover import Recovery
 from ray_ep.driver.requests import Request, RequestKind, Requests
 from ray_ep.driver.run.opening import notes_of, start_of
 from ray_ep.driver.run.saving import Saver
 from ray_ep.driver.start import Plan
 from ray_ep.driver.states import State, States
+from ray_ep.errors import LostError
 from ray_ep.rank.results import StepResult
 
 log = logging.getLogger("ray_ep.driver")
@@ -43,9 +45,11 @@ class Driver:
         done: optimizer steps behind the run.
         mover: made anew for each membership, by `adopt`.
         stop: who asked for the end.
+        unfinished: of a step that is made, while what is due after it is not done.
     """
 
     mover: Mover
+    formed: Formed
 
     def __init__(
         self,
@@ -62,8 +66,10 @@ class Driver:
         held_out, keep, tell = len(plan.corpus.held_out), plan.run.provenance, publisher.event
         self.evaluator = Evaluator(cfg.eval, cfg.optim.steps, held_out, ranks, keep, tell)
         self.alarm = Alarm(cfg.router, tell)
+        self.recovery = Recovery(cfg, plan, ranks, self.saver.newest_there, tell, clock)
         self.done = 0
         self.stop: Request | None = None
+        self.unfinished: StepRecord | None = None
 
     def form(self, ray: str = "a Ray", phase: Callable[[str], None] = lambda name: None) -> None:
         """Have the ranks form; then the run is there: its directory is made, and listeners hear what runs."""
@@ -79,7 +85,7 @@ class Driver:
 
     def adopt(self, formed: Formed) -> None:
         """Go on with ranks that have formed: whatever depends on who they are is derived here, and nowhere else."""
-        run = self.plan.run
+        run, self.formed = self.plan.run, formed
         run.exchange(formed.choice.to_dict())
         run.topology(formed.topology)
         run.placement(formed.placement)
@@ -93,25 +99,41 @@ class Driver:
         Raises:
             RankError, DivergedError: as below. SaveError: the last checkpoint could not be written.
         """
-        while self.done < self.cfg.optim.steps and not self.stopping():
-            self.step_with_recovery()
-        return self.drain()
+        while True:
+            while (self.done < self.cfg.optim.steps or self.unfinished) and not self.stopping():
+                self.step_with_recovery()
+            try:
+                return self.drain()
+            except LostError as e:
+                self.recover(e)
 
     def step_with_recovery(self) -> None:
-        """One round, whoever is lost in it: a step, experts that move, and what is due after the step.
+        """One round, whoever is lost in it: a snapshot, a step, experts that move, and what is due after the step.
 
-        A rank that is lost anywhere in a round comes up here, and here alone, as RankError, with the state at stepping
-        or migrating. It is passed on as yet: the run ends. Whoever catches it goes to recovering, has other ranks
-        formed and calls `adopt` with them, whose `done` is the step that all of them are at. `run` then goes on from
-        there: a round that was broken off is not finished, its step is made again if it did not count, and what was
-        due after it comes when it is due next.
+        The others go on without a rank that is lost: its step is made again if it did not count, else what was due
+        after it is done by them.
 
         Raises:
-            RankError: a rank was lost. DivergedError: a value is not finite, on every rank.
+            RankError: a rank raised an error of its own, or one was lost and the others cannot go on.
+            DivergedError: a value is not finite, on every rank.
         """
-        record = self.step_and_rebalance()
-        if record is not None:
-            self.finish_step(record)
+        try:
+            if self.recovery.due(self.done):
+                self.recovery.take(self.done, self.mover.placement)
+            record = self.unfinished or self.step_and_rebalance()
+            if record is not None:
+                self.finish_step(record)
+        except LostError as e:
+            self.recover(e)
+            if self.unfinished is not None and self.unfinished.step > self.done:
+                self.unfinished = None  # it is made again
+
+    def recover(self, error: LostError) -> None:
+        """Have those that are left go on; raises RankError if they cannot."""
+        self.states.to(State.RECOVERING, cause_of(error))
+        there = self.mover.topology, self.mover.placement
+        now = replace(self.formed, topology=there[0], placement=there[1], done=self.done)
+        self.adopt(self.recovery.recover(error, now, self.mover.recent.load))
 
     def step_and_rebalance(self) -> StepRecord | None:
         """One step, after which experts move if that pays; None: the step was broken off."""
@@ -123,6 +145,7 @@ class Driver:
             if words:
                 self.publisher.event(Event(kind, words))
         record = step_record(self.done, results, seconds, self.mover.topology, self.mover.placement)
+        self.unfinished = record
         self.requests.poll()
         if self.stopping():
             return record
@@ -141,6 +164,7 @@ class Driver:
         if results is None:
             return None
         self.done = self.publisher.done = self.done + 1
+        self.recovery.stepped()
         return results, seconds
 
     def finish_step(self, record: StepRecord) -> None:
@@ -149,13 +173,14 @@ class Driver:
             with self.activity("evaluation"):
                 record = replace(record, eval_loss=self.evaluator.evaluate(self.done))
         self.publisher.step(record)
+        self.unfinished = None
         self.alarm.watch(self.done, record.load)
         if self.done < self.cfg.optim.steps and self.saver.due(self.done) and not self.stopping():
             with self.activity("saving"):
                 self.saver.save_and_go_on(self.done)
 
     def drain(self) -> str:
-        """The last save; returns done or interrupted. Raises SaveError; RankError: a rank was lost meanwhile."""
+        """The last save; returns done or interrupted. Raises SaveError; LostError: a rank was lost meanwhile."""
         self.states.to(State.DRAINING, f"after step {self.done}")
         with self.activity("saving"):
             if self.stopping():

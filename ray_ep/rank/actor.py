@@ -32,8 +32,11 @@ from ray_ep.rank.data.corpus import Corpus
 from ray_ep.rank.memory import oom_kills
 from ray_ep.rank.model_rank import ModelRank
 from ray_ep.rank.reach import DirectoryTrial
-from ray_ep.rank.results import StepResult
+from ray_ep.rank.results import RankState, StepResult
 from ray_ep.rank.saved.disk import in_one_line
+from ray_ep.rank.snapshot.copies import Key
+from ray_ep.rank.snapshot.restore import restore
+from ray_ep.rank.snapshot.snapshots import Held, Snapshots
 from ray_ep.rank.trainer import Trainer
 
 
@@ -47,6 +50,7 @@ class RankActor:
         self.device = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
         self.rank, self.size = rank, size
         self.group = EpochGroup()  # the one object that all keep, through all epochs
+        self.side = EpochGroup()  # that of snapshots
 
     def __repr__(self) -> str:
         return f"Rank(rank={self.rank}, of={self.size})"
@@ -84,6 +88,7 @@ class RankActor:
         transports: list[str],
         limit_s: float = RENDEZVOUS_S,
         seat: tuple[int, int] | None = None,
+        snapshots: bool = False,
     ) -> None:
         """Leave the group of before, and form that of an epoch (collective), once over each of the transports.
 
@@ -92,6 +97,7 @@ class RankActor:
         Args:
             timeout_s: of a collective. limit_s: for the peers to come, over each transport.
             seat: rank and size in this epoch; None: as this rank was made.
+            snapshots: form a second group, in which they travel.
 
         Raises:
             BadInput: a transport cannot be used in this process.
@@ -106,6 +112,9 @@ class RankActor:
 
         alone: dict[str, Maker] = {"memory": lambda: SoloGroup(epoch)}
         self.group.form(epoch, alone if self.size == 1 else {t: partial(over, t) for t in transports}, limit_s)
+        if snapshots and self.size > 1:
+            what = f"{name}-{epoch}-snapshots", self.rank, self.size, epoch, timeout_s, "gloo", limit_s
+            self.side.form(epoch, {"gloo": partial(join, *what)}, limit_s)
 
     def probe(self, node_of: np.ndarray, budget_s: float) -> Topology:
         """`measure` on the joined group, the first of its transports (collective)."""
@@ -136,6 +145,7 @@ class RankActor:
         self.model = ModelRank(from_dict(cfg), config, self.group, placement, *where)
         if corpus is not None:
             self.trainer = Trainer(self.model, corpus)
+            self.snapshots = Snapshots(self.model.model, self.model.ep, self.trainer.optimizer, self.side)
         return {"parameters": sum(p.numel() for p in self.model.model.parameters())}
 
     def choose_exchange(self, step: int) -> Choice:
@@ -184,6 +194,36 @@ class RankActor:
         """`Trainer.migrate`."""
         return self.trainer.migrate(placement, buffer_mb)
 
+    def snapshot(self, step: int, node_of: list[int]) -> float:
+        """`Snapshots.take`."""
+        return self.snapshots.take(step, node_of)
+
+    def state(self) -> tuple[RankState, Held]:
+        """Where this rank is, and which snapshots it could give. After a call that failed, too."""
+        self.snapshots.regroup()
+        return self.trainer.state(), self.snapshots.held()
+
+    def settle(self, finish: int | None) -> None:
+        """Finish step `finish` where all of it is reduced; a half step of another kind is forgotten."""
+        if finish is not None and self.trainer.state().ready == finish:
+            self.trainer.finish(finish)
+        self.trainer.discard()
+
+    def publish(self) -> None:
+        """`Trainer.publish`."""
+        self.trainer.publish()
+
+    def regroup(self, placement: Placement, topology: Topology) -> None:
+        """`Trainer.regroup`: on over the group that was joined, with what this rank has."""
+        self.trainer.regroup(placement, topology)
+
+    def restore(
+        self, key: Key, taken: Placement, placement: Placement, topology: Topology, lost: dict[int, list[int]]
+    ) -> None:
+        """`ray_ep.rank.snapshot.restore`; lost: by rank now, those of the snapshot whose statistics it takes over."""
+        snapshot = self.snapshots.get(key)
+        restore(self.trainer, snapshot, taken, placement, topology, lost.get(self.rank, []))
+
     @ray.method(concurrency_group="control")
     def abort(self, epoch: int | None = None) -> None:
         """Release this rank from a collective that waits for a dead peer, or from `join`; only in this epoch, if given.
@@ -191,7 +231,9 @@ class RankActor:
         Safe while it is in another call.
         """
         self.group.abort(epoch)
+        self.side.abort(epoch)
 
     def close(self) -> None:
         """Leave the group; over in about a second, whatever the peers do."""
         self.group.close()
+        self.side.close()

@@ -73,8 +73,8 @@ class ModelRank:
         self.ep.routing.force = cfg.router.force
         self.top_k = int(getattr(config.get_text_config(), "num_experts_per_tok", None) or 1)
         # DeepEP's buffer needs a bound.
-        tokens = way.tokens or (most_tokens(cfg, group.size) if by_deepep else 0)
-        self.ep.exchange_by(chunks=way.chunks, float8=way.float8, tokens=tokens)
+        self._bounded = bool(way.tokens) or by_deepep
+        self.ep.exchange_by(chunks=way.chunks, float8=way.float8, tokens=self._most_tokens())
 
     @property
     def group(self) -> Group:
@@ -131,6 +131,7 @@ class ModelRank:
             PlacementError, ModelError, GroupError: see ray_ep.moe.regroup; then nothing has changed, but the group.
         """
         regroup(self.model, self.ep.group, placement, topology, kept=kept, state=state, equal=equal)
+        self.ep.exchange_by(tokens=self._most_tokens())
 
     def statistics(self) -> RoutingStatistics:
         """Routing statistics of this rank since its making. Not collective."""
@@ -139,6 +140,10 @@ class ModelRank:
     def sample(self) -> np.ndarray:
         """[L, N, K] expert sets of a reservoir of this rank's recent tokens (see placement.decay). Not collective."""
         return self.ep.counters.sets()
+
+    def _most_tokens(self) -> int:
+        """Bound on a rank's tokens in one pass, which fewer ranks need greater; 0: none was asked for."""
+        return max(self.cfg.exchange.tokens, most_tokens(self.cfg, self.group.size)) if self._bounded else 0
 
     def never_called(self) -> ModelError:
         """What to say of a model that keeps its experts to itself."""

@@ -175,6 +175,10 @@ class Trainer:
         self._assert_whole()
         return self.rank.migrate(placement, buffer_mb, self.optimizer)
 
+    def went_back(self) -> None:
+        """Weights are those of an earlier step now, and replicas are made of them: nothing waits to be published."""
+        self._last, self._unpublished = None, False
+
     def regroup(
         self, placement: Placement, topology: Topology, kept: Mapping[tuple[int, int], Rows] | None = None
     ) -> None:

@@ -60,12 +60,13 @@ def test_our_layer_can_be_measured_alone():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_the_bench_on_it_is_refused_with_words():
     said = refused("--work=C", "--device=cuda")
-    assert "needs a CUDA device" in said
+    assert "no GPU can be used here" in said
     assert len(said.splitlines()) < 4
 
 
-def test_several_ranks_on_the_one_gpu_are_refused():
-    assert "--ranks=1" in refused("--work=C", "--device=cuda", "--ranks=2")
+@pytest.mark.parametrize("wrong", ["--ranks=2", "--routing=zipf", "--peers=transformers", "--memory"])
+def test_what_has_no_meaning_for_the_one_gpu_is_refused(wrong):
+    assert "--ranks=1; no --routing, --peers, --memory" in refused("--work=C", "--device=cuda", wrong)
 
 
 def test_the_roofline_computes_the_works_products_alike_one_by_one_batched_and_grouped():

@@ -42,6 +42,7 @@ def test_file_and_overrides_merge_and_the_override_wins(tmp_path, monkeypatch):
         ("exchange.kind=ring", "allowed are auto, flat, two_level, all_gather"),
         ("exchange.transport=mpi", "allowed are auto, gloo, nccl, torch_nccl, deepep"),
         ("exchange.chunks=0", "at least 1"),
+        ("exchange.chunks=33", "must be from 1 to 32"),
         ("exchange.tokens=100", "a rank has up to 4096 tokens in one pass"),
     ],
 )
@@ -75,7 +76,8 @@ def test_what_deepep_does_not_do_is_refused_and_balance_that_was_left_to_it_is_o
         ConfigError, match=rf"{override.split('=')[0]}=.*: with exchange\.transport=deepep.* {allowed}$"
     ):
         load_config(None, [*keys, override])
-    assert load_config(None, keys).balance.in_step == "off"
+    settled = load_config(None, keys)
+    assert (settled.balance.in_step, settled.snapshot.every) == ("off", 0), "a lost rank ends such a run"
 
 
 def test_the_bound_on_tokens_counts_those_of_a_rank_a_pass_and_a_chunk():

@@ -75,7 +75,7 @@ def test_a_command_that_is_terminated_while_it_starts_leaves_nothing_behind(here
 
 def test_a_killed_rank_is_named_and_ends_the_run_without_orphans(here, lines, running, faults):
     faults.kill(rank=1, call=4)
-    command = running()
+    command = running("snapshot.every=0")
     assert command.wait(20) == 1, command.err
     assert re.search(r"rank 1 on \S+ died", command.err)
     assert len(command.err.splitlines()) < 40
@@ -110,7 +110,7 @@ STOPPED = (
 )
 def test_a_rank_that_is_stopped_is_named_whatever_it_is_at_and_the_run_ends(here, lines, faults, cluster, at):
     faults.stop(rank=1, at=at)
-    options = ["optim.steps=3", "run_dir=run", "checkpoint.every=2", "cluster.silence_s=2"]
+    options = ["optim.steps=3", "run_dir=run", "checkpoint.every=2", "cluster.silence_s=2", "snapshot.every=0"]
     local = at == "build"  # a Ray of the run's own, which kills sooner than Ray's 5 s
     command = here.train(*options, faults=faults, **({} if local else {"RAY_ADDRESS": cluster.driver}))
     command.until(lambda: faults.happened("stop"), 90, "the fault")

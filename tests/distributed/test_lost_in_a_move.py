@@ -14,7 +14,7 @@ def test_a_rank_killed_in_a_move_ends_the_run_and_it_goes_on_with_the_old_placem
         "num_experts: 8, head_dim: 8}",
         "data.files=[text.txt]", "batch.sequences=8", "batch.length=128", "cluster.cpus_per_rank=0.5",
         "router.force=skewed", "exchange.kind=flat", "balance.in_step=off", "eval.every=0", "run_dir=run",
-        "checkpoint.every=1",
+        "checkpoint.every=1", "snapshot.every=0",
     ]  # fmt: skip
     faults.kill(rank=1, at=MOVE)
     broken = here.ray_ep("train", *same, "placement.every=2", "optim.steps=5000", faults=faults)

@@ -15,7 +15,7 @@ def test_an_unknown_backend_is_refused_with_the_known_ones():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
 @pytest.mark.parametrize("backend", ["nccl", "torch_nccl"])
 def test_without_cuda_a_join_fails_at_once_and_ray_hears_that_the_backend_is_not_available(backend):
-    with pytest.raises(BadInput, match="NCCL needs a CUDA device"):
+    with pytest.raises(BadInput, match="no GPU can be used here"):
         join("group", 0, 1, backend=backend)
     assert not BACKENDS[backend].check_backend_availability()
     assert BACKENDS["gloo"].check_backend_availability()

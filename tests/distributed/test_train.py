@@ -76,7 +76,7 @@ try:
     environ = Path(f"/proc/{ranks.where[0]['pid']}/environ").read_text().split(chr(0))
     own = ("GIVEN", "MALLOC", "TORCH_NCCL")
     status["environ"] = dict(line.split("=", 1) for line in environ if line.startswith(own))
-    ranks.join(0, cfg.collective_timeout_s, ["gloo"])
+    ranks.join(cfg.collective_timeout_s, ["gloo"])
     status["probe"] = measured_links(ranks, 1.0).to_json()
     os.kill(ranks.where[1]["pid"], signal.SIGSTOP)
     try:

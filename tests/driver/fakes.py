@@ -6,25 +6,39 @@ from types import SimpleNamespace
 import numpy as np
 from transformers import AutoConfig
 
+from ray_ep.collective import Membership
 from ray_ep.config import load_config
 from ray_ep.driver.loop import Driver
 from ray_ep.driver.publisher import Publisher
+from ray_ep.driver.recovery.decide import Survivor
 from ray_ep.driver.requests import Requests
 from ray_ep.driver.run.rundir import RunDir
 from ray_ep.moe import Choice
-from ray_ep.rank.results import StepResult, Usage
+from ray_ep.placement import contiguous
+from ray_ep.rank.results import RankState, StepResult, Usage
+from ray_ep.rank.snapshot.copies import Key
+from ray_ep.rank.snapshot.snapshots import Held
 from ray_ep.rank.step.clock import STEP_PHASES
-from tests.driver.scenes import NOWHERE, RANKS, statistics, step, tokens, topology
+from tests.driver.scenes import EXPERTS, LAYERS, RANKS, statistics, step, tokens, topology
 
 CHOICE = Choice("flat", "gloo", True, 0, 512, True, 0.0, [])
 
 
-def results(load=None, sent=0, exchange=(0.01, 0.03)):
+def results(load=None, sent=0, exchange=(0.01, 0.03), size=RANKS):
     """Of each rank what it says of a step."""
     s = step(load=load, sent=sent)
     usage = [
-        Usage(0.2, exchange[r], s.experts[r], 0.0, s.sent[r], s.pairs[r], np.zeros(7), np.zeros(len(STEP_PHASES)))
-        for r in range(RANKS)
+        Usage(
+            0.2,
+            exchange[r % 2],
+            s.experts[r % 2],
+            0.0,
+            np.resize(s.sent[r % 2], size),
+            s.pairs[r % 2],
+            np.zeros(7),
+            np.zeros(len(STEP_PHASES)),
+        )
+        for r in range(size)
     ]
     return [StepResult(0, 0, 1.0, 0.0, 0.0, 0.0, 0.0, 1024, s.load, u) for u in usage]
 
@@ -42,9 +56,12 @@ class FakeRanks:
     device, note, name = "cpu", "", "fake"
     where = [{"node": "a", "host": "alpha"}] * RANKS
 
-    def __init__(self, links=None, look=bool):
-        self.calls, self.meanwhile, self.links, self.look = [], {}, links or topology(), look
+    def __init__(self, links=None, look=bool, size=RANKS):
+        self.calls, self.meanwhile, self.links, self.look = [], {}, links or topology(node_of=(0,) * size), look
         self.counts = Counter()
+        self.membership = Membership(0, tuple(f"m{r}" for r in range(size)), tuple(self.links.node_of.tolist()))
+        self.updates = 0
+        self.kept = []  # keys of the snapshots that were taken
 
     def _answer(self, method, answer=None):
         self.calls.append(method)
@@ -56,13 +73,40 @@ class FakeRanks:
     def topology(self):
         return self.links
 
+    def lose(self, lost):
+        self._answer("lose")
+        self.membership = self.membership.next([self.membership.members[r] for r in lost])
+
+    def states(self):
+        """As of ranks that keep one another's snapshots."""
+        held = Held(tuple(self.kept), {r: tuple(self.kept) for r in range(8)})
+        state = RankState(self.updates, None, False, False)
+        return self._answer("states", {m: Survivor(state, held) for m in self.membership.members})
+
+    def settle(self, finish):
+        self._answer("settle")
+
+    def publish(self):
+        self._answer("publish")
+
+    def regroup(self, placement, topology):
+        self._answer("regroup")
+
+    def restore(self, key, taken, placement, topology, lost):
+        self.updates = key.step
+        self._answer("restore")
+
+    def snapshot(self, step):
+        self.kept.append(Key(self.membership.epoch, step))
+        return self._answer("snapshot", 0.0)
+
     def reach(self, trial):
         return self._answer("reach", [trial.on_rank(r) for r in range(RANKS)])
 
     def transports(self):
         return self._answer("transports", [["gloo"]] * RANKS)
 
-    def join(self, epoch, timeout_s, transports):
+    def join(self, timeout_s, transports, snapshots=False, limit_s=60.0):
         self._answer("join")
 
     def probe(self, node_of, budget_s):
@@ -84,7 +128,8 @@ class FakeRanks:
         return self._answer("choose_exchange", CHOICE)
 
     def train_step(self, step):
-        answer = self._answer("train_step", results())
+        answer = self._answer("train_step", results(size=self.membership.size))
+        self.updates += answer != "left"
         return None if answer == "left" else answer
 
     def evaluate(self):
@@ -131,14 +176,15 @@ class Ear:
         return [x.words for x in self.heard if getattr(x, "kind", "") == kind]
 
 
-def driven(path, *overrides, listeners=(), look=bool, links=None):
+def driven(path, *overrides, listeners=(), look=bool, links=None, size=RANKS):
     """A driver of a run in `path` on fake ranks that have not formed, with all that it was made of."""
     own = ["optim.steps=5", "eval.every=2", "topology.measure=false", "balance.in_step=off"]
     cfg = load_config(None, [f"run_dir={path}", *own, *overrides])
-    run, ear, ranks = RunDir(path), Ear(), FakeRanks(links, look)
+    run, ear, ranks = RunDir(path), Ear(), FakeRanks(links, look, size)
     plan = SimpleNamespace(
         run=run, corpus=SimpleNamespace(source="a text", held_out=[1]), config=AutoConfig.for_model("qwen3_moe"),
-        placement=NOWHERE, signature={"w": [4]}, checkpoint=None, expert_parameters=1000, notes=(),
+        placement=contiguous(LAYERS, EXPERTS, size), signature={"w": [4]}, checkpoint=None, expert_parameters=1000,
+        notes=(),
     )  # fmt: skip
     publisher, requests = Publisher([run, ear, *listeners]), Requests(look, [run.take_request])
     driver = Driver(cfg, plan, ranks, publisher, requests)

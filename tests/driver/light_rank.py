@@ -35,7 +35,7 @@ class LightRank:
         return 0
 
     @ray.method(concurrency_group="control")
-    def abort(self):
+    def abort(self, epoch=None):
         """Release a collective."""
         self.aborts += 1
         self.aborted.set()

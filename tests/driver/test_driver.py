@@ -6,23 +6,28 @@ import threading
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from ray_ep.driver.forming import form
+from ray_ep.collective import Membership
 from ray_ep.driver.requests import Request, RequestKind
 from ray_ep.driver.states import State
-from ray_ep.errors import RankError
-from ray_ep.placement import contiguous
+from ray_ep.errors import LostError, RankError
+from ray_ep.placement import Placement, contiguous
 from ray_ep.placement.planner.verdict import Verdict
 from ray_ep.rank.saved.checkpoint import Directory
 from tests.driver.fakes import Ear, driven
-from tests.driver.scenes import EXPERTS, LAYERS, RANKS, Shelf, topology
+from tests.driver.scenes import EXPERTS, LAYERS, RANKS, Shelf
 
 MOVE = Verdict(replace(contiguous(LAYERS, EXPERTS, RANKS, 5), version=1), "move 2 experts", 0.15, 0.05, 1.0, 0.5)
 
 
 def die():
     raise RankError(1, "rank 1 on beta died: killed")
+
+
+def lose(rank=1, words="rank 1 on beta died: killed"):
+    raise LostError(rank or 0, words, () if rank is None else (rank,))
 
 
 def whole(it):
@@ -44,7 +49,7 @@ def test_a_run_calls_its_ranks_in_this_order_and_tells_what_it_did(tmp_path, cap
     with caplog.at_level(logging.INFO, "ray_ep.driver"):
         assert whole(it) == "done"
     assert it.ranks.calls == [
-        "reach", "transports", "join", "probe", "gpu_links", "build", "choose_exchange",
+        "reach", "transports", "join", "probe", "gpu_links", "build", "choose_exchange", "snapshot",
         "train_step", "train_step", "evaluate", "statistics", "save", "train_step", "evaluate", "statistics", "save",
     ]  # fmt: skip
     heard = [getattr(x, "kind", "step") for x in it.ear.heard]
@@ -60,6 +65,7 @@ def test_what_ranks_compute_on_is_told_where_it_is_not_what_one_would_expect(tmp
     it = driven(tmp_path)
     it.ranks.note = "GPUs are left"
     it.driver.form()
+    it.publisher.flush()
     told = [(e["kind"], e["message"], e["fields"]) for e in it.run.events()]
     assert ("device", "GPUs are left", {"device": "cpu"}) in told
 
@@ -144,27 +150,123 @@ def test_a_rank_that_is_lost_in_any_state_ends_the_run_from_that_state_with_one_
     assert (tmp_path / "config.yaml").exists() == bool(failed)
 
 
-def test_a_lost_rank_comes_up_where_recovery_will_catch_it_and_a_new_membership_is_adopted_there(tmp_path):
-    """What the layer above `step_and_rebalance` needs, acted out: another `Formed`, and the loop goes on."""
+LOST = [
+    ("train_step", 3, [1, 2]),
+    ("migrate", 1, [1]),  # step 2 has not been told, and is made again
+    ("evaluate", 1, [1]),
+    ("save", 1, [1, 2, 3]),
+    ("snapshot", 2, [1, 2]),
+    ("save", 2, [1, 2, 3, 4, 5]),  # the last one
+]
+
+
+@pytest.mark.parametrize(("call", "number", "told"), LOST)
+def test_who_is_left_goes_on_from_the_newest_snapshot_wherever_a_rank_is_lost(tmp_path, caplog, call, number, told):
+    it = driven(tmp_path, "checkpoint.every=3", "snapshot.every=2", "placement.every=1")
+    it.ranks.meanwhile["train_step", 2] = lambda: shelf.make(MOVE) if call == "migrate" else None
+    it.ranks.meanwhile[call, number] = lose
+    shelf = moving(it)
+    before = it.driver.mover
+    with caplog.at_level(logging.INFO, "ray_ep.driver"):
+        assert it.driver.run() == "done"
+    steps = [r.step for r in it.ear.steps()]
+    back = {"train_step": 2, "migrate": 0, "evaluate": 0, "snapshot": 0}.get(call, 2 if number == 1 else 4)
+    assert steps == [*told, *range(back + 1, 6)]
+    (words,) = it.ear.words("recovered")
+    again = {"train_step": 2, "migrate": 2, "evaluate": 2, "snapshot": 2}.get(call, 3 if number == 1 else 5) - back
+    assert words.startswith(
+        "rank 1 on beta died: killed; 1 rank goes on in epoch 1: all go back to the snapshot of step"
+    )
+    assert (f"{again} step" in words) == (again > 0)
+    (event,) = [e for e in it.run.events() if e["kind"] == "recovered"]
+    assert set(event["fields"]["seconds"]) == {"detect", "decide", "regroup", "restore", "first_step"}
+    assert (event["fields"]["lost"], event["fields"]["done"], event["fields"]["repeated"]) == (["m1"], back, again)
+    assert it.driver.mover is not before
+    assert it.driver.mover.placement.num_ranks == it.driver.mover.topology.num_ranks == 1
+    path = [m.split()[2].removeprefix("to=") for m in caplog.messages if m.startswith("state ")]
+    assert path.count("recovering") == 1
+    assert path[path.index("recovering") + 1] == "stepping"
+    assert path[-2:] == ["draining", "stopped"]
+    left = it.ranks.calls[it.ranks.calls.index("lose") :]
+    assert left[:5] == ["lose", "states", "settle", "join", "restore"]
+    assert "snapshot" not in left, "one rank alone has nobody to keep its state"
+
+
+@pytest.mark.parametrize(
+    ("call", "number"), [("states", 1), ("settle", 1), ("join", 2), ("restore", 1), ("migrate", 1)]
+)
+def test_a_rank_that_is_lost_while_others_recover_begins_the_recovery_anew(tmp_path, call, number):
+    it = driven(tmp_path, size=4)
+    it.ranks.meanwhile["train_step", 3] = lose
+    it.ranks.meanwhile[call, number] = lambda: lose(2, "rank 2 on gamma died: killed")
+    assert whole(it) == "done"
+    assert it.ranks.membership == Membership(2, ("m0", "m2"), (0, 0))
+    assert [r.step for r in it.ear.steps()] == [1, 2, *range(1, 6)]
+    (event,) = [e for e in it.run.events() if e["kind"] == "recovered"]
+    assert event["fields"]["lost"] == ["m1", "m3"]
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_rank_that_is_lost_with_its_keeper_costs_the_steps_since_the_checkpoint_or_the_run(tmp_path, saved):
+    it = driven(tmp_path, f"checkpoint.every={2 * saved}", "checkpoint.every_minutes=0", size=4)
+    it.ranks.meanwhile["train_step", 4] = lambda: lose(1)
+    it.ranks.meanwhile["join", 2] = lambda: lose(0, "rank 0 on alpha died: killed")
+    if not saved:
+        with pytest.raises(
+            RankError, match=r"(?s)rank 1 on beta.*what m0, m1 owned is held by nobody else.*would have"
+        ):
+            whole(it)
+        return
+    assert whole(it) == "done"
+    assert [r.step for r in it.ear.steps()] == [1, 2, 3, 3, 4, 5]
+    (event,) = [e for e in it.run.events() if e["kind"] == "recovered"]
+    assert "what m0, m1 owned is held by nobody else" in event["message"]
+    assert "all go back to the checkpoint of step 2; 1 step is made again" in event["message"]
+    after = it.ranks.calls[-it.ranks.calls[::-1].index("lose") :]
+    assert after[:6] == ["states", "settle", "join", "build", "load", "choose_exchange"]
+
+
+@pytest.mark.parametrize(("call", "number", "moved"), [("migrate", 1, 1), ("evaluate", 1, 0), ("evaluate", 3, 0)])
+def test_what_was_due_after_a_step_that_counts_is_done_by_those_that_are_left(tmp_path, call, number, moved):
+    """Whoever is lost owned nothing, so nobody goes back."""
+    it = driven(tmp_path, "eval.every=2", "placement.every=1")
+    it.driver.plan.placement = Placement(np.tile([[range(8), [-1] * 8]], (LAYERS, 1, 1)), EXPERTS)
+    it.ranks.meanwhile["train_step", 2] = lambda: shelf.make(MOVE) if moved else None
+    it.ranks.meanwhile[call, number] = lose
+    shelf = moving(it)
+    assert it.driver.run() == "done"
+    records = it.ear.steps()
+    assert [r.step for r in records] == [1, 2, 3, 4, 5]
+    assert [r.step for r in records if r.eval_loss is not None] == [2, 4, 5]
+    assert it.ranks.counts["restore"] == 0
+    assert it.ranks.counts["publish"] == it.ranks.counts["regroup"] == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["elastic.min_ranks=2"], "1 ranks are left, elastic.min_ranks=2"),
+        (["snapshot.every=0"], "snapshot.every=0: a run without snapshots ends with a lost rank"),
+    ],
+)
+def test_a_run_that_cannot_go_on_ends_with_the_loss_and_says_what_keeps_it(tmp_path, overrides, says):
+    it = driven(tmp_path, *overrides)
+    it.ranks.meanwhile["train_step", 3] = lose
+    with pytest.raises(RankError, match="rank 1 on beta died: killed") as e:
+        whole(it)
+    assert says in str(e.value)
+    assert it.ranks.counts["lose"] == 0
+    assert [x["kind"] for x in it.run.events()][-1] == "failed"
+
+
+def test_a_round_that_fails_again_and_again_with_every_rank_there_ends_the_run(tmp_path):
     it = driven(tmp_path)
-    driver = it.driver
-    driver.form()
-    before, usual = driver.mover, driver.step_with_recovery
-
-    def recovers():
-        try:
-            usual()
-        except RankError:
-            driver.states.to(State.RECOVERING, "rank 1 is lost")
-            it.ranks.links = topology(node_of=(0, 1))
-            driver.adopt(form(driver.cfg, driver.plan, it.ranks))
-
-    driver.step_with_recovery = recovers
-    it.ranks.meanwhile["train_step", 3] = die
-    assert driver.run() == "done"
-    assert [r.step for r in it.ear.steps()] == [1, 2, 1, 2, 3, 4, 5]
-    assert driver.mover is not before
-    assert driver.mover.topology.node_of.tolist() == [0, 1]
+    for number in range(3, 20):
+        it.ranks.meanwhile["train_step", number] = lambda: lose(None, "rank 0 raised: no answer from the peers")
+    with pytest.raises(RankError, match="it failed 3 times, with every rank still there"):
+        whole(it)
+    assert it.ranks.counts["train_step"] == 2 + 4
+    assert it.ranks.counts["publish"] == 3
 
 
 class Slow(Ear):

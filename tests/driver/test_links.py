@@ -8,6 +8,7 @@ import pytest
 
 from ray_ep.driver.rebalance.links import LOOKED_AT, QUIET, Links, changed_links
 from ray_ep.driver.rebalance.recent import MeasuredStep
+from ray_ep.errors import PlacementError
 from ray_ep.placement import Topology
 from ray_ep.placement.links.gpu_links import LINK_KINDS
 
@@ -181,6 +182,24 @@ def test_a_link_that_slows_while_experts_move_is_noticed():
     run.links.moved()
     run.ranks.links = topology((0, 2, 1e7))
     assert run.steps(8) == [17]
+
+
+def test_a_measurement_that_finds_what_no_link_can_be_leaves_what_was_known_and_the_run_goes_on():
+    run = Run()
+    known, run.links._suspected = run.links.topology, "link from rank 0 to rank 1 seemed slow"
+
+    def fails(*_):
+        raise PlacementError("probe: link from rank 0 to rank 1 has nan bytes/s")
+
+    run.ranks.probe = fails
+    assert run.steps(1) == []
+    assert run.links.topology is known
+    assert run.said == [
+        (1, "after step 1: links could not be measured, what is known of them stays: probe: link from rank 0 to rank 1 "
+         "has nan bytes/s")
+    ]  # fmt: skip
+    assert run.steps(QUIET - 2) == []
+    assert len(run.said) == 1, "it is not tried again in the next steps"
 
 
 def test_a_suspicion_of_a_quiet_time_is_not_forgotten():

@@ -5,7 +5,6 @@ import signal
 import threading
 import time
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -152,7 +151,7 @@ def test_a_rank_that_answers_but_does_not_come_back_is_named_not_those_that_wait
 def test_ranks_of_a_node_that_does_not_answer_are_killed_without_waiting_for_it_and_that_is_said(request, cluster):
     made = Ranks(config(), request.node.name, False, bool, LightRank)
     pids, there = [w["pid"] for w in made.where], {p.node for p in made._places}
-    made._places = [replace(p, port=1) for p in made._places]  # nobody listens: so is a machine that is cut off
+    made.where = [{**w, "port": 1} for w in made.where]  # nobody listens: so is a machine that is cut off
     raylets = [n.all_processes["raylet"][0].process.pid for n in cluster.list_all_nodes() if n.node_id in there]
     assert raylets
     try:

@@ -21,6 +21,7 @@ TOTAL_S = 570.0  # of all parts together
 LINES = 40
 GRACE_S = 8.0  # between the request to end and the kill
 WIDTH = 200
+INTERRUPTED = "interrupted"
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Ended:
 
 
 def run_part(part, out, left_s=TOTAL_S, grace_s=GRACE_S):
-    """Run it; at its limit, or after `left_s`, it is asked to end, with all that it started, and then killed."""
+    """Run it; at its limit, after `left_s`, or at Ctrl-C it is asked to end, with all that it started, then killed."""
     missing = [name for name in part.needs if find_spec(name) is None]
     if missing:
         return Ended(part, f"left out: {', '.join(missing)} missing", 0.0, [])
@@ -104,6 +105,8 @@ def run_part(part, out, left_s=TOTAL_S, grace_s=GRACE_S):
             verdict = "passed" if not status else f"exit status {status}"
         except subprocess.TimeoutExpired:
             verdict, status = f"over its limit of {limit_s:.0f} s", None
+        except KeyboardInterrupt:
+            verdict, status = INTERRUPTED, None
         finally:
             end(process, grace_s)
     text = log.read_text(errors="replace").splitlines()
@@ -146,6 +149,8 @@ def main(words):
         if part.name == "versions" and not ended[-1].passed:
             print("\n".join(ended[-1].shown), file=sys.stderr)
             return 2
+        if ended[-1].verdict == INTERRUPTED:
+            break
     text = block(ended)
     (out / "report.txt").write_text(text + "\n")
     print(f"{text}\nlogs: {out}")

@@ -36,14 +36,16 @@ def main(device):
     print(", ".join(f"{name} {version(name)}" for name in IMPORTED + INSTALLED), flush=True)
     try:
         import torch
-    except ImportError:
-        sys.exit("no torch here: `make setup`, or PYTHON=... of an environment that has it")
+    except (ImportError, OSError) as e:
+        sys.exit(f"no torch can be used here ({e}): `make setup`, or `make gpu PYTHON=...` of another environment")
     print(f"NCCL of CuPy {cupy_nccl()}")
     if device == "cpu":
         return
     if not torch.cuda.is_available():
-        built = torch.version.cuda or "no CUDA"
-        print(f"no GPU can be used here: torch {torch.__version__} (built for {built}) sees none", file=sys.stderr)
+        why = "was built without CUDA: install torch's build for CUDA (docs/gpu.md)"
+        if torch.version.cuda:
+            why = f"(for CUDA {torch.version.cuda}) sees none: look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+        print(f"no GPU can be used here: torch {torch.__version__} {why}", file=sys.stderr)
         sys.exit(2)
     free, total = (b / 2**30 for b in torch.cuda.mem_get_info())
     capability = ".".join(map(str, torch.cuda.get_device_capability()))

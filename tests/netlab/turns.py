@@ -96,7 +96,7 @@ def main(run, out, rounds, overrides):
         address = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes()}
         ranks = Ranks(cfg.cluster, f"turns-{time.time_ns()}", joined.local, lambda: False)
         try:
-            ranks.join(0, 60.0, ["gloo"])
+            ranks.join(60.0, ["gloo"])
             topology = measured_links(ranks, cfg.topology.budget_s)
             own = run_costs(run, recorded, topology.num_ranks)
             own["tokens_per_rank"] = cfg.batch.sequences * cfg.batch.length // topology.num_ranks

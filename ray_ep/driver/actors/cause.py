@@ -86,6 +86,18 @@ def root_cause(failed: dict[int, Exception], silent: list[int], where: list[dict
     return RankError(rank, f"rank {rank} raised:\n{e}")
 
 
+def lost_ranks(failed: dict[int, Exception], quiet: Collection[int]) -> tuple[int, ...] | None:
+    """Ranks that are gone, so that others may go on without them; None: one raised an error of its own.
+
+    Args:
+        quiet: those that did not come back from the call, though they were released.
+    """
+    gone = {r for r, e in failed.items() if isinstance(e, (RayActorError, OutOfMemoryError))}
+    if any(r not in gone and not lost_peer(e) for r, e in failed.items()):
+        return None
+    return tuple(sorted(gone | set(quiet)))
+
+
 def silent_cause(lost: dict[int, str], cut_off: Collection[int], where: list[dict[str, Any]]) -> RankError:
     """The error of ranks that went silent, as one of the first of them.
 

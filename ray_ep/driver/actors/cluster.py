@@ -125,16 +125,16 @@ def device_of(cfg: ClusterConfig, resources: dict[str, float], built: bool) -> D
             f"cluster.device=cuda: {cfg.ranks} ranks need {cfg.ranks} GPUs, the cluster has {have} (and "
             f"{resources.get('CPU', 0.0):g} CPUs): lower cluster.ranks, or cluster.device=cpu"
         )
-    if cfg.device == "cpu" or have < cfg.ranks:
+    if cfg.device == "cpu" or not have:
         return Device("cpu")
+    why = "torch was built without CUDA: install torch's build for CUDA on every node"
     if built:
-        return Device("cuda")
-    need = "was built without CUDA: install torch's build for CUDA on every node, and ray_ep's extra cuda12 or cuda13"
-    if cfg.device == "cuda":
-        raise ClusterError(f"cluster.device=cuda: torch {need}; or cluster.device=cpu")
-    return Device(
-        "cpu", f"ranks compute on CPUs: the cluster has {have} GPUs, but torch {need} (cluster.device=cpu: no GPUs)"
-    )
+        if have >= cfg.ranks:
+            return Device("cuda")
+        why = f"{cfg.ranks} ranks need {cfg.ranks}: cluster.ranks={have} takes them"
+    elif cfg.device == "cuda":
+        raise ClusterError(f"cluster.device=cuda: {why}; or cluster.device=cpu")
+    return Device("cpu", f"ranks compute on CPUs: GPUs in the cluster: {have}, but {why} (cluster.device=cpu: no GPUs)")
 
 
 def transports(wanted: str, device: str, usable: list[list[str]]) -> list[str]:
@@ -147,13 +147,13 @@ def transports(wanted: str, device: str, usable: list[list[str]]) -> list[str]:
     """
     if wanted in ("nccl", "torch_nccl", "deepep") and device == "cpu":
         raise ClusterError(
-            f"exchange.transport={wanted} moves tensors between GPUs, and the cluster has none for every rank: allowed "
-            "are auto, gloo"
+            f"exchange.transport={wanted} moves tensors between GPUs, and these ranks compute on CPUs: allowed are "
+            "auto, gloo (cluster.device=cuda says what is missing for GPUs)"
         )
     if wanted == "deepep":
         if not all("deepep" in names for names in usable):
             raise ClusterError(
-                f"exchange.transport=deepep: not every rank has deep_ep and torch's NCCL (they could use {usable}); "
+                f"exchange.transport=deepep: not every rank has deep_ep and torch's NCCL ({_usable_by(usable)}); "
                 "deep_ep is built from source: see docs/notes/deepep.md"
             )
         return ["torch_nccl"]
@@ -164,7 +164,15 @@ def transports(wanted: str, device: str, usable: list[list[str]]) -> list[str]:
     found = [t for t in ("nccl", "torch_nccl") if all(t in names for names in usable)]
     if not found:
         raise ClusterError(
-            f"exchange.transport=auto: no NCCL can be used by every rank (they could use {usable}): install ray_ep's "
+            f"exchange.transport=auto: no NCCL can be used by every rank ({_usable_by(usable)}): install ray_ep's "
             "extra cuda12 or cuda13, or exchange.transport=gloo"
         )
     return found
+
+
+def _usable_by(usable: list[list[str]]) -> str:
+    """Which ranks can use what, in words."""
+    ranks: dict[str, list[int]] = {}
+    for rank, names in enumerate(usable):
+        ranks.setdefault(", ".join(names), []).append(rank)
+    return "; ".join(f"rank {of[0]}{' and others' * (len(of) > 1)}: {names}" for names, of in ranks.items())

@@ -137,6 +137,11 @@ class Heartbeat:
             self._ask(rank, now)
         return self._pulse.lost(now), dead
 
+    def silent_s(self, ranks: Iterable[int]) -> float:
+        """Seconds since the last sign of life of the one of them that was heard first; 0 if none was ever heard."""
+        heard = [at for at in (self._pulse.heard[rank].at for rank in ranks) if at is not None]
+        return self._clock() - min(heard) if heard else 0.0
+
     def _hear(self, now: float) -> dict[int, Exception]:
         dead: dict[int, Exception] = {}
         for rank, knock in list(self._knocks.items()):

@@ -69,5 +69,5 @@ def probe_cluster(
     with placed(cfg.cluster, "probe", interrupt, phase) as (ranks, _):
         phase("measuring the links")
         ways = transports(cfg.exchange.transport, ranks.device, ranks.transports())
-        ranks.join(0, cfg.cluster.collective_timeout_s, ways[:1])
+        ranks.join(cfg.cluster.collective_timeout_s, ways[:1])
         return measured_links(ranks, budget_s)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -12,18 +12,21 @@ import numpy as np
 import ray
 import torch
 from omegaconf import OmegaConf
-from ray._private.state import workers
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from transformers import PreTrainedConfig
 
+from ray_ep.collective import Membership
+from ray_ep.collective.ray_backend import RENDEZVOUS_S
 from ray_ep.config.process import RANK
 from ray_ep.config.schema import ClusterConfig, Config
-from ray_ep.driver.actors.cause import Kind, for_memory, kind_of, root_cause, silent_cause
+from ray_ep.driver.actors.cause import Kind, for_memory, kind_of, lost_ranks, root_cause, silent_cause
 from ray_ep.driver.actors.cluster import SLICE_S, device_of
-from ray_ep.driver.actors.heartbeat import Heartbeat, cut_off, process_of
-from ray_ep.driver.actors.placing import Place, Places, check_cpus, nodes, resources
-from ray_ep.errors import RankError, SaveError
+from ray_ep.driver.actors.gone import Gone
+from ray_ep.driver.actors.heartbeat import Heartbeat, process_of
+from ray_ep.driver.actors.placing import Place, Places, check_cpus, resources
+from ray_ep.driver.recovery.decide import Survivor
+from ray_ep.errors import LostError, RankError, SaveError
 from ray_ep.moe import Choice
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.placement.links.gpu_links import GpuLinks
@@ -32,27 +35,25 @@ from ray_ep.rank.data.corpus import Corpus
 from ray_ep.rank.memory import oom_kills
 from ray_ep.rank.reach import DirectoryTrial
 from ray_ep.rank.results import StepResult
+from ray_ep.rank.snapshot.copies import Key
 
 log = logging.getLogger(__name__)
-_workers: Callable[[], dict[str, Any]] = workers
 
 _RELEASED_S = 1.0
 """How long to wait for the other ranks once one is lost: aborted, they come back within 0.2 s, and may say why."""
+_BACK = 2.0
+"""After a loss, how many times cluster.silence_s ranks that answer may take to come back: at their next exchange."""
 _SAID_S = 2.0
 """How long to wait for all ranks to say what each finds by itself, before those that have not are aborted."""
 _START_S = 300.0
 """Least time that a rank has to start: imports took 4 to 20 s, and over 60 s where 20 processes shared a core."""
-_POLL_S = 0.01
-_POLITE_S = 1.0
-"""After so long it is asked whether the nodes of killed processes that are still there answer at all."""
-_GONE_S = 8.0
-"""How long to wait for killed processes to go: Ray gives one that does not answer 5 s, then it sends SIGKILL."""
 
 
 class Ranks:
-    """The rank actors of one epoch.
+    """The rank actors of a run.
 
     Attributes:
+        membership: who they are, under the epoch of their group.
         device: cpu or cuda. note: what an operator should know of it; "": nothing.
     """
 
@@ -80,35 +81,71 @@ class Ranks:
         self._places: list[Place] = []
         self.actors: list[Any] = []
         self.where: list[dict[str, Any]] = []
-        self._cut_off: set[str] = set()  # nodes that did not answer when they were asked
+        self._gone = Gone()
+        self._lost: list[dict[str, Any]] = []  # where ranks were that were killed and may still be there
+        self._number: dict[str, int] = {}  # of each node, as topologies have it
         try:
             self._places = self._room.take(cfg.ranks)
-            self.where = [{"node": p.node, "host": p.host, "address": p.address} for p in self._places]
+            self.where = [
+                {"rank": rank, "node": p.node, "host": p.host, "address": p.address, "port": p.port}
+                for rank, p in enumerate(self._places)
+            ]
+            members = tuple(f"rank-{rank}" for rank in range(cfg.ranks))
+            self.membership = Membership(0, members, tuple(self._node(p.node) for p in self._places))
             self.actors = [self._started(rank, place) for rank, place in enumerate(self._places)]
-            self._heartbeat = Heartbeat(self.actors, cfg.silence_s, max(cfg.wait_s, _START_S))
+            self._heartbeat = self._listen()
             self.where = [{**w, **said} for w, said in zip(self.where, self._call("where"), strict=True)]
         except BaseException:
             self.kill()
             raise
 
+    def _listen(self) -> Heartbeat:
+        return Heartbeat(self.actors, self.cfg.silence_s, max(self.cfg.wait_s, _START_S))
+
     def topology(self) -> Topology:
         """Who shares a node, as Ray says."""
-        nodes = list(dict.fromkeys(w["node"] for w in self.where))
-        return Topology.of_nodes([nodes.index(w["node"]) for w in self.where])
+        return Topology.of_nodes(list(self.membership.node_of))
 
-    def _call(self, method: str, *args: Any) -> list[Any]:
+    def _node(self, node: str) -> int:
+        """The number of a node: that of its first rank's turn, for ever."""
+        return self._number.setdefault(node, len(self._number))
+
+    def lose(self, lost: Collection[int]) -> None:
+        """Go on without these ranks: they are killed, their room is given back, the others are numbered anew.
+
+        The group of before is of no use any more; `join` forms that of the epoch that begins here.
+        """
+        self._locate()
+        for rank in lost:
+            ray.kill(self.actors[rank], no_restart=True)
+            self._lost.append(self.where[rank])
+            self._room.give_up(self._places[rank])
+        self.membership = self.membership.next([self.membership.members[rank] for rank in lost])
+        stay = [rank for rank in range(len(self.actors)) if rank not in lost]
+        self.actors = [self.actors[rank] for rank in stay]
+        self._places = [self._places[rank] for rank in stay]
+        self.where = [{**self.where[rank], "rank": new} for new, rank in enumerate(stay)]
+        self._heartbeat = self._listen()
+
+    def _call(self, method: str, *args: Any, each: Sequence[tuple[Any, ...]] | None = None) -> list[Any]:
         """Call a method on all ranks; results in rank order.
 
+        Args:
+            each: [R] arguments of each rank, behind the common ones.
+
         Raises:
-            RankError: a rank raised, died or went silent; it is named, with its own traceback if it has one. The others
-                were aborted, which ends the life of their group.
+            LostError: ranks died or went silent; they are named. The others were aborted, which ends the life of their
+                group, and have come back.
+            RankError: a rank raised; it is named, with its own traceback. The others were aborted.
             BadInput, DivergedError: a rank found the user's input wrong, or values that are not finite.
             SaveError: a rank could not write; all have answered.
         """
-        calls = {getattr(a, method).remote(*args): r for r, a in enumerate(self.actors)}
+        own = each or [()] * len(self.actors)
+        calls = {getattr(a, method).remote(*args, *own[r]): r for r, a in enumerate(self.actors)}
         results: list[Any] = [None] * len(self.actors)
         failed: dict[int, Exception] = {}  # in the order in which they failed
-        pending, limit, aborted = list(calls), float("inf"), False
+        silent: dict[int, str] = {}
+        pending, limit, began = list(calls), float("inf"), 0.0
         while pending and (left := limit - time.monotonic()) > 0:
             self._interrupted()
             done, pending = ray.wait(pending, num_returns=1, timeout=min(left, SLICE_S))
@@ -117,43 +154,54 @@ class Ranks:
                     results[calls[call]] = ray.get(call)
                 except Exception as e:
                     failed[calls[call]] = e
-            lost, dead = self._heartbeat.look()
-            if lost and not aborted:
-                raise self._silent(lost, [c for c in pending if calls[c] not in lost])
-            failed = dead | failed
+            found, dead = self._heartbeat.look()
+            silent |= self._killed({r: why for r, why in found.items() if r not in silent})
+            failed = {r: e for r, e in (dead | failed).items() if r not in silent}
+            pending = [c for c in pending if calls[c] not in silent]
             kinds = {kind_of(e) for e in failed.values()}
-            if Kind.ALONE in kinds and not aborted:
-                limit, aborted = time.monotonic() + _RELEASED_S, True
-                self._abort(failed.keys())
+            if (silent or Kind.ALONE in kinds) and not began:
+                began = time.monotonic()
+                self._abort({*failed, *silent})
+            if began:
+                limit = began + (_RELEASED_S if lost_ranks(failed, ()) is None else _BACK * self.cfg.silence_s)
             elif Kind.BY_ALL in kinds:
                 limit = min(limit, time.monotonic() + _SAID_S)
-        if failed:
+        if failed or silent:
             quiet = [calls[c] for c in pending if calls[c] not in failed]
-            if quiet and not aborted:
+            if quiet and not began:
                 self._abort(failed.keys())
-            raise self._explained(root_cause(failed, quiet, self.where))
+            raise self._cause(failed, silent, quiet)
         return results
 
-    def _silent(self, lost: dict[int, str], pending: list[Any]) -> RankError:
-        """Ranks are silent: kill them, release the others; the error that says so."""
-        self._locate()
-        for rank in lost:
-            ray.kill(self.actors[rank], no_restart=True)  # should it wake up, it finds itself dead
-        self._abort(lost.keys())
-        ray.wait(pending, num_returns=len(pending), timeout=_RELEASED_S) if pending else None
-        self._ask_nodes(lost)
-        return silent_cause(lost, [r for r in lost if self._places[r].node in self._cut_off], self.where)
+    def _cause(self, failed: dict[int, Exception], silent: dict[int, str], quiet: list[int]) -> Exception:
+        """The error of a call that failed, given those that did not come back."""
+        gone = lost_ranks(failed, [*silent, *quiet])
+        if silent and gone is not None:
+            self._gone.ask(self.where[rank] for rank in silent)
+            cause: Exception = silent_cause(
+                silent, [r for r in silent if self._places[r].node in self._gone.cut_off], self.where
+            )
+        else:
+            cause = self._explained(root_cause(failed, quiet, self.where))
+        if gone is None or not isinstance(cause, RankError):
+            return cause
+        lost = LostError(cause.rank, str(cause), gone, self._heartbeat.silent_s(gone))
+        lost.__cause__ = cause.__cause__
+        return lost
 
-    def _ask_nodes(self, ranks: Iterable[int]) -> None:
-        """Ask these ranks' nodes whether they are there."""
-        places = (self._places[rank] for rank in ranks)
-        self._cut_off |= cut_off((p.node, p.address, p.port) for p in places)
+    def _killed(self, silent: dict[int, str]) -> dict[int, str]:
+        """Kill ranks that are silent: should one wake up, it finds itself dead."""
+        if silent:
+            self._locate()
+        for rank in silent:
+            ray.kill(self.actors[rank], no_restart=True)
+        return silent
 
     def _abort(self, but: Collection[int]) -> None:
         """Release ranks from collectives, for whose end they would wait in vain."""
         for rank, actor in enumerate(self.actors):
             if rank not in but:
-                actor.abort.remote()
+                actor.abort.remote(self.membership.epoch)
 
     def reach(self, trial: DirectoryTrial) -> list[list[str]]:
         """What each rank's node cannot read or write of what the run needs there, in words."""
@@ -163,9 +211,17 @@ class Ranks:
         """Transports that each rank's process could use."""
         return self._call("transports")
 
-    def join(self, epoch: int, timeout_s: float, transports: list[str]) -> None:
-        """Form the group of an epoch, once over each of the transports."""
-        self._call("join", self.name, epoch, timeout_s, transports)
+    def join(
+        self, timeout_s: float, transports: list[str], snapshots: bool = False, limit_s: float = RENDEZVOUS_S
+    ) -> None:
+        """Form the group of the membership, once over each of the transports.
+
+        Args:
+            timeout_s: of a collective. limit_s: for all to come, over each transport.
+            snapshots: form a group for these, too.
+        """
+        seats = [((rank, self.membership.size), snapshots) for rank in range(self.membership.size)]
+        self._call("join", self.name, self.membership.epoch, timeout_s, transports, limit_s, each=seats)
 
     def probe(self, node_of: np.ndarray, budget_s: float) -> Topology:
         """The links between all ranks, measured."""
@@ -225,6 +281,36 @@ class Ranks:
         """[L, N, K] expert sets of the ranks' reservoirs of recent tokens."""
         return np.concatenate(self._call("sample"), axis=1)
 
+    def snapshot(self, step: int) -> float:
+        """Take a snapshot of the state after `step` steps; the seconds that the slowest rank took for its copy."""
+        return max(map(float, self._call("snapshot", step, list(self.membership.node_of))))
+
+    def states(self) -> dict[str, Survivor]:
+        """What each member says of itself, also after a call that failed."""
+        return {m: Survivor(*said) for m, said in zip(self.membership.members, self._call("state"), strict=True)}
+
+    def settle(self, finish: int | None) -> None:
+        """Half steps are finished where all of step `finish` is reduced, else forgotten. Not collective."""
+        self._call("settle", finish)
+
+    def publish(self) -> None:
+        """Primaries' weights go to their replicas; again does no harm."""
+        self._call("publish")
+
+    def regroup(self, placement: Placement, topology: Topology) -> None:
+        """On over the group that was joined, each with what it has."""
+        self._call("regroup", placement, topology)
+
+    def restore(
+        self, key: Key, taken: Placement, placement: Placement, topology: Topology, lost: dict[int, list[int]]
+    ) -> None:
+        """Back to a snapshot, taken under the placement `taken`, and on over the group that was joined.
+
+        Args:
+            lost: by rank now, those of the snapshot that are gone and whose copies it has.
+        """
+        self._call("restore", key, taken, placement, topology, lost)
+
     def migrate(self, placement: Placement, buffer_mb: float) -> None:
         """Have the experts moved. Raises BadInput: every rank has refused, nothing has changed."""
         self._call("migrate", placement, buffer_mb)
@@ -254,15 +340,15 @@ class Ranks:
         """Stop every rank and give its place back.
 
         Returns:
-            Within _GONE_S, what is not known to be gone, in words, which are logged, too.
+            Within some seconds, what is not known to be gone, in words, which are logged, too.
         """
         self._locate()
         for actor in self.actors:
             ray.kill(actor, no_restart=True)
-        left = self._awaited_end()
+        left = self._gone.awaited([*self.where[: len(self.actors)], *self._lost])
         for place in self._places:
             self._room.give_up(place)
-        self.actors, self._places = [], []
+        self.actors, self._places, self._lost = [], [], []
         for words in left:
             log.warning(words)
         return left
@@ -272,29 +358,6 @@ class Ranks:
         for where, actor in zip(self.where, self.actors, strict=False):
             if "worker" not in where and (process := process_of(actor)):
                 where |= {"worker": process.worker, "pid": process.pid}
-
-    def _awaited_end(self) -> list[str]:
-        """Wait until Ray says of every rank's process that it is dead, or of its node; what it does not say that of."""
-        alive = {r: str(w["worker"]) for r, w in enumerate(self.where) if "worker" in w and r < len(self.actors)}
-        began, asked = time.monotonic(), False
-        while alive:
-            there, up = set(_workers()), {n["NodeID"] for n in nodes() if n["Alive"]}
-            alive = {r: w for r, w in alive.items() if w in there and self.where[r]["node"] in up}
-            waited = time.monotonic() - began
-            if waited > _POLITE_S and not asked:  # Ray takes up to a minute to miss a node
-                self._ask_nodes(alive)
-                asked = True
-            if waited > _GONE_S or all(self.where[r]["node"] in self._cut_off for r in alive):
-                break
-            time.sleep(_POLL_S)
-        return [self._still_there(rank) for rank in alive]
-
-    def _still_there(self, rank: int) -> str:
-        where = self.where[rank]
-        who = f"rank {rank} (process {where['pid']} on {where['host']}, {where['address']})"
-        if where["node"] in self._cut_off:
-            return f"{who} was killed, but its node does not answer: whether it is gone is not known"
-        return f"{who} is still there {_GONE_S:g} s after it was killed"
 
     def _started(self, rank: int, place: Place) -> Any:
         """The actor of a rank in its place."""

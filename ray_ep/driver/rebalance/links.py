@@ -14,6 +14,7 @@ import numpy.typing as npt
 from ray_ep.driver.actors import probe
 from ray_ep.driver.rebalance.recent import MeasuredStep
 from ray_ep.driver.records import Event
+from ray_ep.errors import PlacementError
 from ray_ep.placement import Topology
 from ray_ep.placement.links.groups import in_words
 from ray_ep.placement.links.probe import Pair
@@ -86,6 +87,17 @@ class Links:
         if not self.every:
             return False
         self._observe(step)
+        try:
+            return self._looked(done)
+        except PlacementError as e:  # the ranks are well: they measured what no link can be, on a busy machine say
+            words = f"after step {done}: links could not be measured, what is known of them stays: {e}"
+            self.publish(Event("topology", words))
+            self._quiet_until = self._look_from = done + QUIET * _twice(self._vain)
+            self._vain += 1
+            return False
+
+    def _looked(self, done: int) -> bool:
+        """Whether a link that is suspected, or was slowed, has changed."""
         if self._suspected and done >= self._quiet_until:
             return self._measure(done)
         if not self.slowed or done % self.every or done < self._look_from:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
+import numpy as np
+
 from ray_ep.config.schema import Config
 from ray_ep.driver.actors.reach import in_job_copy
 from ray_ep.driver.forming import Formed
@@ -32,12 +34,32 @@ def start_of(cfg: Config, plan: Plan, formed: Formed, ray: str) -> Event:
         "data": plan.corpus.source,
         "ray": ray,
         "run_dir": str(plan.run.path.absolute()),
+        "snapshot_mib": snapshot_mib(cfg, plan, formed),
     }
     words = (
         "{model}, {millions:.1f}M parameters, {layers} MoE layers x {experts} experts on {ranks} ranks of {nodes} "
         "node(s); {data}; on {ray}; {saves}; run in {run_dir}"
-    ).format(**fields, millions=fields["parameters"] / 1e6, saves=when(cfg.checkpoint))
+    ).format(**fields, millions=fields["parameters"] / 1e6, saves=_saves(cfg, fields["snapshot_mib"]))
     return Event("start", words, fields)
+
+
+def snapshot_mib(cfg: Config, plan: Plan, formed: Formed) -> int:
+    """Host memory that snapshots take of the rank that owns most: two copies of its own, two of those that it keeps."""
+    placement, ranks = formed.placement, formed.topology.num_ranks
+    if not cfg.snapshot.every or ranks < 2:
+        return 0
+    state = 4 * (1 + (2 if cfg.optim.kind == "adamw" else int(cfg.optim.beta1 > 0)))  # bytes of a parameter
+    every = sum(prod(shape) for shape in plan.signature.values())
+    experts = placement.num_layers * placement.num_experts * plan.expert_parameters
+    owned = np.bincount(placement.owner.ravel(), minlength=ranks).max() * plan.expert_parameters
+    return int((4 * owned + 2 * max(every - experts, 0)) * state) >> 20
+
+
+def _saves(cfg: Config, mib: int) -> str:
+    """How often what is saved."""
+    if not cfg.snapshot.every:
+        return f"{when(cfg.checkpoint)}, no snapshots (snapshot.every=0)"
+    return f"{when(cfg.checkpoint)}, a snapshot every {cfg.snapshot.every} steps (up to {mib} MiB of a rank)"
 
 
 def notes_of(cfg: Config, plan: Plan, formed: Formed) -> list[Event]:

@@ -113,6 +113,13 @@ class Saver:
         if why := self.save(done):
             raise SaveError(why)
 
+    def newest_there(self) -> tuple[str, int] | None:
+        """Directory and step of the newest checkpoint; None: there is none."""
+        if self.saved < 0:
+            return None
+        resumed = self.seconds is None and self.plan.checkpoint is not None
+        return (self.plan.checkpoint.directory if resumed and self.plan.checkpoint else self.directory).url, self.saved
+
     def newest(self) -> str:
         """Which checkpoint is the newest good one, in words."""
         if self.saved < 0:

@@ -1,0 +1,1 @@
+"""Survivors of a lost rank go on: what they decide, and how it is carried out."""

@@ -1,0 +1,127 @@
+"""Ranks are killed at every moment of a run, and while others recover: it goes on, with the curve of one undisturbed.
+
+Scripted and counted (tests/faults.py). Six ranks on one node: each is kept by the next one, so no two neighbours die
+between two snapshots.
+"""
+
+import os
+import re
+import signal
+
+import pytest
+from ray.cluster_utils import Cluster
+
+TRAINER, SNAPSHOTS = "ray_ep.rank.trainer:Trainer", "ray_ep.rank.snapshot.snapshots:Snapshots"
+IN_A_STEP = {  # rank: where, at which call (from 1)
+    0: ("ray_ep.rank.step.forward:Forward.loss", 4),
+    2: ("ray_ep.moe.exchange.meter:MeteredGroup.all_to_all", 60),  # forward or backward of some step
+    4: (f"{TRAINER}._all_are_ready", 9),
+    5: (f"{TRAINER}.finish", 13),
+}
+BETWEEN_STEPS = {
+    1: (f"{TRAINER}.publish", 4),
+    3: (f"{SNAPSHOTS}._piece", 6),
+    5: (f"{TRAINER}.evaluate", 3),
+    0: (f"{TRAINER}.save", 3),
+}
+WHILE_RECOVERING = {1: (f"{TRAINER}._reduce", 4), 3: (f"{TRAINER}.regroup", 1), 5: (f"{TRAINER}.migrate", 1)}
+STEPS = 16
+OPTIONS = [
+    f"optim.steps={STEPS}",
+    "snapshot.every=2",
+    "eval.every=4",
+    "checkpoint.every=5",
+    "checkpoint.keep=0",
+    "exchange.kind=flat",
+]
+
+
+def curve(lines, run):
+    """Loss, norm and tokens of each step, of a repeated one the last; steps in the order in which they were told."""
+    told = lines(run / "metrics.jsonl")
+    by_step = {m["step"]: (m["loss"], m["grad_norm"], m["tokens"]) for m in told}
+    assert sorted(by_step) == list(range(1, STEPS + 1))
+    return [by_step[s] for s in sorted(by_step)], [m["step"] for m in told]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shared, lines, cluster):
+    command = shared.train(*OPTIONS, "run_dir=undisturbed", RAY_ADDRESS=cluster.driver)
+    assert command.wait(120) == 0, command.err
+    return curve(lines, shared.path / "undisturbed")[0]
+
+
+def check(here, lines, command, undisturbed, faults):
+    assert command.wait(200) == 0, command.err
+    faults.check()
+    got, told = curve(lines, here.path / "run")
+    for step, (a, b) in enumerate(zip(got, undisturbed, strict=True), 1):
+        assert a == pytest.approx(b, rel=1e-5), f"step {step}"
+    events = [e for e in lines(here.path / "run" / "events.jsonl") if e["kind"] == "recovered"]
+    lost = [m for e in events for m in e["fields"]["lost"]]
+    assert sorted(lost) == sorted(f"rank-{f.rank}" for f in faults.script)
+    repeated = sum(e["fields"]["repeated"] for e in events)
+    assert len(told) <= STEPS + repeated
+    for event in events:
+        fields = event["fields"]
+        assert fields["repeated"] <= 3, event
+        assert set(fields["seconds"]) == {"detect", "decide", "regroup", "restore", "first_step"}
+        assert re.match(r"rank \d on \S+ died", fields["cause"])
+    assert command.left() == {}
+    return events
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [IN_A_STEP, BETWEEN_STEPS], ids=["in a step", "between steps"])
+def test_the_curve_is_that_of_the_undisturbed_run_wherever_ranks_are_killed(
+    here, lines, faults, cluster, undisturbed, script
+):
+    for rank, (at, call) in script.items():
+        faults.kill(rank, at, call)
+    six = ["cluster.ranks=6", "cluster.cpus_per_rank=0.5", "run_dir=run"]
+    command = here.train(*OPTIONS, *six, faults=faults, RAY_ADDRESS=cluster.driver)
+    events = check(here, lines, command, undisturbed, faults)
+    assert len(events) == 4
+
+
+@pytest.mark.slow
+def test_ranks_that_are_killed_while_others_recover_are_survived_too(here, lines, faults, cluster, undisturbed):
+    for rank, (at, call) in WHILE_RECOVERING.items():
+        faults.kill(rank, at, call)
+    six = ["cluster.ranks=6", "cluster.cpus_per_rank=0.5", "run_dir=run"]
+    command = here.train(*OPTIONS, *six, faults=faults, RAY_ADDRESS=cluster.driver)
+    (event,) = check(here, lines, command, undisturbed, faults)
+    assert event["fields"]["ranks"] == 3
+
+
+def test_a_killed_rank_is_named_and_the_other_goes_on_alone(here, lines, faults, cluster):
+    faults.kill(rank=1, at=f"{TRAINER}.finish", call=4)
+    command = here.train("optim.steps=6", "snapshot.every=2", "run_dir=run", faults=faults, RAY_ADDRESS=cluster.driver)
+    assert command.wait(60) == 0, command.err
+    assert re.search(r"event kind=recovered rank 1 on \S+ died.*; 1 rank goes on in epoch 1: all go back", command.err)
+    assert [m["step"] for m in lines(here.path / "run" / "metrics.jsonl")] == [1, 2, 3, 3, 4, 5, 6]
+    assert [m["world_size"] for m in lines(here.path / "run" / "metrics.jsonl")] == [2, 2, 2, 1, 1, 1, 1]
+    assert command.left() == {}
+
+
+@pytest.mark.slow
+def test_a_node_that_is_lost_takes_its_ranks_along_and_the_others_go_on(here, lines):
+    """Its raylet is killed; Ray's own verdict on it takes 13 s by default, and the ranks there live on for a while."""
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        lost = nodes.add_node(num_cpus=1)
+        options = ["optim.steps=100000", "snapshot.every=2", "run_dir=run", "cluster.cpus_per_rank=0.5", "eval.every=0"]
+        command = here.train(*options, "cluster.ranks=3", RAY_ADDRESS=nodes.address)
+        metrics = here.path / "run" / "metrics.jsonl"
+        command.until(lambda: len(lines(metrics)) >= 5, 90, "five steps")
+        os.kill(lost.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+        command.until(lambda: "event kind=recovered" in command.err, 30, "the recovery")
+        done = len(lines(metrics))
+        command.until(lambda: len(lines(metrics)) >= done + 5, 30, "five more steps")
+        os.killpg(command.process.pid, signal.SIGINT)
+        assert command.wait(60) == 130, command.err
+        (event,) = [e["fields"] for e in lines(here.path / "run" / "events.jsonl") if e["kind"] == "recovered"]
+        assert 3 - len(event["lost"]) == event["ranks"] >= 1
+        assert event["repeated"] <= 3
+    finally:
+        nodes.shutdown()
