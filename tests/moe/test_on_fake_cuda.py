@@ -1,6 +1,7 @@
 """Layers on the CUDA that is not there equal plain transformers, and let the host wait no more often than they must."""
 
 import copy
+import time
 from collections import Counter
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 import ray_ep
 from ray_ep.collective import SoloGroup
-from ray_ep.errors import BadInput
+from ray_ep.errors import BadInput, GroupError
 from ray_ep.moe.passes import recomputing
 from tests.fake_cuda import fake_cuda, host_syncs, nccl_ranks
 from tests.models import (
@@ -223,3 +224,29 @@ def test_the_host_waits_for_the_sizes_of_a_layer_and_for_nothing_else(case, most
     forward, backward = waits(**case)
     print(Counter(forward), Counter(backward))
     assert (len(forward), len(backward)) == (most, 0), (Counter(forward), Counter(backward))
+
+
+@pytest.mark.parametrize("way", [{}, {"kind": "two_level"}], ids=str)
+def test_a_layer_whose_peer_does_not_come_ends_as_the_group_does_and_takes_no_size_from_it(monkeypatch, way):
+    model = build("qwen3_moe", num_hidden_layers=1)
+
+    def work(group):
+        ours = ray_ep.moe.parallelize(copy.deepcopy(model).cuda(), group, balance="off", node_of=np.arange(2))
+        ours.ray_ep.exchange_by(**way)
+        group.barrier()
+        if group.rank:
+            time.sleep(0.8)
+            return None
+        group.timeout_s = 0.3
+        index = torch.arange(24).view(8, 3).cuda() % 8
+        with pytest.raises(GroupError, match=r"no answer from the peers in 0\.3 s"):
+            ours.ray_ep.layers[0].compute(ours.ray_ep.modules[0], torch.ones(8, 32).cuda(), index, index.float())
+        return True
+
+    with fake_cuda():
+        real = torch.empty_like
+        monkeypatch.setattr(
+            torch, "empty_like", lambda *a, **k: real(*a, **k).fill_(-999)
+        )  # what sizes find before them
+        assert nccl_ranks(2, work)[0]
+        monkeypatch.undo()
