@@ -73,6 +73,7 @@ def test_a_command_that_is_terminated_while_it_starts_leaves_nothing_behind(here
     assert command.left(15) == {}
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_named_and_ends_the_run_without_orphans(here, lines, running, faults):
     faults.kill(rank=1, call=4)
     command = running("snapshot.every=0")
@@ -105,9 +106,8 @@ STOPPED = (
 )
 
 
-@pytest.mark.parametrize(
-    "at", ["build", *(pytest.param(at, marks=pytest.mark.slow) for at in ("join", "train_step", "save"))]
-)
+@pytest.mark.parametrize("at", ["build", "join", "train_step", "save"])
+@pytest.mark.slow
 def test_a_rank_that_is_stopped_is_named_whatever_it_is_at_and_the_run_ends(here, lines, faults, cluster, at):
     faults.stop(rank=1, at=at)
     options = ["optim.steps=3", "run_dir=run", "checkpoint.every=2", "cluster.silence_s=2", "snapshot.every=0"]
