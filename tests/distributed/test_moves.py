@@ -64,6 +64,9 @@ ray.shutdown()
 """
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def runs(shared, cluster):
     """The directory with a run whose experts move, then are asked to in its continuation, and one whose stay."""
