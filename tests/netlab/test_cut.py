@@ -13,7 +13,8 @@ pytestmark = [needs_root, pytest.mark.lab]  # it measures seconds
 
 TINY = """model.overrides={hidden_size: 32, intermediate_size: 32, moe_intermediate_size: 16, num_hidden_layers: 2,
 num_experts: 8, head_dim: 8}"""
-OPTIONS = "optim.steps=100000 batch.sequences=8 batch.length=32 eval.every=0 topology.measure=false balance.in_step=off snapshot.every=0"
+OPTIONS = "optim.steps=100000 batch.sequences=8 batch.length=32 eval.every=0 topology.measure=false balance.in_step=off"
+OPTIONS += " snapshot.every=0"
 
 
 def test_a_cut_host_ends_the_run_within_seconds_and_is_named_with_its_rank(make_lab, tmp_path):
