@@ -116,17 +116,16 @@ class Recovery:
         fresh = newest is not None and newest.epoch == self.ranks.membership.epoch
         return not fresh or (newest is not None and done >= newest.step + every)
 
-    def take(self, done: int, placement: Placement) -> float:
-        """Have a snapshot taken of the state after `done` steps; returns the seconds that all waited for it.
+    def take(self, done: int, placement: Placement) -> None:
+        """Have a snapshot taken of the state after `done` steps.
 
         Raises:
             LostError: a rank was lost, or what was sent before did not arrive.
         """
-        began, members = self.clock(), self.ranks.membership
+        members = self.ranks.membership
         self.ranks.snapshot(done)
         # That the one before has arrived is known now, so nothing older is of use.
         self.snapshots = [*self.snapshots[-1:], Taken(Key(members.epoch, done), members, placement)]
-        return self.clock() - began
 
     def stepped(self) -> None:
         """A step is made: of recoveries before it everything is known now, and told."""

@@ -49,7 +49,6 @@ class Snapshot:
     own: OwnedCopy
     dense: DenseCopy
     wards: dict[int, OwnedCopy]  # by rank; those that have arrived whole
-    everywhere: bool = False  # every rank has all of it
 
 
 class Snapshots:
@@ -134,7 +133,6 @@ class Snapshots:
                 snapshot.wards = coming
             self.side.barrier()  # whoever leaves it knows that everybody has everything
             with self._lock:
-                snapshot.everywhere = True
                 old, self._kept = [s for s in self._kept if s is not snapshot], [snapshot]
             for gone in old:
                 self._drop(gone)
