@@ -54,12 +54,12 @@ class FakeRanks:
     """
 
     device, note, name = "cpu", "", "fake"
-    where = [{"node": "a", "host": "alpha"}] * RANKS
 
     def __init__(self, links=None, look=bool, size=RANKS):
         self.calls, self.meanwhile, self.links, self.look = [], {}, links or topology(node_of=(0,) * size), look
         self.counts = Counter()
         self.membership = Membership(0, tuple(f"m{r}" for r in range(size)), tuple(self.links.node_of.tolist()))
+        self.where = [{"node": "a", "host": "alpha"} for _ in range(size)]
         self.updates = 0
         self.kept = []  # keys of the snapshots that were taken
 
@@ -75,6 +75,7 @@ class FakeRanks:
 
     def lose(self, lost):
         self._answer("lose")
+        self.where = [w for r, w in enumerate(self.where) if r not in lost]
         self.membership = self.membership.next([self.membership.members[r] for r in lost])
 
     def states(self):

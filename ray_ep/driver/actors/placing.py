@@ -1,6 +1,8 @@
 """Room for ranks on a cluster: a Ray placement group of one bundle for each, so that one is added or given up alone.
 
 Ray cannot resize a group. Starts no actor. Imports Ray and config.
+
+Uses one private function of Ray, its list of draining nodes: pyproject pins the version range.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from ipaddress import ip_address
 from typing import Any
 
 import ray
+from ray._private.state import state
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 from ray_ep.config.schema import ClusterConfig
@@ -21,6 +24,10 @@ from ray_ep.errors import ClusterError
 nodes: Callable[[], list[dict[str, Any]]] = ray.nodes
 resources: Callable[[], dict[str, float]] = ray.cluster_resources
 _available: Callable[[], dict[str, float]] = ray.available_resources
+_draining: Callable[[], dict[str, int]] = state.get_draining_nodes
+
+NODE = "ray.io/node-id"
+"""The label that every node has: its id."""
 
 _RETURNED_S = 0.1
 """Until what a removed group held can be had again: a group that asks earlier waits for Ray's next try, up to 1 s."""
@@ -51,6 +58,7 @@ class Places:
         self.cfg, self.name, self.cuda, self._interrupted = cfg, name, cuda, interrupted
         self._bundle = {"CPU": float(cfg.cpus_per_rank)} | ({"GPU": 1.0} if cuda else {})
         self._made = 0  # a group's name is never used twice
+        self._asked: dict[PlacementGroup, Any] = {}  # what is ready once a group has its room
 
     def take(self, ranks: int) -> list[Place]:
         """Room for so many ranks on as few nodes as Ray packs them on, by host; all of them or none.
@@ -75,21 +83,31 @@ class Places:
             if time.monotonic() > limit:  # somebody else was faster, each time
                 raise self._no_room(ranks)
 
-    def add(self) -> Place:
-        """Room for one more rank, wherever it is.
+    def ask(self) -> PlacementGroup:
+        """Ask for room for one more rank, on any node that does not drain: a pending group, which an autoscaler serves.
 
-        Raises:
-            ClusterError: there was none within cluster.wait_s; nothing is held.
+        Returns at once: `have` tells when the room is there, `withdraw` gives it up.
         """
-        group = self._group()
-        try:
-            if not self._ready([group], time.monotonic() + self.cfg.wait_s):
-                raise self._no_room(1)
-            (node,) = placement_group_table(group)["bundles_to_node_id"].values()
-            return _place(group, node)
-        except BaseException:
-            remove_placement_group(group)
-            raise
+        leaving = sorted(_draining())
+        group = self._group({NODE: f"!in({','.join(leaving)})"} if leaving else {})
+        self._asked[group] = group.ready()
+        return group
+
+    def have(self, group: PlacementGroup) -> Place | None:
+        """The room that was asked for, once; None: not yet. Ray's head is asked only when there is some."""
+        if not ray.wait([self._asked[group]], timeout=0)[0]:
+            return None
+        told = placement_group_table(group)
+        if told["state"] != "CREATED":  # its node has died since: Ray looks for another
+            return None
+        del self._asked[group]
+        (node,) = told["bundles_to_node_id"].values()
+        return _place(group, node)
+
+    def withdraw(self, group: PlacementGroup) -> None:
+        """What was asked for is not needed any more."""
+        self._asked.pop(group, None)
+        remove_placement_group(group)
 
     def give_up(self, place: Place) -> None:
         """Give one rank's room back; Ray kills an actor that is still in it."""
@@ -99,7 +117,7 @@ class Places:
         """A group of one bundle on each of these nodes; [] if not all can be had."""
         groups: list[PlacementGroup] = []
         try:
-            groups += [self._group(node) for node in where]
+            groups += [self._group({NODE: node}) for node in where]
             if self._ready(groups, limit):
                 return [_place(group, node) for group, node in zip(groups, where, strict=True)]
         except BaseException:
@@ -110,11 +128,11 @@ class Places:
             remove_placement_group(group)
         return []
 
-    def _group(self, node: str = "") -> PlacementGroup:
+    def _group(self, selector: dict[str, str]) -> PlacementGroup:
+        """A group for one rank, on a node whose labels fit."""
         self._made += 1
-        pin = [{"ray.io/node-id": node}] if node else None
-        name = f"{self.name}-place-{self._made}"
-        made: PlacementGroup = placement_group([self._bundle], name=name, bundle_label_selector=pin)
+        name, labels = f"{self.name}-place-{self._made}", [selector] if selector else None
+        made: PlacementGroup = placement_group([self._bundle], name=name, bundle_label_selector=labels)
         return made
 
     def _ready(self, groups: list[PlacementGroup], limit: float) -> bool:

@@ -21,6 +21,7 @@ from ray_ep.driver.rebalance.mover import facts_of
 from ray_ep.driver.rebalance.recent import Facts
 from ray_ep.driver.records import Event
 from ray_ep.driver.recovery.decide import Decision, Survivor, Taken, decide
+from ray_ep.driver.recovery.departures import Departures
 from ray_ep.driver.start import Plan
 from ray_ep.errors import LostError, PlacementError, RankError
 from ray_ep.moe import Choice
@@ -42,6 +43,7 @@ class SurvivingRanks(Protocol):
     """Of the driver's ranks what recovery asks for; the calls' own words are in actors/ranks.py."""
 
     membership: Membership
+    where: list[dict[str, Any]]
 
     def lose(self, lost: tuple[int, ...]) -> None:
         """Go on without these."""
@@ -90,6 +92,7 @@ class Recovery:
     Args:
         newest: directory and step of the newest checkpoint, if there is one.
         publish: tells an operator. clock: seconds.
+        departures: counts lost ranks, too.
     """
 
     def __init__(
@@ -100,9 +103,10 @@ class Recovery:
         newest: Callable[[], tuple[str, int] | None],
         publish: Callable[[Event], None],
         clock: Callable[[], float] = time.monotonic,
+        departures: Departures | None = None,
     ):
         self.cfg, self.plan, self.ranks, self.newest = cfg, plan, ranks, newest
-        self.publish, self.clock = publish, clock
+        self.publish, self.clock, self.departures = publish, clock, departures or Departures()
         self.snapshots: list[Taken] = []
         self._since: float | None = None  # recovered, and no step was made yet
         self._told: list[tuple[str, dict[str, Any]]] = []  # of each recovery since the last step: words, fields
@@ -146,6 +150,7 @@ class Recovery:
             RankError: nobody can go on, and why.
         """
         before, lost, go_back = self.ranks.membership, error.lost, False
+        node_of = {m: where["node"] for m, where in zip(before.members, self.ranks.where, strict=True)}
         self._check_tries(error, now.done)
         while True:
             self._check_room(error, lost)
@@ -167,7 +172,7 @@ class Recovery:
                     raise RankError(error.rank, f"{error}\nno snapshot fits: {e}") from error
                 lost, go_back = (), True
             else:
-                self._note(error, found, before, now.done, {"detect": error.silent_s, **seconds})
+                self._note(error, found, node_of, now.done, {"detect": error.silent_s, **seconds})
                 return formed
 
     def _carried_out(
@@ -275,19 +280,22 @@ class Recovery:
             raise RankError(error.rank, f"{error}\nit failed {MOST_ATTEMPTS} times, with every rank still there")
 
     def _note(
-        self, error: LostError, decision: Decision, before: Membership, done: int, seconds: dict[str, float]
+        self, error: LostError, decision: Decision, node_of: dict[str, str], done: int, seconds: dict[str, float]
     ) -> None:
-        """Remember what there is to say of a recovery."""
+        """Remember what there is to say of a recovery; `node_of` the members of before it, by Ray's id of a node."""
         members, again = self.ranks.membership, max(done - decision.done, 0)
-        gone = [m for m in before.members if m not in members.members]
+        gone = [m for m in node_of if m not in members.members]
+        why, planned = self.departures.lost([node_of[m] for m in gone])
         what = f"; {again} steps are made again" if again > 1 else "; 1 step is made again" if again else ""
         cause = str(error).splitlines()[0]
         count = f"{members.size} ranks go" if members.size > 1 else "1 rank goes"
-        words = f"{cause.partition('. ')[0]}; {count} on in epoch {members.epoch}: {decision.words}{what}"
+        plan = f", {'as planned' if planned else 'planned in part'}: {why}" if why else ""
+        words = f"{cause.partition('. ')[0]}{plan}; {count} on in epoch {members.epoch}: {decision.words}{what}"
         log.info("recovered lost=%s epoch=%d done=%d repeated=%d", gone, members.epoch, decision.done, again)
         fields = {
-            "lost": gone, "cause": cause, "epoch": members.epoch, "ranks": members.size, "done": decision.done,
-            "repeated": again, "seconds": seconds,
+            "lost": gone, "cause": cause, "planned": planned, "why": why, "failures": self.departures.failures,
+            "planned_leaves": self.departures.planned_leaves, "epoch": members.epoch, "ranks": members.size,
+            "done": decision.done, "repeated": again, "seconds": seconds,
         }  # fmt: skip
         self._told.append((words, fields))
         self._since = self.clock()
