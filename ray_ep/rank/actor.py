@@ -251,13 +251,13 @@ class RankActor:
         snapshot = None if self.rank in fresh else self.snapshots.get(key)
         restore(self.trainer, snapshot, taken, placement, topology, lost.get(self.rank, []), fresh)
 
-    def counted(self) -> dict[str, torch.Tensor]:
-        """Sums of the routing statistics of this rank, which goes."""
-        return {name: getattr(self.model.ep.counters, name).cpu() for name in COUNTED}
+    def counted(self, leaves: bool) -> dict[str, torch.Tensor]:
+        """Sums of the routing statistics of this rank, if it leaves."""
+        return {name: getattr(self.model.ep.counters, name).cpu() for name in COUNTED} if leaves else {}
 
-    def count(self, sums: dict[str, torch.Tensor]) -> None:
-        """Take on the sums of a rank that went."""
-        for name, then in sums.items():
+    def count(self, sums: list[dict[str, torch.Tensor]]) -> None:
+        """Take on the sums of ranks that go."""
+        for name, then in ((name, then) for given in sums for name, then in given.items()):
             getattr(self.model.ep.counters, name).add_(then.to(self.device))
 
     @ray.method(concurrency_group="control")

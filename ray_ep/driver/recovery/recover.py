@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from ray_ep.collective import Membership
 from ray_ep.config.schema import Config
-from ray_ep.driver.forming import Formed
+from ray_ep.driver.forming import Formed, placement_for
 from ray_ep.driver.rebalance.mover import facts_of
 from ray_ep.driver.rebalance.recent import Facts
 from ray_ep.driver.records import Event
@@ -25,8 +25,7 @@ from ray_ep.driver.recovery.departures import Departures
 from ray_ep.driver.start import Plan
 from ray_ep.errors import LostError, PlacementError, RankError
 from ray_ep.moe import Choice
-from ray_ep.placement import Placement, RoutingStatistics, Topology, contiguous, plan, slots_needed
-from ray_ep.placement.planner.survive import fewest_slots
+from ray_ep.placement import Placement, Topology, contiguous, slots_needed
 from ray_ep.rank.data.corpus import Corpus
 from ray_ep.rank.snapshot.copies import Key
 
@@ -57,11 +56,17 @@ class SurvivingRanks(Protocol):
     def join(self, timeout_s: float, transports: list[str], snapshots: bool, limit_s: float) -> None:
         """Form the group of the membership."""
 
-    def regroup(self, placement: Placement, topology: Topology) -> None:
-        """On over it, each with what it has."""
+    def regroup(self, placement: Placement, topology: Topology, fresh: tuple[int, ...] = ()) -> None:
+        """On over it, each with what it has, `fresh` ones with what every rank has."""
 
     def restore(
-        self, key: Key, taken: Placement, placement: Placement, topology: Topology, lost: dict[int, list[int]]
+        self,
+        key: Key,
+        taken: Placement,
+        placement: Placement,
+        topology: Topology,
+        lost: dict[int, list[int]],
+        fresh: tuple[int, ...] = (),
     ) -> None:
         """Back to a snapshot, and on over it."""
 
@@ -143,21 +148,23 @@ class Recovery:
         """Go on with those that are left; what they go on with. It is told after their first step (`stepped`).
 
         Args:
-            now: what the run went on with before the loss; `done` are the steps behind it.
+            now: what the run went on with before the loss; `done` are the steps behind it. Members that are not in
+                it, since they were lost or the others were while these came, are given what every rank has.
             load: [L, E] of recent steps, to plan by; empty: not known.
 
         Raises:
             RankError: nobody can go on, and why.
         """
-        before, lost, go_back = self.ranks.membership, error.lost, False
-        node_of = {m: where["node"] for m, where in zip(before.members, self.ranks.where, strict=True)}
+        before, lost, go_back = now.membership, error.lost, False
+        there = zip(self.ranks.membership.members, self.ranks.where, strict=True)
+        node_of = {member: where["node"] for member, where in there}
         self._check_tries(error, now.done)
         while True:
             self._check_room(error, lost)
             began = self.clock()
             self.ranks.lose(lost)
             try:
-                survivors = self.ranks.states()
+                survivors = {m: said for m, said in self.ranks.states().items() if m in before.members}
                 found = decide(before, now.placement, survivors, self.snapshots, go_back)
                 if isinstance(found, str):
                     found = self._from_checkpoint(error, found)
@@ -193,18 +200,18 @@ class Recovery:
         if decision.snapshot is None:
             placement = now.placement.among(members.origin(before))
             placement = replace(placement, version=now.placement.version + 1)
-            self.ranks.regroup(placement, topology)
+            self.ranks.regroup(placement, topology, members.fresh(before))
             self.ranks.publish()
         else:
             placement = self._restored(decision.snapshot, decision, now, topology)
-        better = self._planned(placement, topology, load)
+        better = placement_for(cfg, placement, topology, load)
         if better is not None:
             self.ranks.migrate(better, cfg.placement.migration_buffer_mb)
             placement = better
         restored = self.clock()
         facts = self._facts(now.choice)
         seconds = {"decide": decided - began, "regroup": joined - decided, "restore": restored - joined}
-        return Formed(topology, placement, now.choice, facts, decision.done), seconds
+        return Formed(members, topology, placement, now.choice, facts, decision.done), seconds
 
     def _restored(self, taken: Taken, decision: Decision, now: Formed, topology: Topology) -> Placement:
         """All go back to a snapshot; the placement that they have then: owners alone, with keepers for lost ones."""
@@ -217,7 +224,8 @@ class Recovery:
             wards.setdefault(keeper, []).append(gone)
         placement = taken.placement.primaries().among(members.origin(taken.membership), keeper_of)
         placement = replace(placement, version=now.placement.version + 1)
-        self.ranks.restore(taken.key, taken.placement, placement, topology, wards)
+        fresh = members.fresh(taken.membership)
+        self.ranks.restore(taken.key, taken.placement, placement, topology, wards, fresh)
         return placement
 
     def _from_checkpoint(self, error: LostError, why: str) -> Decision:
@@ -240,27 +248,12 @@ class Recovery:
         self.ranks.build(self.cfg, self.plan.config, self.plan.corpus, placement, topology)
         self.ranks.load(decision.checkpoint, decision.done)
         choice = self.ranks.choose_exchange(decision.done)
-        formed = Formed(topology, placement, choice, self._facts(choice), decision.done)
+        formed = Formed(self.ranks.membership, topology, placement, choice, self._facts(choice), decision.done)
         return formed, {**seconds, "restore": self.clock() - joined}
 
     def _facts(self, choice: Choice) -> Facts:
         plan, ranks = self.plan, self.ranks.membership.size
         return facts_of(self.cfg, plan.config, plan.expert_parameters, choice.kind, ranks)
-
-    def _planned(self, placement: Placement, topology: Topology, load: np.ndarray) -> Placement | None:
-        """A better placement for who is there; None: it stays."""
-        experts, ranks = placement.num_experts, placement.num_ranks
-        cfg, least = self.cfg.placement, slots_needed(experts, ranks)
-        slots, survive = max(cfg.slots_per_rank, least), cfg.survive_nodes
-        nodes = len(set(topology.node_of.tolist()))
-        if survive and (survive >= nodes or slots < fewest_slots(experts, topology.node_of, survive)):
-            survive = 0
-        even = load.astype(np.int64) if load.size else np.ones((placement.num_layers, experts), np.int64)
-        level = "rank" if cfg.level == "auto" else cfg.level
-        found = plan(
-            RoutingStatistics(even), topology, slots, placement, level=level, seed=self.cfg.seed, survive_nodes=survive
-        )
-        return None if found.version == placement.version else found
 
     def _check_room(self, error: LostError, lost: tuple[int, ...]) -> None:
         """Raise RankError if too few are left."""
