@@ -90,10 +90,10 @@ class FakeRanks:
     def publish(self):
         self._answer("publish")
 
-    def regroup(self, placement, topology):
+    def regroup(self, placement, topology, fresh=()):
         self._answer("regroup")
 
-    def restore(self, key, taken, placement, topology, lost):
+    def restore(self, key, taken, placement, topology, lost, fresh=()):
         self.updates = key.step
         self._answer("restore")
 

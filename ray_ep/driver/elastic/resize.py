@@ -25,6 +25,7 @@ from ray_ep.driver.rebalance.mover import facts_of
 from ray_ep.driver.records import Event
 from ray_ep.driver.run.rundir import checkpoint_url
 from ray_ep.driver.start import Plan
+from ray_ep.driver.states import State, States
 from ray_ep.errors import PlacementError
 from ray_ep.placement import Placement
 
@@ -45,12 +46,13 @@ class Resizer:
         cfg: Config,
         plan: Plan,
         ranks: Ranks,
+        states: States,
         moved: Callable[[Placement], None],
         publish: Callable[[Event], None],
         clock: Callable[[], float] = time.monotonic,
     ):
         self.cfg, self.plan, self.ranks = cfg, plan, ranks
-        self.moved, self.publish, self.clock = moved, publish, clock
+        self.states, self.moved, self.publish, self.clock = states, moved, publish, clock
         self._corpus: Any = None  # where every newcomer finds it
         ranks.newcomers.prepare = self._prepared
 
@@ -93,8 +95,13 @@ class Resizer:
             PlacementError: the others have no room for what leavers own; nothing has changed.
         """
         began, before = self.clock(), self.ranks.membership
+        self.states.to(State.RESIZING, f"{self.ready} ranks come and {len(leave)} go after step {now.done}")
         if leave:
-            now = self._handed_over(now, leave, load)
+            try:
+                now = self._handed_over(now, leave, load)
+            except PlacementError as e:
+                self.states.to(State.STEPPING, f"nobody leaves: {e}")
+                raise
             self.moved(now.placement)
         handed = self.clock()
         come = self.ranks.newcomers.take()

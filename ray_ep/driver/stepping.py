@@ -1,0 +1,117 @@
+"""One step of a run and what belongs to it: experts that move, and what is due after it. Losses are loop.py's."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from ray_ep.config.schema import Config
+from ray_ep.driver.actors.ranks import Ranks
+from ray_ep.driver.alarm import Alarm
+from ray_ep.driver.ending import Activity
+from ray_ep.driver.evaluation import Evaluator
+from ray_ep.driver.measures import step_record
+from ray_ep.driver.publisher import Publisher
+from ray_ep.driver.rebalance.mover import Mover
+from ray_ep.driver.records import Event, StepRecord
+from ray_ep.driver.recovery.recover import Recovery
+from ray_ep.driver.requests import Request, RequestKind, Requests
+from ray_ep.driver.run.saving import Saver
+from ray_ep.driver.start import Plan
+from ray_ep.driver.states import States
+from ray_ep.rank.results import StepResult
+
+log = logging.getLogger("ray_ep.driver")
+
+
+class Stepping:
+    """The steps of one run on ranks that have formed.
+
+    Args:
+        ranks: placed.
+        clock: seconds.
+
+    Attributes:
+        done: optimizer steps behind the run.
+        mover: made anew for each membership.
+        stop: who asked for the end.
+        unfinished: of a step that is made, while what is due after it is not done.
+    """
+
+    mover: Mover
+
+    def __init__(
+        self,
+        cfg: Config,
+        plan: Plan,
+        ranks: Ranks,
+        publisher: Publisher,
+        requests: Requests,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.cfg, self.plan, self.ranks, self.publisher, self.requests = cfg, plan, ranks, publisher, requests
+        self.states, self.activity = States(), Activity(cfg.batch.accumulation, clock)
+        self.saver = Saver(cfg, plan, ranks, publisher, clock)
+        held_out, keep, tell = len(plan.corpus.held_out), plan.run.provenance, publisher.event
+        self.evaluator = Evaluator(cfg.eval, cfg.optim.steps, held_out, ranks, keep, tell)
+        self.alarm = Alarm(cfg.router, tell)
+        self.recovery = Recovery(cfg, plan, ranks, self.saver.newest_there, tell, clock)
+        self.done = 0
+        self.stop: Request | None = None
+        self.unfinished: StepRecord | None = None
+
+    def step_and_rebalance(self) -> StepRecord | None:
+        """One step, after which experts move if that pays; None: the step was broken off."""
+        stepped = self.step()
+        if stepped is None:
+            return None
+        results, seconds = stepped
+        for kind, words in (("balance", results[0].note), ("random-draws", results[0].warning)):
+            if words:
+                self.publisher.event(Event(kind, words))
+        record = step_record(self.done, results, seconds, self.mover.topology, self.mover.placement)
+        self.unfinished = record
+        self.requests.poll()
+        if self.stopping():
+            return record
+        moved_s, stood_s = self.mover.after_step(self.done, results, seconds)
+        return replace(record, migration_seconds=moved_s, rebalance_seconds=stood_s)
+
+    def step(self) -> tuple[list[StepResult], float] | None:
+        """One optimizer step on all ranks: what each says, and its seconds; None: broken off, and nothing has changed.
+
+        After an error `done` is as before; ranks may have made the step or not.
+        """
+        began = time.perf_counter()
+        with self.activity("step"):
+            results = self.ranks.train_step(self.done)
+        seconds = time.perf_counter() - began
+        if results is None:
+            return None
+        self.done = self.publisher.done = self.done + 1
+        self.recovery.stepped()
+        return results, seconds
+
+    def finish_step(self, record: StepRecord) -> None:
+        """What is due after a step: evaluate, publish, watch the routing, save."""
+        if self.evaluator.due(self.done) and not self.stopping():
+            with self.activity("evaluation"):
+                record = replace(record, eval_loss=self.evaluator.evaluate(self.done))
+        self.publisher.step(record)
+        self.unfinished = None
+        self.alarm.watch(self.done, record.load)
+        if self.done < self.cfg.optim.steps and self.saver.due(self.done) and not self.stopping():
+            with self.activity("saving"):
+                self.saver.save_and_go_on(self.done)
+
+    def stopping(self) -> bool:
+        """Carry out what was asked for meanwhile; whether that was the end."""
+        for request in self.requests.take():
+            log.info("request kind=%s by=%r", request.kind.value, request.by)
+            if request.kind is RequestKind.STOP:
+                self.stop = self.stop or request
+            elif request.kind is RequestKind.REBALANCE:
+                self.mover.asked = True
+        return self.stop is not None
