@@ -72,9 +72,9 @@ class RankActor:
         """`ray_ep.rank.memory.oom_kills` on this node."""
         return oom_kills()
 
-    def reach(self, trial: DirectoryTrial) -> list[str]:
-        """What this rank's node cannot read or write of what the run needs there, in words."""
-        return trial.on_rank(self.rank)
+    def reach(self, trial: DirectoryTrial, rank: int | None = None) -> list[str]:
+        """What this node cannot read or write of what the run needs there, in words; tried as `rank`, if given."""
+        return trial.on_rank(self.rank if rank is None else rank)
 
     def transports(self) -> list[str]:
         """Transports that this process could use, by their names in the configuration."""

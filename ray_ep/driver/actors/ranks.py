@@ -96,9 +96,7 @@ class Ranks:
             members = tuple(f"rank-{rank}" for rank in range(cfg.ranks))
             self.membership = Membership(0, members, tuple(self._node(p.node) for p in self._places))
             self._members = cfg.ranks  # so far: an id is never used twice
-            self.actors = [
-                self._starter.start(*seat) for seat in zip(self._places, members, range(cfg.ranks), strict=True)
-            ]
+            self.actors = [self._starter.start(*seat) for seat in zip(self._places, members, strict=True)]
             self._heartbeat = self._listen()
             self.where = [{**w, **said} for w, said in zip(self.where, self._call("where"), strict=True)]
         except BaseException:

@@ -22,8 +22,8 @@ class Starter:
     def __init__(self, cfg: ClusterConfig, name: str, device: str, actor: Any):
         self.cfg, self.name, self.device, self.actor = cfg, name, device, actor
 
-    def start(self, place: Place, member: str, rank: int = 0) -> Any:
-        """The actor of a member in its place; `join` tells it its rank."""
+    def start(self, place: Place, member: str) -> Any:
+        """The actor of member rank-N in its place: N is its rank until `join` tells it another."""
         options = {
             "num_cpus": self.cfg.cpus_per_rank,
             "num_gpus": int(self.device == "cuda"),
@@ -32,7 +32,7 @@ class Starter:
             "name": f"{self.name}-{member}",
         }
         threads = max(1, int(self.cfg.cpus_per_rank))
-        return self.actor.options(**options).remote(rank, self.cfg.ranks, threads, self.device)
+        return self.actor.options(**options).remote(int(member.rpartition("-")[2]), self.cfg.ranks, threads, self.device)
 
 
 def _environment() -> dict[str, str]:

@@ -174,5 +174,5 @@ class _Alone:
 
     def reach(self, trial: object) -> list[list[str]]:
         """What its node cannot read or write, in words."""
-        found: list[list[str]] = [ray.get(self._actor.reach.remote(trial), timeout=60.0)]
+        found: list[list[str]] = [ray.get(self._actor.reach.remote(trial, 0), timeout=60.0)]
         return found
