@@ -86,8 +86,8 @@ class Newcomers:
         self._coming += [Newcomer(member, self._places.ask(), self._clock()) for member in members]
 
     def withdraw(self, count: int | None = None) -> None:
-        """Give up so many, those that are least far first; None: all."""
-        order = sorted(self._coming, key=lambda n: list(Stage).index(n.stage))
+        """Give up so many, those that are least far first, of equals the newest; None: all."""
+        order = sorted(reversed(self._coming), key=lambda n: list(Stage).index(n.stage))
         for newcomer in order[:count]:
             self._give_up(newcomer)
 
