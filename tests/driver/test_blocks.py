@@ -31,7 +31,7 @@ def test_the_smallest_that_holds_all_is_taken_else_the_largest_whole_ones_first(
     assert fewest(room, 6) == {"a": 4, "b": 2}
     assert fewest(room, 7) == {"a": 4, "c": 3}
     assert fewest(room, 8) == {"a": 4, "c": 3, "b": 1}
-    assert fewest(room, 9) == {} == fewest({"d": 0}, 1) == fewest({}, 1)
+    assert fewest(room, 10) == {} == fewest({"d": 0}, 1) == fewest({}, 1)
 
 
 @given(ROOM, st.integers(1, 40))
