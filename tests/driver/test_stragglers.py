@@ -1,4 +1,4 @@
-"""A rank that is slow for its work is named, and when it is slow no more; a planner gives it less to do meanwhile."""
+"""A rank that is slow for its work is named, and named again when it is slow no more."""
 
 from dataclasses import replace
 
@@ -10,13 +10,8 @@ from hypothesis import strategies as st
 from ray_ep.config import load_config
 from ray_ep.config.schema import BatchConfig
 from ray_ep.driver.elastic.stragglers import JUDGED, Stragglers, slowness
-from ray_ep.driver.rebalance.recent import Recent
-from ray_ep.placement import contiguous
-from ray_ep.placement.cost.predict import predict
-from ray_ep.placement.planner.verdict import decide
 from ray_ep.rank.step.clock import STEP_PHASES
 from tests.driver.fakes import results
-from tests.driver.scenes import FACTS, MeasuredStep, question, statistics, topology
 
 ROW, PAIR = 0.02, 1e-5
 
@@ -40,9 +35,8 @@ def test_slowness_is_told_from_own_work_whatever_each_rank_has_to_do_and_waits_f
 
 
 def test_ranks_without_rows_or_without_pairs_are_judged_by_what_they_have():
-    rows, pairs = [1, 1, 1, 0], [100, 0, 100, 100]
-    assert slowness(step([1, 1, 1, 5], rows, pairs), rows) == pytest.approx([1, 1, 1, 5])
-    assert slowness(step([1, 5, 1, 1], rows, pairs), rows) == pytest.approx([1, 5, 1, 1], rel=0.1)
+    assert slowness(step([1, 1, 1, 5], [1, 1, 1, 0], [9] * 4), [1, 1, 1, 0]) == pytest.approx([1, 1, 1, 5])
+    assert slowness(step([1, 5, 1, 1], [1] * 4, [9, 0, 9, 9]), [1] * 4) == pytest.approx([1, 5, 1, 1])
     assert slowness(step([1, 5], [1, 0], [0, 100]), [1, 0]) == pytest.approx([1, 1])  # nothing to compare with
 
 
@@ -102,28 +96,6 @@ def test_a_rank_that_leaves_is_forgotten_and_the_others_are_not_judged_anew():
     assert watch(it, [1.0], members=("m0", "m2")) == []
     assert it.slow == []
     assert watch(it, [1.0], members=("m0",)) == []  # alone
-
-
-def test_the_planner_gives_a_slow_rank_less_to_do():
-    recent = Recent(50)
-    load = statistics(False).load
-    for _ in range(25):  # rank 1 takes four times as long for as many pairs
-        one = MeasuredStep(
-            load, np.full((2, 2), 512), np.array([0.02, 0.08]), np.array([0.07, 0.01]), np.zeros((2, 2)), 0.1
-        )
-        recent.add(one)
-    costs = recent.costs(FACTS)
-    assert costs.speed[0] == pytest.approx(4 * costs.speed[1])
-    asked = question(False, statistics=statistics(False), costs=costs, slots=6)
-    verdict = decide(asked)
-    assert verdict.placement is not None, verdict.words
-    before, after = (
-        predict(asked.statistics, p, topology(), costs).rank_load.sum(0)
-        for p in (contiguous(*load.shape, 2), verdict.placement)
-    )
-    assert before[0] == before[1]
-    assert after[1] < 0.6 * after[0]
-    assert verdict.gain > 0
 
 
 def test_rows_are_those_that_the_ranks_share_in_each_pass():
