@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any, cast
@@ -184,6 +185,11 @@ def check(cfg: DictConfig) -> None:
             raise ConfigError(f"{key}={value!r}: must be at least {low}")
     if not cfg.resume:
         raise ConfigError("resume='': allowed are no, auto, or the directory of a run or a checkpoint")
+    if not re.fullmatch(_LABEL_KEY, cfg.cluster.block_label):
+        raise ConfigError(
+            f"cluster.block_label={cfg.cluster.block_label!r}: expected the key of a node label alone, such as "
+            "ray.io/gpu-domain or ep.block, or nothing"
+        )
     if not 0 <= cfg.data.held_out <= 0.5:
         raise ConfigError(f"data.held_out={cfg.data.held_out!r}: must be between 0 and 0.5")
     if cfg.batch.sequences % cfg.batch.accumulation:
@@ -203,6 +209,9 @@ def check(cfg: DictConfig) -> None:
         )
     check_exchange(cfg)
 
+
+_LABEL_KEY = r"(([A-Za-z0-9][A-Za-z0-9.-]{0,252}/)?[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?"
+"""As Ray has it, which has it from Kubernetes."""
 
 _AT_LEAST: dict[str, float] = {
     "seed": 0,

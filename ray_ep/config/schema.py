@@ -31,6 +31,11 @@ class ClusterConfig:
     cpus_per_rank: float = _opt(
         1.0, "CPUs of a rank, and its torch threads (at least one); below one, ranks share a CPU"
     )
+    block_label: str = _opt(
+        "",
+        "key of a node label, such as ray.io/gpu-domain: ranks go to nodes with as few of its values as hold them all, "
+        "and to none without it; empty: to few nodes, as Ray packs them",
+    )
     wait_s: float = _opt(
         60.0, "how long to wait for the cluster to place the ranks, and then (at least 5 minutes) for them to start"
     )

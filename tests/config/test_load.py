@@ -34,6 +34,8 @@ def test_file_and_overrides_merge_and_the_override_wins(tmp_path, monkeypatch):
         ("optim.steps=0", "at least 1"),
         ("cluster.device=gpu", "allowed are auto, cpu, cuda"),
         ("optim.steps", "expected key=value"),
+        ("cluster.block_label=ep.block=A", "expected the key of a node label alone"),
+        ("cluster.block_label=-block", "expected the key of a node label alone"),
         ("model.overrides=5", "expected a mapping"),
         ("batch.accumulation=3", "not a multiple"),
         ("data.held_out=0.9", "between 0 and 0.5"),

@@ -7,6 +7,7 @@ between two snapshots.
 import os
 import re
 import signal
+import time
 
 import pytest
 from ray.cluster_utils import Cluster
@@ -101,6 +102,57 @@ def test_a_killed_rank_is_named_and_the_other_goes_on_alone(here, lines, faults,
     assert re.search(r"event kind=recovered rank 1 on \S+ died.*; 1 rank goes on in epoch 1: all go back", command.err)
     assert [m["step"] for m in lines(here.path / "run" / "metrics.jsonl")] == [1, 2, 3, 3, 4, 5, 6]
     assert [m["world_size"] for m in lines(here.path / "run" / "metrics.jsonl")] == [2, 2, 2, 1, 1, 1, 1]
+    assert command.left() == {}
+
+
+IN_AN_EXCHANGE = "ray_ep.moe.exchange.meter:MeteredGroup.all_to_all"
+
+
+def stopped(command, faults):
+    """The process that has stopped itself as the script says."""
+    command.until(lambda: faults.happened("stop"), 90, "the fault")
+    return faults.lines()[-1]["pid"]
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_for_less_than_silence_s_costs_the_wait_alone(here, lines, faults, cluster, undisturbed):
+    faults.stop(rank=1, at=IN_AN_EXCHANGE, call=60)
+    command = here.train(*OPTIONS, "run_dir=run", faults=faults, RAY_ADDRESS=cluster.driver)
+    pid = stopped(command, faults)
+    time.sleep(3)
+    os.kill(pid, signal.SIGCONT)
+    assert command.wait(120) == 0, command.err
+    got, told = curve(lines, here.path / "run")
+    assert told == list(range(1, STEPS + 1)), "no step was made twice"
+    for step, (a, b) in enumerate(zip(got, undisturbed, strict=True), 1):
+        assert a == pytest.approx(b, rel=1e-5), f"step {step}"
+    metrics = lines(here.path / "run" / "metrics.jsonl")
+    assert {m["epoch"] for m in metrics} == {0}
+    assert sum(m["step_seconds"] > 2.9 for m in metrics) == 1
+    assert not [e for e in lines(here.path / "run" / "events.jsonl") if e["kind"] == "recovered"]
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_for_longer_is_lost_and_ends_itself_when_it_wakes_up(
+    here, lines, faults, cluster, undisturbed
+):
+    faults.stop(rank=1, at=IN_AN_EXCHANGE, call=60)
+    three = ["cluster.ranks=3", "cluster.cpus_per_rank=0.5", "cluster.silence_s=2", "run_dir=run"]
+    command = here.train(*OPTIONS, *three, faults=faults, RAY_ADDRESS=cluster.driver)
+    pid = stopped(command, faults)
+    command.until(lambda: "event kind=recovered" in command.err, 30, "the recovery")
+    os.kill(pid, signal.SIGCONT)  # Ray sends SIGKILL 5 s after the rank was given up
+    began = time.monotonic()
+    command.until(lambda: not os.path.exists(f"/proc/{pid}"), 3, "the end of what was stopped")
+    ended = time.monotonic() - began
+    assert command.wait(120) == 0, command.err
+    (event,) = [e["fields"] for e in lines(here.path / "run" / "events.jsonl") if e["kind"] == "recovered"]
+    assert (event["lost"], event["planned"], event["failures"]) == (["rank-1"], False, 1)
+    assert 2 <= event["seconds"]["detect"] < 5
+    got, _ = curve(lines, here.path / "run")
+    for step, (a, b) in enumerate(zip(got, undisturbed, strict=True), 1):
+        assert a == pytest.approx(b, rel=1e-5), f"step {step}"
+    assert ended < 2
     assert command.left() == {}
 
 

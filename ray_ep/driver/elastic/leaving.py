@@ -20,7 +20,7 @@ LOSS_S = 1.0
 """How long a loss may wait to be explained."""
 
 _EXPECTED, _PREEMPTED, _IDLE = 1, 3, 4
-"""Reasons of a node's death (Ray's NodeDeathInfo) that are no failures: SIGTERM or the autoscaler; a drain; idleness."""
+"""Reasons of a node's death (Ray's NodeDeathInfo) that are no failures: SIGTERM or the autoscaler; a drain; idle."""
 
 
 class Leaving:

@@ -184,12 +184,15 @@ class Mover:
     def _question(self, left: int) -> Question:
         """Raises PlacementError: figures that cannot be."""
         cfg, recent = self.scope.placement, self.recent
+        costs, slots = recent.costs(self.facts), room_of(self.placement, cfg.slots_per_rank)
+        if costs.speed is not None and isinstance(slots, int):  # a replica on a slow rank may hold all others up
+            slots = [slots] * self.topology.num_ranks
         return Question(
             statistics=self._statistics(),
             topology=self.topology,
             current=self.placement,
-            slots=room_of(self.placement, cfg.slots_per_rank),
-            costs=recent.costs(self.facts),
+            slots=slots,
+            costs=costs,
             level=self.level,
             step_seconds=recent.step_seconds(),
             moe_seconds=recent.moe_seconds(),
