@@ -1,26 +1,18 @@
 """How many more ranks a cluster has room for, and what a local Ray can never give."""
 
 import pytest
-import ray
 
 from ray_ep.config import load_config
-from ray_ep.driver.elastic.room import EVERY_S, Room, bundle_of, check_growth, room_by_node
+from ray_ep.driver.elastic.room import EVERY_S, Room, check_growth
 from ray_ep.errors import ClusterError
 from tests.driver.scenes import Clock, Shelf
 
-FREE = {"a": {"CPU": 3.0, "GPU": 1.0}, "b": {"CPU": 0.9999999}, "c": {"CPU": 8.0, "GPU": 4.0}, "d": {"GPU": 2.0}}
+FREE = {"a": 3, "b": 0, "c": 8}
 
 
-def test_the_scarcest_resource_of_each_node_says_how_many_fit():
-    assert room_by_node(FREE, {"CPU": 1.0}) == {"a": 3, "b": 1, "c": 8}
-    assert room_by_node(FREE, {"CPU": 2.0, "GPU": 1.0}) == {"a": 1, "c": 4}
-    assert room_by_node(FREE, {"CPU": 0.3}, avoid=["c"]) == {"a": 10, "b": 3}
-
-
-def test_a_rank_takes_its_cpus_and_a_gpu_of_its_own():
-    cfg = load_config(None, ["cluster.cpus_per_rank=0.5"])
-    assert bundle_of(cfg, cuda=True) == {"CPU": 0.5, "GPU": 1.0}
-    assert bundle_of(cfg, cuda=False) == {"CPU": 0.5}
+def room(ask=lambda: FREE):
+    clock, shelf = Clock(), Shelf()
+    return Room(ask, clock, shelf), clock, shelf
 
 
 def test_more_than_a_local_ray_will_ever_have_is_refused_and_a_cluster_may_grow():
@@ -32,57 +24,35 @@ def test_more_than_a_local_ray_will_ever_have_is_refused_and_a_cluster_may_grow(
     check_growth(load_config(), local=True, cpus=1.0)
 
 
-def test_ray_is_asked_beside_the_steps_from_time_to_time_and_what_it_said_is_known_meanwhile():
-    clock, shelf = Clock(), Shelf()
-    room = Room({"CPU": 1.0}, lambda: FREE, clock, shelf)
-    assert room() is None
+def test_it_is_asked_beside_the_steps_from_time_to_time_and_what_was_heard_is_known_meanwhile():
+    free, clock, shelf = room()
+    assert free() is None
     shelf.make()
-    assert room()["c"] == 8
-    assert "c" not in room(["c"])
+    assert free() == {"a": 3, "c": 8}
+    assert free(["c"]) == {"a": 3}
     assert shelf.waiting == []
     clock.now += EVERY_S
-    assert room()["c"] == 8
+    assert free() == {"a": 3, "c": 8}
     assert len(shelf.waiting) == 1
 
 
 def test_what_was_heard_is_forgotten_also_what_is_still_being_asked():
-    clock, shelf = Clock(), Shelf()
-    room = Room({"CPU": 1.0}, lambda: FREE, clock, shelf)
-    room()
-    room.forget()
+    free, clock, shelf = room()
+    free()
+    free.forget()
     shelf.make()
-    assert room() is None
+    assert free() is None
     clock.now += EVERY_S
-    room()
+    free()
     shelf.make()
-    assert room()["a"] == 3
+    assert free()["a"] == 3
 
 
-def test_while_ray_does_not_answer_nothing_is_known():
-    clock, shelf = Clock(), Shelf()
-    room = Room({"CPU": 1.0}, lambda: 1 / 0, clock, shelf)
-    room()
+def test_while_there_is_no_answer_nothing_is_known():
+    free, clock, shelf = room(lambda: 1 / 0)
+    free()
     shelf.make()
-    assert room() is None
-
-
-@pytest.mark.slow
-def test_what_a_real_ray_has_free_shrinks_by_what_is_taken(cluster):
-    with ray.init(address=cluster.driver, namespace="room", logging_level="ERROR", log_to_driver=False):
-        clock = Clock()
-        room = Room({"CPU": 0.5}, clock=clock)
-
-        def heard():
-            while (found := room()) is None:
-                pass
-            return found
-
-        (before,) = heard().values()
-        group = ray.util.placement_group([{"CPU": 0.5}])
-        assert group.wait(10)
-        clock.now += EVERY_S
-        room()
-        while room._asking is not None:
-            room()
-        assert sum(room().values()) == before - 1
-        ray.util.remove_placement_group(group)
+    assert free() is None
+    clock.now += EVERY_S
+    free()
+    assert free() is None  # the next question is still open
