@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from ray_ep.config.elastic import check_elastic
 from ray_ep.config.exchange import check_exchange, settle_exchange
 from ray_ep.config.paths import absolute
 from ray_ep.config.runs import newest, settings_of, settings_of_checkpoint
@@ -202,11 +203,7 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(
             f"placement.imbalance={cfg.placement.imbalance!r}: busiest over mean is at least 1: give more than 1, or 0"
         )
-    if cfg.elastic.min_ranks > cfg.cluster.ranks:
-        raise ConfigError(
-            f"elastic.min_ranks={cfg.elastic.min_ranks} is more than cluster.ranks={cfg.cluster.ranks}: a run begins "
-            "with that many, so allowed is up to it"
-        )
+    check_elastic(cfg)
     check_exchange(cfg)
 
 
@@ -255,6 +252,8 @@ _AT_LEAST: dict[str, float] = {
     "checkpoint.keep": 0,
     "snapshot.every": 0,
     "elastic.min_ranks": 1,
+    "elastic.max_ranks": 0,
+    "elastic.wait_s": 0,
     "eval.every": 0,
     "eval.sequences": 1,
     "statistics.sample": 0,
