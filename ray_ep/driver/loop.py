@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 from ray_ep.driver.ending import cause_of, ended
 from ray_ep.driver.forming import Formed, form, mover_of
@@ -25,13 +24,7 @@ log = logging.getLogger("ray_ep.driver")
 
 
 class Driver(Stepping):
-    """A run from its forming to its end. `form` comes first, then `run`, both inside `told`.
-
-    Attributes:
-        formed: what the run goes on with, since the last change of membership.
-    """
-
-    formed: Formed
+    """A run from its forming to its end. `form` comes first, then `run`, both inside `told`."""
 
     def form(self, ray: str = "a Ray", phase: Callable[[str], None] = lambda name: None) -> None:
         """Have the ranks form; then the run is there: its directory is made, and listeners hear what runs."""
@@ -54,10 +47,6 @@ class Driver(Stepping):
         self.mover = mover_of(self.cfg, run, self.ranks, formed, self.states, self.publisher.event)
         self.done = self.publisher.done = formed.done
         self.states.to(State.STEPPING, f"{formed.topology.num_ranks} ranks are formed, {self.done} steps are done")
-
-    def now(self) -> Formed:
-        """What the run goes on with, links and placement as they are now."""
-        return replace(self.formed, topology=self.mover.topology, placement=self.mover.placement, done=self.done)
 
     def run(self) -> str:
         """Step until the end or until asked to stop, then save; returns done or interrupted.
@@ -89,15 +78,24 @@ class Driver(Stepping):
             record = self.unfinished or self.step_and_rebalance()
             if record is not None:
                 self.finish_step(record)
+                self.resize()
         except LostError as e:
             self.recover(e)
             if self.unfinished is not None and self.unfinished.step > self.done:
                 self.unfinished = None  # it is made again
 
+    def resize(self) -> None:
+        """Ranks come and go, where that is due and steps follow. Raises LostError: one was lost meanwhile."""
+        if self.done < self.cfg.optim.steps and not self.stopping():
+            formed = self.membership_after_step()
+            if formed is not None:
+                self.adopt(formed)
+
     def recover(self, error: LostError) -> None:
         """Have those that are left go on; raises RankError if they cannot."""
         self.states.to(State.RECOVERING, cause_of(error))
         self.adopt(self.recovery.recover(error, self.now(), self.mover.recent.load))
+        self.requests.poll()  # what was asked meanwhile waits, and that is said
 
     def drain(self) -> str:
         """The last save; returns done or interrupted. Raises SaveError; LostError: a rank was lost meanwhile."""

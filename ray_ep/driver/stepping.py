@@ -10,17 +10,27 @@ from dataclasses import replace
 from ray_ep.config.schema import Config
 from ray_ep.driver.actors.ranks import Ranks
 from ray_ep.driver.alarm import Alarm
+from ray_ep.driver.elastic.around import Signs
+from ray_ep.driver.elastic.elastic import Elastic
+from ray_ep.driver.elastic.leaving import Leaving
+from ray_ep.driver.elastic.resize import Resizer
+from ray_ep.driver.elastic.room import Room
+from ray_ep.driver.elastic.stragglers import Stragglers
 from ray_ep.driver.ending import Activity
 from ray_ep.driver.evaluation import Evaluator
+from ray_ep.driver.forming import Formed
 from ray_ep.driver.measures import step_record
 from ray_ep.driver.publisher import Publisher
 from ray_ep.driver.rebalance.mover import Mover
 from ray_ep.driver.records import Event, StepRecord
+from ray_ep.driver.recovery.departures import Departures
 from ray_ep.driver.recovery.recover import Recovery
 from ray_ep.driver.requests import Request, RequestKind, Requests
 from ray_ep.driver.run.saving import Saver
 from ray_ep.driver.start import Plan
 from ray_ep.driver.states import States
+from ray_ep.placement import Placement
+from ray_ep.placement.planner.verdict import Question
 from ray_ep.rank.results import StepResult
 
 log = logging.getLogger("ray_ep.driver")
@@ -35,12 +45,14 @@ class Stepping:
 
     Attributes:
         done: optimizer steps behind the run.
-        mover: made anew for each membership.
+        formed: what the run goes on with, since the last change of membership. mover: of that membership.
         stop: who asked for the end.
+        last: what the ranks said of the last step, and its seconds.
         unfinished: of a step that is made, while what is due after it is not done.
     """
 
     mover: Mover
+    formed: Formed
 
     def __init__(
         self,
@@ -57,7 +69,13 @@ class Stepping:
         held_out, keep, tell = len(plan.corpus.held_out), plan.run.provenance, publisher.event
         self.evaluator = Evaluator(cfg.eval, cfg.optim.steps, held_out, ranks, keep, tell)
         self.alarm = Alarm(cfg.router, tell)
-        self.recovery = Recovery(cfg, plan, ranks, self.saver.newest_there, tell, clock)
+        leaving, placement = Leaving(), plan.placement
+        departures = Departures(leaving.planned)
+        self.recovery = Recovery(cfg, plan, ranks, self.saver.newest_there, tell, clock, departures)
+        self.stragglers, room = Stragglers(cfg.batch), Room(ranks.room)
+        signs = Signs(leaving.draining, room, room.forget, lambda: self.stragglers.slow, self.question)
+        resizer = Resizer(cfg, plan, ranks, self.states, self.moved, tell, clock)
+        self.elastic = Elastic(cfg, placement.num_experts, ranks, resizer, signs, departures, tell, clock)
         self.done = 0
         self.stop: Request | None = None
         self.unfinished: StepRecord | None = None
@@ -92,6 +110,7 @@ class Stepping:
             return None
         self.done = self.publisher.done = self.done + 1
         self.recovery.stepped()
+        self.last = results, seconds
         return results, seconds
 
     def finish_step(self, record: StepRecord) -> None:
@@ -106,6 +125,27 @@ class Stepping:
             with self.activity("saving"):
                 self.saver.save_and_go_on(self.done)
 
+    def now(self) -> Formed:
+        """What the run goes on with, links and placement as they are now."""
+        return replace(self.formed, topology=self.mover.topology, placement=self.mover.placement, done=self.done)
+
+    def moved(self, placement: Placement) -> None:
+        """The present ranks have another placement."""
+        self.mover.placement = placement
+        self.plan.run.placement(placement)
+
+    def question(self) -> Question:
+        """What the planner knows of the present ranks."""
+        return self.mover.question(max(self.cfg.optim.steps - self.done, 1))
+
+    def membership_after_step(self) -> Formed | None:
+        """Name slow ranks, and let ranks come and go; what the run goes on with if they are others now."""
+        members = self.ranks.membership.members
+        results, seconds = self.last
+        for event in self.stragglers.after_step(members, results):
+            self.publisher.event(event)
+        return self.elastic.after_step(self.now(), self.mover.recent.load, results, seconds)
+
     def stopping(self) -> bool:
         """Carry out what was asked for meanwhile; whether that was the end."""
         for request in self.requests.take():
@@ -114,4 +154,6 @@ class Stepping:
                 self.stop = self.stop or request
             elif request.kind is RequestKind.REBALANCE:
                 self.mover.asked = True
+            else:
+                self.elastic.orders.put(request, self.recovery.fresh)
         return self.stop is not None

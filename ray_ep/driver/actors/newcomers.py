@@ -87,7 +87,8 @@ class Newcomers:
 
     def withdraw(self, count: int | None = None) -> None:
         """Give up so many, those that are least far first, of equals the newest; None: all."""
-        order = sorted(reversed(self._coming), key=lambda n: list(Stage).index(n.stage))
+        newest_first = self._coming[::-1]
+        order = sorted(newest_first, key=lambda n: list(Stage).index(n.stage))
         for newcomer in order[:count]:
             self._give_up(newcomer)
 

@@ -63,6 +63,9 @@ class Places:
     Args:
         cuda: each rank needs a GPU, too.
         interrupted: asked every moment of every wait; whether to leave it. May raise KeyboardInterrupt.
+
+    Attributes:
+        avoided: nodes on which no more room is asked for.
     """
 
     def __init__(self, cfg: ClusterConfig, name: str, cuda: bool, interrupted: Callable[[], bool]):
@@ -71,6 +74,7 @@ class Places:
         self._made = 0  # a group's name is never used twice
         self._asked: dict[PlacementGroup, _Asked] = {}
         self._held: dict[PlacementGroup, str] = {}  # node of each place
+        self.avoided: frozenset[str] = frozenset()
 
     def take(self, ranks: int) -> list[Place]:
         """Room for so many ranks on few nodes, by host; all of them or none. With cluster.block_label in few blocks.
@@ -92,8 +96,8 @@ class Places:
                 self._packed(ranks, limit)  # until there is room
 
     def room(self) -> dict[str, int]:
-        """How many ranks more each node has room for now; those that drain are left out."""
-        leaving, alive = _draining(), {n["NodeID"] for n in nodes() if n["Alive"]}
+        """How many ranks more each node has room for now; those that drain or are avoided are left out."""
+        leaving, alive = self.avoided | set(_draining()), {n["NodeID"] for n in nodes() if n["Alive"]}
         free = {node: have for node, have in _free_by_node().items() if node in alive and node not in leaving}
         return room_of(free, self._bundle)
 
@@ -175,8 +179,8 @@ class Places:
         return block_of
 
     def _elsewhere(self) -> dict[str, str]:
-        """The selector of nodes that may be used: neither draining nor, where blocks are wanted, in none."""
-        not_these = set(_draining())
+        """The selector of nodes that may be used: none that drains, is avoided or, if blocks are wanted, is in none."""
+        not_these = self.avoided | set(_draining())
         if self.cfg.block_label:
             not_these |= {n["NodeID"] for n in nodes() if n["Alive"]} - self._block_of().keys()
         return {NODE: f"!in({','.join(sorted(not_these))})"} if not_these else {}

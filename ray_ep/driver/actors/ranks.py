@@ -141,6 +141,14 @@ class Ranks:
         first, self._members = self._members, self._members + count
         self.newcomers.ask([f"rank-{number}" for number in range(first, self._members)])
 
+    def avoid(self, nodes: Collection[str]) -> None:
+        """From now on ask for room on none of these nodes."""
+        self._room.avoided = frozenset(nodes)
+
+    def room(self) -> dict[str, int]:
+        """How many ranks more each node has room for now."""
+        return self._room.room()
+
     def _call(self, method: str, *args: Any, each: Sequence[tuple[Any, ...]] | None = None) -> list[Any]:
         """Call a method on all ranks; results in rank order.
 

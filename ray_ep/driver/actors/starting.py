@@ -32,7 +32,9 @@ class Starter:
             "name": f"{self.name}-{member}",
         }
         threads = max(1, int(self.cfg.cpus_per_rank))
-        return self.actor.options(**options).remote(int(member.rpartition("-")[2]), self.cfg.ranks, threads, self.device)
+        return self.actor.options(**options).remote(
+            int(member.rpartition("-")[2]), self.cfg.ranks, threads, self.device
+        )
 
 
 def _environment() -> dict[str, str]:

@@ -17,6 +17,10 @@ class Resizing(Protocol):
     """Newcomers on their way, and the switch; the calls' own words are in resize.py."""
 
     @property
+    def took(self) -> Mapping[str, float]:
+        """Seconds of each part of the last switch."""
+
+    @property
     def waiting(self) -> int:
         """Asked for, no room yet."""
 

@@ -217,7 +217,7 @@ class Elastic:
         """Have ranks leave, each for its reason, and come in; None: they could not."""
         if self.clock() < self._no_switch_before:
             return None
-        before, began = self.ranks.membership, self.clock()
+        before = self.ranks.membership
         gone = [before.members[rank] for rank in leave]
         why = [*leave.values(), *([self._wanted.words] if self.resizer.ready else [])]
         try:
@@ -230,10 +230,11 @@ class Elastic:
             self.counts.planned_leaves += sum(m not in self.ranks.membership.members for m in gone)
         after = self.ranks.membership
         self._say(
-            f"{before.size} -> {after.size} ranks in epoch {after.epoch}: {'; '.join(dict.fromkeys(why))}",
+            f"{before.size} -> {after.size} ranks in epoch {after.epoch}, switched in "
+            f"{sum(self.resizer.took.values()):.2f} s: {'; '.join(dict.fromkeys(why))}",
             come=[m for m in after.members if m not in before.members],
             left=gone,
-            seconds=self.clock() - began,
+            seconds=dict(self.resizer.took),
         )
         return formed
 

@@ -6,7 +6,7 @@ Who is to come or go, and when, is elastic.py's. What follows from a loss meanwh
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,6 @@ import numpy as np
 import ray
 from omegaconf import OmegaConf
 
-from ray_ep.collective import Membership
 from ray_ep.config.schema import Config
 from ray_ep.driver.actors.cluster import transports
 from ray_ep.driver.actors.newcomers import Newcomer, Stage
@@ -29,6 +28,8 @@ from ray_ep.driver.states import State, States
 from ray_ep.errors import PlacementError
 from ray_ep.placement import Placement
 
+PARTS = ("hand_over", "regroup", "give", "move")
+"""Of a switch: leavers' experts go to others; the group is formed; newcomers get what every rank has; experts move."""
 ALONE = "memory"
 """Transport of a run on one rank: it has chosen none."""
 
@@ -53,8 +54,14 @@ class Resizer:
     ):
         self.cfg, self.plan, self.ranks = cfg, plan, ranks
         self.states, self.moved, self.publish, self.clock = states, moved, publish, clock
+        self._took: dict[str, float] = {}
         self._corpus: Any = None  # where every newcomer finds it
         ranks.newcomers.prepare = self._prepared
+
+    @property
+    def took(self) -> dict[str, float]:
+        """Seconds of each of PARTS of the last switch."""
+        return self._took
 
     @property
     def waiting(self) -> int:
@@ -78,6 +85,10 @@ class Resizer:
     def withdraw(self, count: int | None = None) -> None:
         """Give up so many newcomers, those that are least far first; None: all."""
         self.ranks.newcomers.withdraw(count)
+
+    def avoid(self, nodes: Collection[str]) -> None:
+        """From now on ask for room on none of these nodes."""
+        self.ranks.avoid(nodes)
 
     def poll(self) -> None:
         """Let newcomers go on, between steps; those that failed are gone, and told."""
@@ -125,21 +136,10 @@ class Resizer:
         if choice.transport == ALONE and members.size > 1:
             choice = self.ranks.choose_exchange(now.done)
         facts = facts_of(self.cfg, self.plan.config, self.plan.expert_parameters, choice.kind, members.size)
-        ends = dict(zip(("hand_over", "regroup", "give", "move"), (handed, joined, given, self.clock()), strict=True))
-        self._tell(before, members, now.done, began, ends)
+        ends = handed, joined, given, self.clock()
+        starts = began, *ends
+        self._took = {part: end - start for part, start, end in zip(PARTS, starts, ends, strict=False)}
         return Formed(members, topology, placement, choice, facts, now.done)
-
-    def _tell(self, before: Membership, now: Membership, done: int, began: float, ends: Mapping[str, float]) -> None:
-        """Say who came and went, and how long each part of the switch took, given when it ended."""
-        come = [m for m in now.members if m not in before.members]
-        gone = [m for m in before.members if m not in now.members]
-        said = [f"{' and '.join(names)} {how}" for names, how in ((come, "came"), (gone, "left")) if names]
-        starts = [began, *ends.values()]
-        seconds = {part: end - start for start, (part, end) in zip(starts, ends.items(), strict=False)}
-        took = ", ".join(f"{part.replace('_', ' ')} {s:.2f}" for part, s in seconds.items())
-        words = f"after step {done} {', '.join(said)}; {now.size} ranks go on in epoch {now.epoch} (seconds: {took})"
-        fields = {"come": come, "gone": gone, "ranks": now.size, "epoch": now.epoch, "done": done, "seconds": seconds}
-        self.publish(Event("resized", words, fields))
 
     def _handed_over(self, now: Formed, leave: Collection[int], load: np.ndarray) -> Formed:
         """What leavers own moves to the others, on the group that all are in; their statistics, too."""

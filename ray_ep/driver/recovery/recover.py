@@ -117,6 +117,11 @@ class Recovery:
         self._told: list[tuple[str, dict[str, Any]]] = []  # of each recovery since the last step: words, fields
         self._tried = (-1, 0)  # a step, and how often nobody was lost in it
 
+    @property
+    def fresh(self) -> bool:
+        """Whether the run goes on from a loss, and no step was made yet."""
+        return bool(self._told)
+
     def due(self, done: int) -> bool:
         """Whether a snapshot is to be taken after `done` steps."""
         every, newest = self.cfg.snapshot.every, self.snapshots[-1].key if self.snapshots else None
