@@ -17,7 +17,7 @@ class FakeResizer:
     def __init__(self, ranks):
         self.ranks, self.room, self.waiting, self.joining, self.ready = ranks, 0, 0, 0, 0
         self.calls, self.avoided, self.refuse = [], (), None
-        self.made = len(ranks.where)
+        self.made, self.took = len(ranks.where), {"regroup": 0.5}
 
     def ask(self, count):
         self.calls.append(("ask", count))

@@ -218,7 +218,7 @@ class Ear:
 
 def driven(path, *overrides, listeners=(), look=bool, links=None, size=RANKS):
     """A driver of a run in `path` on fake ranks that have not formed, with all that it was made of."""
-    own = ["optim.steps=5", "eval.every=2", "topology.measure=false", "balance.in_step=off"]
+    own = ["optim.steps=5", "eval.every=2", "topology.measure=false", "balance.in_step=off", f"cluster.ranks={size}"]
     cfg = load_config(None, [f"run_dir={path}", *own, *overrides])
     run, ear, ranks = RunDir(path), Ear(), FakeRanks(links, look, size)
     plan = SimpleNamespace(

@@ -23,7 +23,7 @@ def test_a_lost_rank_is_asked_for_while_steps_go_on_and_taken_in_when_it_is_read
     assert it.step() == ("formed", 4)
     last = it.said[-1]
     assert last.kind == "elastic"
-    assert last.words == "3 -> 4 ranks in epoch 2: the run has 4 (elastic.policy=fixed)"
+    assert last.words == "3 -> 4 ranks in epoch 2, switched in 0.50 s: the run has 4 (elastic.policy=fixed)"
     assert {k: last.fields[k] for k in ("desired", "active", "allocated", "waiting", "joining", "ready")} == {
         "desired": 4, "active": 4, "allocated": 4, "waiting": 0, "joining": 0, "ready": 0,
     }  # fmt: skip
@@ -239,7 +239,7 @@ def test_with_advise_what_somebody_asks_for_and_a_drain_are_carried_out():
     assert it.resizer.calls == [("switch", (3,), 0)]
     assert it.words() == [
         "advised, and not carried out (elastic.mode=advise): 3 -> 4 ranks: the run has 4 (elastic.policy=fixed)",
-        "4 -> 3 ranks in epoch 1: node d is drained",
+        "4 -> 3 ranks in epoch 1, switched in 0.50 s: node d is drained",
     ]
     it.elastic.orders.put(scale(2))
     assert it.step() == ("formed", 2)
@@ -254,7 +254,7 @@ def test_a_slow_rank_is_replaced_when_another_is_ready():
     it.step(2)
     assert it.resizer.calls[-1] == ("switch", (1,), 1)
     assert it.counts.planned_leaves == 1
-    assert "ranks in epoch 1: rank 1 is slow; the run has 4" in it.words()[-1]
+    assert "ranks in epoch 1, switched in 0.50 s: rank 1 is slow; the run has 4" in it.words()[-1]
     it.step()
     assert it.resizer.calls[-1] == ("ask", 1)
 
