@@ -24,7 +24,7 @@ class FakeResizer:
         self.waiting += count
 
     def avoid(self, nodes):
-        self.avoided = nodes
+        self.avoided = tuple(nodes)
 
     def withdraw(self, count=None):
         self.calls.append(("withdraw", count))

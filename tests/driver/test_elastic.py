@@ -72,7 +72,7 @@ def test_scale_is_carried_out_kept_and_handed_back_to_the_policy():
     it.elastic.orders.put(scale(2))
     assert it.step() == ("formed", 2)
     assert it.resizer.calls == [("switch", (2, 3), 0)]
-    assert it.words()[0] == "scale to 2 ranks (somebody): 4 -> 2 ranks"
+    assert it.words()[0] == "scale to 2 ranks (somebody): there are 4"
     assert it.said[0].fields["desired"] == 2
     assert it.counts.planned_leaves == it.said[-1].fields["planned_leaves"] == 2
     assert it.step(5) is None
@@ -119,6 +119,16 @@ def test_a_second_request_waits_for_the_change_that_is_under_way_and_says_so_onc
     assert it.size() == 6
     it.step()
     assert it.size() == 3
+
+
+def test_a_request_that_cannot_be_is_refused_at_once_also_while_a_change_is_under_way():
+    it = scene()
+    it.elastic.orders.put(scale(6))
+    it.elastic.orders.put(scale(99))
+    it.elastic.orders.put(scale(3))
+    it.step(3)
+    assert "scale to 99 ranks (somebody) is refused: 99 ranks are too many" in it.words()[2]
+    assert it.words()[3] == "scale to 3 ranks (somebody) waits: another change is under way"
 
 
 def test_a_change_that_finds_no_room_makes_way_for_the_next_request():
@@ -195,7 +205,6 @@ def test_available_takes_what_is_free_and_no_more_than_the_most():
 
 def test_throughput_grows_by_what_is_predicted_and_shows_it():
     it = scene("elastic.policy=throughput")
-    it.elastic.forecast._background = now
     it.elastic.forecast.step_seconds = {3: 0.4, 4: 0.3, 5: 0.25}
     it.step()
     assert it.resizer.calls == [("ask", 1)]
@@ -206,10 +215,6 @@ def test_throughput_grows_by_what_is_predicted_and_shows_it():
     assert it.elastic.forecast.step_seconds != {}
     it.step()
     assert it.elastic.forecast.step_seconds == {}, "of other ranks"
-
-
-def now(work):
-    raise AssertionError("nothing is predicted before enough steps are measured")
 
 
 def test_advise_tells_each_decision_once_with_its_reason_and_carries_none_out():
@@ -250,6 +255,7 @@ def test_a_slow_rank_is_replaced_when_another_is_ready():
     it.slow = ["m1", "m2"]
     it.step()
     assert it.resizer.calls == [("ask", 1)]  # one at a time
+    assert it.resizer.avoided == ("b",)
     it.resizer.room = 1
     it.step(2)
     assert it.resizer.calls[-1] == ("switch", (1,), 1)
@@ -267,6 +273,28 @@ def test_a_slow_rank_that_nobody_can_replace_stays_and_is_let_alone():
     assert it.words()[-1].startswith("rank 1 is slow and stays: nobody came in its place")
     it.step(70)
     assert len(it.resizer.calls) == 2
+
+
+def test_with_advise_a_slow_rank_is_told_and_stays():
+    it = scene("elastic.evict_stragglers=true", "elastic.mode=advise")
+    it.slow = ["m1"]
+    assert it.step(3) is None
+    assert it.resizer.calls == []
+    assert it.words() == [
+        "advised, and not carried out (elastic.mode=advise): rank 1 is slow: another in its place "
+        "(elastic.evict_stragglers)"
+    ]
+
+
+def test_with_deepep_nobody_comes_or_goes():
+    it = scene("exchange.transport=deepep", "elastic.max_ranks=0", "model.dtype=bfloat16")
+    it.drains = {"d": 0}
+    for request in (scale(3), drain("c")):
+        it.elastic.orders.put(request)
+    assert it.step(3) is None
+    assert it.resizer.calls == []
+    assert all("deepep the number of ranks stays as it is" in w for w in it.words())
+    assert len(it.said) == 2
 
 
 def test_stragglers_are_let_alone_unless_they_are_to_be_evicted():

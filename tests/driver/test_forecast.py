@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ray_ep.driver.elastic.forecast import EVERY, MEASURED, Forecast, Outlook, fixed_seconds, predicted
+from ray_ep.driver.elastic.forecast import EVERY, MEASURED, Forecast, Outlook, fixed_seconds, next_node, predicted
 from ray_ep.errors import PlacementError
 from ray_ep.placement import RoutingStatistics
 from ray_ep.rank.step.clock import STEP_PHASES
@@ -42,6 +42,13 @@ def test_speeds_and_slots_of_another_number_of_ranks_fit_it():
     uneven = replace(FAST.question.costs, speed=(1.0, 0.5))
     found = predicted(Outlook(question(costs=uneven, slots=[4, 4]), 0.0, 0), [1, 3])
     assert sorted(found) == [1, 2, 3]
+
+
+def test_a_rank_more_comes_to_the_node_of_the_run_with_most_room_or_to_a_new_one():
+    where, node_of = ["a", "a", "b"], [0, 0, 1]
+    assert next_node({"a": 1, "b": 2, "x": 9}, where, node_of) == 1
+    assert next_node({"x": 9}, where, node_of) == 2
+    assert next_node({}, where, node_of) == 2
 
 
 def test_what_no_rank_shares_out_is_told_by_phases_and_the_drivers_own_time():

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 
 from ray_ep.config.schema import Config
 from ray_ep.driver.elastic.around import Counts, PlacedRanks, Resizing, Signs
-from ray_ep.driver.elastic.forecast import Forecast, Outlook, fixed_seconds
+from ray_ep.driver.elastic.forecast import Forecast, Outlook, fixed_seconds, next_node
 from ray_ep.driver.elastic.leavers import can_go, ranks_on, surplus
 from ray_ep.driver.elastic.limits import fewest_ranks, most_ranks
 from ray_ep.driver.elastic.orders import Orders, numbers
@@ -31,6 +31,8 @@ UNSERVED_S = 10.0
 """Seconds after which a change that has found no room yet makes way for the next request."""
 REFUSED_S = 30.0
 """Seconds without another switch after one that the ranks have no room for."""
+
+_ADVISED = "advised, and not carried out (elastic.mode=advise)"
 
 
 class Elastic:
@@ -119,30 +121,37 @@ class Elastic:
         under_way = bool(resizer.joining or resizer.ready or (resizer.waiting and not unserved))
         if self.orders.serve(under_way, self.ranks):
             self._missing_since = None
-            resizer.avoid(tuple(self.orders.drained))
+            resizer.avoid(self.orders.drained)
             self.signs.forget()
 
     def _leaving(self) -> tuple[dict[str, list[int]], list[int]]:
         """Ranks that are to leave: those on each node that is drained, the first deadline first; and a slow one."""
-        deadlines = dict(self.signs.draining())
+        if self.cfg.exchange.transport == "deepep":  # a lost rank ends such a run, and so would one that goes
+            return {}, []
+        deadlines = self.signs.draining()
         nodes = sorted(deadlines, key=lambda node: deadlines[node] or float("inf"))
         drained = ranks_on(dict.fromkeys([*nodes, *self.orders.drained]), self.ranks.where)
-        slow: list[int] = []
-        if self.cfg.elastic.evict_stragglers and self._acts:
-            gone = {rank for group in drained.values() for rank in group}
-            too_slow = set(self.signs.slow()) - self._kept
-            slow = [r for r, m in enumerate(self._members) if m in too_slow and r not in gone]
-        return drained, slow[:1]
+        return drained, self._slow({rank for group in drained.values() for rank in group})
+
+    def _slow(self, gone: Collection[int]) -> list[int]:
+        """The slow rank that is to be replaced, on another node; []: none. `gone` leave in any case."""
+        if not self.cfg.elastic.evict_stragglers:
+            return []
+        too_slow = set(self.signs.slow()) - self._kept
+        slow = [r for r, m in enumerate(self._members) if m in too_slow and r not in gone][:1]
+        if slow and not self._acts:
+            words = f"rank {slow[0]} is slow: another in its place (elastic.evict_stragglers)"
+            self._say_once("slow", self._members[slow[0]], f"{_ADVISED}: {words}")
+            return []
+        self.resizer.avoid([*self.orders.drained, *(self.ranks.where[r]["node"] for r in slow)])
+        return slow
 
     def _predict(self, results: Sequence[StepResult], seconds: float) -> None:
         """Have steps with one rank more and one fewer predicted, where that decides."""
-        if self.cfg.elastic.policy != "throughput" or not self.forecast.stepped() or self._coming:
+        if self.cfg.elastic.policy != "throughput" or self.orders.ranks or self._coming or not self.forecast.stepped():
             return
-        members = self.ranks.membership
-        number = {w["node"]: n for w, n in zip(self.ranks.where, members.node_of, strict=True)}
-        free = self.signs.free(tuple(self.orders.drained)) or {}
-        ours = [node for node in free if node in number]
-        node = number[max(ours, key=lambda n: free[n])] if ours else max(members.node_of) + 1
+        members, where = self.ranks.membership, [w["node"] for w in self.ranks.where]
+        node = next_node(self.signs.free(self.orders.drained) or {}, where, members.node_of)
         try:
             outlook = Outlook(self.signs.question(), fixed_seconds(results, seconds), node)
         except PlacementError as e:
@@ -158,10 +167,9 @@ class Elastic:
             self._missing_since = None
         elif self._missing_since is None:
             self._missing_since = self.clock()
-        missing_s = 0.0 if self._missing_since is None else self.clock() - self._missing_since
-        free = self.signs.free(tuple(self.orders.drained)) if self.cfg.elastic.policy == "available" else None
+        free = self.signs.free(self.orders.drained) if self.cfg.elastic.policy == "available" else None
         standing = Standing(
-            staying, target, waiting, joining, ready, bool(self.orders.ranks), missing_s,
+            staying, target, waiting, joining, ready, bool(self.orders.ranks), self._waited_s(),
             None if free is None else sum(free.values()), self.forecast.step_seconds,
         )  # fmt: skip
         return wish(self.cfg.elastic, self._least, self._most, standing)
@@ -170,7 +178,7 @@ class Elastic:
         """Tell a wish that is not carried out, once; what is carried out: no change, but for what must be there."""
         there = self.ranks.membership.size - leaving + self._coming
         if found.ranks != there:
-            words = f"advised, and not carried out (elastic.mode=advise): {there} -> {found.ranks} ranks: {found.words}"
+            words = f"{_ADVISED}: {there} -> {found.ranks} ranks: {found.words}"
             self._say_once("advice", found.ranks, words, desired=found.ranks)
         else:
             self._told.pop("advice", None)

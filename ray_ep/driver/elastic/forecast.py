@@ -50,6 +50,17 @@ def fixed_seconds(results: Sequence[StepResult], seconds: float) -> float:
     return kept + max(seconds - float(phases.sum()), 0.0)
 
 
+def next_node(free: Mapping[str, int], where: Sequence[str], node_of: Sequence[int]) -> int:
+    """Node of a rank more, as topologies number nodes: the one of the run's with most room, else a new one.
+
+    Args:
+        free: how many more ranks each node has room for. where, node_of: [R] node of each rank, by id and by number.
+    """
+    number = dict(zip(where, node_of, strict=True))
+    ours = [node for node in free if node in number]
+    return number[max(ours, key=lambda node: free[node])] if ours else max(node_of) + 1
+
+
 def predicted(outlook: Outlook, counts: Collection[int]) -> dict[int, float]:
     """Seconds of a step on each of these numbers of ranks, and on the present one; {}: nothing is known to go by.
 

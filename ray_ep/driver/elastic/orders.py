@@ -54,40 +54,46 @@ class Orders:
             self._say(f"{_named(request)} waits: the run goes on from a loss first")
 
     def serve(self, under_way: bool, ranks: PlacedRanks) -> bool:
-        """Have the oldest request stand, unless a change is under way or it cannot be; whether it does."""
+        """Have the oldest request stand, unless it cannot be or, for now, a change is under way; whether it does."""
         if not self._waiting:
             return False
         request = self._waiting[0]
-        if under_way:
+        why = self._refusal(request, ranks)
+        if under_way and not why:
             self._say_once("request", id(request), f"{_named(request)} waits: another change is under way")
             return False
         self._waiting.popleft()
-        serve = self._scale if request.kind is RequestKind.SCALE else self._drain
-        why = serve(request, ranks)
         if why:
             self._say(f"{_named(request)} is refused: {why}")
-        return not why
+            return False
+        (self._scale if request.kind is RequestKind.SCALE else self._drain)(request, ranks)
+        return True
 
-    def _scale(self, request: Request, ranks: PlacedRanks) -> str:
-        wanted, active = request.fields.get("ranks"), ranks.membership.size
+    def _refusal(self, request: Request, ranks: PlacedRanks) -> str:
+        """Why it cannot be; "": it can."""
+        if request.kind is RequestKind.DRAIN:
+            if self.cfg.exchange.transport == "deepep":
+                return "with exchange.transport=deepep the number of ranks stays as it is"
+            return node_named(str(request.fields.get("node", "")), ranks.where)[1]
+        wanted = request.fields.get("ranks")
         if not isinstance(wanted, int) or wanted < 0:
             return f"ranks={wanted!r}: expected a number of ranks, or 0 for what elastic.policy says"
-        if wanted and (why := scale_refusal(self.cfg, wanted, self.experts)):
-            return why
-        self.ranks = wanted
-        change = f"{active} -> {wanted} ranks" if wanted else f"elastic.policy={self.cfg.elastic.policy} decides again"
-        self._say(f"{_named(request)}: {change}", **({"desired": wanted} if wanted else {}))
-        return ""
+        return scale_refusal(self.cfg, wanted, self.experts) if wanted else ""
 
-    def _drain(self, request: Request, ranks: PlacedRanks) -> str:
-        node, why = node_named(str(request.fields.get("node", "")), ranks.where)
-        if why:
-            return why
+    def _scale(self, request: Request, ranks: PlacedRanks) -> None:
+        self.ranks, active = int(request.fields["ranks"]), ranks.membership.size
+        if self.ranks:
+            change = "as many as there are" if self.ranks == active else f"there are {active}"
+            self._say(f"{_named(request)}: {change}", desired=self.ranks)
+        else:
+            self._say(f"{_named(request)}: elastic.policy={self.cfg.elastic.policy} decides again")
+
+    def _drain(self, request: Request, ranks: PlacedRanks) -> None:
+        node, _ = node_named(str(request.fields["node"]), ranks.where)
         if node not in self.drained:
             self.drained.append(node)
         here = ranks_on([node], ranks.where)[node]
         self._say(f"{_named(request)}: ranks {numbers(here)} are to leave node {node}", node=node)
-        return ""
 
 
 def numbers(ranks: Sequence[int]) -> str:
