@@ -250,6 +250,16 @@ def test_with_advise_what_somebody_asks_for_and_a_drain_are_carried_out():
     assert it.step() == ("formed", 2)
 
 
+def test_with_advise_those_that_a_run_cannot_do_without_are_asked_for_all_the_same():
+    it = scene("elastic.mode=advise", "elastic.min_ranks=4")
+    it.drains = {"d": 0}
+    it.step()
+    assert it.resizer.calls == [("ask", 1)]
+    it.resizer.room = 1
+    it.step(2)
+    assert it.resizer.calls[-1] == ("switch", (3,), 1)
+
+
 def test_a_slow_rank_is_replaced_when_another_is_ready():
     it = scene("elastic.evict_stragglers=true")
     it.slow = ["m1", "m2"]
@@ -271,8 +281,9 @@ def test_a_slow_rank_that_nobody_can_replace_stays_and_is_let_alone():
     it.step(70)
     assert it.resizer.calls == [("ask", 1), ("withdraw", 1)]
     assert it.words()[-1].startswith("rank 1 is slow and stays: nobody came in its place")
+    said = len(it.said)
     it.step(70)
-    assert len(it.resizer.calls) == 2
+    assert (len(it.resizer.calls), len(it.said)) == (2, said)
 
 
 def test_with_advise_a_slow_rank_is_told_and_stays():
