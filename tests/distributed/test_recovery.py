@@ -155,7 +155,7 @@ def test_ranks_of_a_node_that_stood_still_find_their_epoch_over_when_it_wakes_up
         raylet = nodes.add_node(num_cpus=1).all_processes["raylet"][0].process.pid
         three = ["cluster.ranks=3", "cluster.cpus_per_rank=0.5", "cluster.silence_s=2", "run_dir=run"]
         command = here.train(*OPTIONS, *three, RAY_ADDRESS=nodes.address)
-        command.until(lambda: len(lines(here.path / "run" / "metrics.jsonl")) >= 3, 90, "three steps")
+        command.until(lambda: len(lines(here.path / "run" / "metrics.jsonl")) >= 3, 180, "three steps")
         still = ranks_under(raylet)
         for pid in (raylet, *still):
             os.kill(pid, signal.SIGSTOP)
