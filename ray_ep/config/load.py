@@ -14,7 +14,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from ray_ep.config.exchange import check_exchange, settle_exchange
-from ray_ep.config.paths import absolute
+from ray_ep.config.paths import absolute, is_url
 from ray_ep.config.runs import newest, settings_of, settings_of_checkpoint
 from ray_ep.config.schema import Config, ModelConfig
 from ray_ep.config.values import WrongValue, convert, flow_list, parse, scalar_or_tree
@@ -201,7 +201,23 @@ def check(cfg: DictConfig) -> None:
             f"elastic.min_ranks={cfg.elastic.min_ranks} is more than cluster.ranks={cfg.cluster.ranks}: a run begins "
             "with that many, so allowed is up to it"
         )
+    _check_snapshots(cfg)
     check_exchange(cfg)
+
+
+def _check_snapshots(cfg: Any) -> None:
+    if not cfg.snapshot.to_disk:
+        return
+    if not cfg.snapshot.every:
+        raise ConfigError(
+            "snapshot.to_disk=true: snapshot.every=0 takes none that could be written: give snapshot.every at least 1, "
+            "or snapshot.to_disk=false"
+        )
+    if is_url(cfg.checkpoint.dir):
+        raise ConfigError(
+            f"snapshot.to_disk=true writes beside the checkpoints, and checkpoint.dir={cfg.checkpoint.dir!r} is a URL: "
+            "allowed is a directory that all nodes share, or snapshot.to_disk=false"
+        )
 
 
 _AT_LEAST: dict[str, float] = {

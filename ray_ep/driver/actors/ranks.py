@@ -36,6 +36,7 @@ from ray_ep.rank.memory import oom_kills
 from ray_ep.rank.reach import DirectoryTrial
 from ray_ep.rank.results import StepResult
 from ray_ep.rank.snapshot.copies import Key
+from ray_ep.rank.snapshot.on_disk import Shelf
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ class Ranks:
         self._gone = Gone()
         self._lost: list[dict[str, Any]] = []  # where ranks were that were killed and may still be there
         self._number: dict[str, int] = {}  # of each node, as topologies have it
+        self._shelf: Any = None  # of snapshots on disk, as Ray's store has it
         try:
             self._places = self._room.take(cfg.ranks)
             self.where = [
@@ -281,9 +283,16 @@ class Ranks:
         """[L, N, K] expert sets of the ranks' reservoirs of recent tokens."""
         return np.concatenate(self._call("sample"), axis=1)
 
-    def snapshot(self, step: int) -> float:
-        """Take a snapshot of the state after `step` steps; the seconds that the slowest rank took for its copy."""
-        return max(map(float, self._call("snapshot", step, list(self.membership.node_of))))
+    def snapshot(self, step: int, shelf: Shelf | None = None) -> str:
+        """Take a snapshot of the state after `step` steps, which goes to disk, too, if there is a shelf.
+
+        Returns:
+            why the one before is not on disk, though it should be; "": it is.
+        """
+        if shelf is not None and self._shelf is None:
+            self._shelf = ray.put(shelf)  # the same for the whole run
+        faults: list[str] = self._call("snapshot", step, list(self.membership.node_of), shelf and self._shelf)
+        return next(filter(None, faults), "")
 
     def states(self) -> dict[str, Survivor]:
         """What each member says of itself, also after a call that failed."""
