@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from ray_ep.config.schema import ClusterConfig, Config
 from ray_ep.driver.actors.cause import Kind, for_memory, kind_of, lost_ranks, root_cause, silent_cause
 from ray_ep.driver.actors.cluster import SLICE_S, device_of
 from ray_ep.driver.actors.gone import Gone
+from ray_ep.driver.actors.head import HEAD_S, within
 from ray_ep.driver.actors.heartbeat import Heartbeat, process_of
 from ray_ep.driver.actors.placing import Place, Places, check_cpus, resources
 from ray_ep.driver.recovery.decide import Survivor
@@ -119,9 +121,9 @@ class Ranks:
         """
         self._locate()
         for rank in lost:
-            ray.kill(self.actors[rank], no_restart=True)
+            _kill([self.actors[rank]])
             self._lost.append(self.where[rank])
-            self._room.give_up(self._places[rank])
+            within(HEAD_S, partial(self._give_up, [self._places[rank]]))
         self.membership = self.membership.next([self.membership.members[rank] for rank in lost])
         stay = [rank for rank in range(len(self.actors)) if rank not in lost]
         self.actors = [self.actors[rank] for rank in stay]
@@ -195,8 +197,7 @@ class Ranks:
         """Kill ranks that are silent: should one wake up, it finds itself dead."""
         if silent:
             self._locate()
-        for rank in silent:
-            ray.kill(self.actors[rank], no_restart=True)
+            _kill([self.actors[rank] for rank in silent])
         return silent
 
     def _abort(self, but: Collection[int]) -> None:
@@ -352,20 +353,22 @@ class Ranks:
             Within some seconds, what is not known to be gone, in words, which are logged, too.
         """
         self._locate()
-        for actor in self.actors:
-            ray.kill(actor, no_restart=True)
+        _kill(self.actors)
         left = self._gone.awaited([*self.where[: len(self.actors)], *self._lost])
-        for place in self._places:
-            self._room.give_up(place)
+        within(HEAD_S, partial(self._give_up, list(self._places)))
         self.actors, self._places, self._lost = [], [], []
         for words in left:
             log.warning(words)
         return left
 
+    def _give_up(self, places: Sequence[Place]) -> None:
+        for place in places:
+            self._room.give_up(place)
+
     def _locate(self) -> None:
         """Ask Ray for the processes of ranks that have not come up."""
         for where, actor in zip(self.where, self.actors, strict=False):
-            if "worker" not in where and (process := process_of(actor)):
+            if "worker" not in where and (process := within(HEAD_S, partial(process_of, actor))):
                 where |= {"worker": process.worker, "pid": process.pid}
 
     def _started(self, rank: int, place: Place) -> Any:
@@ -379,6 +382,12 @@ class Ranks:
         }
         threads = max(1, int(self.cfg.cpus_per_rank))
         return self._actor.options(**options).remote(rank, self.cfg.ranks, threads, self.device)
+
+
+def _kill(actors: Sequence[Any]) -> None:
+    """Have Ray's head kill these actors; what it does not do at once it does when it is back."""
+    them = list(actors)
+    within(HEAD_S, lambda: [ray.kill(actor, no_restart=True) for actor in them])
 
 
 def _environment() -> dict[str, str]:
