@@ -75,7 +75,7 @@ class LivePage:
             if self._writer.poll() is None:
                 return
             _, said = self._writer.communicate()
-            if self._writer.returncode:
+            if self._writer.returncode not in (0, -signal.SIGTERM):  # Ray stops a job with all that it has started
                 self._tell(said.strip().splitlines()[-1:] or [f"its writer ended with {self._writer.returncode}"])
             self._writer = None
         if self._clock() - self._began < (NEWS_S if self._news else EVERY_S):
