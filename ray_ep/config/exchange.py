@@ -15,6 +15,7 @@ _OF_DEEPEP = {
     "exchange.chunks": (1,),
     "exchange.float8": (False,),
     "balance.in_step": ("auto", "off"),
+    "snapshot.to_disk": (False,),
 }
 """Values that keys may have with exchange.transport=deepep."""
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ray_ep.config.elastic import check_elastic
 from ray_ep.config.exchange import check_exchange, settle_exchange
-from ray_ep.config.paths import absolute
+from ray_ep.config.paths import absolute, is_url
 from ray_ep.config.runs import newest, settings_of, settings_of_checkpoint
 from ray_ep.config.schema import Config, ModelConfig
 from ray_ep.config.values import WrongValue, convert, flow_list, parse, scalar_or_tree
@@ -204,11 +204,28 @@ def check(cfg: DictConfig) -> None:
             f"placement.imbalance={cfg.placement.imbalance!r}: busiest over mean is at least 1: give more than 1, or 0"
         )
     check_elastic(cfg)
+    _check_snapshots(cfg)
     check_exchange(cfg)
+
+
+def _check_snapshots(cfg: Any) -> None:
+    if not cfg.snapshot.to_disk:
+        return
+    if not cfg.snapshot.every:
+        raise ConfigError(
+            "snapshot.to_disk=true: snapshot.every=0 takes none that could be written: give snapshot.every at least 1, "
+            "or snapshot.to_disk=false"
+        )
+    if is_url(cfg.checkpoint.dir):
+        raise ConfigError(
+            f"snapshot.to_disk=true writes beside the checkpoints, and checkpoint.dir={cfg.checkpoint.dir!r} is a URL: "
+            "allowed is a directory that all nodes share, or snapshot.to_disk=false"
+        )
 
 
 _LABEL_KEY = r"(([A-Za-z0-9][A-Za-z0-9.-]{0,252}/)?[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?"
 """As Ray has it, which has it from Kubernetes."""
+
 
 _AT_LEAST: dict[str, float] = {
     "seed": 0,

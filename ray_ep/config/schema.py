@@ -238,6 +238,11 @@ class SnapshotConfig:
     """Second copies of what each rank owns, held by a rank of another node: from there comes what a lost one owned."""
 
     every: int = _opt(10, "take one every N steps: so many are repeated at most after a loss; 0: a loss ends the run")
+    to_disk: bool = _opt(
+        False,
+        "write each to disk, too, beside the checkpoints, where the newest is kept: resume=auto goes on from it if the "
+        "driver died, so that at most snapshot.every steps are lost; the directory must be one that all nodes share",
+    )
 
 
 @dataclass

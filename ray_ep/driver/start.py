@@ -20,6 +20,7 @@ from ray_ep.config.exchange import most_tokens
 from ray_ep.config.runs import settings_of
 from ray_ep.config.schema import Config
 from ray_ep.driver.records import Event
+from ray_ep.driver.run.on_disk import newer_snapshot
 from ray_ep.driver.run.rundir import RunDir, checkpoint_url, claimed, find_checkpoint
 from ray_ep.errors import CheckpointError, ConfigError
 from ray_ep.moe import find_experts
@@ -63,8 +64,8 @@ def check_run(cfg: Config, now: datetime) -> Plan:
 
 
 def _checked(cfg: Config, run: RunDir) -> Plan:
-    checkpoint = _earlier_checkpoint(cfg, run)
-    notes = [*_about_place(run), *_about_earlier(cfg, run, checkpoint)]
+    checkpoint, passed_over = _earlier_checkpoint(cfg, run)
+    notes = [*_about_place(run), *passed_over, *_about_earlier(cfg, run, checkpoint)]
     done = _nothing_to_do(cfg, run, checkpoint)
     corpus = load_corpus(cfg.data, cfg.batch.length, cfg.seed)
     config = model_config(cfg.model, corpus.vocab_size)
@@ -132,16 +133,24 @@ def _check_deepep(cfg: Config, experts: Any, config: PreTrainedConfig, placement
     check_fit(room, cfg.cluster.ranks, placement.slots.shape[2], getattr(torch, cfg.model.dtype))
 
 
-def _earlier_checkpoint(cfg: Config, run: RunDir) -> Checkpoint | None:
-    """The checkpoint to go on from; None to start anew. Raises CheckpointError."""
+def _earlier_checkpoint(cfg: Config, run: RunDir) -> tuple[Checkpoint | None, list[tuple[str, str]]]:
+    """The checkpoint to go on from, or a newer snapshot on disk; None to start anew; and what to tell of it.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
     if cfg.resume == "no":
-        return None
+        return None, []
     if cfg.resume != "auto":
-        return find_checkpoint(cfg.resume)
+        return find_checkpoint(cfg.resume), []
     directory = Directory(checkpoint_url(cfg, run))
     step = directory.newest()
+    snapshot, damage = newer_snapshot(cfg, run, -1 if step is None else step)
+    if snapshot is not None:
+        return snapshot, []
+    notes = [("resume", damage)] if damage else []
     command = f"ray-ep train {shlex.quote(f'run_dir={run.path}')} resume={{}}"
-    return None if step is None else Checkpoint(directory, step, command)
+    return None if step is None else Checkpoint(directory, step, command), notes
 
 
 def _check_model(checkpoint: Checkpoint, signature: dict[str, list[int]]) -> None:

@@ -6,7 +6,9 @@ once; the run goes on. The page of a run that has ended is the composition's to 
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +24,7 @@ NEWS_S = 45.0
 """Seconds between two pages where an evaluation or an event is to be shown."""
 
 _ROOT = Path(__file__).parents[2]  # of the package, which the other process may not find by itself
+_PR_SET_PDEATHSIG = 1
 _CHILD = "import sys; sys.path.append(sys.argv[1]); from ray_ep.observe.live import write; write(*sys.argv[2:])"
 
 
@@ -72,13 +75,13 @@ class LivePage:
             if self._writer.poll() is None:
                 return
             _, said = self._writer.communicate()
-            if self._writer.returncode:
+            if self._writer.returncode not in (0, -signal.SIGTERM):  # Ray stops a job with all that it has started
                 self._tell(said.strip().splitlines()[-1:] or [f"its writer ended with {self._writer.returncode}"])
             self._writer = None
         if self._clock() - self._began < (NEWS_S if self._news else EVERY_S):
             return
         self._began, self._news = self._clock(), False
-        command = [sys.executable, "-c", _CHILD, str(_ROOT), str(self._run_dir), str(self._nice)]
+        command = [sys.executable, "-c", _CHILD, str(_ROOT), str(self._run_dir), str(self._nice), str(os.getpid())]
         try:  # a session of its own: a terminal's Ctrl-C is for the driver
             self._writer = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
@@ -93,8 +96,12 @@ class LivePage:
             self._failed(f"the page could not be written, the run goes on: {why[0]}")
 
 
-def write(run_dir: str, nice: str) -> None:
-    """What the process of its own does."""
+def write(run_dir: str, nice: str, parent: str) -> None:
+    """What the process of its own does; it ends with its parent, the driver, however that ends."""
+    with suppress(OSError, AttributeError):  # Linux: SIGKILL when the thread that started this process ends
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != int(parent):  # it has ended before that
+        return
     os.nice(int(nice))
     with suppress(OSError):  # Linux may give each session an equal share of the CPUs, whatever its processes' priority
         Path("/proc/self/autogroup").write_text(nice)

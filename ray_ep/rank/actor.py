@@ -36,6 +36,7 @@ from ray_ep.rank.reach import DirectoryTrial
 from ray_ep.rank.results import RankState, StepResult
 from ray_ep.rank.saved.disk import in_one_line
 from ray_ep.rank.snapshot.copies import COUNTED, Key
+from ray_ep.rank.snapshot.on_disk import Shelf
 from ray_ep.rank.snapshot.restore import restore
 from ray_ep.rank.snapshot.snapshots import Held, Snapshots
 from ray_ep.rank.trainer import Trainer
@@ -113,9 +114,9 @@ class RankActor:
 
         alone: dict[str, Maker] = {"memory": lambda: SoloGroup(epoch)}
         self.group.form(epoch, alone if self.size == 1 else {t: partial(over, t) for t in transports}, limit_s)
-        if snapshots and self.size > 1:
+        if snapshots:
             what = f"{name}-{epoch}-snapshots", self.rank, self.size, epoch, timeout_s, "gloo", limit_s
-            self.side.form(epoch, {"gloo": partial(join, *what)}, limit_s)
+            self.side.form(epoch, alone if self.size == 1 else {"gloo": partial(join, *what)}, limit_s)
 
     def probe(self, node_of: np.ndarray, budget_s: float) -> Topology:
         """`measure` on the joined group, the first of its transports (collective)."""
@@ -183,7 +184,11 @@ class RankActor:
         return self.trainer.evaluate(trace)
 
     def save(self, url: str, step: int) -> dict[str, list[Any]] | SaveError:
-        """`Trainer.save`; an error that it meets is returned, so that the driver hears all ranks and none writes on."""
+        """`Trainer.save`; an error that it meets is returned, so that the driver hears all ranks and none writes on.
+
+        A snapshot that is still written to disk comes first: then it is older than this, and not in its way.
+        """
+        self.snapshots.wait()
         try:
             return self.trainer.save(url, step)
         except SaveError as e:
@@ -209,9 +214,9 @@ class RankActor:
         """`Trainer.migrate`."""
         return self.trainer.migrate(placement, buffer_mb)
 
-    def snapshot(self, step: int, node_of: list[int]) -> float:
+    def snapshot(self, step: int, node_of: list[int], shelf: Shelf | None = None) -> str:
         """`Snapshots.take`."""
-        return self.snapshots.take(step, node_of)
+        return self.snapshots.take(step, node_of, shelf)
 
     def state(self) -> tuple[RankState, Held]:
         """Where this rank is, and which snapshots it could give. After a call that failed, too."""

@@ -93,6 +93,7 @@ def test_a_transport_between_gpus_is_refused_for_cpu_ranks(transport):
         ("exchange.chunks=2", "1"),
         ("exchange.float8=true", "False"),
         ("balance.in_step=always", "auto or off"),
+        ("snapshot.to_disk=true", "False"),
     ],
 )
 def test_what_deepep_does_not_do_is_refused_and_balance_that_was_left_to_it_is_off(override, allowed):
@@ -103,6 +104,25 @@ def test_what_deepep_does_not_do_is_refused_and_balance_that_was_left_to_it_is_o
         load_config(None, [*keys, override])
     settled = load_config(None, keys)
     assert (settled.balance.in_step, settled.snapshot.every) == ("off", 0), "a lost rank ends such a run"
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        (
+            "snapshot.every=0",
+            r"snapshot\.every=0 takes none .*: give snapshot\.every at least 1, or snapshot\.to_disk=fa",
+        ),
+        (
+            "checkpoint.dir=s3://bucket/run",
+            r"checkpoint\.dir='s3://bucket/run' is a URL: allowed is a directory that all",
+        ),
+    ],
+)
+def test_snapshots_on_disk_are_refused_where_there_are_none_or_there_is_no_disk(override, says):
+    assert load_config(None, ["snapshot.to_disk=true", "checkpoint.dir=/shared/run"]).snapshot.to_disk
+    with pytest.raises(ConfigError, match=f"snapshot\\.to_disk=true.*{says}"):
+        load_config(None, ["snapshot.to_disk=true", override])
 
 
 def test_the_bound_on_tokens_counts_those_of_a_rank_a_pass_and_a_chunk():

@@ -136,9 +136,9 @@ class FakeRanks:
         self.updates = key.step
         self._answer("restore")
 
-    def snapshot(self, step):
+    def snapshot(self, step, shelf):
         self.kept.append(Key(self.membership.epoch, step))
-        return self._answer("snapshot", 0.0)
+        return self._answer("snapshot", "")
 
     def reach(self, trial):
         return self._answer("reach", [trial.on_rank(r) for r in range(RANKS)])

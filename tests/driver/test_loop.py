@@ -108,3 +108,20 @@ def test_a_lost_rank_is_an_event_with_the_steps_lost_and_the_command(running, tm
     assert event["message"] == f"rank 1 on beta died: killed, after step 3; {lost}"
     assert event["fields"] == {"done": 3, "saved": 2, "rank": 1}
     assert e.value.__notes__ == [lost]
+
+
+@pytest.mark.parametrize(("size", "overrides", "taken"), [(1, [], 0), (1, ["snapshot.to_disk=true"], 3), (2, [], 3)])
+def test_one_rank_alone_takes_snapshots_for_the_disk_and_else_none(tmp_path, size, overrides, taken):
+    it = driven(tmp_path, "snapshot.every=2", *overrides, size=size)
+    it.driver.form()
+    it.driver.run()
+    assert it.ranks.calls.count("snapshot") == taken
+
+
+def test_a_snapshot_that_is_not_on_disk_is_told_and_the_run_goes_on(tmp_path):
+    it = driven(tmp_path, "snapshot.every=2", "snapshot.to_disk=true")
+    it.ranks.meanwhile["snapshot", 2] = lambda: "No space left on device"
+    it.driver.form()
+    assert it.driver.run() == "done"
+    (words,) = it.ear.words("snapshot-not-on-disk")
+    assert words == "No space left on device; the run goes on, the next snapshot tries again"

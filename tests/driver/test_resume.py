@@ -173,6 +173,47 @@ def test_a_checkpoint_of_before_sizes_were_kept_is_checked_and_taken(newest):
     assert check_run(ray_ep.load_config(None, [*TINY, f"run_dir={RUN}", "resume=auto"]), NOW).checkpoint.step == 2
 
 
+@pytest.fixture
+def snapshot(newest):
+    """A snapshot on disk of step 3, beside the checkpoints of steps 1 and 2."""
+    path = newest.parent / "snapshots" / "step-000003"
+    shutil.copytree(newest, path)
+    edit(path, lambda m: m.update(step=3))
+    return path
+
+
+def resumed():
+    plan = check_run(ray_ep.load_config(None, [*TINY, f"run_dir={RUN}", "resume=auto"]), NOW)
+    plan.run.release()
+    return plan.checkpoint, [e.words for e in plan.notes if e.kind == "resume"]
+
+
+def test_the_newer_of_checkpoint_and_snapshot_on_disk_is_gone_on_from(snapshot):
+    found, said = resumed()
+    assert (found.step, found.name, said) == (3, str(snapshot.absolute()), [])
+    assert find_checkpoint(RUN).step == 2, "what is exported is a checkpoint"
+    edit(snapshot, lambda m: m.update(step=2))
+    snapshot = snapshot.rename(snapshot.with_name("step-000002"))
+    assert resumed()[0].name == str((snapshot.parents[1] / "step-000002").absolute())
+    shutil.rmtree(snapshot.parents[1] / "step-000002")
+    shutil.rmtree(snapshot.parents[1] / "step-000001")
+    assert resumed()[0].name == str(snapshot.absolute()), "there need not be a checkpoint"
+
+
+def test_a_snapshot_that_was_cut_short_is_none(snapshot):
+    (snapshot / "manifest.json").unlink()
+    found, said = resumed()
+    assert (found.step, said) == (2, [])
+
+
+def test_a_damaged_snapshot_is_passed_over_and_that_is_told(snapshot):
+    flip(snapshot / EXPERTS, -9)
+    found, (said,) = resumed()
+    assert found.step == 2
+    assert "the snapshot of step 3 on disk is passed over" in said
+    assert "checksum differs" in said
+
+
 def test_checksums_of_a_large_checkpoint_are_left_to_the_ranks(newest):
     flip(newest / EXPERTS, -9)
     checkpoint = find_checkpoint(RUN)

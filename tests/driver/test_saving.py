@@ -141,6 +141,45 @@ def test_a_lost_rank_is_no_failed_save(saver):
         s.it.save_and_go_on(2)
 
 
+@pytest.fixture
+def snapshot(tmp_path):
+    """Puts a snapshot on disk; a directory of its."""
+
+    def put(step):
+        directory = Directory(f"{tmp_path}/checkpoints/snapshots")
+        directory.clear(step)
+        directory.commit(step, {"step": step, "tensors": {}}, statistics())
+        return directory
+
+    return put
+
+
+def test_a_checkpoint_takes_the_place_of_the_snapshots_on_disk_before_it(saver, snapshot, tmp_path):
+    s = saver()
+    s.it.save_and_go_on(2)
+    directory = snapshot(4)
+    directory.fs.makedirs(directory.path(5))
+    directory.fs.pipe_file(f"{directory.path(5)}/dense-0000.safetensors", b"half of it")
+    assert (s.it.saved, s.it.newest_there()) == (4, (directory.url, 4))
+    s.ranks.fails = OSError(errno.ENOSPC, "No space left on device")
+    s.it.save_and_go_on(6)
+    assert (s.it.saved, directory.steps()) == (4, [4])
+    s.ranks.fails = None
+    s.it.save_and_go_on(6)
+    assert (s.it.saved, s.it.newest_there()) == (6, (s.it.directory.url, 6))
+    assert not (tmp_path / "checkpoints" / "snapshots").exists()
+
+
+def test_a_run_that_goes_on_from_a_snapshot_saves_as_soon_as_it_can(saver, snapshot):
+    directory = snapshot(4)
+    s = saver("checkpoint.every_minutes=0", checkpoint=Checkpoint(directory, 4))
+    assert (s.it.saved, s.it.newest_there()) == (4, (directory.url, 4))
+    assert s.it.due(4)
+    s.it.finish(4)  # if it is stopped at once
+    assert (s.it.directory.steps(), directory.steps()) == ([4], [])
+    assert not s.it.due(5)
+
+
 def test_how_long_saving_takes_is_that_of_the_last_save(saver):
     s = saver()
     assert "12 MB are saved, for the first time" in s.it.ahead(1)

@@ -9,7 +9,7 @@ import torch
 from ray_ep.collective import SoloGroup
 from ray_ep.errors import CheckpointError, SaveError
 from ray_ep.placement import RoutingStatistics, contiguous, random
-from ray_ep.rank.saved import checkpoint as module
+from ray_ep.rank.saved import writing as module
 from ray_ep.rank.saved.checkpoint import Checkpoint
 from ray_ep.rank.saved.directory import Directory
 from ray_ep.rank.saved.disk import checksum

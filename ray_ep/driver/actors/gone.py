@@ -8,6 +8,7 @@ from typing import Any
 
 from ray._private.state import workers
 
+from ray_ep.driver.actors.head import HEAD_S, within
 from ray_ep.driver.actors.heartbeat import cut_off
 from ray_ep.driver.actors.placing import nodes
 
@@ -38,8 +39,12 @@ class Gone:
         """Wait until Ray says of every process that it is dead, or of its node; what it does not say that of."""
         alive = [where for where in killed if "worker" in where]
         began, asked = time.monotonic(), False
+        told: tuple[set[str], set[str]] | None = None
         while alive:
-            there, up = set(_workers()), {n["NodeID"] for n in nodes() if n["Alive"]}
+            told = within(HEAD_S, _tables)
+            if told is None:
+                break
+            there, up = told
             alive = [w for w in alive if w["worker"] in there and w["node"] in up]
             waited = time.monotonic() - began
             if waited > _POLITE_S and not asked:  # Ray takes up to a minute to miss a node
@@ -48,10 +53,17 @@ class Gone:
             if waited > _GONE_S or all(w["node"] in self.cut_off for w in alive):
                 break
             time.sleep(_POLL_S)
-        return [self._still_there(where) for where in alive]
+        return [self._still_there(where, told is not None) for where in alive]
 
-    def _still_there(self, where: dict[str, Any]) -> str:
+    def _still_there(self, where: dict[str, Any], told: bool) -> str:
         who = f"rank {where['rank']} (process {where['pid']} on {where['host']}, {where['address']})"
         if where["node"] in self.cut_off:
             return f"{who} was killed, but its node does not answer: whether it is gone is not known"
+        if not told:
+            return f"{who} was killed, but Ray's head does not answer: whether it is gone is not known"
         return f"{who} is still there {_GONE_S:g} s after it was killed"
+
+
+def _tables() -> tuple[set[str], set[str]]:
+    """Ids of the processes and of the nodes that Ray knows to be alive."""
+    return set(_workers()), {n["NodeID"] for n in nodes() if n["Alive"]}

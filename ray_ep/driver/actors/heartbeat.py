@@ -10,9 +10,10 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -20,6 +21,8 @@ from ray._private.grpc_utils import init_grpc_channel
 from ray._private.state import state
 from ray.core.generated.gcs_pb2 import ActorTableData  # type: ignore[attr-defined]
 from ray.exceptions import RayError
+
+from ray_ep.driver.actors.head import beside
 
 PERIOD_S = 1.0
 """Seconds between two questions to a rank."""
@@ -29,6 +32,8 @@ HANGS = 12
 """A rank whose process answers is lost after this many times `cluster.silence_s`: a long call may keep the GIL."""
 _PAUSE_S = 2.0
 """Between two looks that are further apart nobody listened: such a time counts against no rank."""
+_HEAD_S = 0.02
+"""How long to wait for Ray's head, which answers in a millisecond: if it does not, the next look sees what it said."""
 _CONNECT_S = 0.5
 """How long a node may take to answer a connection before it counts as cut off."""
 
@@ -120,6 +125,8 @@ class Heartbeat:
         self._pulse = Pulse(len(actors), silence_s, start_s, self._looked)
         self._pings: dict[int, Any] = {}  # not answered yet
         self._knocks: dict[int, Any] = {}
+        self._asked: dict[int, Future[Process | None]] = {}  # where a rank runs
+        self._found: dict[int, Process] = {}  # for good: Ray starts none of them again
 
     def look(self) -> tuple[dict[int, str], dict[int, Exception]]:
         """Ask who is due and hear who has answered; at most every LOOK_S, else nothing is done.
@@ -170,10 +177,24 @@ class Heartbeat:
         late = now - heard.beat > 1.5 * PERIOD_S
         if (heard.up and not late) or rank in self._knocks:
             return
-        if process := process_of(self._actors[rank]):
+        if process := self._process(rank):
             if heard.at is None:
                 self._pulse.answered(rank, now, up=False)
             self._knocks[rank] = _knock(process.address, self._pulse.silence_s)
+
+    def _process(self, rank: int) -> Process | None:
+        """Where a rank runs, as soon as Ray's head has said so; while that is away, what it said before."""
+        if rank in self._found:
+            return self._found[rank]
+        if rank not in self._asked:
+            self._asked[rank] = beside(partial(process_of, self._actors[rank]))
+        asked = self._asked[rank]
+        wait([asked], _HEAD_S)
+        if asked.done():
+            del self._asked[rank]
+            if asked.exception() is None and (found := asked.result()) is not None:
+                self._found[rank] = found
+        return self._found.get(rank)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from ray_ep.config.schema import ClusterConfig, Config
 from ray_ep.driver.actors.cause import Kind, for_memory, kind_of, lost_ranks, root_cause, silent_cause
 from ray_ep.driver.actors.cluster import SLICE_S, device_of
 from ray_ep.driver.actors.gone import Gone
+from ray_ep.driver.actors.head import HEAD_S, within
 from ray_ep.driver.actors.heartbeat import Heartbeat, process_of
 from ray_ep.driver.actors.newcomers import Newcomer, Newcomers
 from ray_ep.driver.actors.placing import Place, Places, check_cpus, resources
@@ -36,6 +38,7 @@ from ray_ep.rank.memory import oom_kills
 from ray_ep.rank.reach import DirectoryTrial
 from ray_ep.rank.results import StepResult
 from ray_ep.rank.snapshot.copies import Key
+from ray_ep.rank.snapshot.on_disk import Shelf
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +90,7 @@ class Ranks:
         start_s = max(cfg.wait_s, _START_S)
         self._starter = Starter(cfg, name, self.device, actor)
         self.newcomers = Newcomers(self._room, self._starter.start, start_s)
+        self._shelf: Any = None  # of snapshots on disk, as Ray's store has it
         try:
             self._places = self._room.take(cfg.ranks)
             self.where = [
@@ -124,9 +128,9 @@ class Ranks:
         """
         self._locate()
         for rank in lost:
-            ray.kill(self.actors[rank], no_restart=True)
+            _kill([self.actors[rank]])
             self._lost.append(self.where[rank])
-            self._room.give_up(self._places[rank])
+            within(HEAD_S, partial(self._give_up, [self._places[rank]]))
         nodes = {n.member: self._node(n.where["node"]) for n in come}
         self.membership = self.membership.next([self.membership.members[rank] for rank in lost], nodes)
         stay = [rank for rank in range(len(self.actors)) if rank not in lost]
@@ -215,8 +219,7 @@ class Ranks:
         """Kill ranks that are silent: should one wake up, it finds itself dead."""
         if silent:
             self._locate()
-        for rank in silent:
-            ray.kill(self.actors[rank], no_restart=True)
+            _kill([self.actors[rank] for rank in silent])
         return silent
 
     def _abort(self, but: Collection[int]) -> None:
@@ -303,9 +306,16 @@ class Ranks:
         """[L, N, K] expert sets of the ranks' reservoirs of recent tokens."""
         return np.concatenate(self._call("sample"), axis=1)
 
-    def snapshot(self, step: int) -> float:
-        """Take a snapshot of the state after `step` steps; the seconds that the slowest rank took for its copy."""
-        return max(map(float, self._call("snapshot", step, list(self.membership.node_of))))
+    def snapshot(self, step: int, shelf: Shelf | None = None) -> str:
+        """Take a snapshot of the state after `step` steps, which goes to disk, too, if there is a shelf.
+
+        Returns:
+            why the one before is not on disk, though it should be; "": it is.
+        """
+        if shelf is not None and self._shelf is None:
+            self._shelf = ray.put(shelf)  # the same for the whole run
+        faults: list[str] = self._call("snapshot", step, list(self.membership.node_of), shelf and self._shelf)
+        return next(filter(None, faults), "")
 
     def states(self) -> dict[str, Survivor]:
         """What each member says of itself, also after a call that failed."""
@@ -380,18 +390,26 @@ class Ranks:
         """
         self._locate()
         self.newcomers.withdraw()
-        for actor in self.actors:
-            ray.kill(actor, no_restart=True)
+        _kill(self.actors)
         left = self._gone.awaited([*self.where[: len(self.actors)], *self._lost])
-        for place in self._places:
-            self._room.give_up(place)
+        within(HEAD_S, partial(self._give_up, list(self._places)))
         self.actors, self._places, self._lost = [], [], []
         for words in left:
             log.warning(words)
         return left
 
+    def _give_up(self, places: Sequence[Place]) -> None:
+        for place in places:
+            self._room.give_up(place)
+
     def _locate(self) -> None:
         """Ask Ray for the processes of ranks that have not come up."""
         for where, actor in zip(self.where, self.actors, strict=False):
-            if "worker" not in where and (process := process_of(actor)):
+            if "worker" not in where and (process := within(HEAD_S, partial(process_of, actor))):
                 where |= {"worker": process.worker, "pid": process.pid}
+
+
+def _kill(actors: Sequence[Any]) -> None:
+    """Have Ray's head kill these actors; what it does not do at once it does when it is back."""
+    them = list(actors)
+    within(HEAD_S, lambda: [ray.kill(actor, no_restart=True) for actor in them])

@@ -22,12 +22,14 @@ from ray_ep.driver.rebalance.recent import Facts
 from ray_ep.driver.records import Event
 from ray_ep.driver.recovery.decide import Decision, Survivor, Taken, decide
 from ray_ep.driver.recovery.departures import Departures
+from ray_ep.driver.run.saving import shelf_of
 from ray_ep.driver.start import Plan
 from ray_ep.errors import LostError, PlacementError, RankError
 from ray_ep.moe import Choice
 from ray_ep.placement import Placement, Topology, contiguous, slots_needed
 from ray_ep.rank.data.corpus import Corpus
 from ray_ep.rank.snapshot.copies import Key
+from ray_ep.rank.snapshot.on_disk import Shelf
 
 JOIN_S = 10.0
 """Seconds that survivors wait for each other: they are all there, and have just said so."""
@@ -87,8 +89,8 @@ class SurvivingRanks(Protocol):
     def choose_exchange(self, step: int) -> Choice:
         """The fastest way to exchange, timed anew."""
 
-    def snapshot(self, step: int) -> float:
-        """Copy what each owns."""
+    def snapshot(self, step: int, shelf: Shelf | None) -> str:
+        """Copy what each owns, to disk, too, if there is a shelf; why the one before is not there."""
 
 
 class Recovery:
@@ -113,6 +115,7 @@ class Recovery:
         self.cfg, self.plan, self.ranks, self.newest = cfg, plan, ranks, newest
         self.publish, self.clock, self.departures = publish, clock, departures or Departures()
         self.snapshots: list[Taken] = []
+        self._shelf = shelf_of(cfg, plan)
         self._since: float | None = None  # recovered, and no step was made yet
         self._told: list[tuple[str, dict[str, Any]]] = []  # of each recovery since the last step: words, fields
         self._tried = (-1, 0)  # a step, and how often nobody was lost in it
@@ -125,7 +128,7 @@ class Recovery:
     def due(self, done: int) -> bool:
         """Whether a snapshot is to be taken after `done` steps."""
         every, newest = self.cfg.snapshot.every, self.snapshots[-1].key if self.snapshots else None
-        if not every or self.ranks.membership.size < 2:
+        if not every or (self.ranks.membership.size < 2 and self._shelf is None):
             return False
         fresh = newest is not None and newest.epoch == self.ranks.membership.epoch
         return not fresh or (newest is not None and done >= newest.step + every)
@@ -137,7 +140,8 @@ class Recovery:
             LostError: a rank was lost, or what was sent before did not arrive.
         """
         members = self.ranks.membership
-        self.ranks.snapshot(done)
+        if why := self.ranks.snapshot(done, self._shelf):
+            self.publish(Event("snapshot-not-on-disk", f"{why}; the run goes on, the next snapshot tries again"))
         # That the one before has arrived is known now, so nothing older is of use.
         self.snapshots = [*self.snapshots[-1:], Taken(Key(members.epoch, done), members, placement)]
 

@@ -46,20 +46,22 @@ def start_of(cfg: Config, plan: Plan, formed: Formed, ray: str) -> Event:
 def snapshot_mib(cfg: Config, plan: Plan, formed: Formed) -> int:
     """Host memory that snapshots take of the rank that owns most: two copies of its own, two of those that it keeps."""
     placement, ranks = formed.placement, formed.topology.num_ranks
-    if not cfg.snapshot.every or ranks < 2:
+    if not cfg.snapshot.every or (ranks < 2 and not cfg.snapshot.to_disk):
         return 0
     state = 4 * (1 + (2 if cfg.optim.kind == "adamw" else int(cfg.optim.beta1 > 0)))  # bytes of a parameter
     every = sum(prod(shape) for shape in plan.signature.values())
     experts = placement.num_layers * placement.num_experts * plan.expert_parameters
     owned = np.bincount(placement.owner.ravel(), minlength=ranks).max() * plan.expert_parameters
-    return int((4 * owned + 2 * max(every - experts, 0)) * state) >> 20
+    copies = 4 if ranks > 1 else 2  # who is alone keeps nobody's
+    return int((copies * owned + 2 * max(every - experts, 0)) * state) >> 20
 
 
 def _saves(cfg: Config, mib: int) -> str:
     """How often what is saved."""
     if not cfg.snapshot.every:
         return f"{when(cfg.checkpoint)}, no snapshots (snapshot.every=0)"
-    return f"{when(cfg.checkpoint)}, a snapshot every {cfg.snapshot.every} steps (up to {mib} MiB of a rank)"
+    to_disk = ", written to disk, too" if cfg.snapshot.to_disk else ""
+    return f"{when(cfg.checkpoint)}, a snapshot every {cfg.snapshot.every} steps (up to {mib} MiB of a rank{to_disk})"
 
 
 def notes_of(cfg: Config, plan: Plan, formed: Formed) -> list[Event]:

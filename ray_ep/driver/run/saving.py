@@ -11,11 +11,13 @@ from omegaconf import OmegaConf
 from ray_ep.config.schema import CheckpointConfig, Config
 from ray_ep.driver.publisher import Publisher
 from ray_ep.driver.records import Event
+from ray_ep.driver.run.on_disk import newest_step, snapshots_url
 from ray_ep.driver.run.rundir import checkpoint_url
 from ray_ep.driver.start import Plan
 from ray_ep.errors import DivergedError, RankError, SaveError
 from ray_ep.placement import RoutingStatistics
 from ray_ep.rank.saved.directory import Directory
+from ray_ep.rank.snapshot.on_disk import Shelf
 
 
 class SavingRanks(Protocol):
@@ -36,7 +38,6 @@ class Saver:
         clock: seconds.
 
     Attributes:
-        saved: step of the newest checkpoint; -1: none.
         seconds: that the last save took; None: none was made yet.
     """
 
@@ -50,18 +51,30 @@ class Saver:
     ):
         self.cfg, self.plan, self.ranks, self.publisher, self.clock = cfg, plan, ranks, publisher, clock
         self.directory = Directory(checkpoint_url(cfg, plan.run))
-        self.saved = -1 if plan.checkpoint is None else plan.checkpoint.step
+        self._snapshots = snapshots_url(cfg, plan.run)
+        self._saved = -1 if plan.checkpoint is None else plan.checkpoint.step
+        self._owed = plan.checkpoint is not None and plan.checkpoint.directory.url == self._snapshots
         self.seconds: float | None = None
         self._since = clock()  # the last save, or the last try
         self._earlier = plan.checkpoint.statistics() if plan.checkpoint else None  # counted before a resume
+
+    @property
+    def saved(self) -> int:
+        """Step from which `resume=auto` would go on: of the newest checkpoint or snapshot on disk; -1: none."""
+        return max(self._saved, newest_step(self._snapshots))
 
     def start(self) -> None:
         """The first step begins: from now on minutes count."""
         self._since = self.clock()
 
     def due(self, done: int) -> bool:
-        """Whether to save after `done` steps: by their number, or by the time since the last save."""
+        """Whether to save after `done` steps: by their number, or by the time since the last save.
+
+        A run that goes on from a snapshot on disk saves at once: the next snapshots take the place of that one.
+        """
         cfg = self.cfg.checkpoint
+        if self._owed:
+            return True
         by_step = bool(cfg.every) and done % cfg.every == 0
         return by_step or (bool(cfg.every_minutes) and self.clock() - self._since >= 60 * cfg.every_minutes)
 
@@ -76,7 +89,7 @@ class Saver:
         """
         statistics = self._statistics()
         self.plan.run.statistics(statistics)
-        if self.saved == done:
+        if self._saved == done and not self._owed:
             return ""
         began = self.clock()
         try:
@@ -89,11 +102,13 @@ class Saver:
             if self.directory.url not in why:
                 why = f"step {done} could not be saved into {self.directory.url}: {why}"
             return f"{why}; {self.newest()}"
-        self.saved, self._since, self.seconds = done, self.clock(), self.clock() - began
+        self._saved, self._since, self.seconds, self._owed = done, self.clock(), self.clock() - began, False
         url = f"{self.directory.url}/step-{done:06d}"
         self.publisher.event(Event("checkpoint", url, {"url": url, "seconds": self.seconds}))
         try:
             self.directory.prune(self.cfg.checkpoint.keep)
+            if self._snapshots:
+                Directory(self._snapshots).empty()  # all are older
         except Exception as e:
             self.publisher.event(Event("checkpoint-kept", str(e)))  # the new one is safe, so the run goes on
         return ""
@@ -102,7 +117,7 @@ class Saver:
         """A periodic save: if it fails that is told, and the next one tries again."""
         if why := self.save(done):
             words = f"{why}; the run goes on, the next checkpoint tries again"
-            self.publisher.event(Event("checkpoint-failed", words, {"newest": self.saved}))
+            self.publisher.event(Event("checkpoint-failed", words, {"newest": self._saved}))
 
     def finish(self, done: int) -> None:
         """The last save.
@@ -114,21 +129,23 @@ class Saver:
             raise SaveError(why)
 
     def newest_there(self) -> tuple[str, int] | None:
-        """Directory and step of the newest checkpoint; None: there is none."""
-        if self.saved < 0:
+        """Directory and step of the newest checkpoint, or of a newer snapshot on disk; None: there is none."""
+        if (step := self.saved) < 0:
             return None
+        if step > self._saved:
+            return self._snapshots, step
         resumed = self.seconds is None and self.plan.checkpoint is not None
-        return (self.plan.checkpoint.directory if resumed and self.plan.checkpoint else self.directory).url, self.saved
+        return (self.plan.checkpoint.directory if resumed and self.plan.checkpoint else self.directory).url, self._saved
 
     def newest(self) -> str:
         """Which checkpoint is the newest good one, in words."""
-        if self.saved < 0:
+        if self._saved < 0:
             return "there is no older checkpoint"
-        return f"the newest good checkpoint is of step {self.saved}"
+        return f"the newest good checkpoint is of step {self._saved}"
 
     def ahead(self, done: int) -> str:
         """What the last save will cost, for who waits for it."""
-        if self.saved == done:
+        if self._saved == done and not self._owed:
             return "there is nothing left to save"
         if self.seconds is not None:
             return f"saving takes about {max(self.seconds, 1):.0f} s"
@@ -142,16 +159,9 @@ class Saver:
     def _write(self, done: int, statistics: RoutingStatistics) -> None:
         with self.directory.saving(done):
             parts = self.ranks.save(self.directory.url, done)
-            manifest = {
-                "format": 1,
-                "step": done,
-                "serial": self.directory.next_serial(),
-                "tensors": {k: v for part in parts for k, v in part.items()},
-                "signature": self.plan.signature,
-                "config": OmegaConf.to_container(self.cfg),
-                "model": self.plan.config.to_dict(),
-                "data": self.plan.corpus.source,
-            }
+            tensors = {k: v for part in parts for k, v in part.items()}
+            which = {"step": done, "serial": self.directory.next_serial(), "tensors": tensors}
+            manifest = {**manifest_of(self.cfg, self.plan), **which}
             self.publisher.flush()
             self.directory.commit(done, manifest, statistics)
 
@@ -160,6 +170,25 @@ class Saver:
         parts = self.ranks.statistics()
         parts = parts if self._earlier is None else [self._earlier, *parts]
         return RoutingStatistics.merge(parts, self.cfg.statistics.sample, self.cfg.seed)
+
+
+def manifest_of(cfg: Config, plan: Plan) -> dict[str, Any]:
+    """What the manifests of all checkpoints of a run say."""
+    return {
+        "format": 1,
+        "signature": plan.signature,
+        "config": OmegaConf.to_container(cfg),
+        "model": plan.config.to_dict(),
+        "data": plan.corpus.source,
+    }
+
+
+def shelf_of(cfg: Config, plan: Plan) -> Shelf | None:
+    """Where snapshots are written on disk; None: they are not."""
+    if not cfg.snapshot.to_disk:
+        return None
+    counted = plan.checkpoint.statistics() if plan.checkpoint else None
+    return Shelf(snapshots_url(cfg, plan.run), manifest_of(cfg, plan), counted)
 
 
 def when(checkpoint: CheckpointConfig) -> str:

@@ -6,7 +6,6 @@
         statistics.npz                  routing statistics counted so far
         manifest.json                   which tensor is where, checksums, sizes; see `ray_ep.rank.saved.directory`
 Keys: `<kind>/<parameter>` and `<kind>/<parameter>/<expert>`, kind weight, exp_avg, exp_avg_sq, momentum_buffer, buffer.
-Nothing is stacked: memory stays at one file (a layer of a rank, or FILE_BYTES dense bytes).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import json
 import shlex
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -30,10 +29,8 @@ from ray_ep.moe import ExpertParallel
 from ray_ep.placement import RoutingStatistics
 from ray_ep.rank.saved.directory import STATISTICS_FILE, Directory, OtherStep
 from ray_ep.rank.saved.disk import checksum
+from ray_ep.rank.saved.writing import write_rank
 from ray_ep.rank.step.optimizer import MasterOptimizer, Weight
-
-FILE_BYTES = 1 << 28
-"""Bytes of dense tensors in one file, unless a single tensor is larger."""
 
 QUICK = 4 << 30
 """Bytes of a local checkpoint that are read and summed before a cluster is touched; more is left to the ranks."""
@@ -42,16 +39,8 @@ QUICK = 4 << 30
 def save_rank(directory: Directory, step: int, model: Any, optimizer: MasterOptimizer) -> dict[str, list[Any]]:
     """Write what this rank owns (each rank calls; not collective); returns its part of the manifest's tensors."""
     ep: ExpertParallel = model.ray_ep
-    rank = ep.group.rank
-    tensors: dict[str, list[Any]] = {}
-    if rank == 0:
-        for i, part in enumerate(_chunks(_dense(model, optimizer))):
-            tensors |= directory.write_tensors(step, f"dense-{i:04d}.safetensors", part)
-    for layer in range(len(ep.layers)):
-        part = dict(_experts(optimizer, ep, layer))
-        if part:
-            tensors |= directory.write_tensors(step, f"experts-L{layer:03d}-r{rank:03d}.safetensors", part)
-    return tensors
+    layers = [_experts(optimizer, ep, layer) for layer in range(len(ep.layers))]
+    return write_rank(directory, step, ep.group.rank, _dense(model, optimizer), layers)
 
 
 class Checkpoint:
@@ -253,7 +242,7 @@ def load_rank(checkpoint: Checkpoint, model: Any, optimizer: MasterOptimizer) ->
         for kind, moment in found[w.name].items():
             for name, target in zip(names, [moment] if w.layer is None else list(moment), strict=True):
                 _copy(checkpoint, f"{kind}/{name}", target)
-    for name, buffer in _buffers(model):
+    for name, buffer in persistent_buffers(model):
         _copy(checkpoint, f"buffer/{name}", buffer)
     optimizer.restore(found, int(checkpoint.manifest["step"]))
 
@@ -272,7 +261,7 @@ def _dense(model: Any, optimizer: MasterOptimizer) -> Iterator[tuple[str, torch.
     for w in optimizer.weights:
         if w.layer is None:
             yield from ((f"{kind}/{w.name}", t) for kind, t in _kinds(optimizer, w))
-    yield from ((f"buffer/{n}", b) for n, b in _buffers(model))
+    yield from ((f"buffer/{n}", b) for n, b in persistent_buffers(model))
 
 
 def _experts(optimizer: MasterOptimizer, ep: ExpertParallel, layer: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -290,20 +279,7 @@ def _owned(ep: ExpertParallel, layer: int) -> list[int]:
     return ep.layers[layer].experts[: ep.layers[layer].owned]
 
 
-def _buffers(model: Any) -> list[tuple[str, torch.Tensor]]:
+def persistent_buffers(model: Any) -> list[tuple[str, torch.Tensor]]:
     """Persistent buffers, such as routers' correction biases."""
     kept = set(model.state_dict())
     return [(n, b) for n, b in model.named_buffers() if n in kept]
-
-
-def _chunks(items: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
-    part: dict[str, torch.Tensor] = {}
-    size = 0
-    for key, t in items:
-        if part and size + t.nbytes > FILE_BYTES:
-            yield part
-            part, size = {}, 0
-        part[key] = t
-        size += t.nbytes
-    if part:
-        yield part

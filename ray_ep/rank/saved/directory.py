@@ -78,15 +78,8 @@ class Directory:
 
     def entries(self) -> list[Entry]:
         """All checkpoints that were committed, whole or damaged, oldest first."""
-        self.fs.invalidate_cache()
-        try:
-            listing = self.fs.ls(self.root, detail=True)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        names = [i["name"].rstrip("/").rpartition("/")[2] for i in listing if i["type"] != "file"]
-        steps = sorted(int(n[5:]) for n in names if re.fullmatch(r"step-\d{6,}", n) and n == f"step-{int(n[5:]):06d}")
         found: list[Entry] = []
-        for step in steps:
+        for step in self._there():
             entry = self._inspect(step, found[-1].serial if found else 0)
             found += [entry] if entry is not None else []
         # Left behind: a later save is of the same or an earlier step, so the run went on from before this one.
@@ -178,12 +171,31 @@ class Directory:
                 removed.append(step)
             except OSError as e:
                 failed = failed or SaveError(
-                    f"checkpoint {self.url}/step-{step:06d} is not needed any more (checkpoint.keep={keep}) and could "
-                    f"not be removed: {in_one_line(e)}"
+                    f"checkpoint {self.url}/step-{step:06d} is not needed any more (the newest {keep} are kept) and "
+                    f"could not be removed: {in_one_line(e)}"
                 )
         if failed:
             raise failed
         return removed
+
+    def tidy(self) -> None:
+        """Remove what saves left behind that were never finished; nobody may be saving here.
+
+        Raises:
+            OSError: something could not be removed.
+        """
+        for step in self._there():
+            if not self.fs.exists(f"{self.path(step)}/{MANIFEST}"):
+                self._sweep(step)
+                self._drop_empty(step)
+
+    def empty(self) -> None:
+        """Remove every checkpoint, finished or not, and then the directory if nothing is left; as `tidy`."""
+        self.tidy()
+        for entry in self.entries():
+            self._remove(entry.step)
+        with suppress(OSError):  # not there, or somebody has something in it
+            self.fs.rmdir(self.root)
 
     def write_tensors(self, step: int, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, list[Any]]:
         """One safetensors file; returns {key: [file, checksum, bytes of the file]} for `commit`.
@@ -224,6 +236,16 @@ class Directory:
                 self.fs.mv(part, part.removesuffix(".part"))
         with suppress(OSError):  # what is left of an earlier one takes room, no more
             self._sweep(step)
+
+    def _there(self) -> list[int]:
+        """Steps of what has the name of a checkpoint, ascending."""
+        self.fs.invalidate_cache()
+        try:
+            listing = self.fs.ls(self.root, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        names = [i["name"].rstrip("/").rpartition("/")[2] for i in listing if i["type"] != "file"]
+        return sorted(int(n[5:]) for n in names if re.fullmatch(r"step-\d{6,}", n) and n == f"step-{int(n[5:]):06d}")
 
     def _inspect(self, step: int, before: int) -> Entry | None:
         """`before`: serial of the step before it, for a manifest that cannot tell its own."""

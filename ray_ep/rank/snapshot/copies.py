@@ -6,7 +6,7 @@ L MoE layers, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -105,6 +105,15 @@ class OwnedCopy:
         row = self.layout.experts[layer].index(expert)
         return {name: span.of(self.data)[row] for (i, name), span in self.layout.rows.items() if i == layer}
 
+    def tensors(self, layer: int, optimizer: MasterOptimizer) -> Iterator[tuple[str, torch.Tensor]]:
+        """What was owned of a layer, by the keys of a checkpoint; of frozen weights it holds none."""
+        for weight in optimizer.weights:
+            if weight.layer == layer:
+                rows = self.layout.rows[layer, weight.key].of(self.data)
+                for expert, row in zip(self.layout.experts[layer], rows, strict=True):
+                    for kind, tensor in zip(("weight", *optimizer.kinds), row, strict=False):  # moments may be none yet
+                        yield f"{kind}/{weight.name}/{expert}", tensor
+
     def counted(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and sums of the routing statistics."""
         return ((name, span.of(self.data)) for name, span in self.layout.counted.items())
@@ -120,7 +129,7 @@ class DenseCopy:
             for w in optimizer.weights
             if w.layer is None
         ]
-        self.buffers = [(b, _copy(b)) for b in model.buffers()]
+        self.buffers = [(name, b, _copy(b)) for name, b in model.named_buffers()]
 
     @torch.no_grad()
     def put_back(self, optimizer: MasterOptimizer) -> None:
@@ -131,8 +140,15 @@ class DenseCopy:
             w.moments = {kind: moment.to(w.master.device, copy=True) for kind, moment in moments.items()}
             if w.compute is not None:
                 w.compute.copy_(w.master)
-        for buffer, then in self.buffers:
+        for _, buffer, then in self.buffers:
             buffer.copy_(then)
+
+    def tensors(self, persistent: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """All of it by the keys of a checkpoint, which holds these buffers alone."""
+        for weight, master, moments in self.weights:
+            yield f"weight/{weight.name}", master
+            yield from ((f"{kind}/{weight.name}", moment) for kind, moment in moments.items())
+        yield from ((f"buffer/{name}", then) for name, _, then in self.buffers if name in persistent)
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:

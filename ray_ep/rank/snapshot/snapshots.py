@@ -1,13 +1,13 @@
 """The snapshots of one rank: its own copies, those of its wards, and the thread in which they travel beside the steps.
 
-A group of their own carries them, so that no step waits for a message of theirs. Restoring is restore.py's.
+A group of their own carries them, so that no step waits for a message of theirs. Restoring is restore.py's, what is
+written to disk on_disk.py's.
 R ranks.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,8 @@ from ray_ep.collective import Group
 from ray_ep.errors import GroupError
 from ray_ep.moe import ExpertParallel
 from ray_ep.rank.snapshot.copies import DenseCopy, Key, Layout, OwnedCopy
-from ray_ep.rank.snapshot.keepers import keepers
+from ray_ep.rank.snapshot.keepers import NOBODY, keepers
+from ray_ep.rank.snapshot.on_disk import OnDisk, Shelf
 from ray_ep.rank.step.optimizer import MasterOptimizer
 
 PIECE = 16 << 20
@@ -65,22 +66,25 @@ class Snapshots:
         self._lock = threading.Lock()
         self._sending: threading.Thread | None = None
         self._error = ""
+        self._on_disk: OnDisk | None = None
+        self._leave = threading.Event()  # end what is written to disk soon
+        self._fault = ""  # why the last one is not on disk
 
-    def take(self, step: int, node_of: list[int]) -> float:
+    def take(self, step: int, node_of: list[int], shelf: Shelf | None = None) -> str:
         """Copy this rank's state after `step` steps and begin to send it to its keeper (collective, between steps).
 
         The one before has been sent when it returns: if that failed, or is still under way, this waits or fails.
 
         Args:
             node_of: [R] node of each rank.
+            shelf: where it is written on disk, too, once it is whole.
 
         Returns:
-            seconds for which the next step had to wait.
+            why the one before is not on disk, though it should be; "": it is, or somebody else says why not.
 
         Raises:
             GroupError: a peer is gone.
         """
-        began = time.perf_counter()
         self.wait()
         if self._error:
             raise GroupError(self._error)
@@ -93,11 +97,13 @@ class Snapshots:
         coming = {w: self._new(key, layouts[w]) for w, keeper in enumerate(keeper_of) if keeper == rank}
         with self._lock:
             self._kept.append(snapshot)
-        what = (snapshot, coming, keeper_of[rank], max(layout.size for layout in layouts))
+        if shelf is not None and (self._on_disk is None or self._on_disk.shelf.url != shelf.url):
+            self._on_disk = OnDisk(shelf, self.side, self._leave)
+        what = (snapshot, coming, keeper_of[rank], max(layout.size for layout in layouts), shelf is not None)
         work = threading.Thread(target=self._send, args=what, daemon=True, name=f"snapshot-{step}")
-        self._sending = work
+        fault, self._fault, self._sending = self._fault, "", work
         work.start()
-        return time.perf_counter() - began
+        return fault
 
     def wait(self) -> None:
         """Until nothing is being sent."""
@@ -122,12 +128,14 @@ class Snapshots:
 
     def regroup(self) -> None:
         """The group of before is gone: forget how sending ended in it. What has arrived stays."""
+        self._leave.set()
         self.wait()
+        self._leave.clear()
         self._error = ""
 
-    def _send(self, snapshot: Snapshot, coming: dict[int, OwnedCopy], keeper: int, longest: int) -> None:
+    def _send(self, snapshot: Snapshot, coming: dict[int, OwnedCopy], keeper: int, longest: int, to_disk: bool) -> None:
         try:
-            for start in range(0, longest, PIECE):
+            for start in range(0, longest if keeper != NOBODY else 0, PIECE):
                 self._piece(snapshot.own.data, coming, keeper, start)
             with self._lock:
                 snapshot.wards = coming
@@ -136,6 +144,8 @@ class Snapshots:
                 old, self._kept = [s for s in self._kept if s is not snapshot], [snapshot]
             for gone in old:
                 self._drop(gone)
+            if to_disk and self._on_disk is not None:
+                self._fault = self._on_disk.write(snapshot.own, snapshot.dense, self.model, self.optimizer)
         except GroupError as e:
             self._error = f"a snapshot was not sent: {e}"
 
