@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 
+from ray_ep.driver.actors.head import HEAD_S, beside, within
 from ray_ep.driver.actors.placing import Place, Places
 from ray_ep.errors import ClusterError
 
@@ -39,13 +40,13 @@ class Newcomer:
     """One rank on its way.
 
     Args:
-        member: its id, of its own for ever.
+        member: its id, of its own for ever. group: its room, once Ray's head has heard of it.
         where: host, node and process, as `Ranks.where` has them; complete when its actor is up.
         call: what it was asked last.
     """
 
     member: str
-    group: PlacementGroup
+    group: Future[PlacementGroup]
     began: float
     stage: Stage = Stage.WAITING
     place: Place | None = None
@@ -83,7 +84,7 @@ class Newcomers:
         """Ask for room for these; while others have failed shortly before, for none."""
         if self._clock() < self._not_before:
             return
-        self._coming += [Newcomer(member, self._places.ask(), self._clock()) for member in members]
+        self._coming += [Newcomer(member, beside(self._places.ask), self._clock()) for member in members]
 
     def withdraw(self, count: int | None = None) -> None:
         """Give up so many, those that are least far first, of equals the newest; None: all."""
@@ -119,7 +120,8 @@ class Newcomers:
     def _look(self, newcomer: Newcomer) -> None:
         """Let one go on as far as it comes at once."""
         if newcomer.stage is Stage.WAITING:
-            newcomer.place = self._places.have(newcomer.group)
+            if newcomer.group.done():
+                newcomer.place = self._places.have(newcomer.group.result())
             if newcomer.place is None:
                 return
             newcomer.actor = self._start(newcomer.place, newcomer.member)
@@ -144,10 +146,10 @@ class Newcomers:
 
     def _give_up(self, newcomer: Newcomer) -> None:
         self._coming.remove(newcomer)
-        with suppress(RayError):
-            if newcomer.actor is not None:
-                ray.kill(newcomer.actor, no_restart=True)
-        if newcomer.place is None:
-            self._places.withdraw(newcomer.group)
-        else:
-            self._places.give_up(newcomer.place)
+        within(HEAD_S, lambda: self._take_away(newcomer))
+
+    def _take_away(self, newcomer: Newcomer) -> None:
+        """Returns when Ray's head knows of it."""
+        if newcomer.actor is not None:
+            ray.kill(newcomer.actor, no_restart=True)
+        self._places.withdraw(newcomer.group.result())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -13,20 +12,19 @@ import numpy as np
 import ray
 import torch
 from omegaconf import OmegaConf
-from ray.exceptions import RayActorError, RayError
 from transformers import PreTrainedConfig
 
 from ray_ep.collective import Membership
 from ray_ep.collective.ray_backend import RENDEZVOUS_S
 from ray_ep.config.schema import ClusterConfig, Config
-from ray_ep.driver.actors.cause import Kind, for_memory, kind_of, lost_ranks, root_cause, silent_cause
+from ray_ep.driver.actors.cause import Kind, kind_of, lost_ranks, root_cause, silent_cause
 from ray_ep.driver.actors.cluster import SLICE_S, device_of
 from ray_ep.driver.actors.gone import Gone
 from ray_ep.driver.actors.head import HEAD_S, within
-from ray_ep.driver.actors.heartbeat import Heartbeat, process_of
+from ray_ep.driver.actors.heartbeat import Heartbeat
 from ray_ep.driver.actors.newcomers import Newcomer, Newcomers
 from ray_ep.driver.actors.placing import Place, Places, check_cpus, resources
-from ray_ep.driver.actors.starting import Starter
+from ray_ep.driver.actors.processes import Starter, explained, kill, locate
 from ray_ep.driver.recovery.decide import Survivor
 from ray_ep.errors import LostError, RankError, SaveError
 from ray_ep.moe import Choice
@@ -34,7 +32,6 @@ from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.placement.links.gpu_links import GpuLinks
 from ray_ep.rank.actor import RankActor
 from ray_ep.rank.data.corpus import Corpus
-from ray_ep.rank.memory import oom_kills
 from ray_ep.rank.reach import DirectoryTrial
 from ray_ep.rank.results import StepResult
 from ray_ep.rank.snapshot.copies import Key
@@ -126,9 +123,9 @@ class Ranks:
         Args:
             come: those that are in it from here on, behind the others.
         """
-        self._locate()
+        locate(self.where, self.actors)
         for rank in lost:
-            _kill([self.actors[rank]])
+            kill([self.actors[rank]])
             self._lost.append(self.where[rank])
             within(HEAD_S, partial(self._give_up, [self._places[rank]]))
         nodes = {n.member: self._node(n.where["node"]) for n in come}
@@ -208,7 +205,7 @@ class Ranks:
                 silent, [r for r in silent if self._places[r].node in self._gone.cut_off], self.where
             )
         else:
-            cause = self._explained(root_cause(failed, quiet, self.where))
+            cause = explained(root_cause(failed, quiet, self.where), self.where, self.actors)
         if gone is None or not isinstance(cause, RankError):
             return cause
         lost = LostError(cause.rank, str(cause), gone, self._heartbeat.silent_s(gone))
@@ -218,8 +215,8 @@ class Ranks:
     def _killed(self, silent: dict[int, str]) -> dict[int, str]:
         """Kill ranks that are silent: should one wake up, it finds itself dead."""
         if silent:
-            self._locate()
-            _kill([self.actors[rank] for rank in silent])
+            locate(self.where, self.actors)
+            kill([self.actors[rank] for rank in silent])
         return silent
 
     def _abort(self, but: Collection[int]) -> None:
@@ -366,31 +363,15 @@ class Ranks:
         for actor in self.actors:
             actor.stop.remote()
 
-    def _explained(self, cause: Exception) -> Exception:
-        """Of a rank that is dead: whether the kernel killed processes of its node for memory meanwhile."""
-        if not (isinstance(cause, RankError) and isinstance(cause.__cause__, RayActorError)):
-            return cause
-        lost = self.where[cause.rank]
-        if "oom_kills" not in lost:  # it had not come up
-            return cause
-        there = [r for r, w in enumerate(self.where) if w["node"] == lost["node"] and r != cause.rank]
-        killed = 0
-        with suppress(RayError):
-            if there:
-                killed = ray.get(self.actors[there[0]].oom_kills.remote(), timeout=2) - lost["oom_kills"]
-            elif lost["node"] == ray.get_runtime_context().get_node_id():
-                killed = oom_kills() - lost["oom_kills"]
-        return for_memory(cause, lost["host"], killed) if killed > 0 else cause
-
     def kill(self) -> list[str]:
         """Stop every rank and give its place back.
 
         Returns:
             Within some seconds, what is not known to be gone, in words, which are logged, too.
         """
-        self._locate()
+        locate(self.where, self.actors)
         self.newcomers.withdraw()
-        _kill(self.actors)
+        kill(self.actors)
         left = self._gone.awaited([*self.where[: len(self.actors)], *self._lost])
         within(HEAD_S, partial(self._give_up, list(self._places)))
         self.actors, self._places, self._lost = [], [], []
@@ -401,15 +382,3 @@ class Ranks:
     def _give_up(self, places: Sequence[Place]) -> None:
         for place in places:
             self._room.give_up(place)
-
-    def _locate(self) -> None:
-        """Ask Ray for the processes of ranks that have not come up."""
-        for where, actor in zip(self.where, self.actors, strict=False):
-            if "worker" not in where and (process := within(HEAD_S, partial(process_of, actor))):
-                where |= {"worker": process.worker, "pid": process.pid}
-
-
-def _kill(actors: Sequence[Any]) -> None:
-    """Have Ray's head kill these actors; what it does not do at once it does when it is back."""
-    them = list(actors)
-    within(HEAD_S, lambda: [ray.kill(actor, no_restart=True) for actor in them])

@@ -6,13 +6,14 @@ never waited for long. Uses one private function of Ray, its list of draining no
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, wait
 from typing import Any
 
 import ray
 from ray._private.state import state
+
+from ray_ep.driver.actors.head import beside
 
 STEP_S = 0.02
 """How long a step waits for an answer that takes 0.4 ms: it goes on with what was known."""
@@ -46,7 +47,7 @@ class Leaving:
         What was known stays while Ray's head does not answer.
         """
         if self._asked is None:
-            self._asked = _beside(self._drains)
+            self._asked = beside(self._drains)
             wait([self._asked], STEP_S)
         if self._asked.done():
             answer, self._asked = self._asked, None
@@ -58,7 +59,7 @@ class Leaving:
     def planned(self, node: str) -> str:
         """Why the loss of the ranks on a node was planned, in words; "": it was not, or Ray's head does not say."""
         self.draining()
-        answer = _beside(self._nodes)
+        answer = beside(self._nodes)
         wait([answer], LOSS_S)
         told = answer.result() if answer.done() and answer.exception() is None else []
         return why(node, told, node in self._ever)
@@ -82,17 +83,3 @@ def why(node: str, nodes: Iterable[Mapping[str, Any]], drained: bool) -> str:
     if reason == _EXPECTED:
         return f"its node was ended by the autoscaler or by SIGTERM ({words})"
     return ""
-
-
-def _beside(ask: Callable[[], Any]) -> Future[Any]:
-    """The answer of Ray's head, in a thread of its own: the question does not return while the head is away."""
-    answer: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            answer.set_result(ask())
-        except BaseException as e:
-            answer.set_exception(e)
-
-    threading.Thread(target=run, name="ask-ray", daemon=True).start()
-    return answer
