@@ -48,6 +48,7 @@ def pytest_collection_finish(session):
 
 
 def pytest_unconfigure(config):
+    gc.unfreeze()  # modules written in C complain at the exit of what is never taken back
     shutil.rmtree(config.ray_dir, ignore_errors=True)
 
 
