@@ -33,12 +33,21 @@ def pytest_configure(config):
     # Given before any Ray is started here, which would make one up and keep it: this process joins several.
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
     least.count(config)
-    for number in (signal.SIGTERM, signal.SIGHUP):  # each ends the run as Ctrl-C does: fixtures clear up
-        if signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, signal.default_int_handler)
     gc.disable()
     # Short: sockets lie deep in it, and their paths have at most 107 characters.
     config.ray_dir = os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="r-", dir="/tmp")
+
+
+def pytest_sessionstart(session):
+    """SIGTERM and SIGHUP end the run as Ctrl-C does: fixtures clear up."""
+
+    def end(number, frame):
+        session.shouldstop = signal.Signals(number).name  # should a command under test take it for its own
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, end)
 
 
 def pytest_collection_finish(session):
