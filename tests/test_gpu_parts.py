@@ -100,6 +100,7 @@ def test_each_part_names_files_and_options_that_are_there():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.slow
 def test_without_a_gpu_it_ends_at_once_with_a_sentence(tmp_path):
     began = time.monotonic()
     done = subprocess.run(

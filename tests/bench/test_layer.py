@@ -24,6 +24,7 @@ def refused(*args):
     return done.stderr
 
 
+@pytest.mark.slow
 def test_a_row_has_both_contenders_speed_their_ratio_and_what_bounds_ours():
     done = bench(
         "--work=C", "--dtype=bfloat16", "--pass=both", "--malloc=tuned", "--rounds=2", "--peers=transformers", "--json"

@@ -145,6 +145,7 @@ def test_gpus_that_are_not_there_are_named_with_what_is_there(place):
     assert "cluster.device=cpu" in message
 
 
+@pytest.mark.slow
 def test_more_ranks_than_the_machine_has_cpus_are_refused_with_its_count(place):
     message = refused(place, [*TINY, "cluster.ranks=4096"])
     assert "cluster.ranks=4096" in message

@@ -100,7 +100,7 @@ def test_safety_of_counts_alone_has_a_price_in_memory_only(place):
     assert "remote nodes a token" not in told("counts.npz", "-t", "two.yaml", "--survive-nodes", 1)
 
 
-@pytest.mark.parametrize("slots", range(9, 15))
+@pytest.mark.parametrize("slots", [9, 12, 14])
 @pytest.mark.parametrize(
     ("engine", "file"), [("sglang", "x.json"), ("tensorrt-llm", "x.yaml"), ("vllm-ascend", "x.json")]
 )

@@ -81,7 +81,7 @@ def test_the_topology_is_what_the_links_are_and_the_same_on_every_rank(ranks):
 def test_ranks_that_share_a_network_card_are_found_by_sending_at_once(ranks, tmp_path):
     node_of = [0, 0, 1, 1]
     for _ in range(3):  # on a starved machine one rank may be done before its mate begins
-        found = ranks(4, lambda g: measure(g, node_of, messages=SharedCards(g, node_of, tmp_path)))
+        found = ranks(4, lambda g: measure(g, node_of, 3.0, messages=SharedCards(g, node_of, tmp_path)))
         if found[0].lanes is not None:
             break
     assert len({t.to_json() for t in found}) == 1
@@ -95,6 +95,7 @@ def test_each_direction_of_a_link_has_its_own_bandwidth_and_slow_pairs_do_not_sl
     probed(ranks, [0, 1, 2, 3], latency, bandwidth)
 
 
+@pytest.mark.slow
 def test_two_ranks_that_are_said_to_share_a_node_but_do_not_are_found(ranks):
     latency, bandwidth = shaped([0, 0, 1], (4e-3, 2e8), (1.5e-2, 5e6))
     found = ranks(3, lambda g: measure(g, [0, 0, 0], messages=Slowed(g, latency, bandwidth)))

@@ -38,7 +38,7 @@ def test_text_in_a_file_is_taken_as_it_is_written(text, tmp_path):
 
 
 @given(st.text())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_any_text_survives_the_command_line_the_ranks_and_the_run_directory(tmp_path_factory, text):
     if "${" in text or text == "???":
         return
@@ -55,7 +55,7 @@ def test_any_text_survives_the_command_line_the_ranks_and_the_run_directory(tmp_
     | st.text().filter(lambda t: "${" not in t and t != "???"),
     lambda inner: st.lists(inner, max_size=3), max_leaves=6,
 ), max_size=3))  # fmt: skip
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_whatever_an_open_mapping_holds_survives_the_run_directory(tmp_path_factory, tree):
     cfg = from_dict({"model": {"type": "other", "overrides": tree}})
     assert OmegaConf.to_container(cfg.model.overrides) == tree

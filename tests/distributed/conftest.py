@@ -24,6 +24,8 @@ import pytest
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]
 MARK = "RAY_EP_TEST_MARK"
+TIED = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])"
+"""Become a program that is killed (9) once the thread that started it has ended (1: PR_SET_PDEATHSIG)."""
 TINY = (
     "model.overrides={hidden_size: 32, intermediate_size: 32, moe_intermediate_size: 16, num_hidden_layers: 2, "
     "num_experts: 8, head_dim: 8}"
@@ -101,14 +103,14 @@ class Place:
     commands: list = field(default_factory=list)
 
     def start(self, *arguments, **env):
-        """Start a program of the virtual environment."""
+        """Start a program of the virtual environment, which ends with the test run, however that ends."""
         files, mark = self.path / f"command-{len(self.commands)}", uuid.uuid4().hex
         clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         clean |= {"PATH": f"{BIN}:{os.environ['PATH']}", MARK: mark, **env}
         with open(files.with_suffix(".out"), "w") as out, open(files.with_suffix(".err"), "w") as err:
             process = subprocess.Popen(
-                [str(BIN / arguments[0]), *arguments[1:]], cwd=self.path, env=clean, stdout=out, stderr=err,
-                stdin=subprocess.DEVNULL, start_new_session=True,
+                [sys.executable, "-ISc", TIED, str(BIN / arguments[0]), *arguments[1:]], cwd=self.path, env=clean,
+                stdout=out, stderr=err, stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
         self.commands.append(Command(process, mark, files))
         return self.commands[-1]

@@ -37,21 +37,17 @@ def check_interrupted(here, lines, command):
     return done
 
 
-def test_control_c_saves_leaves_nothing_behind_and_a_restart_goes_on_at_the_next_step(
-    here, lines, running, faults, cluster
-):
+def test_control_c_saves_and_leaves_nothing_behind(here, lines, running, faults):
     command = running()
     assert {faults.pid(0), faults.pid(1)} <= command.offspring().keys()
     os.killpg(command.process.pid, signal.SIGINT)  # a terminal sends it to every process in the foreground
-    done = check_interrupted(here, lines, command)
-
-    again = here.train(f"optim.steps={done + 2}", "run_dir=run", "resume=auto", RAY_ADDRESS=cluster.driver)
-    assert again.wait(60) == 0, again.err
-    assert [m["step"] for m in lines(here.path / "run" / "metrics.jsonl")] == list(range(1, done + 3))
+    check_interrupted(here, lines, command)
 
 
 @pytest.mark.slow
-def test_termination_in_a_long_step_is_answered_at_once_saves_and_leaves_nothing_behind(here, lines, running, faults):
+def test_termination_in_a_long_step_is_answered_at_once_saves_and_leaves_nothing_behind_and_a_restart_goes_on(
+    here, lines, running, faults, cluster
+):
     faults.slow(4, call=4)
     command = running()
     command.process.terminate()  # as Kubernetes and Slurm do: to the command alone
@@ -61,7 +57,11 @@ def test_termination_in_a_long_step_is_answered_at_once_saves_and_leaves_nothing
     assert time.monotonic() - sent < 2  # of which the event takes 0.2 s, and this machine the rest
     assert re.fullmatch(r"SIGTERM: step 4 is finished first \(about \d+ s\), then .* saved.*", said[0]["message"])
     assert said[0]["message"] in command.err
-    check_interrupted(here, lines, command)
+    done = check_interrupted(here, lines, command)
+
+    again = here.train(f"optim.steps={done + 2}", "run_dir=run", "resume=auto", RAY_ADDRESS=cluster.driver)
+    assert again.wait(60) == 0, again.err
+    assert [m["step"] for m in lines(here.path / "run" / "metrics.jsonl")] == list(range(1, done + 3))
 
 
 @pytest.mark.slow

@@ -92,9 +92,10 @@ print(json.dumps(status))
 
 
 @pytest.fixture(scope="module")
-def run(shared):
-    """(command, run directory) of twenty steps on two ranks in a Ray of its own."""
-    command = shared.start("ray-ep", "train", "--json", *shared.tiny("optim.steps=20", "optim.learning_rate=0.01"))
+def run(shared, cluster):
+    """(command, run directory) of twenty steps on two ranks."""
+    steps = shared.tiny("optim.steps=20", "optim.learning_rate=0.01")
+    command = shared.start("ray-ep", "train", "--json", *steps, RAY_ADDRESS=cluster.driver)
     assert command.wait(90) == 0, command.err
     (path,) = (shared.path / "runs").glob("[!.]*")
     return command, path
@@ -116,7 +117,7 @@ def ranks_alone(shared, cluster):
     return json.loads(command.out.splitlines()[-1])
 
 
-def test_a_run_leaves_its_files_and_no_process(run):
+def test_a_run_leaves_its_files_and_no_process_of_its_command(run):
     command, path = run
     assert {f for f in FILES if not (path / f).is_file()} == set()
     assert not list(path.rglob("*.part"))
@@ -153,6 +154,7 @@ def test_how_tokens_travel_was_measured_at_the_start_and_is_told_everywhere(run,
 
 @pytest.mark.slow
 def test_experts_that_the_fused_body_does_not_cover_train_and_tell_of_themselves_where_all_ranks_get_all(here, lines):
+    """In a Ray of the run's own, of which nothing is left."""
     sizes = "hidden_size: 32, intermediate_size: 32, num_hidden_layers: 2, num_local_experts: 4, head_dim: 16"
     command = here.start(
         "ray-ep", "train", "--json", "model.type=gpt_oss", f"model.overrides={{{sizes}}}", "data.files=[text.txt]",
@@ -160,6 +162,7 @@ def test_experts_that_the_fused_body_does_not_cover_train_and_tell_of_themselves
         "placement.imbalance=1.01", "run_dir=run",
     )  # fmt: skip
     assert command.wait(90) == 0, command.err
+    assert command.left() == {}
     metrics = lines(here.path / "run" / "metrics.jsonl")
     assert [m["step"] for m in metrics] == list(range(1, 7))
     for m in metrics:

@@ -18,6 +18,7 @@ from ray_ep.driver.actors.newcomers import Stage
 from ray_ep.driver.actors.placing import Places
 from ray_ep.driver.actors.ranks import Ranks
 from ray_ep.errors import ClusterError, PlacementError, RankError
+from tests.conftest import slow
 
 from .light_rank import LightRank
 
@@ -29,10 +30,12 @@ NODES = (2, 4, 3)  # CPUs
 def cluster():
     soon = {"kill_worker_timeout_milliseconds": 500}  # a stopped process that is killed is gone after, 5 s by default
     head = {"num_cpus": NODES[0], "include_dashboard": False, "_system_config": soon}
+    ends = signal.getsignal(signal.SIGTERM)
     nodes = Cluster(initialize_head=True, head_node_args=head)
     for cpus in NODES[1:]:
         nodes.add_node(num_cpus=cpus)
     ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
+    signal.signal(signal.SIGTERM, ends)  # Ray's own would end a test, not the run
     yield nodes
     ray.shutdown()
     nodes.shutdown()
@@ -94,6 +97,7 @@ def test_a_rank_that_is_stopped_in_a_collective_is_named_and_the_others_are_rele
     assert aborts(ranks, (0, 2)) == [1, 1]
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_stopped_in_a_call_that_is_not_collective_is_named(ranks):
     e, seconds = fails(sends(ranks, signal.SIGSTOP), ranks.save, "", 1)
     assert e.rank == 1
@@ -189,7 +193,7 @@ def free():
     return ray.available_resources()["CPU"]
 
 
-@pytest.mark.parametrize("count", [3, 5, 6])
+@pytest.mark.parametrize("count", [5, *slow(3, 6)])
 def test_groups_of_one_are_packed_as_one_group_of_all_is_and_numbered_by_host(count):
     free()
     one = placement_group([{"CPU": 1.0}] * count, strategy="PACK")

@@ -11,6 +11,7 @@ import ray_ep
 from ray_ep.collective import SoloGroup
 from ray_ep.moe import PHASES
 from ray_ep.moe.exchange.ways import KINDS
+from tests.conftest import slow
 from tests.models import VOCAB, build, even_shards, parallel_pass, placement_of
 
 IDS = torch.randint(3, VOCAB, (5, 9), generator=torch.Generator().manual_seed(1))
@@ -51,10 +52,11 @@ SITUATIONS = {
     "with guests": ({"guests": True}, "contiguous", None),
     "with guests, recomputed": ({"guests": True, "checkpoint": True}, "contiguous", None),
 }
+FEW = ("every rank has tokens", "a rank has none, another no experts", "with guests, recomputed")
 
 
 @table
-@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("situation", [*FEW, *slow(*sorted(SITUATIONS.keys() - set(FEW)))])
 def test_pairs_of_all_ranks_are_tokens_by_top_k_once_a_layer_and_pass(ranks, way, body, situation):
     model = build(BODIES[body][0])
     options, kind, shards = SITUATIONS[situation]
@@ -152,7 +154,7 @@ def listen(group, meter):
 
 @table
 @pytest.mark.parametrize("guests", [False, True])
-@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("chunks", [2, *slow(1)])
 def test_products_are_timed_as_experts_exchanges_as_exchange_and_nothing_runs_on(ranks, way, body, guests, chunks):
     model = build(BODIES[body][0], num_hidden_layers=1, num_experts_per_tok=2, layer_types=["full_attention"])
     experts = ray_ep.moe.find_experts(model).popitem()[1].num_experts

@@ -12,6 +12,7 @@ import ray_ep
 from ray_ep.collective import SoloGroup
 from ray_ep.errors import BadInput, GroupError
 from ray_ep.moe.passes import recomputing
+from tests.conftest import slow
 from tests.fake_cuda import fake_cuda, host_syncs, nccl_ranks
 from tests.models import (
     MODELS,
@@ -71,10 +72,10 @@ def checkpointed(model):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_and_every_gradient_equal_plain_transformers_on_one_to_three_ranks(name):
+@pytest.mark.parametrize("ranks", [(3, "shuffled"), *slow((1, "contiguous"), (2, "replicated"))])
+def test_logits_and_every_gradient_equal_plain_transformers_on_one_to_three_ranks(name, ranks):
     model = build(name)
-    for size, kind in ((1, "contiguous"), (2, "replicated"), (3, "shuffled")):
-        assert_equals(passes(model, size, kind), model, IDS)
+    assert_equals(passes(model, *ranks), model, IDS)
 
 
 def test_a_model_on_a_gpu_that_is_not_the_current_one_is_refused_before_its_first_pass(monkeypatch):

@@ -101,10 +101,9 @@ def routes():
     return route(np.random.default_rng(0))
 
 
-@pytest.fixture
-def run_dir(tmp_path, routes):
+def write_run(folder, routes):
+    """A whole run."""
     rng = np.random.default_rng(0)
-    folder = tmp_path / "run-7"
     save_statistics(folder / "statistics", routes)
     (folder / "config.yaml").write_text(yaml.safe_dump(config()))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(metrics(s, rng)) + "\n" for s in range(1, 151)))
@@ -125,13 +124,23 @@ def run_dir(tmp_path, routes):
     return folder
 
 
-def test_the_page_of_a_whole_run_shows_every_figure(run_dir):
-    path = write_report(run_dir)
-    page = Page(path.read_text())
-    assert path == run_dir / "report.html"
+@pytest.fixture
+def run_dir(tmp_path, routes):
+    """A whole run, to change."""
+    return write_run(tmp_path / "run-7", routes)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory, routes):
+    """The page of a whole run."""
+    return write_report(write_run(tmp_path_factory.mktemp("report") / "run-7", routes)).read_text()
+
+
+def test_the_page_of_a_whole_run_shows_every_figure(text):
+    page = Page(text)
     assert page.tags.count("svg") == 6
-    for text in ("Final loss", "Held-out loss", "Tokens/s", "Balancedness", "Exchange 12%", "Ranks 4", "Steps 150"):
-        assert text in page.text
+    for words in ("Final loss", "Held-out loss", "Tokens/s", "Balancedness", "Exchange 12%", "Ranks 4", "Steps 150"):
+        assert words in page.text
     assert "qwen3_moe, 4 layers, hidden size 128, 4 MoE layers of 16 experts, top-2, float32" in page.text
     assert "router.force=" not in page.text
 
@@ -143,41 +152,37 @@ def test_of_a_page_that_cannot_be_written_nothing_is_left(run_dir):
     assert list(run_dir.glob(".report*")) == []
 
 
-def test_no_figure_at_the_head_of_the_page_stands_alone_in_a_row(run_dir):
-    text = write_report(run_dir).read_text()
+def test_no_figure_at_the_head_of_the_page_stands_alone_in_a_row(text):
     ((whole, half),) = re.findall(r'<dl class="headlines" style="--all: (\d+); --half: (\d+)">', text)
     assert int(whole) == text.count("<dt>") > 4
     assert int(half) == (int(whole) + 1) // 2
     assert text.count("repeat(var(--all)") == text.count("repeat(var(--half)") == 1
 
 
-def test_the_page_loads_nothing_from_outside(run_dir):
-    page = Page(write_report(run_dir).read_text())
+def test_the_page_loads_nothing_from_outside(text):
+    page = Page(text)
     assert page.loads
     assert all(address.startswith(("#", "data:")) for address in page.loads)
     assert "script" not in page.tags
 
 
-def test_the_ids_of_the_figures_do_not_collide(run_dir):
-    ids = Page(write_report(run_dir).read_text()).ids
+def test_the_ids_of_the_figures_do_not_collide(text):
+    ids = Page(text).ids
     assert len(ids) == len(set(ids))
 
 
-def test_text_of_the_run_is_escaped(run_dir):
-    text = write_report(run_dir).read_text()
+def test_text_of_the_run_is_escaped(text):
     assert "<script" not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; co" in text
 
 
-def test_passwords_in_addresses_are_masked(run_dir):
-    text = write_report(run_dir).read_text()
+def test_passwords_in_addresses_are_masked(text):
     assert "hunter2" not in text
     for kept in ("s3://***@bucket/a.jsonl", "token=***&amp;part=1", "tokenizer: bytes", "password: ***"):
         assert kept in text
 
 
-def test_the_placement_table_marks_replicas_and_joins_neighbours(run_dir):
-    text = write_report(run_dir).read_text()
+def test_the_placement_table_marks_replicas_and_joins_neighbours(text):
     assert text.count('<span class="replica" title="replica">3</span>') == 2 * LAYERS
     page = Page(text).text
     assert "Placement, version 1" in page
@@ -185,8 +190,8 @@ def test_the_placement_table_marks_replicas_and_joins_neighbours(run_dir):
     assert "4 further replicas, 12 empty slots" in page
 
 
-def test_the_ways_of_the_exchange_are_listed_from_the_fastest_and_the_taken_one_marked(run_dir):
-    page = Page(write_report(run_dir).read_text())
+def test_the_ways_of_the_exchange_are_listed_from_the_fastest_and_the_taken_one_marked(text):
+    page = Page(text)
     assert "two_level over gloo, measured" in page.text
     assert "two_level gloo 2.00 1.00 9 taken flat gloo 4.00 2.00 9 " in page.text
 

@@ -92,7 +92,7 @@ def cases(draw):
     return statistics(sets, experts), topology, slots, costs
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=40)
 @given(cases(), st.sampled_from(["node", "rank"]))
 def test_no_plan_is_predicted_slower_than_contiguous(case, level):
     stats, topology, slots, costs = case

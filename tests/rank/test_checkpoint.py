@@ -71,7 +71,7 @@ def run(url, placement, steps, *overrides, model=QWEN, load=None, save=None):
     return ranks
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module", params=["adamw", "correction bias", *slow("sgd", "bfloat16")])
 def written(request, tmp_path_factory):
     """Eight steps on four ranks with a checkpoint after the fourth."""
     overrides, model, kinds = VARIANTS[request.param]

@@ -12,7 +12,7 @@ from ray_ep.moe.exchange.choose import take
 from ray_ep.moe.passes import Pass
 from ray_ep.placement import Topology, random
 from ray_ep.rank.step.clock import INSIDE
-from tests.conftest import run_ranks
+from tests.conftest import run_ranks, slow
 from tests.rank.test_training import EXPERTS, GPT_OSS, LAYERS, QWEN, TOP_K, configure, make_rank, reference
 
 
@@ -48,12 +48,16 @@ def assert_untouched(rank):
     assert ep.passes.now == Pass()
 
 
-@pytest.mark.parametrize(
-    ("size", "overrides"),
-    [(2, ()), (3, ("batch.sequences=2",)), (4, ("batch.accumulation=2", "batch.sequences=8"))],
-    ids=["two ranks", "a rank without tokens", "accumulation on two nodes"],
-)
-def test_losses_and_statistics_are_those_of_a_run_without_a_choice_bit_for_bit(size, overrides):
+RUNS = {  # ranks, two on a node, and what is overridden
+    "two ranks": (2, ()),
+    "a rank without tokens": (3, ("batch.sequences=2",)),
+    "accumulation on two nodes": (4, ("batch.accumulation=2", "batch.sequences=8")),
+}
+
+
+@pytest.mark.parametrize("case", ["a rank without tokens", *slow("two ranks", "accumulation on two nodes")])
+def test_losses_and_statistics_are_those_of_a_run_without_a_choice_bit_for_bit(case):
+    size, overrides = RUNS[case]
     node_of = np.arange(size) // 2
     overrides = (*overrides, "balance.in_step=off")  # by measured costs a sum may be taken in another order
     chosen = run(size, 3, *overrides, choose=True, node_of=node_of)

@@ -10,7 +10,7 @@ from ray_ep.collective import SoloGroup
 from ray_ep.moe import Draws
 from ray_ep.placement import random
 from ray_ep.rank.saved.checkpoint import Directory
-from tests.conftest import run_ranks
+from tests.conftest import run_ranks, slow
 from tests.rank.test_training import EXPERTS, LAYERS, QWEN, SIZES, configure, make_rank
 
 DROPOUT = (f"model.overrides={{{SIZES}, num_experts: {EXPERTS}, moe_intermediate_size: 16, attention_dropout: 0.3}}",)
@@ -24,6 +24,13 @@ MODELS = {
     ),
 }
 STEPS, CHECKPOINTED = 4, "model.gradient_checkpointing=true"
+WAYS = {  # ranks, and what is overridden
+    "2 ranks": (2, ()),
+    "3 ranks": (3, ()),
+    "accumulated": (2, ("batch.accumulation=2",)),
+    "recomputed": (1, (CHECKPOINTED,)),
+    "both": (1, (CHECKPOINTED, "batch.accumulation=2")),
+}
 
 
 def losses(size, *overrides, model, resume=None):
@@ -64,18 +71,9 @@ def alone(model):
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(
-    ("size", "overrides"),
-    [
-        (2, ()),
-        (3, ()),
-        (2, ("batch.accumulation=2",)),
-        (1, (CHECKPOINTED,)),
-        (1, (CHECKPOINTED, "batch.accumulation=2")),
-    ],
-    ids=["2 ranks", "3 ranks", "accumulated", "recomputed", "both"],
-)
-def test_a_model_that_draws_has_one_curve(model, size, overrides):
+@pytest.mark.parametrize("way", ["3 ranks", "both", *slow("2 ranks", "accumulated", "recomputed")])
+def test_a_model_that_draws_has_one_curve(model, way):
+    size, overrides = WAYS[way]
     assert losses(size, *overrides, model=MODELS[model]) == pytest.approx(alone(model), rel=1e-6)
 
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from ray_ep.collective.mailboxes import is_free
 from ray_ep.placement import Placement
+from tests.conftest import slow
 from tests.rank.failing import FailingGroup, differences, form, held, together
 from tests.rank.test_optimizer import state
 from tests.rank.test_training import EXPERTS, GPT_OSS, LAYERS, QWEN, configure, make_rank
@@ -29,6 +30,7 @@ VARIANTS = {
     "bfloat16": (("model.dtype=bfloat16",), QWEN),
     "dropout": ((), DROPOUT),
 }
+MORE = slow("fused", "accumulation", "bfloat16", "dropout")
 TIMES = re.compile(r"seconds|_since|_inside|\.usage\.|_meter|peak_mib|\.spent|_last\.epoch")  # and the group's epoch
 
 
@@ -85,7 +87,7 @@ def assert_like_control(ranks, control):
         assert differences(held(rank)[0], held(other)[0], TIMES.search) == []
 
 
-@pytest.mark.parametrize("trios", VARIANTS, indirect=True)
+@pytest.mark.parametrize("trios", ["grouped", "recomputation", *MORE], indirect=True)
 def test_a_step_that_failed_before_its_last_collective_ended_leaves_no_trace_and_can_be_made_again(trios):
     ranks, control = trios
     [rank.failing.script(None) for rank in control]

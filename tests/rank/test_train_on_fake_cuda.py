@@ -10,6 +10,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from ray_ep.placement import random
 from ray_ep.rank.model_rank import ModelRank
 from ray_ep.rank.trainer import Trainer
+from tests.conftest import slow
 from tests.fake_cuda import fake_cuda, host_syncs, nccl_ranks
 from tests.rank.test_training import CORPUS, EXPERTS, FIGURES, LAYERS, MAKING, configure, train
 
@@ -36,14 +37,14 @@ def train_there(size, *overrides, placement):
 
 
 @pytest.mark.parametrize(
-    ("size", "overrides"),
+    "case",
     [
-        (1, ()),
         (2, ("model.gradient_checkpointing=true", "batch.accumulation=2")),
-        (3, ("balance.in_step=off", "optim.kind=sgd")),
+        *slow((1, ()), (3, ("balance.in_step=off", "optim.kind=sgd"))),
     ],
 )
-def test_five_steps_and_what_comes_of_them_are_those_of_the_cpu(size, overrides):
+def test_five_steps_and_what_comes_of_them_are_those_of_the_cpu(case):
+    size, overrides = case
     placement = random(LAYERS, EXPERTS, size, EXPERTS if size == 1 else 6, seed=1)
     with set_checkpoint_early_stop(False):  # a global of torch, which ranks in threads would switch for one another
         want, made = train(size, STEPS, *overrides, placement=placement)
