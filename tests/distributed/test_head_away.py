@@ -74,12 +74,13 @@ def nodes(here):
             [c.end() for c in here.commands[::-1]]
 
 
-def test_a_run_steps_on_while_the_head_is_away_and_answers_a_late_rank_and_a_lost_one_after_it(
+def test_a_run_steps_on_while_the_head_is_away_also_with_a_rank_that_is_late_and_a_lost_one_waits_for_it(
     here, lines, nodes, faults
 ):
     address, directory, head = nodes
     run, overrides = here.path / "run", here.tiny("optim.steps=100000", "run_dir=run", "snapshot.every=2")
-    script = [*overrides, "eval.every=0", "exchange.kind=flat", "checkpoint.every_minutes=0"]
+    three = ["cluster.ranks=3", "cluster.cpus_per_rank=0.5"]
+    script = [*overrides, *three, "eval.every=0", "exchange.kind=flat", "checkpoint.every_minutes=0"]
     command = here.start("python", "-c", DRIVER, address, directory, "train", *script)
 
     def done():
@@ -89,7 +90,7 @@ def test_a_run_steps_on_while_the_head_is_away_and_answers_a_late_rank_and_a_los
         return [pid for pid, line in here.commands[1].offspring().items() if line.startswith("ray::RankActor")]
 
     command.until(lambda: done() >= 5, 180, "five steps")
-    assert len(ranks()) == 2
+    assert len(ranks()) == 3
     head.kill()
     time.sleep(1)
     before = done()
@@ -100,11 +101,12 @@ def test_a_run_steps_on_while_the_head_is_away_and_answers_a_late_rank_and_a_los
     os.kill(late, signal.SIGCONT)
     before = done()
     command.until(lambda: done() >= before + 5, 30, "five steps after a rank was late, still without the head")
-    head.start()
-    time.sleep(5)
     os.kill(ranks()[0], signal.SIGKILL)
-    command.until(lambda: "event kind=recovered" in command.err, 60, "the recovery, for which the head is needed")
+    time.sleep(5)
+    assert "event kind=recovered" not in command.err, "the others need the head to find each other"
+    head.start()
+    command.until(lambda: "event kind=recovered" in command.err, 60, "the recovery")
     before = done()
-    command.until(lambda: done() >= before + 5, 60, "five steps of the rank that is left")
+    command.until(lambda: done() >= before + 5, 60, "five steps of the ranks that are left")
     command.process.send_signal(signal.SIGINT)
     assert command.wait(90) == 130, command.err

@@ -173,11 +173,21 @@ def test_a_checkpoint_takes_the_place_of_the_snapshots_on_disk_before_it(saver, 
 def test_a_run_that_goes_on_from_a_snapshot_saves_as_soon_as_it_can(saver, snapshot):
     directory = snapshot(4)
     s = saver("checkpoint.every_minutes=0", checkpoint=Checkpoint(directory, 4))
+    s.it.start()
     assert (s.it.saved, s.it.newest_there()) == (4, (directory.url, 4))
     assert s.it.due(4)
     s.it.finish(4)  # if it is stopped at once
     assert (s.it.directory.steps(), directory.steps()) == ([4], [])
     assert not s.it.due(5)
+
+
+def test_a_run_that_goes_on_from_elsewhere_has_nothing_to_do_with_the_snapshot_of_before(saver, snapshot):
+    s = saver()
+    s.it.save_and_go_on(2)
+    directory = snapshot(9)
+    s = saver(checkpoint=Checkpoint(s.it.directory, 2))
+    s.it.start()
+    assert (s.it.saved, directory.steps()) == (2, [])
 
 
 def test_how_long_saving_takes_is_that_of_the_last_save(saver):

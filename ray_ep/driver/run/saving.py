@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
 from omegaconf import OmegaConf
@@ -64,8 +65,10 @@ class Saver:
         return max(self._saved, newest_step(self._snapshots))
 
     def start(self) -> None:
-        """The first step begins: from now on minutes count."""
+        """The first step begins: from now on minutes count, and snapshots of before that it does not go on from go."""
         self._since = self.clock()
+        if not self._owed:
+            self._drop_snapshots()
 
     def due(self, done: int) -> bool:
         """Whether to save after `done` steps: by their number, or by the time since the last save.
@@ -107,10 +110,9 @@ class Saver:
         self.publisher.event(Event("checkpoint", url, {"url": url, "seconds": self.seconds}))
         try:
             self.directory.prune(self.cfg.checkpoint.keep)
-            if self._snapshots:
-                Directory(self._snapshots).empty()  # all are older
         except Exception as e:
             self.publisher.event(Event("checkpoint-kept", str(e)))  # the new one is safe, so the run goes on
+        self._drop_snapshots()  # all are older
         return ""
 
     def save_and_go_on(self, done: int) -> None:
@@ -150,6 +152,12 @@ class Saver:
         if self.seconds is not None:
             return f"saving takes about {max(self.seconds, 1):.0f} s"
         return f"{self._bytes() / 1e6:.0f} MB are saved, for the first time: how long that takes is not known yet"
+
+    def _drop_snapshots(self) -> None:
+        """Remove the snapshots on disk, as far as that can be done."""
+        if self._snapshots:
+            with suppress(OSError, ValueError):
+                Directory(self._snapshots).empty()
 
     def _bytes(self) -> int:
         """Of one checkpoint: float32 masters and moments."""
