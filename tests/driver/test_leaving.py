@@ -143,6 +143,12 @@ def test_on_a_real_cluster_drained_and_ended_nodes_are_told_from_one_that_was_ki
     for _ in range(50):
         it.draining()
     assert (time.perf_counter() - began) / 50 < 0.005
+    head = nodes.head_node.all_processes["gcs_server"][0].process.pid
+    os.kill(head, signal.SIGSTOP)
+    began = time.perf_counter()
+    assert [it.draining() for _ in range(50)] == [{drained.node_id: deadline}] * 50
+    assert time.perf_counter() - began < 0.5  # Ray's own call waits for the head, and lets other threads run
+    os.kill(head, signal.SIGCONT)
     raylets = {n.node_id: n.all_processes["raylet"][0].process.pid for n in (drained, stopped, killed)}
     for node, number in ((drained, signal.SIGKILL), (stopped, signal.SIGTERM), (killed, signal.SIGKILL)):
         assert it.planned(node.node_id) == ("its node was draining" if node is drained else "")
