@@ -34,7 +34,7 @@ def drive(
         SaveError: the last checkpoint could not be written.
     """
     plan.run.say = lambda words: publisher.event(Event("not-written", words))
-    with placed(cfg.cluster, plan.run.path.name, interrupt, phase) as (ranks, ray):
+    with placed(cfg.cluster, plan.run.path.name, interrupt, phase, cfg.elastic.max_ranks) as (ranks, ray):
         driver = Driver(cfg, plan, ranks, publisher, Requests(interrupt, [plan.run.take_request]))
         with driver.told():
             driver.form(ray, phase)

@@ -1,11 +1,25 @@
 """What a step would take on other numbers of ranks: predicted beside the steps, and only from what was measured."""
 
+from concurrent.futures import Future
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from ray_ep.driver.elastic.forecast import EVERY, MEASURED, Forecast, Outlook, fixed_seconds, next_node, predicted
+from ray_ep.config.schema import ElasticConfig
+from ray_ep.driver.elastic.forecast import (
+    EVERY,
+    MEASURED,
+    REMEMBERED,
+    Forecast,
+    Outlook,
+    fixed_seconds,
+    next_node,
+    predicted,
+)
+from ray_ep.driver.elastic.policy import Standing, wish
 from ray_ep.errors import PlacementError
 from ray_ep.placement import RoutingStatistics
 from ray_ep.rank.step.clock import STEP_PHASES
@@ -73,6 +87,48 @@ def test_a_prediction_is_due_once_the_ranks_are_measured_then_from_time_to_time_
     shelf.make({2: 9.0})
     assert not forecast.stepped()
     assert forecast.step_seconds == {}, "of ranks that are others now"
+
+
+def test_what_a_number_of_ranks_took_not_long_ago_counts_more_than_what_is_predicted_of_it():
+    shelf = Shelf()
+    forecast = Forecast(shelf)
+
+    def told(ranks, seconds, answer, steps=1):
+        """What is known with so many ranks, on which a step takes `seconds`, and after so many steps with them."""
+        q = question(step_seconds=seconds, topology=topology(node_of=(0,) * ranks))
+        forecast.forget()
+        forecast.ask(Outlook(q, 0.0, 0), [])
+        shelf.make(answer)
+        [forecast.stepped() for _ in range(steps)]
+        return forecast.step_seconds
+
+    assert told(2, 0.3, {2: 0.3, 3: 0.2}) == {2: 0.3, 3: 0.2}
+    assert told(1, 0.2, {1: 0.2, 2: 0.1}, REMEMBERED) == {1: 0.2, 2: 0.3}
+    assert told(1, 0.2, {1: 0.2, 2: 0.1}) == {1: 0.2, 2: 0.1}
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0.01, 10.0), min_size=10, max_size=10), st.integers(1, 8))
+def test_a_run_comes_to_rest_whatever_steps_really_take_though_each_rank_promises_a_full_share(truth, ranks):
+    """The forecast knows nothing but that work is shared; what it promises is measured once the rank has come."""
+    forecast = Forecast(lambda work: done(ideal))
+    cfg, changes = ElasticConfig(policy="throughput", max_ranks=8), []
+    for _ in range(30):
+        now = truth[ranks - 1]
+        ideal = {n: now * ranks / n for n in (ranks - 1, ranks, ranks + 1) if n}
+        forecast.forget()
+        forecast.ask(Outlook(question(step_seconds=now, topology=topology(node_of=(0,) * ranks)), 0.0, 0), [])
+        forecast.stepped()
+        wanted = wish(cfg, 1, 8, Standing(ranks, 4, step_seconds=forecast.step_seconds)).ranks
+        changes.append(wanted - ranks)
+        ranks = wanted
+    assert changes[16:] == [0] * 14
+
+
+def done(answer):
+    future = Future()
+    future.set_result(answer)
+    return future
 
 
 def test_figures_that_do_not_fit_are_no_prediction_and_a_mistake_is_raised():

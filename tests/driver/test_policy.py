@@ -95,7 +95,7 @@ def test_throughput_says_what_it_goes_by_and_wishes_nothing_before_it_knows():
     grows = wish(cfg, 1, 8, Standing(2, 4, step_seconds={1: 0.2, 2: 0.12, 3: 0.09}))
     assert grows.ranks == 3
     assert grows.words == (
-        "one rank more is predicted to bring 67% of what a rank brings (step 120 -> 90 ms), elastic.efficiency=0.5"
+        "one rank more should bring 67% of what a rank brings (step 120 -> 90 ms), elastic.efficiency=0.5"
     )
     shrinks = wish(cfg, 1, 8, Standing(2, 4, step_seconds={1: 0.2, 2: 0.18, 3: 0.18}))
     assert shrinks.ranks == 1

@@ -2,8 +2,9 @@
 
 import pytest
 
-from ray_ep.config import load_config
-from ray_ep.driver.elastic.room import EVERY_S, Room, check_growth
+from ray_ep.config.schema import ClusterConfig
+from ray_ep.driver.actors import placing
+from ray_ep.driver.elastic.room import EVERY_S, Room
 from ray_ep.errors import ClusterError
 from tests.driver.scenes import Clock, Shelf
 
@@ -15,13 +16,14 @@ def room(ask=lambda: FREE):
     return Room(ask, clock, shelf), clock, shelf
 
 
-def test_more_than_a_local_ray_will_ever_have_is_refused_and_a_cluster_may_grow():
-    cfg = load_config(None, ["elastic.max_ranks=5", "cluster.cpus_per_rank=0.5"])
+def test_more_than_a_local_ray_will_ever_have_is_refused_and_a_cluster_may_grow(monkeypatch):
+    monkeypatch.setattr(placing, "resources", lambda: {"CPU": 2.0})
+    cfg = ClusterConfig(cpus_per_rank=0.5)
     with pytest.raises(ClusterError, match=r"elastic\.max_ranks=5 of 0\.5 CPUs need 2\.5 .* allowed is up to 4"):
-        check_growth(cfg, local=True, cpus=2.0)
-    check_growth(cfg, local=True, cpus=2.5)
-    check_growth(cfg, local=False, cpus=2.0)
-    check_growth(load_config(), local=True, cpus=1.0)
+        placing.check_growth(cfg, 5, local=True)
+    placing.check_growth(cfg, 4, local=True)
+    placing.check_growth(cfg, 5, local=False)
+    placing.check_growth(cfg, 0, local=True)
 
 
 def test_it_is_asked_beside_the_steps_from_time_to_time_and_what_was_heard_is_known_meanwhile():

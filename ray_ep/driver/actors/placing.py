@@ -237,6 +237,20 @@ def check_cpus(cfg: ClusterConfig, local: bool) -> None:
         )
 
 
+def check_growth(cfg: ClusterConfig, most: int, local: bool) -> None:
+    """Refuse at once more ranks than a local Ray, which does not grow, ever has room for. Raises ClusterError.
+
+    Args:
+        most: elastic.max_ranks.
+    """
+    need, have = most * cfg.cpus_per_rank, resources().get("CPU", 0.0)
+    if need > have and local:
+        raise ClusterError(
+            f"elastic.max_ranks={most} of {cfg.cpus_per_rank:g} CPUs need {need:g} CPUs; this machine has {have:g}, "
+            f"and a local Ray does not grow: allowed is up to {int(have / cfg.cpus_per_rank + 1e-6)}"
+        )
+
+
 def _place(group: PlacementGroup, node: str) -> Place:
     found = next(n for n in nodes() if n["NodeID"] == node)
     return Place(group, node, found["NodeManagerHostname"], found["NodeManagerAddress"], found["NodeManagerPort"])

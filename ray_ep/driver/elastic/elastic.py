@@ -214,7 +214,7 @@ class Elastic:
             self._kept.add(self._members[slow[0]])
             self._say(f"rank {slow[0]} is slow and stays: nobody came in its place ({self._wanted.words})")
         going = {*leave, *stay, *slow}
-        if not self._coming and (many := active - len(going) - self._wanted.ranks) > 0:
+        if (many := active - len(going) - self._wanted.ranks) > 0:
             leave |= dict.fromkeys(surplus(many, self.ranks.where, going), self._wanted.words)
         return leave
 

@@ -23,6 +23,9 @@ MEASURED = 25
 """Steps on the same ranks before one is predicted: as many as tell how fast each is."""
 EVERY = 50
 """Steps between two predictions: the load changes slowly."""
+REMEMBERED = 1000
+"""Steps for which what a number of ranks was measured to take counts, and not what is predicted of it: a rank that
+brought less than it promised is not asked for again at once."""
 LAYERS = 8
 """MoE layers that are predicted at most, evenly spaced: they stand for all."""
 
@@ -102,23 +105,25 @@ def _layers(outlook: Outlook, ranks: int) -> float:
 
 
 class Forecast:
-    """Predictions of a run whose ranks stay who they are, made one at a time beside the steps.
+    """Predictions for the ranks of a run, made one at a time beside the steps.
 
     Attributes:
-        step_seconds: the newest, by number of ranks; empty: none yet.
+        step_seconds: the newest, by number of ranks; empty: none yet for those that are there.
     """
 
     def __init__(
         self, background: Callable[[Callable[[], dict[int, float]]], Future[dict[int, float]]] = beside
     ) -> None:
         self._background = background
+        self._took: dict[int, tuple[float, int]] = {}  # by number of ranks what a step took, and after which step
+        self._steps = 0
         self.forget()
 
     def forget(self) -> None:
         """The ranks are others now."""
         self.step_seconds: Mapping[int, float] = {}
         self._asked: Future[dict[int, float]] | None = None
-        self._steps, self._due = 0, MEASURED
+        self._due = self._steps + MEASURED
 
     def stepped(self) -> bool:
         """One step is made; whether a prediction is due."""
@@ -128,10 +133,18 @@ class Forecast:
             error = answer.exception()
             if error is not None and not isinstance(error, PlacementError):
                 raise error
-            self.step_seconds = {} if error is not None else answer.result()
+            found = {} if error is not None else answer.result()
+            self.step_seconds = {n: self._known(n, seconds) for n, seconds in found.items()}
         return self._asked is None and self._steps >= self._due
 
     def ask(self, outlook: Outlook, counts: Collection[int]) -> None:
         """Begin a prediction."""
         self._due = self._steps + EVERY
+        if outlook.question.step_seconds is not None:
+            self._took[outlook.question.topology.num_ranks] = outlook.question.step_seconds, self._steps
         self._asked = self._background(lambda: predicted(outlook, counts))
+
+    def _known(self, ranks: int, seconds: float) -> float:
+        """What a step on so many ranks took not long ago, else the `seconds` that are predicted."""
+        took, after = self._took.get(ranks, (seconds, self._steps))
+        return took if self._steps - after <= REMEMBERED else seconds

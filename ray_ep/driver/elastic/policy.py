@@ -103,7 +103,7 @@ def _by_throughput(cfg: ElasticConfig, s: Standing) -> Wish:
         )
     if more is None and last is None:
         return Wish(s.placed + s.waiting, "no step is predicted yet (elastic.policy=throughput)")
-    return Wish(n, "neither a rank more nor one fewer is predicted to pay (elastic.policy=throughput)")
+    return Wish(n, "neither a rank more nor one fewer should pay (elastic.policy=throughput)")
 
 
 def brings(step_seconds: Mapping[int, float], ranks: int) -> float | None:
@@ -119,6 +119,6 @@ def brings(step_seconds: Mapping[int, float], ranks: int) -> float | None:
 
 def _words(steps: Mapping[int, float], before: int, after: int, share: float) -> str:
     return (
-        f"is predicted to bring {share:.0%} of what a rank brings (step {1e3 * steps[before]:.3g} -> "
+        f"should bring {share:.0%} of what a rank brings (step {1e3 * steps[before]:.3g} -> "
         f"{1e3 * steps[after]:.3g} ms)"
     )

@@ -6,26 +6,10 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 
-from ray_ep.config.schema import Config
 from ray_ep.driver.rebalance.rebalancer import beside
-from ray_ep.errors import ClusterError
 
 EVERY_S = 5.0
 """Seconds between two questions: what ranks take or give back shows within one or two."""
-
-
-def check_growth(cfg: Config, local: bool, cpus: float) -> None:
-    """Refuse more ranks than a local Ray, which does not grow, will ever have room for; `cpus` are all that it has.
-
-    Raises:
-        ClusterError: elastic.max_ranks is more.
-    """
-    most, each = cfg.elastic.max_ranks, cfg.cluster.cpus_per_rank
-    if local and most * each > cpus:
-        raise ClusterError(
-            f"elastic.max_ranks={most} of {each:g} CPUs need {most * each:g} CPUs; this machine has {cpus:g}, and a "
-            f"local Ray does not grow: allowed is up to {int(cpus / each + 1e-6)}"
-        )
 
 
 class Room:
