@@ -142,7 +142,7 @@ def drain(address: str, told: Notice, wait: bool) -> None:
 
     def here() -> list[str]:
         nodes = client.get_all_node_info().items()
-        alive = [(n, i) for n, i in nodes if i.state == gcs_pb2.GcsNodeInfo.ALIVE]
+        alive = [(n, i) for n, i in nodes if i.state == gcs_pb2.GcsNodeInfo.ALIVE and not i.is_head_node]
         return [n.hex() for n, i in alive if i.node_manager_address == get_node_ip_address(address)]
 
     nodes = here()
@@ -171,8 +171,8 @@ def watch(cloud: str, get: Get, poll_s: float = POLL_S) -> Notice:
         time.sleep(poll_s)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command."""
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
     for verb in ("block", "watch", "drain"):
@@ -184,7 +184,12 @@ def main(arguments: list[str] | None = None) -> None:
             one.add_argument("--address", required=True, help="the Ray head, as HOST:PORT")
     one.add_argument("--seconds", type=float, default=90.0, help="until the machine goes")
     one.add_argument("--why", default="the machine is stopped", help="what is told to whoever asks")
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def main() -> None:
+    """The command."""
+    given = parser().parse_args()
     if given.verb == "drain":
         return drain(given.address, Notice(given.why, given.seconds), wait=True)
     get = metadata(given.cloud, given.base or BASE[given.cloud])

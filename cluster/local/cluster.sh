@@ -21,7 +21,7 @@ settings() {
     unset RAY_ADDRESS
 }
 
-processes() { pgrep -f -- "$dir/session_" || true; }
+processes() { pgrep -f -- "$dir/session_20" || true; }  # each names the directory of its session
 
 start() {
     if [ -n "$(processes)" ]; then
@@ -56,6 +56,10 @@ print_env() {
 }
 
 stop() {
+    if [ ! -e "$dir/address" ]; then
+        echo "no cluster in $dir" >&2
+        exit 2
+    fi
     for signal in TERM KILL; do
         pids=$(processes)
         [ -z "$pids" ] || kill -s "$signal" $pids 2> /dev/null || true
@@ -64,7 +68,8 @@ stop() {
             sleep 0.2
         done
     done
-    rm -rf "$dir"
+    rm -rf "$dir"/{address,auth_token,autoscaler.yaml,gcs,ray_current_cluster,session_20*,session_latest}
+    rmdir --ignore-fail-on-non-empty "$dir"
 }
 
 case "${1:-}" in
