@@ -118,11 +118,14 @@ def test_the_two_types_of_gpu_machine_differ_in_their_market_alone(cloud):
         for key in spot["node_config"].keys() | demand["node_config"].keys()
         if spot["node_config"].get(key) != demand["node_config"].get(key)
     }
-    assert different == {
-        "aws": {"InstanceMarketOptions"},
-        "gcp": {"scheduling"},
-        "azure": {"priority", "evictionPolicy", "billingProfile"},
-    }[cloud]
+    assert (
+        different
+        == {
+            "aws": {"InstanceMarketOptions"},
+            "gcp": {"scheduling"},
+            "azure": {"priority", "evictionPolicy", "billingProfile"},
+        }[cloud]
+    )
 
 
 @pytest.mark.parametrize("config", [*map(read, CLOUDS), local()], ids=[*CLOUDS, "local"])
