@@ -3,7 +3,8 @@
     python fallback.py --config ~/ray_bootstrap_config.yaml --address HEAD:6379    # on the head, beside Ray
 
 Ray 2.60's autoscaler asks for the node type of the highest priority again at each update, however often it is refused.
-It reads its configuration anew each time, so this changes priorities there. With KubeRay it is not needed: raycluster.yaml.
+It reads its configuration anew each time, so this changes priorities there.
+With KubeRay it is not needed: raycluster.yaml.
 """
 
 from __future__ import annotations

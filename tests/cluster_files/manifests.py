@@ -4,6 +4,7 @@ import functools
 import os
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 
@@ -42,6 +43,12 @@ def groups(document):
 
 def containers(document):
     return [c for group in groups(document) for c in group["template"]["spec"]["containers"]]
+
+
+def problems(document):
+    """What KubeRay's own schema has against `document`, and what it does not know in it."""
+    schema = schema_of(document["kind"])
+    return [e.message for e in jsonschema.Draft7Validator(schema).iter_errors(document)] + unknown(schema, document)
 
 
 def schema_of(kind):

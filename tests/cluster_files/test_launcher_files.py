@@ -1,4 +1,4 @@
-"""The files of `ray up`, by Ray's own schema, defaults, autoscaler and command line. Nothing is started, no cloud asked."""
+"""The files of `ray up`, by Ray's own schema, defaults, autoscaler and command line. Nothing is started."""
 
 import copy
 import json

@@ -61,7 +61,7 @@ def service():
     def start(cloud, says):
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Service)
         server.says, server.wanted = says, WANTED[cloud]
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         servers.append(server)
         base = f"http://127.0.0.1:{server.server_port}"
         return MACHINE.metadata(cloud, base), base

@@ -4,13 +4,12 @@ import copy
 import json
 import re
 
-import jsonschema
 import pytest
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
 from ray_ep.config import load_config
 from tests.cluster_files.autoscaling import launches
-from tests.cluster_files.manifests import claim, cluster, containers, groups, read, schema_of, unknown
+from tests.cluster_files.manifests import claim, cluster, containers, groups, problems, read
 from tests.cluster_files.shell import ROOT, check, parse_ray, ray_knows, split
 
 
@@ -30,9 +29,7 @@ def autoscaling(manifest):
 
 
 def test_kuberay_takes_the_manifest(manifest):
-    schema = schema_of(manifest["kind"])
-    jsonschema.validate(manifest, schema)
-    assert unknown(schema, manifest) == []
+    assert problems(manifest) == []
 
 
 @pytest.mark.parametrize(
@@ -48,11 +45,8 @@ def test_kuberay_takes_the_manifest(manifest):
     ],
 )
 def test_a_manifest_with_a_mistake_is_found(manifest, break_it):
-    schema = schema_of(manifest["kind"])
     break_it(cluster(manifest))
-    with pytest.raises((jsonschema.ValidationError, AssertionError)):
-        jsonschema.validate(manifest, schema)
-        assert unknown(schema, manifest) == []
+    assert problems(manifest) != []
 
 
 def test_a_job_has_the_cluster_of_the_other_file_and_its_volume():
@@ -109,8 +103,7 @@ def test_a_pod_is_not_killed_before_its_ranks_have_left_or_its_driver_has_saved(
         calls = split(line)[0]
         for words in calls:
             check(words)
-        drain, stop = calls
-        assert stop == ["ray", "stop"]
+        assert calls[1:] == [["ray", "stop"]]
         seconds = float(re.search(r"--seconds=(\d+)", line)[1])
         assert group(manifest, "gpu-spot")["template"]["spec"]["terminationGracePeriodSeconds"] > seconds
 
