@@ -7,7 +7,7 @@
 #     ray status                                       # and go some seconds after it
 #     cluster/local/cluster.sh stop                    # ends this cluster, and no other Ray
 #
-# Its files are in $RAY_EP_LOCAL (/tmp/ray-ep-local), its port is $RAY_EP_LOCAL_PORT (6399).
+# Its files are in $RAY_EP_LOCAL (/tmp/ray-ep-local), its port is $RAY_EP_LOCAL_PORT (6399). For Linux.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -21,7 +21,18 @@ settings() {
     unset RAY_ADDRESS
 }
 
-processes() { pgrep -f -- "$dir/session_20" || true; }  # each names the directory of its session
+# Whatever was started for this cluster has this in its environment. Some of Ray's processes write their title over it: they
+# are children of others.
+mark="RAY_EP_LOCAL_CLUSTER=$dir"
+processes() {
+    local found
+    found=$(grep -lzxF -- "$mark" /proc/[0-9]*/environ 2> /dev/null | cut -d/ -f3 || true)
+    while [ -n "$found" ]; do
+        echo "$found"
+        found=$(pgrep -P "$(echo $found | tr ' ' ,)" || true)
+    done
+}
+living() { ps -o pid= -p "$(echo $1 | tr ' ' ,)" 2> /dev/null || true; }
 
 start() {
     if [ -n "$(processes)" ]; then
@@ -37,11 +48,12 @@ start() {
     echo "$ip:$port" > "$dir/address"
     sed "s/gcs_address: ADDRESS/gcs_address: $ip:$port/" "$here/autoscaler.yaml" > "$dir/autoscaler.yaml"
     # The first two say which node of the autoscaler's the head is.
-    RAY_CLOUD_INSTANCE_ID=$head_id RAY_OVERRIDE_NODE_ID_FOR_TESTING=$head_id RAY_FAKE_CLUSTER=1 \
+    env "$mark" RAY_CLOUD_INSTANCE_ID=$head_id RAY_OVERRIDE_NODE_ID_FOR_TESTING=$head_id RAY_FAKE_CLUSTER=1 \
         RAY_enable_autoscaler_v2=1 AUTOSCALER_UPDATE_INTERVAL_S=1 \
         RAY_gcs_storage=rocksdb RAY_gcs_storage_path="$dir/gcs" \
         ray start --head --port="$port" --num-cpus=0 --num-gpus=0 --temp-dir="$dir" \
         --dashboard-port=$((port + 1)) --dashboard-agent-listen-port=$((port + 2)) \
+        --ray-client-server-port=$((port + 3)) --min-worker-port=0 --max-worker-port=0 \
         --object-store-memory=100000000 --disable-usage-stats --autoscaling-config="$dir/autoscaler.yaml"
 }
 
@@ -60,15 +72,17 @@ stop() {
         echo "no cluster in $dir" >&2
         exit 2
     fi
+    local pids
+    pids=$(processes | sort -u)
     for signal in TERM KILL; do
-        pids=$(processes)
         [ -z "$pids" ] || kill -s "$signal" $pids 2> /dev/null || true
-        for _ in $(seq 50); do
-            [ -n "$(processes)" ] || break
+        for _ in $(seq 25); do
+            pids=$(living "$pids")
+            [ -n "$pids" ] || break
             sleep 0.2
         done
     done
-    rm -rf "$dir"/{address,auth_token,autoscaler.yaml,gcs,ray_current_cluster,session_20*,session_latest}
+    rm -rf "$dir"/{address,auth_token,autoscaler.yaml,gcs,prom_metrics_*,ray_current_cluster,session_20*,session_latest}
     rmdir --ignore-fail-on-non-empty "$dir"
 }
 
