@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -32,6 +33,27 @@ remove_placement_group(room)
 """
 
 
+REFUSE = """
+from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeProvider
+
+class Refuse(FakeMultiNodeProvider):
+    def create_node_with_resources_and_labels(self, node_config, tags, count, resources, labels):
+        if tags["ray-user-node-type"] == "spot":
+            raise RuntimeError("InsufficientInstanceCapacity")
+        super().create_node_with_resources_and_labels(node_config, tags, count, resources, labels)
+"""
+ASK = """
+import os, sys, ray
+from ray.util import placement_group
+ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
+waiting = [placement_group([{"CPU": 1}]).ready()]
+for line in sys.stdin:
+    ready, _ = ray.wait(waiting, timeout=float(line))
+    have = [n["Labels"]["ray.io/market-type"] for n in ray.nodes() if n["Resources"].get("CPU")]
+    print(have if ready else "", flush=True)
+"""
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -58,14 +80,14 @@ def directory():
     shutil.rmtree(path, ignore_errors=True)
 
 
-def joined(directory, port):
+def joined(directory, port, script=SCRIPT, **more):
     """(environment of whoever calls the script, that of a shell that has joined its cluster)."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     own = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTEST"))}
-    own |= {"PATH": path, "RAY_EP_LOCAL": str(directory), "RAY_EP_LOCAL_PORT": str(port)}
-    subprocess.run([SCRIPT, "start"], env=own, check=True, stdout=subprocess.DEVNULL, timeout=120)
+    own |= {"PATH": path, "RAY_EP_LOCAL": str(directory), "RAY_EP_LOCAL_PORT": str(port), **more}
+    subprocess.run([script, "start"], env=own, check=True, stdout=subprocess.DEVNULL, timeout=120)
     shell = 'eval "$("$0" env)"; exec env --null'
-    printed = subprocess.run(["bash", "-c", shell, SCRIPT], env=own, check=True, capture_output=True, timeout=60).stdout
+    printed = subprocess.run(["bash", "-c", shell, script], env=own, check=True, capture_output=True, timeout=60).stdout
     return own, dict(line.split("=", 1) for line in printed.decode().rstrip("\0").split("\0"))
 
 
@@ -107,6 +129,44 @@ def test_a_cluster_on_this_machine_grows_for_a_run_gives_way_to_a_notice_and_lea
     subprocess.run([SCRIPT, "stop"], env=own, check=True, timeout=120)
     assert processes(directory) == []
     assert not directory.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_where_spot_machines_are_refused_others_come(directory, tmp_path):
+    """Without fallback.py none comes: once Ray turns to another type by itself, it is not needed any more."""
+    shutil.copytree(CLUSTER / "local", tmp_path / "local")
+    shutil.copy(CLUSTER / "ray.env", tmp_path)
+    (tmp_path / "refuse.py").write_text(REFUSE)
+    config = tmp_path / "local" / "autoscaler.yaml"
+    config.write_text(re.sub(r"^  module: .*", "  module: refuse.Refuse", config.read_text(), flags=re.M))
+    script = tmp_path / "local" / "cluster.sh"
+    own, env = joined(directory, free_port(), script, PYTHONPATH=str(tmp_path))
+
+    ask = subprocess.Popen(
+        [sys.executable, "-c", ASK],
+        env=env,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def market_of_what_came(within_s):
+        print(within_s, file=ask.stdin, flush=True)
+        return ask.stdout.readline().strip()
+
+    with ask:
+        assert market_of_what_came(within_s=15) == ""
+        words = ["--config", directory / "autoscaler.yaml", "--address", env["RAY_ADDRESS"], "--poll-s", "1"]
+        helper = subprocess.Popen([sys.executable, CLUSTER / "fallback.py", *words], env=env)
+        try:
+            assert market_of_what_came(within_s=90) == "['on-demand']"
+        finally:
+            helper.kill()
+            helper.wait()
+        ask.stdin.close()
+    subprocess.run([script, "stop"], env=own, check=True, timeout=120)
 
 
 def test_what_cannot_be_is_said(tmp_path):
