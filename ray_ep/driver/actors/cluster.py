@@ -110,26 +110,27 @@ class Device:
     note: str = ""
 
 
-def device_of(cfg: ClusterConfig, resources: dict[str, float], built: bool) -> Device:
+def device_of(cfg: ClusterConfig, resources: dict[str, float], built: bool, local: bool) -> Device:
     """What the ranks compute on, given what the cluster has in all (`ray.cluster_resources()`).
 
     Args:
         built: torch was built for CUDA (`torch.backends.cuda.is_built()`), here and so on the ranks' nodes.
+        local: it is a Ray of this machine alone. One that was joined may grow: there the placement waits for GPUs.
 
     Raises:
-        ClusterError: cuda is asked for, and there are fewer GPUs than ranks or torch cannot use any.
+        ClusterError: cuda is asked for, and a local Ray has fewer GPUs than ranks or torch cannot use any.
     """
     have = int(resources.get("GPU", 0))
-    if cfg.device == "cuda" and have < cfg.ranks:
+    if cfg.device == "cuda" and have < cfg.ranks and local:
         raise ClusterError(
             f"cluster.device=cuda: {cfg.ranks} ranks need {cfg.ranks} GPUs, the cluster has {have} (and "
             f"{resources.get('CPU', 0.0):g} CPUs): lower cluster.ranks, or cluster.device=cpu"
         )
-    if cfg.device == "cpu" or not have:
+    if cfg.device == "cpu" or (cfg.device == "auto" and not have):
         return Device("cpu")
     why = "torch was built without CUDA: install torch's build for CUDA on every node"
     if built:
-        if have >= cfg.ranks:
+        if have >= cfg.ranks or cfg.device == "cuda":
             return Device("cuda")
         why = f"{cfg.ranks} ranks need {cfg.ranks}: cluster.ranks={have} takes them"
     elif cfg.device == "cuda":

@@ -72,7 +72,7 @@ class Ranks:
         """
         self.cfg, self.name, self._interrupted = cfg, name, interrupted
         built = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]
-        found = device_of(cfg, resources(), built)
+        found = device_of(cfg, resources(), built, local)
         self.device, self.note = found.kind, found.note
         if self.note:
             log.warning(self.note)
