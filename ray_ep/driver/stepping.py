@@ -144,6 +144,7 @@ class Stepping:
         results, seconds = self.last
         for event in self.stragglers.after_step(members, results):
             self.publisher.event(event)
+            self.mover.asked = True  # a plan knows how fast each rank is
         return self.elastic.after_step(self.now(), self.mover.recent.load, results, seconds)
 
     def stopping(self) -> bool:

@@ -52,6 +52,11 @@ for line in sys.stdin:
     have = [n["Labels"]["ray.io/market-type"] for n in ray.nodes() if n["Resources"].get("CPU")]
     print(have if ready else "", flush=True)
 """
+MACHINES = """
+import os, ray
+ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
+print(sum(n["Alive"] and n["Resources"].get("CPU", 0) > 0 for n in ray.nodes()))
+"""
 
 
 def free_port():
@@ -175,3 +180,54 @@ def test_what_cannot_be_is_said(tmp_path):
         done = subprocess.run([SCRIPT, verb], env=own, capture_output=True, text=True, timeout=60)
         assert (done.returncode, says in done.stderr) == (2, True), verb
     assert tmp_path.exists()
+
+
+def told(run):
+    """What a run says of each step."""
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_grows_from_one_rank_to_three_and_shrinks_to_two_with_the_losses_of_a_fixed_one(directory, tmp_path):
+    (tmp_path / "text.txt").write_text("".join(p.read_text() for p in sorted(CLUSTER.parent.glob("docs/*.md"))))
+    steady = ["batch.sequences=8", "batch.length=16", f"data.files=[{tmp_path / 'text.txt'}]", "eval.every=0",
+              "optim.schedule=constant_with_warmup", "balance.in_step=off", "topology.measure=false"]  # fmt: skip
+    fixed, run = tmp_path / "fixed", tmp_path / "run"
+    own, env = joined(directory, free_port())
+    call(own, "ray-ep", "train", f"run_dir={fixed}", "cluster.ranks=1", "optim.steps=40", *steady)
+    command = ["ray-ep", "train", f"run_dir={run}", "cluster.ranks=1", "elastic.max_ranks=3", "optim.steps=100000"]
+    with subprocess.Popen([*command, *steady], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as job:
+
+        def until(ready, what):
+            limit = time.monotonic() + 150
+            while not ready():
+                assert job.poll() is None, what
+                assert time.monotonic() < limit, what
+                time.sleep(0.2)
+
+        def on(ranks):
+            until(lambda: [m["world_size"] for m in told(run)][-2:] == [ranks] * 2, f"{ranks} ranks")
+
+        def machines():
+            return int(call(env, sys.executable, "-c", MACHINES).split()[0])
+
+        try:
+            on(1)
+            assert machines() == 1
+            call(env, "ray-ep", "scale", str(run), "3")
+            on(3)
+            assert machines() == 3
+            call(env, "ray-ep", "scale", str(run), "2")
+            on(2)
+            until(lambda: machines() == 2, "a machine less")
+            job.send_signal(signal.SIGINT)
+            assert job.wait(90) == 130
+        finally:
+            job.kill()
+    curve, want = ({m["step"]: m for m in told(where)} for where in (run, fixed))
+    assert [m["step"] for m in told(run)] == list(range(1, len(curve) + 1))  # no step was made again
+    for step in curve.keys() & want.keys():
+        assert curve[step]["loss"] == pytest.approx(want[step]["loss"], rel=1e-5), step
+    subprocess.run([SCRIPT, "stop"], env=own, check=True, timeout=120)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -65,14 +65,20 @@ def kill(actors: Sequence[Any]) -> None:
     within(HEAD_S, lambda: [ray.kill(actor, no_restart=True) for actor in them])
 
 
-def explained(cause: Exception, where: Sequence[dict[str, Any]], actors: Sequence[Any]) -> Exception:
-    """Of a rank that is dead: whether the kernel killed processes of its node for memory meanwhile."""
+def explained(
+    cause: Exception, where: Sequence[dict[str, Any]], actors: Sequence[Any], gone: Collection[int]
+) -> Exception:
+    """Of a rank that is dead: whether the kernel killed processes of its node for memory meanwhile.
+
+    Args:
+        gone: ranks that are lost with it, and answer nothing.
+    """
     if not (isinstance(cause, RankError) and isinstance(cause.__cause__, RayActorError)):
         return cause
     lost = where[cause.rank]
     if "oom_kills" not in lost:  # it had not come up
         return cause
-    there = [r for r, w in enumerate(where) if w["node"] == lost["node"] and r != cause.rank]
+    there = [r for r, w in enumerate(where) if w["node"] == lost["node"] and r not in {cause.rank, *gone}]
     killed = 0
     with suppress(RayError):
         if there:

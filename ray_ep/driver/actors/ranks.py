@@ -205,7 +205,7 @@ class Ranks:
                 silent, [r for r in silent if self._places[r].node in self._gone.cut_off], self.where
             )
         else:
-            cause = explained(root_cause(failed, quiet, self.where), self.where, self.actors)
+            cause = explained(root_cause(failed, quiet, self.where), self.where, self.actors, gone or ())
         if gone is None or not isinstance(cause, RankError):
             return cause
         lost = LostError(cause.rank, str(cause), gone, self._heartbeat.silent_s(gone))
