@@ -46,6 +46,15 @@ def test_without_room_within_wait_s_the_run_goes_on_with_fewer_and_the_next_loss
     assert it.resizer.calls[-1] == ("ask", 2)
 
 
+def test_whoever_asks_after_that_has_the_cluster_asked_anew():
+    it = scene()
+    it.ranks.change([3])
+    it.step(62)
+    it.elastic.orders.put(scale(4))
+    it.step()
+    assert it.resizer.calls == [("ask", 1), ("withdraw", 1), ("ask", 1)]
+
+
 def test_one_that_has_room_by_then_is_taken_in_and_the_other_is_given_up():
     it = scene()
     it.ranks.change([2, 3])

@@ -36,6 +36,9 @@ def test_whole_nodes_are_given_back_before_a_part_of_one_the_last_ranks_first():
     assert surplus(2, WHERE) == [2, 3]
     assert surplus(3, WHERE) == [1, 2, 3]
     assert surplus(1, WHERE, but=[3]) == [2]
+    small_first = [{"node": "b"}, {"node": "a"}, {"node": "a"}]
+    assert surplus(1, small_first) == [0]
+    assert surplus(2, small_first) == [0, 2]
 
 
 def test_groups_go_whole_in_order_and_leave_enough():
