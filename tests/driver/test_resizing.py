@@ -110,3 +110,32 @@ def test_ranks_that_have_no_room_for_what_a_leaver_owns_keep_it(tmp_path):
     assert sizes(it) == [4] * 6
     assert it.driver.states.now is State.STOPPED
     assert any("no memory" in words for words in it.ear.words("elastic"))
+
+
+def test_ranks_that_do_not_fit_one_another_recover_with_nobody_lost(tmp_path):
+    it = growing(tmp_path)
+
+    def refuse():
+        raise PlacementError("ranks 0 and 2 differ in updates")
+
+    it.ranks.meanwhile["regroup", 1] = refuse
+    assert whole(it) == "done"
+    (event,) = [e for e in it.run.events() if e["kind"] == "recovered"]
+    assert event["fields"]["lost"] == []
+    assert "differ in updates" in event["message"]
+    assert it.ranks.membership.size == it.driver.mover.placement.num_ranks == 4
+    assert sizes(it)[-1] == 4
+
+
+def test_experts_that_nobody_has_room_for_stay_where_they_are_and_the_ranks_come_all_the_same(tmp_path):
+    it = growing(tmp_path)
+
+    def refuse():
+        raise PlacementError("no memory")
+
+    it.ranks.meanwhile["migrate", 1] = refuse
+    assert whole(it) == "done"
+    assert sizes(it) == [2, 2, 4, 4, 4, 4]
+    assert not [e for e in it.run.events() if e["kind"] == "recovered"]
+    assert "experts stay where they are: no memory" in it.ear.words("elastic")
+    assert set(it.driver.mover.placement.owner.ravel().tolist()) == {0, 1}

@@ -25,11 +25,13 @@ from ray_ep.driver.records import Event
 from ray_ep.driver.run.rundir import checkpoint_url
 from ray_ep.driver.start import Plan
 from ray_ep.driver.states import State, States
-from ray_ep.errors import PlacementError
-from ray_ep.placement import Placement
+from ray_ep.errors import LostError, PlacementError
+from ray_ep.placement import Placement, Topology
 
 PARTS = ("hand_over", "regroup", "give", "move")
 """Of a switch: leavers' experts go to others; the group is formed; newcomers get what every rank has; experts move."""
+ANSWER_S = 60.0
+"""How long the node of a newcomer may take for its first files."""
 ALONE = "memory"
 """Transport of a run on one rank: it has chosen none."""
 
@@ -102,7 +104,8 @@ class Resizer:
             load: [L, E] of recent steps, to plan by; empty: not known.
 
         Raises:
-            LostError: a rank was lost. Recovery goes on from `now`, with the placement that `moved` was told last.
+            LostError: a rank was lost, or they cannot go on together. Recovery goes on from `now`, with the placement
+                that `moved` was told last.
             PlacementError: the others have no room for what leavers own; nothing has changed.
         """
         began, before = self.clock(), self.ranks.membership
@@ -126,12 +129,12 @@ class Resizer:
         origin = members.origin(before)
         topology = now.topology.among(origin, members.node_of)
         placement = replace(now.placement.among(origin), version=now.placement.version + 1)
-        self.ranks.regroup(placement, topology, members.fresh(before))
+        try:
+            self.ranks.regroup(placement, topology, members.fresh(before))
+        except PlacementError as e:  # some may be switched by now
+            raise LostError(0, f"the ranks of epoch {members.epoch} do not fit one another: {e}", ()) from e
         given = self.clock()
-        better = placement_for(self.cfg, placement, topology, load)
-        if better is not None:
-            self.ranks.migrate(better, self.cfg.placement.migration_buffer_mb)
-            placement = better
+        placement = self._spread(placement, topology, load)
         choice = now.choice
         if choice.transport == ALONE and members.size > 1:
             choice = self.ranks.choose_exchange(now.done)
@@ -140,6 +143,18 @@ class Resizer:
         starts = began, *ends
         self._took = {part: end - start for part, start, end in zip(PARTS, starts, ends, strict=False)}
         return Formed(members, topology, placement, choice, facts, now.done)
+
+    def _spread(self, placement: Placement, topology: Topology, load: np.ndarray) -> Placement:
+        """Move experts to a placement for who is there now; the placement that they have then."""
+        better = placement_for(self.cfg, placement, topology, load)
+        if better is None:
+            return placement
+        try:
+            self.ranks.migrate(better, self.cfg.placement.migration_buffer_mb)
+        except PlacementError as e:  # every rank has refused: no memory, say
+            self.publish(Event("elastic", f"experts stay where they are: {e}"))
+            return placement
+        return better
 
     def _handed_over(self, now: Formed, leave: Collection[int], load: np.ndarray) -> Formed:
         """What leavers own moves to the others, on the group that all are in; their statistics, too."""
@@ -158,6 +173,8 @@ class Resizer:
 
     def _prepared(self, newcomer: Newcomer) -> Any:
         """Try the node of a newcomer, and have it build its model; the call."""
+        usable: list[str] = ray.get(newcomer.actor.transports.remote(), timeout=ANSWER_S)
+        transports(self.cfg.exchange.transport, self.ranks.device, [usable])
         try_nodes(_Alone(newcomer), checkpoint_url(self.cfg, self.plan.run), reads_of(self.cfg))
         if self._corpus is None:
             self._corpus = ray.put(self.plan.corpus)
@@ -174,5 +191,5 @@ class _Alone:
 
     def reach(self, trial: object) -> list[list[str]]:
         """What its node cannot read or write, in words."""
-        found: list[list[str]] = [ray.get(self._actor.reach.remote(trial, 0), timeout=60.0)]
+        found: list[list[str]] = [ray.get(self._actor.reach.remote(trial, 0), timeout=ANSWER_S)]
         return found
