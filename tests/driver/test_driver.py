@@ -103,7 +103,7 @@ def test_a_request_to_rebalance_is_answered_after_the_next_step_with_the_figures
     shelf = moving(it)
 
     def ask():
-        it.run.request("me") if by_file else it.requests.put(Request(RequestKind.REBALANCE, "me"))
+        (it.run.request if by_file else it.requests.put)(Request(RequestKind.REBALANCE, "me"))
 
     it.ranks.meanwhile["train_step", 2] = ask
     it.ranks.meanwhile["train_step", 3] = lambda: shelf.make(MOVE)
