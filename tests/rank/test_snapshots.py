@@ -10,8 +10,8 @@ import torch.distributed as dist
 from ray_ep.collective import EpochGroup, gloo
 from ray_ep.errors import GroupError, PlacementError
 from ray_ep.placement import Topology
+from ray_ep.placement.keepers import keepers
 from ray_ep.rank.snapshot.copies import Key
-from ray_ep.rank.snapshot.keepers import keepers
 from ray_ep.rank.snapshot.restore import restore, rows_for
 from ray_ep.rank.snapshot.snapshots import Snapshots
 from tests.conftest import in_threads

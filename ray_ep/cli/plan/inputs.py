@@ -21,6 +21,7 @@ from ray_ep.driver.rebalance.recent import NOW
 from ray_ep.errors import BadInput, PlacementError
 from ray_ep.placement import Placement, RoutingStatistics, StepCosts, Topology
 from ray_ep.placement.compare import Measured
+from ray_ep.placement.cost.memory import state_bytes
 from ray_ep.placement.engines.records import Recorded
 from ray_ep.placement.placement import files_by_version
 from ray_ep.placement.planner.survive import fewest_slots
@@ -163,7 +164,7 @@ def read_level(given: str | None, run: Path | None, own: bool) -> tuple[str, str
         return "rank", "nothing evens ranks out in a step there"
     if run is None:
         return "node", "ranks of a node are evened out in each step (--level rank where balance.in_step is off)"
-    config = _mapping(run / "config.yaml")
+    config = run_config(run)
     said = _section(config, "placement").get("level")
     if said in ("node", "rank"):
         return said, f"the run's placement.level is {said}"
@@ -206,19 +207,22 @@ def run_costs(run: Path, recorded: Recorded, ranks: int) -> dict[str, float]:
 
     A token's hidden state crosses in forward and in backward, so it counts twice.
     """
-    config = _mapping(run / "config.yaml")
+    config = run_config(run)
     model = _model(run, config)
     batch, settings = _section(config, "batch"), _section(config, "model")
     size = 2 if settings.get("dtype") == "bfloat16" else 4
     hidden, ffn = model.get("hidden_size"), model.get("moe_intermediate_size") or model.get("intermediate_size")
+    parameters = started(run).get("expert_parameters")
+    if not isinstance(parameters, int) and isinstance(hidden, int) and isinstance(ffn, int):
+        parameters = 3 * hidden * ffn  # gate, up and down
     found: dict[str, float] = {}
     if all(isinstance(batch.get(k), int) for k in ("sequences", "length")):
         found["tokens_per_rank"] = batch["sequences"] * batch["length"] / ranks
     if isinstance(hidden, int):
         found["token_bytes"] = 2.0 * hidden * size
-        if isinstance(ffn, int):
-            found["expert_bytes"] = 3.0 * hidden * ffn * size
-            found["optimizer_bytes"] = 3.0 * hidden * ffn * 12  # master weight and two moments, float32
+    if isinstance(parameters, int):
+        found["expert_bytes"] = float(parameters * size)
+        found["optimizer_bytes"] = float(parameters * state_of(config))
     load = recorded.statistics.load
     seconds = []
     for line in _lines(run / "metrics.jsonl"):
@@ -230,6 +234,23 @@ def run_costs(run: Path, recorded: Recorded, ranks: int) -> dict[str, float]:
     if seconds and sample is not None and sample.shape[1]:
         found["expert_seconds"] = float(np.median(seconds)) / (len(load) * sample.shape[2])
     return {k: v for k, v in found.items() if np.isfinite(v) and v > 0}
+
+
+def run_config(run: Path) -> Mapping[str, Any]:
+    """The configuration in a run's directory; empty where it is damaged."""
+    return _mapping(run / "config.yaml")
+
+
+def state_of(config: Mapping[str, Any]) -> int:
+    """Bytes of a parameter's master and moments, as a run's configuration has them."""
+    optim = _section(config, "optim")
+    return state_bytes(optim.get("kind", "adamw"), optim.get("beta1", 0.9))
+
+
+def started(run: Path) -> Mapping[str, Any]:
+    """What a run said of its model when it last started; empty where it is not known."""
+    events = (x for x in reversed(_lines(run / "events.jsonl")) if isinstance(x, Mapping) and x.get("kind") == "start")
+    return _section(next(events, {}), "fields")
 
 
 def measured_steps(run: Path | None, options: Mapping[str, Any]) -> Measured | None:

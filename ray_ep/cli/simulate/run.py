@@ -12,6 +12,7 @@ from typing import Any
 from ray_ep.cli.plan import inputs as plan_inputs
 from ray_ep.cli.simulate import inputs as simulate_inputs
 from ray_ep.cli.simulate.inputs import Clusters
+from ray_ep.cli.simulate.snapshots import snapshots_of, words
 from ray_ep.cli.table import table
 from ray_ep.cli.units import in_bytes, in_seconds
 from ray_ep.errors import BadInput, PlacementError
@@ -22,13 +23,14 @@ from ray_ep.placement.whatif.simulate import PLANNED_SLOTS, simulate
 
 HEAD = (
     "cluster", "slots", "placement", "step", "compute", "traffic", "ranks", "nodes", "remote", "across", "memory",
-    "tokens/s", "a GPU",
+    "snapshots", "tokens/s", "a GPU",
 )  # fmt: skip
 """Heads of the table's columns."""
 
 LEGEND = (
     "ranks, nodes: balancedness, mean / max load (1 is even); remote: other nodes that a token visits a layer; across: "
-    "what a rank's tokens send to other nodes in a step, both ways; memory: of the fullest rank, for experts"
+    "what a rank's tokens send to other nodes in a step, both ways; memory: of the fullest rank, for experts; "
+    "snapshots: host memory that they take of the rank that holds most"
 )
 """What the table's columns mean, printed below it."""
 
@@ -62,12 +64,14 @@ def simulated(path: Path | None, options: Mapping[str, Any]) -> Simulated:
         raise BadInput("--tokens and --cost tokens_per_rank: give one of them")
     level, why = plan_inputs.read_level(options["level"], run, recorded.engine in ("ray_ep", "synthetic"))
     most = options["layers"] or affordable_layers(clusters, len(statistics.load), len(placements))
+    snapshots = snapshots_of(run)
     rows = []
     for kind, cluster in clusters.found:
         costs, source = _costs(options, run, recorded, cluster.ranks)
-        found = simulate(cluster, statistics, placements, costs, level, options["seed"], most)
+        found = simulate(cluster, statistics, placements, costs, level, options["seed"], most, snapshots)
         rows += [Option(kind, row) for row in found]
     notes = [*_notes(recorded, rows, level, most, placements), f"level {level}: {why}", f"costs: {source}"]
+    notes.append(words(snapshots, costs.optimizer_bytes))
     notes += [*plan_inputs.unknown(statistics), *clusters.notes]
     said = answer(rows) if statistics.tells_visits else f"Of compute alone, whatever links take: {answer(rows)}"
     return Simulated(tuple(rows), said, tuple(notes))
@@ -153,7 +157,8 @@ def _cells(o: Option, priced: bool) -> tuple[str, ...]:
         in_seconds(r.step_seconds), in_seconds(r.compute_seconds),
         "-" if unknown else in_seconds(r.traffic_seconds), f"{r.balancedness:.3f}", f"{r.node_balancedness:.3f}",
         "-" if unknown else f"{r.remote_nodes:.2f}", "-" if unknown else in_bytes(r.bytes_across),
-        in_bytes(r.memory_bytes) + ("" if o.fits else " (!)"), f"{r.tokens_per_second:,.0f}",
+        in_bytes(r.memory_bytes) + ("" if o.fits else " (!)"),
+        in_bytes(r.snapshot_bytes) if r.snapshot_bytes else "-", f"{r.tokens_per_second:,.0f}",
         f"{o.tokens_per_gpu:,.0f}",
     )  # fmt: skip
     price = o.tokens_per_price
@@ -180,6 +185,7 @@ def _figures(o: Option) -> dict[str, Any]:
         "bytes_across": None if unknown else r.bytes_across,
         "bytes_inside": None if unknown else r.bytes_inside,
         "memory_bytes": r.memory_bytes,
+        "snapshot_bytes": r.snapshot_bytes,
         "fits": o.fits,
         "tokens_per_second": r.tokens_per_second,
         "tokens_per_gpu": o.tokens_per_gpu,

@@ -22,6 +22,7 @@ from ray_ep.driver.states import State, States
 from ray_ep.errors import BadInput, RankError
 from ray_ep.moe import Balance
 from ray_ep.placement import Placement, RoutingStatistics, Topology
+from ray_ep.placement.cost.memory import state_bytes
 from ray_ep.placement.links.groups import groups_of
 from ray_ep.placement.planner.survive import check_room
 from ray_ep.placement.planner.verdict import Question, Verdict, room_of
@@ -239,13 +240,12 @@ def facts_of(cfg: Config, config: PreTrainedConfig, expert_parameters: int, kind
     Args:
         config: of the model. expert_parameters: of one expert. kind: how tokens travel. ranks: how many there are.
     """
-    moments = 2 if cfg.optim.kind == "adamw" else int(cfg.optim.beta1 > 0)
     return Facts(
         tokens_per_rank=cfg.batch.sequences * cfg.batch.length // ranks,
         hidden=config.get_text_config().hidden_size,
         parameters=expert_parameters,
         item_bytes=2 if cfg.model.dtype == "bfloat16" else 4,
-        state_bytes=4 * (1 + moments),  # a float32 master and as many moments
+        state_bytes=state_bytes(cfg.optim.kind, cfg.optim.beta1),
         passes=3 if cfg.model.gradient_checkpointing else 2,
         kind=kind,
     )

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from ray_ep.collective import Membership
 from ray_ep.placement import Placement
+from ray_ep.placement.keepers import keepers
 from ray_ep.rank.results import RankState
 from ray_ep.rank.snapshot.copies import Key
-from ray_ep.rank.snapshot.keepers import keepers
 from ray_ep.rank.snapshot.snapshots import Held
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
-import numpy as np
-
 from ray_ep.config.schema import Config
 from ray_ep.driver.actors.reach import in_job_copy
 from ray_ep.driver.forming import Formed
 from ray_ep.driver.records import Event
 from ray_ep.driver.run.saving import when
 from ray_ep.driver.start import Plan
+from ray_ep.placement.cost.memory import SnapshotMemory, state_bytes
 from ray_ep.placement.links.groups import contradictions
 
 JOB_COPY = (
@@ -29,6 +28,7 @@ def start_of(cfg: Config, plan: Plan, formed: Formed, ray: str) -> Event:
         "parameters": sum(prod(shape) for shape in plan.signature.values()),
         "layers": formed.placement.num_layers,
         "experts": formed.placement.num_experts,
+        "expert_parameters": plan.expert_parameters,
         "ranks": formed.topology.num_ranks,
         "nodes": len(set(formed.topology.node_of.tolist())),
         "data": plan.corpus.source,
@@ -44,16 +44,12 @@ def start_of(cfg: Config, plan: Plan, formed: Formed, ray: str) -> Event:
 
 
 def snapshot_mib(cfg: Config, plan: Plan, formed: Formed) -> int:
-    """Host memory that snapshots take of the rank that owns most: two copies of its own, two of those that it keeps."""
-    placement, ranks = formed.placement, formed.topology.num_ranks
-    if not cfg.snapshot.every or (ranks < 2 and not cfg.snapshot.to_disk):
-        return 0
-    state = 4 * (1 + (2 if cfg.optim.kind == "adamw" else int(cfg.optim.beta1 > 0)))  # bytes of a parameter
+    """Host memory that snapshots take of the rank that holds most."""
+    placement, state = formed.placement, state_bytes(cfg.optim.kind, cfg.optim.beta1)
     every = sum(prod(shape) for shape in plan.signature.values())
-    experts = placement.num_layers * placement.num_experts * plan.expert_parameters
-    owned = np.bincount(placement.owner.ravel(), minlength=ranks).max() * plan.expert_parameters
-    copies = 4 if ranks > 1 else 2  # who is alone keeps nobody's
-    return int((copies * owned + 2 * max(every - experts, 0)) * state) >> 20
+    dense = every - placement.num_layers * placement.num_experts * plan.expert_parameters
+    taken = SnapshotMemory(cfg.snapshot.every > 0, cfg.snapshot.to_disk, max(dense, 0) * state)
+    return int(taken.most(placement, formed.topology.node_of.tolist(), plan.expert_parameters * state)) >> 20
 
 
 def _saves(cfg: Config, mib: int) -> str:

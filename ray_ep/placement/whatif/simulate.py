@@ -15,6 +15,7 @@ import numpy as np
 from ray_ep.errors import PlacementError
 from ray_ep.placement.baselines import contiguous, slots_needed
 from ray_ep.placement.cost.figures import StepCosts
+from ray_ep.placement.cost.memory import SnapshotMemory
 from ray_ep.placement.cost.predict import Prediction, predict
 from ray_ep.placement.placement import Placement
 from ray_ep.placement.planner.load_only import load_only
@@ -43,6 +44,7 @@ class Row:
             further copies inside nodes, one a rank visited beyond the first of each other node.
         tokens_per_second: of the whole cluster, if the MoE layers were all.
         memory_bytes: of the fullest rank, for weights of its slots and optimizer state of the experts it owns.
+        snapshot_bytes: host memory that snapshots take of the rank that holds most; 0: none are taken.
         tokens_per_rank: that each rank brings to a step.
         slots_per_rank: of a layer.
     """
@@ -60,6 +62,7 @@ class Row:
     bytes_inside: float
     tokens_per_second: float
     memory_bytes: float
+    snapshot_bytes: float
     tokens_per_rank: float
     slots_per_rank: int
 
@@ -72,6 +75,7 @@ def simulate(
     level: str = "node",
     seed: int = 0,
     most_layers: int | None = None,
+    snapshots: SnapshotMemory | None = None,
 ) -> list[Row]:
     """Predict a step on `cluster` under each of `placements`.
 
@@ -79,6 +83,7 @@ def simulate(
         costs: figures of the cost model; its speed is taken from the cluster.
         level: node where ranks of a node are balanced inside each step; rank otherwise.
         most_layers: of more layers, so many are predicted, evenly spaced, and stand for all; None: all are.
+        snapshots: that a run takes of what `costs.optimizer_bytes` counts; None: as by default, of experts alone.
 
     Returns:
         one row per placement, in order.
@@ -88,6 +93,7 @@ def simulate(
     """
     costs = replace(costs or StepCosts(), speed=cluster.speed())
     topology = cluster.topology()
+    nodes = topology.node_of.tolist()
     stand_for = len(statistics.load)
     statistics = spread(statistics, most_layers)
     layers, experts = np.shape(statistics.load)
@@ -110,12 +116,19 @@ def simulate(
         p = predict(placement, statistics, topology, costs, level)
         if not statistics.tells_visits:
             p = p.of_compute_alone()
-        out.append(_row(cluster, chosen, placement, p, costs, stand_for))
+        kept = (snapshots or SnapshotMemory()).most(placement, nodes, costs.optimizer_bytes * stand_for)
+        out.append(_row(cluster, chosen, placement, p, costs, stand_for, kept))
     return out
 
 
 def _row(
-    cluster: Cluster | Given, name: str, placement: Placement, p: Prediction, costs: StepCosts, stand_for: float
+    cluster: Cluster | Given,
+    name: str,
+    placement: Placement,
+    p: Prediction,
+    costs: StepCosts,
+    stand_for: float,
+    snapshot_bytes: float,
 ) -> Row:
     """`stand_for`: layers of the model to a predicted one."""
     copies = costs.tokens_per_rank * costs.token_bytes * 2 * stand_for
@@ -141,6 +154,7 @@ def _row(
         inside,
         cluster.ranks * costs.tokens_per_rank / step if step > 0 else np.inf,
         memory,
+        snapshot_bytes,
         costs.tokens_per_rank,
         placement.slots.shape[2],
     )

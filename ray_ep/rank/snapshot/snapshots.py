@@ -15,8 +15,8 @@ import torch
 from ray_ep.collective import Group
 from ray_ep.errors import GroupError
 from ray_ep.moe import ExpertParallel
+from ray_ep.placement.keepers import NOBODY, keepers
 from ray_ep.rank.snapshot.copies import DenseCopy, Key, Layout, OwnedCopy
-from ray_ep.rank.snapshot.keepers import NOBODY, keepers
 from ray_ep.rank.snapshot.on_disk import OnDisk, Shelf
 from ray_ep.rank.step.optimizer import MasterOptimizer
 

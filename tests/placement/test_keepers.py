@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_ep.rank.snapshot.keepers import NOBODY, keepers
+from ray_ep.placement.keepers import NOBODY, keepers
 
 
 @pytest.mark.parametrize(

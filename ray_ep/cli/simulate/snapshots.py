@@ -1,0 +1,43 @@
+"""What `ray-ep simulate` knows of a run's snapshots: whether they are taken, and what they hold beside experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ray_ep.cli.plan import inputs as plan_inputs
+from ray_ep.placement.cost.memory import HELD, SnapshotMemory
+
+
+def snapshots_of(run: Path | None) -> SnapshotMemory:
+    """Those of a run as it is configured; without one those that are taken by default."""
+    if run is None:
+        return SnapshotMemory()
+    config = plan_inputs.run_config(run)
+    found = config.get("snapshot")
+    snapshot: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
+    parameters = _dense(plan_inputs.started(run))
+    dense = None if parameters is None else float(parameters * plan_inputs.state_of(config))
+    return SnapshotMemory(bool(snapshot.get("every", 1)), bool(snapshot.get("to_disk")), dense)
+
+
+def words(snapshots: SnapshotMemory, optimizer_bytes: float) -> str:
+    """What is counted of them, as a note below the table's head."""
+    if not snapshots.taken:
+        return "snapshots: none, snapshot.every is 0"
+    if not optimizer_bytes:
+        return "snapshots: none, nothing is trained (--cost optimizer_bytes=BYTES: masters and moments of one expert)"
+    if snapshots.dense_bytes is None:
+        return "snapshots: of experts alone, the size of the dense part is not known"
+    return f"snapshots: {HELD * snapshots.dense_bytes / 1e6:,.0f} MB of them on every rank are of the dense part"
+
+
+def _dense(start: Mapping[str, Any]) -> int | None:
+    """Parameters that every rank has, of what a run said when it started; None: it did not say."""
+    told = [start.get(name) for name in ("parameters", "layers", "experts", "expert_parameters")]
+    numbers = [x for x in told if isinstance(x, int)]
+    if len(numbers) < len(told):
+        return None
+    every, layers, experts, one = numbers
+    return max(every - layers * experts * one, 0)
