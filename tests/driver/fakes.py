@@ -147,6 +147,7 @@ class FakeRanks:
         return self._answer("transports", [["gloo"]] * RANKS)
 
     def join(self, timeout_s, transports, snapshots=False, limit_s=60.0):
+        assert self.membership.size == 1 or "memory" not in transports, "a rank's own memory carries nothing to others"
         self._answer("join")
 
     def probe(self, node_of, budget_s):

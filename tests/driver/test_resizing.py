@@ -1,12 +1,14 @@
 """The driver on fake ranks while ranks come and go: the order of its calls, and what a loss in a switch leaves."""
 
+from dataclasses import replace
+
 import pytest
 
 from ray_ep.collective import Membership
 from ray_ep.driver.requests import Request, RequestKind
 from ray_ep.driver.states import State
 from ray_ep.errors import LostError, PlacementError
-from tests.driver.fakes import driven
+from tests.driver.fakes import CHOICE, driven
 
 ELASTIC = ("elastic.max_ranks=4", "optim.steps=6", "snapshot.every=1", "eval.every=0")
 
@@ -110,3 +112,30 @@ def test_ranks_that_have_no_room_for_what_a_leaver_owns_keep_it(tmp_path):
     assert sizes(it) == [4] * 6
     assert it.driver.states.now is State.STOPPED
     assert any("no memory" in words for words in it.ear.words("elastic"))
+
+
+@pytest.mark.parametrize("call", ["join", "regroup", "migrate"])
+def test_a_run_on_one_rank_that_loses_a_newcomer_in_the_switch_chooses_how_to_exchange_with_the_others(tmp_path, call):
+    it = driven(tmp_path, *ELASTIC, size=1)
+    it.ranks.meanwhile["choose_exchange", 1] = lambda: replace(CHOICE, transport="memory")
+    asked(it, 2, ranks=3)
+    it.ranks.newcomers.room = 2
+    number = {"join": 2, "regroup": 1, "migrate": 1}[call]
+    it.ranks.meanwhile[call, number] = lambda: lose(2)
+    assert whole(it) == "done"
+    (event,) = [e for e in it.run.events() if e["kind"] == "recovered"]
+    assert (event["fields"]["lost"], event["fields"]["ranks"]) == (["m2"], 2)
+    assert it.driver.formed.choice == CHOICE
+
+
+def test_newcomers_without_room_for_the_experts_planned_for_them_stay_and_hold_none(tmp_path):
+    it = growing(tmp_path)
+
+    def refuse():
+        raise PlacementError("no memory")
+
+    it.ranks.meanwhile["migrate", 1] = refuse
+    assert whole(it) == "done"
+    assert sizes(it) == [2, 2, 4, 4, 4, 4]
+    assert it.driver.mover.placement.num_ranks == 4
+    assert any("no memory" in words for words in it.ear.words("newcomer"))

@@ -15,23 +15,20 @@ import ray
 from omegaconf import OmegaConf
 
 from ray_ep.config.schema import Config
-from ray_ep.driver.actors.cluster import transports
 from ray_ep.driver.actors.newcomers import Newcomer, Stage
 from ray_ep.driver.actors.ranks import Ranks
 from ray_ep.driver.actors.reach import try_nodes
-from ray_ep.driver.forming import Formed, placement_for, reads_of
+from ray_ep.driver.forming import Formed, choice_on, placement_for, reads_of, ways_on
 from ray_ep.driver.rebalance.mover import facts_of
 from ray_ep.driver.records import Event
 from ray_ep.driver.run.rundir import checkpoint_url
 from ray_ep.driver.start import Plan
 from ray_ep.driver.states import State, States
-from ray_ep.errors import PlacementError
-from ray_ep.placement import Placement
+from ray_ep.errors import LostError, PlacementError
+from ray_ep.placement import Placement, Topology
 
 PARTS = ("hand_over", "regroup", "give", "move")
 """Of a switch: leavers' experts go to others; the group is formed; newcomers get what every rank has; experts move."""
-ALONE = "memory"
-"""Transport of a run on one rank: it has chosen none."""
 
 
 class Resizer:
@@ -118,28 +115,36 @@ class Resizer:
         come = self.ranks.newcomers.take()
         self.ranks.lose(leave, come)
         members = self.ranks.membership
-        ways = [now.choice.transport]
-        if ways == [ALONE] and members.size > 1:
-            ways = transports(self.cfg.exchange.transport, self.ranks.device, self.ranks.transports())
+        ways = ways_on(self.cfg, self.ranks, now.choice)
         self.ranks.join(self.cfg.cluster.collective_timeout_s, ways, bool(self.cfg.snapshot.every))
         joined = self.clock()
         origin = members.origin(before)
         topology = now.topology.among(origin, members.node_of)
         placement = replace(now.placement.among(origin), version=now.placement.version + 1)
-        self.ranks.regroup(placement, topology, members.fresh(before))
+        try:
+            self.ranks.regroup(placement, topology, members.fresh(before))
+        except PlacementError as e:  # the group of before is gone: recovery forms another one
+            raise LostError(0, f"ranks could not go on together in epoch {members.epoch}: {e}", ()) from e
         given = self.clock()
-        better = placement_for(self.cfg, placement, topology, load)
-        if better is not None:
-            self.ranks.migrate(better, self.cfg.placement.migration_buffer_mb)
-            placement = better
-        choice = now.choice
-        if choice.transport == ALONE and members.size > 1:
-            choice = self.ranks.choose_exchange(now.done)
+        placement = self._spread(placement, topology, load)
+        choice = choice_on(self.ranks, now.choice, now.done)
         facts = facts_of(self.cfg, self.plan.config, self.plan.expert_parameters, choice.kind, members.size)
         ends = handed, joined, given, self.clock()
         starts = began, *ends
         self._took = {part: end - start for part, start, end in zip(PARTS, starts, ends, strict=False)}
         return Formed(members, topology, placement, choice, facts, now.done)
+
+    def _spread(self, placement: Placement, topology: Topology, load: np.ndarray) -> Placement:
+        """Experts move to ranks that came; the placement then, the one of before where these have no room for them."""
+        better = placement_for(self.cfg, placement, topology, load)
+        if better is None:
+            return placement
+        try:
+            self.ranks.migrate(better, self.cfg.placement.migration_buffer_mb)
+        except PlacementError as e:
+            self.publish(Event("newcomer", f"experts stay where they are, and ranks that came hold none: {e}"))
+            return placement
+        return better
 
     def _handed_over(self, now: Formed, leave: Collection[int], load: np.ndarray) -> Formed:
         """What leavers own moves to the others, on the group that all are in; their statistics, too."""
