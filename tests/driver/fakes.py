@@ -117,6 +117,9 @@ class FakeRanks:
     def bequeath(self, leave, heir):
         self._answer("bequeath")
 
+    def end_snapshot(self):
+        self._answer("end_snapshot")
+
     def states(self):
         """As of ranks that keep one another's snapshots."""
         held = Held(tuple(self.kept), {r: tuple(self.kept) for r in range(8)})

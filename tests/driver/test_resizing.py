@@ -48,7 +48,7 @@ def calls(it, first, last="train_step"):
 def test_ranks_come_in_between_two_steps_and_a_snapshot_of_all_is_taken_at_once(tmp_path):
     it = growing(tmp_path)
     assert whole(it) == "done"
-    assert calls(it, "ask") == ["ask", "lose", "join", "regroup", "migrate", "snapshot"]
+    assert calls(it, "ask") == ["ask", "end_snapshot", "lose", "join", "regroup", "migrate", "snapshot"]
     assert sizes(it) == [2, 2, 4, 4, 4, 4]
     assert it.ranks.membership == Membership(1, ("m0", "m1", "m2", "m3"), (0, 0, 0, 0))
     (last,) = [
@@ -66,7 +66,8 @@ def test_who_leaves_hands_over_on_the_old_group_first_and_nothing_is_repeated(tm
     moved = []
     it.ranks.meanwhile["migrate", 1] = lambda: moved.append(it.ranks.membership.size)
     assert whole(it) == "done"
-    assert calls(it, "migrate")[:5] == ["migrate", "bequeath", "lose", "join", "regroup"]
+    handing_over = ["end_snapshot", "migrate", "bequeath", "lose", "join", "regroup"]
+    assert calls(it, "end_snapshot")[:6] == handing_over
     assert moved == [4]
     assert sizes(it) == [4, 4, 3, 3, 3, 3]
     assert [m["step"] for m in it.run.metrics()] == [1, 2, 3, 4, 5, 6]
@@ -91,10 +92,11 @@ def test_a_rank_that_is_lost_in_the_switch_is_a_loss_like_any_other(tmp_path, ca
     assert it.driver.mover.placement.num_ranks == it.ranks.membership.size
 
 
-def test_a_rank_that_is_lost_while_leavers_hand_over_costs_what_any_loss_does(tmp_path):
+@pytest.mark.parametrize("call", ["end_snapshot", "migrate", "bequeath"])
+def test_a_rank_that_is_lost_while_leavers_hand_over_costs_what_any_loss_does(tmp_path, call):
     it = driven(tmp_path, *ELASTIC, size=4)
     asked(it, 2, ranks=3)
-    it.ranks.meanwhile["bequeath", 1] = lambda: lose(0)
+    it.ranks.meanwhile[call, 1] = lambda: lose(0)
     assert whole(it) == "done"
     assert "m0" not in it.ranks.membership.members
     assert it.driver.mover.placement.num_ranks == it.ranks.membership.size

@@ -28,7 +28,8 @@ from ray_ep.errors import LostError, PlacementError
 from ray_ep.placement import Placement, Topology
 
 PARTS = ("hand_over", "regroup", "give", "move")
-"""Of a switch: leavers' experts go to others; the group is formed; newcomers get what every rank has; experts move."""
+"""Of a switch: a snapshot arrives, and leavers' experts go to others; the group is formed; newcomers get what every
+rank has; experts move."""
 
 
 class Resizer:
@@ -104,6 +105,7 @@ class Resizer:
         """
         began, before = self.clock(), self.ranks.membership
         self.states.to(State.RESIZING, f"{self.ready} ranks come and {len(leave)} go after step {now.done}")
+        self.ranks.end_snapshot()
         if leave:
             try:
                 now = self._handed_over(now, leave, load)
