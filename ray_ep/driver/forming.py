@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -28,6 +29,27 @@ from ray_ep.placement import Placement, RoutingStatistics, Topology, slots_neede
 from ray_ep.placement import plan as plan_placement
 from ray_ep.placement.planner.survive import fewest_slots
 from ray_ep.rank.saved.directory import MANIFEST
+
+ALONE = "memory"
+"""Transport of a run on one rank: it has chosen none."""
+
+
+class ChoosingRanks(Protocol):
+    """Of the driver's ranks what decides how they exchange."""
+
+    @property
+    def device(self) -> str:
+        """cpu or cuda."""
+
+    @property
+    def membership(self) -> Membership:
+        """Who they are."""
+
+    def transports(self) -> list[list[str]]:
+        """Transports that each rank's process could use."""
+
+    def choose_exchange(self, step: int) -> Choice:
+        """The fastest way to exchange, timed anew."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +103,18 @@ def form(cfg: Config, plan: Plan, ranks: Ranks, phase: Callable[[str], None] = l
     choice = ranks.choose_exchange(done)
     facts = facts_of(cfg, plan.config, plan.expert_parameters, choice.kind, topology.num_ranks)
     return Formed(ranks.membership, topology, plan.placement, choice, facts, done)
+
+
+def ways_on(cfg: Config, ranks: ChoosingRanks, choice: Choice) -> list[str]:
+    """Transports over which ranks form their next group: the one in use; after one rank alone, all that there are."""
+    if choice.transport != ALONE or ranks.membership.size == 1:
+        return [choice.transport]
+    return transports(cfg.exchange.transport, ranks.device, ranks.transports())
+
+
+def choice_on(ranks: ChoosingRanks, choice: Choice, done: int) -> Choice:
+    """How ranks exchange that formed their group over `ways_on`, after `done` steps, once all hold the model."""
+    return ranks.choose_exchange(done) if choice.transport == ALONE and ranks.membership.size > 1 else choice
 
 
 def reads_of(cfg: Config) -> tuple[tuple[str, str], ...]:

@@ -218,6 +218,10 @@ class RankActor:
         """`Snapshots.take`."""
         return self.snapshots.take(step, node_of, shelf)
 
+    def end_snapshot(self) -> None:
+        """Until nothing of a snapshot is under way: the group that carries it is about to be left."""
+        self.snapshots.regroup()
+
     def state(self) -> tuple[RankState, Held]:
         """Where this rank is, and which snapshots it could give. After a call that failed, too."""
         self.snapshots.regroup()

@@ -117,6 +117,9 @@ class FakeRanks:
     def bequeath(self, leave, heir):
         self._answer("bequeath")
 
+    def end_snapshot(self):
+        self._answer("end_snapshot")
+
     def states(self):
         """As of ranks that keep one another's snapshots."""
         held = Held(tuple(self.kept), {r: tuple(self.kept) for r in range(8)})
@@ -147,6 +150,7 @@ class FakeRanks:
         return self._answer("transports", [["gloo"]] * RANKS)
 
     def join(self, timeout_s, transports, snapshots=False, limit_s=60.0):
+        assert self.membership.size == 1 or "memory" not in transports, "a rank's own memory carries nothing to others"
         self._answer("join")
 
     def probe(self, node_of, budget_s):

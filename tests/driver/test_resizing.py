@@ -1,12 +1,14 @@
 """The driver on fake ranks while ranks come and go: the order of its calls, and what a loss in a switch leaves."""
 
+from dataclasses import replace
+
 import pytest
 
 from ray_ep.collective import Membership
 from ray_ep.driver.requests import Request, RequestKind
 from ray_ep.driver.states import State
 from ray_ep.errors import LostError, PlacementError
-from tests.driver.fakes import driven
+from tests.driver.fakes import CHOICE, driven
 
 ELASTIC = ("elastic.max_ranks=4", "optim.steps=6", "snapshot.every=1", "eval.every=0")
 
@@ -46,7 +48,7 @@ def calls(it, first, last="train_step"):
 def test_ranks_come_in_between_two_steps_and_a_snapshot_of_all_is_taken_at_once(tmp_path):
     it = growing(tmp_path)
     assert whole(it) == "done"
-    assert calls(it, "ask") == ["ask", "lose", "join", "regroup", "migrate", "snapshot"]
+    assert calls(it, "ask") == ["ask", "end_snapshot", "lose", "join", "regroup", "migrate", "snapshot"]
     assert sizes(it) == [2, 2, 4, 4, 4, 4]
     assert it.ranks.membership == Membership(1, ("m0", "m1", "m2", "m3"), (0, 0, 0, 0))
     (last,) = [
@@ -64,7 +66,8 @@ def test_who_leaves_hands_over_on_the_old_group_first_and_nothing_is_repeated(tm
     moved = []
     it.ranks.meanwhile["migrate", 1] = lambda: moved.append(it.ranks.membership.size)
     assert whole(it) == "done"
-    assert calls(it, "migrate")[:5] == ["migrate", "bequeath", "lose", "join", "regroup"]
+    handing_over = ["end_snapshot", "migrate", "bequeath", "lose", "join", "regroup"]
+    assert calls(it, "end_snapshot")[:6] == handing_over
     assert moved == [4]
     assert sizes(it) == [4, 4, 3, 3, 3, 3]
     assert [m["step"] for m in it.run.metrics()] == [1, 2, 3, 4, 5, 6]
@@ -89,10 +92,11 @@ def test_a_rank_that_is_lost_in_the_switch_is_a_loss_like_any_other(tmp_path, ca
     assert it.driver.mover.placement.num_ranks == it.ranks.membership.size
 
 
-def test_a_rank_that_is_lost_while_leavers_hand_over_costs_what_any_loss_does(tmp_path):
+@pytest.mark.parametrize("call", ["end_snapshot", "migrate", "bequeath"])
+def test_a_rank_that_is_lost_while_leavers_hand_over_costs_what_any_loss_does(tmp_path, call):
     it = driven(tmp_path, *ELASTIC, size=4)
     asked(it, 2, ranks=3)
-    it.ranks.meanwhile["bequeath", 1] = lambda: lose(0)
+    it.ranks.meanwhile[call, 1] = lambda: lose(0)
     assert whole(it) == "done"
     assert "m0" not in it.ranks.membership.members
     assert it.driver.mover.placement.num_ranks == it.ranks.membership.size
@@ -127,7 +131,21 @@ def test_ranks_that_do_not_fit_one_another_recover_with_nobody_lost(tmp_path):
     assert sizes(it)[-1] == 4
 
 
-def test_experts_that_nobody_has_room_for_stay_where_they_are_and_the_ranks_come_all_the_same(tmp_path):
+@pytest.mark.parametrize("call", ["join", "regroup", "migrate"])
+def test_a_run_on_one_rank_that_loses_a_newcomer_in_the_switch_chooses_how_to_exchange_with_the_others(tmp_path, call):
+    it = driven(tmp_path, *ELASTIC, size=1)
+    it.ranks.meanwhile["choose_exchange", 1] = lambda: replace(CHOICE, transport="memory")
+    asked(it, 2, ranks=3)
+    it.ranks.newcomers.room = 2
+    number = {"join": 2, "regroup": 1, "migrate": 1}[call]
+    it.ranks.meanwhile[call, number] = lambda: lose(2)
+    assert whole(it) == "done"
+    (event,) = [e for e in it.run.events() if e["kind"] == "recovered"]
+    assert (event["fields"]["lost"], event["fields"]["ranks"]) == (["m2"], 2)
+    assert it.driver.formed.choice == CHOICE
+
+
+def test_newcomers_without_room_for_the_experts_planned_for_them_stay_and_hold_none(tmp_path):
     it = growing(tmp_path)
 
     def refuse():
@@ -136,6 +154,7 @@ def test_experts_that_nobody_has_room_for_stay_where_they_are_and_the_ranks_come
     it.ranks.meanwhile["migrate", 1] = refuse
     assert whole(it) == "done"
     assert sizes(it) == [2, 2, 4, 4, 4, 4]
+    assert it.driver.mover.placement.num_ranks == 4
+    assert any("no memory" in words for words in it.ear.words("newcomer"))
     assert not [e for e in it.run.events() if e["kind"] == "recovered"]
-    assert "experts stay where they are: no memory" in it.ear.words("elastic")
     assert set(it.driver.mover.placement.owner.ravel().tolist()) == {0, 1}

@@ -152,4 +152,5 @@ class Newcomers:
         """Returns when Ray's head knows of it."""
         if newcomer.actor is not None:
             ray.kill(newcomer.actor, no_restart=True)
-        self._places.withdraw(newcomer.group.result())
+        if newcomer.group.exception() is None:  # else room could not even be asked for
+            self._places.withdraw(newcomer.group.result())

@@ -314,6 +314,10 @@ class Ranks:
         faults: list[str] = self._call("snapshot", step, list(self.membership.node_of), shelf and self._shelf)
         return next(filter(None, faults), "")
 
+    def end_snapshot(self) -> None:
+        """Wait until the last snapshot is whole, before anybody leaves: what is written of it to disk ends soon."""
+        self._call("end_snapshot")
+
     def states(self) -> dict[str, Survivor]:
         """What each member says of itself, also after a call that failed."""
         return {m: Survivor(*said) for m, said in zip(self.membership.members, self._call("state"), strict=True)}

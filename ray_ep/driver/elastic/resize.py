@@ -19,7 +19,7 @@ from ray_ep.driver.actors.cluster import transports
 from ray_ep.driver.actors.newcomers import Newcomer, Stage
 from ray_ep.driver.actors.ranks import Ranks
 from ray_ep.driver.actors.reach import try_nodes
-from ray_ep.driver.forming import Formed, placement_for, reads_of
+from ray_ep.driver.forming import Formed, choice_on, placement_for, reads_of, ways_on
 from ray_ep.driver.rebalance.mover import facts_of
 from ray_ep.driver.records import Event
 from ray_ep.driver.run.rundir import checkpoint_url
@@ -29,11 +29,10 @@ from ray_ep.errors import LostError, PlacementError
 from ray_ep.placement import Placement, Topology
 
 PARTS = ("hand_over", "regroup", "give", "move")
-"""Of a switch: leavers' experts go to others; the group is formed; newcomers get what every rank has; experts move."""
+"""Of a switch: a snapshot arrives, and leavers' experts go to others; the group is formed; newcomers get what every
+rank has; experts move."""
 ANSWER_S = 60.0
 """How long the node of a newcomer may take for its first files."""
-ALONE = "memory"
-"""Transport of a run on one rank: it has chosen none."""
 
 
 class Resizer:
@@ -110,6 +109,7 @@ class Resizer:
         """
         began, before = self.clock(), self.ranks.membership
         self.states.to(State.RESIZING, f"{self.ready} ranks come and {len(leave)} go after step {now.done}")
+        self.ranks.end_snapshot()
         if leave:
             try:
                 now = self._handed_over(now, leave, load)
@@ -121,9 +121,7 @@ class Resizer:
         come = self.ranks.newcomers.take()
         self.ranks.lose(leave, come)
         members = self.ranks.membership
-        ways = [now.choice.transport]
-        if ways == [ALONE] and members.size > 1:
-            ways = transports(self.cfg.exchange.transport, self.ranks.device, self.ranks.transports())
+        ways = ways_on(self.cfg, self.ranks, now.choice)
         self.ranks.join(self.cfg.cluster.collective_timeout_s, ways, bool(self.cfg.snapshot.every))
         joined = self.clock()
         origin = members.origin(before)
@@ -131,13 +129,11 @@ class Resizer:
         placement = replace(now.placement.among(origin), version=now.placement.version + 1)
         try:
             self.ranks.regroup(placement, topology, members.fresh(before))
-        except PlacementError as e:  # some may be switched by now
-            raise LostError(0, f"the ranks of epoch {members.epoch} do not fit one another: {e}", ()) from e
+        except PlacementError as e:  # the group of before is gone: recovery forms another one
+            raise LostError(0, f"ranks could not go on together in epoch {members.epoch}: {e}", ()) from e
         given = self.clock()
         placement = self._spread(placement, topology, load)
-        choice = now.choice
-        if choice.transport == ALONE and members.size > 1:
-            choice = self.ranks.choose_exchange(now.done)
+        choice = choice_on(self.ranks, now.choice, now.done)
         facts = facts_of(self.cfg, self.plan.config, self.plan.expert_parameters, choice.kind, members.size)
         ends = handed, joined, given, self.clock()
         starts = began, *ends
@@ -145,14 +141,14 @@ class Resizer:
         return Formed(members, topology, placement, choice, facts, now.done)
 
     def _spread(self, placement: Placement, topology: Topology, load: np.ndarray) -> Placement:
-        """Move experts to a placement for who is there now; the placement that they have then."""
+        """Experts move to ranks that came; the placement then, the one of before where these have no room for them."""
         better = placement_for(self.cfg, placement, topology, load)
         if better is None:
             return placement
         try:
             self.ranks.migrate(better, self.cfg.placement.migration_buffer_mb)
-        except PlacementError as e:  # every rank has refused: no memory, say
-            self.publish(Event("elastic", f"experts stay where they are: {e}"))
+        except PlacementError as e:
+            self.publish(Event("newcomer", f"experts stay where they are, and ranks that came hold none: {e}"))
             return placement
         return better
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from ray_ep.collective import Membership
 from ray_ep.config.schema import Config
-from ray_ep.driver.forming import Formed, placement_for
+from ray_ep.driver.forming import Formed, choice_on, placement_for, ways_on
 from ray_ep.driver.rebalance.mover import facts_of
 from ray_ep.driver.rebalance.recent import Facts
 from ray_ep.driver.records import Event
@@ -45,6 +45,10 @@ class SurvivingRanks(Protocol):
 
     membership: Membership
     where: list[dict[str, Any]]
+    device: str
+
+    def transports(self) -> list[list[str]]:
+        """Transports that each rank's process could use."""
 
     def lose(self, lost: tuple[int, ...]) -> None:
         """Go on without these."""
@@ -198,7 +202,7 @@ class Recovery:
         cfg, members = self.cfg, self.ranks.membership
         self.ranks.settle(decision.finish)
         decided = self.clock()
-        ways = [now.choice.transport]
+        ways = ways_on(cfg, self.ranks, now.choice)
         self.ranks.join(cfg.cluster.collective_timeout_s, ways, bool(cfg.snapshot.every), JOIN_S)
         joined = self.clock()
         topology = now.topology.among(members.origin(before), members.node_of)
@@ -217,10 +221,11 @@ class Recovery:
         if better is not None:
             self.ranks.migrate(better, cfg.placement.migration_buffer_mb)
             placement = better
+        choice = choice_on(self.ranks, now.choice, decision.done)
         restored = self.clock()
-        facts = self._facts(now.choice)
+        facts = self._facts(choice)
         seconds = {"decide": decided - began, "regroup": joined - decided, "restore": restored - joined}
-        return Formed(members, topology, placement, now.choice, facts, decision.done), seconds
+        return Formed(members, topology, placement, choice, facts, decision.done), seconds
 
     def _restored(self, taken: Taken, decision: Decision, now: Formed, topology: Topology) -> Placement:
         """All go back to a snapshot; the placement that they have then: owners alone, with keepers for lost ones."""
