@@ -72,6 +72,11 @@ class RankActor:
         """`ray_ep.rank.memory.oom_kills` on this node."""
         return oom_kills()
 
+    @ray.method(concurrency_group="control")
+    def end(self) -> None:
+        """End this process, whatever it is at: for whom Ray's head, which does that, is away."""
+        os._exit(0)
+
     def reach(self, trial: DirectoryTrial) -> list[str]:
         """What this rank's node cannot read or write of what the run needs there, in words."""
         return trial.on_rank(self.rank)

@@ -385,9 +385,11 @@ class Ranks:
 
 
 def _kill(actors: Sequence[Any]) -> None:
-    """Have Ray's head kill these actors; what it does not do at once it does when it is back."""
+    """Have Ray's head kill these actors; while it is away they are told to end themselves."""
     them = list(actors)
-    within(HEAD_S, lambda: [ray.kill(actor, no_restart=True) for actor in them])
+    if within(HEAD_S, lambda: [ray.kill(actor, no_restart=True) for actor in them]) is None:
+        for actor in them:
+            actor.end.remote()
 
 
 def _environment() -> dict[str, str]:
