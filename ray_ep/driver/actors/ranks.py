@@ -26,7 +26,7 @@ from ray_ep.driver.actors.cluster import SLICE_S, device_of
 from ray_ep.driver.actors.gone import Gone
 from ray_ep.driver.actors.head import HEAD_S, within
 from ray_ep.driver.actors.heartbeat import Heartbeat, process_of
-from ray_ep.driver.actors.placing import Place, Places, check_cpus, resources
+from ray_ep.driver.actors.placing import Place, Places, check_cpus, nodes, resources
 from ray_ep.driver.recovery.decide import Survivor
 from ray_ep.errors import LostError, RankError, SaveError
 from ray_ep.moe import Choice
@@ -353,6 +353,9 @@ class Ranks:
             Within some seconds, what is not known to be gone, in words, which are logged, too.
         """
         self._locate()
+        if within(HEAD_S, nodes) is None:  # Ray's head is away, and kills nobody
+            for actor in self.actors:
+                actor.end.remote()
         _kill(self.actors)
         left = self._gone.awaited([*self.where[: len(self.actors)], *self._lost])
         within(HEAD_S, partial(self._give_up, list(self._places)))
@@ -385,11 +388,9 @@ class Ranks:
 
 
 def _kill(actors: Sequence[Any]) -> None:
-    """Have Ray's head kill these actors; while it is away they are told to end themselves."""
+    """Have Ray's head kill these actors; what it does not do at once it does when it is back."""
     them = list(actors)
-    if within(HEAD_S, lambda: [ray.kill(actor, no_restart=True) for actor in them]) is None:
-        for actor in them:
-            actor.end.remote()
+    within(HEAD_S, lambda: [ray.kill(actor, no_restart=True) for actor in them])
 
 
 def _environment() -> dict[str, str]:
