@@ -39,6 +39,7 @@ class Head:
     def start(self):
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(self.line, env=self.env, **quiet)
+        self.pid = self.process.pid
 
     def end(self):
         if self.process is not None:
@@ -74,7 +75,7 @@ def nodes(here):
             [c.end() for c in here.commands[::-1]]
 
 
-def test_a_run_steps_on_while_the_head_is_away_also_with_a_rank_that_is_late_and_a_lost_one_waits_for_it(
+def test_a_run_steps_on_and_ends_well_while_the_head_is_away_and_the_recovery_from_a_loss_waits_for_it(
     here, lines, nodes, faults
 ):
     address, directory, head = nodes
@@ -108,5 +109,8 @@ def test_a_run_steps_on_while_the_head_is_away_also_with_a_rank_that_is_late_and
     command.until(lambda: "event kind=recovered" in command.err, 60, "the recovery")
     before = done()
     command.until(lambda: done() >= before + 5, 60, "five steps of the ranks that are left")
+    head.kill()  # once more: nobody but the driver ends the ranks then
     command.process.send_signal(signal.SIGINT)
     assert command.wait(90) == 130, command.err
+    assert ranks() == []
+    assert (run / "checkpoints" / f"step-{lines(run / 'metrics.jsonl')[-1]['step']:06d}" / "manifest.json").exists()

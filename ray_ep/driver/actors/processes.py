@@ -16,7 +16,7 @@ from ray_ep.config.schema import ClusterConfig
 from ray_ep.driver.actors.cause import for_memory
 from ray_ep.driver.actors.head import HEAD_S, within
 from ray_ep.driver.actors.heartbeat import process_of
-from ray_ep.driver.actors.placing import Place
+from ray_ep.driver.actors.placing import Place, nodes
 from ray_ep.errors import RankError
 from ray_ep.rank.memory import oom_kills
 
@@ -63,6 +63,14 @@ def kill(actors: Sequence[Any]) -> None:
     """Have Ray's head kill these actors; what it does not do at once it does when it is back."""
     them = list(actors)
     within(HEAD_S, lambda: [ray.kill(actor, no_restart=True) for actor in them])
+
+
+def end(actors: Sequence[Any]) -> None:
+    """End these actors, also while Ray's head, which kills them, is away: then they end themselves."""
+    if within(HEAD_S, nodes) is None:
+        for actor in actors:
+            actor.end.remote()
+    kill(actors)
 
 
 def explained(

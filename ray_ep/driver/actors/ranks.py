@@ -24,7 +24,7 @@ from ray_ep.driver.actors.head import HEAD_S, within
 from ray_ep.driver.actors.heartbeat import Heartbeat
 from ray_ep.driver.actors.newcomers import Newcomer, Newcomers
 from ray_ep.driver.actors.placing import Place, Places, check_cpus, resources
-from ray_ep.driver.actors.processes import Starter, explained, kill, locate
+from ray_ep.driver.actors.processes import Starter, end, explained, kill, locate
 from ray_ep.driver.recovery.decide import Survivor
 from ray_ep.errors import LostError, RankError, SaveError
 from ray_ep.moe import Choice
@@ -375,7 +375,7 @@ class Ranks:
         """
         locate(self.where, self.actors)
         self.newcomers.withdraw()
-        kill(self.actors)
+        end(self.actors)
         left = self._gone.awaited([*self.where[: len(self.actors)], *self._lost])
         within(HEAD_S, partial(self._give_up, list(self._places)))
         self.actors, self._places, self._lost = [], [], []
