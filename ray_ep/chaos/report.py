@@ -101,7 +101,7 @@ class Report:
         """What went wrong, in words; empty: nothing was lost."""
         found = [f"the run ended: {self.failed}"] if self.failed else []
         if self.lost:
-            found.append(f"{len(self.lost)} steps are missing, the first is {self.lost[0]}")
+            found.append(f"steps that are missing: {len(self.lost)}, from {self.lost[0]} on")
         found += [f"no step was finished after {words}" for words in self.unanswered]
         if not self.steps or not self.against.count:
             found.append("no step can be compared")

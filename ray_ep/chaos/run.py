@@ -109,7 +109,6 @@ def disturb(
             time.sleep(_LOOK_S)
         by_itself = training.status is not None
         training.end(_SAVE_S)
-        observer.look()
         failed = "" if not by_itself or training.status == 0 else training.words()
     return Disturbed(observer.steps, observer.recoveries, done, failed)
 

@@ -86,7 +86,7 @@ def kinds_of(text: str, impossible: Mapping[Kind, str]) -> tuple[Kind, ...]:
     for word in words:
         if word not in names:
             near = difflib.get_close_matches(word, names, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}" if near else ""
             raise BadInput(f"--faults: unknown fault {word!r}{hint}; allowed: {', '.join(names)}")
         if why := impossible.get(names[word]):
             raise BadInput(f"--faults: {word} is not possible here: {why}")
