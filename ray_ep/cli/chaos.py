@@ -82,7 +82,6 @@ def chaos(config: str | None, overrides: tuple[str, ...], as_json: bool, nodes: 
     cfg, wish, ground, against = _checked(config, overrides, nodes, given)
     loading("chaos")
     with Interrupt().caught():
-        folder = _folder(cfg)
         found = disturbed(cfg, wish, ground(folder), folder, against, lambda words: click.echo(words, err=True))
     (folder / "chaos.html").write_text(html(found), encoding="utf-8")
     counted = found.report

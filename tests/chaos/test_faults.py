@@ -1,4 +1,4 @@
-"""Whom a fault hits, what follows it later, and what is not done: on a cluster that is made up, with a clock of its own."""
+"""Whom a fault hits, what follows it later, and what is not done: on a cluster and a clock that are made up."""
 
 import signal
 

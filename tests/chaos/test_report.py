@@ -32,8 +32,10 @@ STEPS = [
 CURVE = Curve(dict.fromkeys(range(1, 9), 1.0), 0.5)
 
 
-def counted(steps=STEPS, recoveries=(recovery(7.9),), faults=(fault(4.5),), curve=CURVE, **more):
-    return report(steps, list(recoveries), list(faults), curve, 1e-5, **more)
+def counted(steps=STEPS, recoveries=None, faults=None, curve=CURVE, **more):
+    recoveries = [recovery(7.9)] if recoveries is None else recoveries
+    faults = [fault(4.5)] if faults is None else faults
+    return report(steps, recoveries, faults, curve, 1e-5, **more)
 
 
 def test_the_share_of_useful_time_counts_each_step_once():

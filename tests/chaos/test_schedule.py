@@ -1,6 +1,7 @@
-"""When which fault comes: the same for the same seed, at the pace that was asked for, as often of one kind as of another."""
+"""When which fault comes: the same for the same seed, at the pace that was asked for, each kind as often."""
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -25,7 +26,7 @@ def test_a_schedule_is_a_function_of_its_arguments_and_a_longer_one_begins_with_
 def test_faults_keep_their_pace_and_never_come_closer_than_half_of_it(kinds, every, seed):
     faults = schedule(kinds, 40 * every, every, seed)
     times = [f.at for f in faults]
-    gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(times)]
     assert min(gaps) >= 0.5 * every * (1 - 1e-9)
     assert max(gaps) <= 1.5 * every * (1 + 1e-9)
     assert [f.number for f in faults] == list(range(40))
