@@ -75,12 +75,13 @@ def chaos(config: str | None, overrides: tuple[str, ...], as_json: bool, nodes: 
       ray-ep chaos --minutes 30 --every 28 --faults kill,node,stop,drain,add --json
       ray-ep chaos --config runs/NAME/config.yaml --against runs/NAME --address HOST:PORT
     """
+    cfg, wish, ground, against = _checked(config, overrides, nodes, given)
+    folder = _folder(cfg)
+    loading("chaos")
     from ray_ep.chaos.page import HEAD, facts, html, rows, verdict_of
     from ray_ep.chaos.run import chaos as disturbed
     from ray_ep.driver.interrupt import Interrupt
 
-    cfg, wish, ground, against = _checked(config, overrides, nodes, given)
-    loading("chaos")
     with Interrupt().caught():
         found = disturbed(cfg, wish, ground(folder), folder, against, lambda words: click.echo(words, err=True))
     (folder / "chaos.html").write_text(html(found), encoding="utf-8")
