@@ -17,6 +17,9 @@ DRAIN_S = 20.0
 SLOW_PART = 0.05
 """Of its bandwidth that a slowed host has left."""
 
+Done = tuple[str, tuple[str, ...]]
+"""What was done, in words; members that it hit."""
+
 
 class NotNow(Exception):
     """A fault that cannot be carried out at the moment; its words say why."""
@@ -51,8 +54,8 @@ class Faults:
             Kind.SLOW: self._slow, Kind.DRAIN: self._drain, Kind.ADD: self._add,
         }  # fmt: skip
 
-    def inject(self, fault: Fault) -> str:
-        """Do it; what was done, in words.
+    def inject(self, fault: Fault) -> Done:
+        """Do it; what was done, in words, and which members of the run it hit.
 
         Raises:
             NotNow: it cannot be done at the moment, and nothing was.
@@ -68,49 +71,50 @@ class Faults:
         for action in due:
             action()
 
-    def _kill(self, fault: Fault) -> str:
+    def _kill(self, fault: Fault) -> Done:
         rank = self._one_rank(fault)
         self._send(rank, signal.SIGKILL)
-        return f"SIGKILL to {_named(rank)}"
+        return f"SIGKILL to {_named(rank)}", _members([rank])
 
-    def _stop(self, fault: Fault) -> str:
+    def _stop(self, fault: Fault) -> Done:
         rank = self._one_rank(fault)
         seconds = self._silence_s * (2.0 if fault.long else 0.5)
         self._send(rank, signal.SIGSTOP)
         self._after(seconds, lambda: self._send(rank, signal.SIGCONT))
-        return f"{_named(rank)} stopped for {seconds:g} s"
+        return f"{_named(rank)} stopped for {seconds:g} s", _members([rank])
 
-    def _kill_node(self, fault: Fault) -> str:
+    def _kill_node(self, fault: Fault) -> Done:
         node, ranks = self._one_node(fault)
         self._ground.agent.ask("end_node", node=node["node"], number=signal.SIGKILL)
         self._after(NEW_NODE_S, lambda: self._replace(node["address"], node["node"]))
-        return f"node {node['node'][:8]} killed, with {_count(ranks)}"
+        return f"node {node['node'][:8]} killed, with {_count(ranks)}", _members(ranks)
 
-    def _drain(self, fault: Fault) -> str:
+    def _drain(self, fault: Fault) -> Done:
         node, ranks = self._one_node(fault)
         self._ground.agent.ask("drain", node=node["node"], seconds=DRAIN_S)
         self._after(DRAIN_S, lambda: self._end_drained(node["node"]))
         later = DRAIN_S * self._ground.in_place + NEW_NODE_S
         self._after(later, lambda: self._replace(node["address"], node["node"]))
-        return f"node {node['node'][:8]} with {_count(ranks)} will go in {DRAIN_S:g} s"
+        return f"node {node['node'][:8]} with {_count(ranks)} will go in {DRAIN_S:g} s", _members(ranks)
 
-    def _add(self, fault: Fault) -> str:
+    def _add(self, fault: Fault) -> Done:
         if len(self._workers()) > self._nodes:
             raise NotNow("there is one node more already")
         self._ground.new_node("")
-        return "one node more"
+        return "one node more", ()
 
-    def _cut(self, fault: Fault) -> str:
+    def _cut(self, fault: Fault) -> Done:
         node, ranks = self._one_node(fault)
         self._ground.cut(node["address"])
         self._after(3 * self._silence_s, lambda: self._heal(node["address"]))
-        return f"host {node['address']} cut off, with {_count(ranks)}"
+        return f"host {node['address']} cut off, with {_count(ranks)}", _members(ranks)
 
-    def _slow(self, fault: Fault) -> str:
+    def _slow(self, fault: Fault) -> Done:
         node, ranks = self._one_node(fault)
         self._ground.slow(node["address"], SLOW_PART)
         self._after(self._slow_s, lambda: self._ground.slow(node["address"], 1.0))
-        return f"host {node['address']} with {_count(ranks)}: links at {SLOW_PART:.0%} for {self._slow_s:g} s"
+        words = f"host {node['address']} with {_count(ranks)}: links at {SLOW_PART:.0%} for {self._slow_s:g} s"
+        return words, _members(ranks)
 
     def _heal(self, address: str) -> None:
         self._ground.heal(address)
@@ -158,8 +162,13 @@ class Faults:
         self._later.append((self._clock() + seconds, action))
 
 
+def _members(ranks: list[dict[str, Any]]) -> tuple[str, ...]:
+    """An actor's name ends with that of its member of the run: rank-N."""
+    return tuple(f"rank-{rank['name'].rpartition('-')[2]}" for rank in ranks)
+
+
 def _named(rank: dict[str, Any]) -> str:
-    return f"rank {rank['name'].rpartition('-')[2]} (process {rank['pid']}, node {rank['node'][:8]})"
+    return f"{_members([rank])[0]} (process {rank['pid']}, node {rank['node'][:8]})"
 
 
 def _count(ranks: list[dict[str, Any]]) -> str:

@@ -92,6 +92,8 @@ def _time_line(found: Found) -> str:
     ranks.set_ylim(0, 1.0 + max((s.ranks for s in steps), default=1))
     ranks.set_ylabel("ranks", color=GREY)
     ranks.tick_params(colors=GREY, labelcolor=GREY)
+    for spine in ranks.spines.values():
+        spine.set_visible(False)
     return _finish(figure, axes, "timeline", "step", x="seconds", legend="upper left")
 
 

@@ -17,6 +17,8 @@ from typing import Any
 from ray_ep.chaos.observer import Recovery, Step
 from ray_ep.chaos.schedule import Fault, counted
 
+UNHURT_S = 10.0
+"""A run that makes steps for so long after a fault has lost nobody: ranks without a raylet live for up to 3 s."""
 CLOCKS = ("detect", "decide", "regroup", "restore", "first_step")
 """Clocks of a recovery, as its event has them."""
 
@@ -27,12 +29,13 @@ class Injected:
 
     Args:
         at: when it was carried out, or given up.
-        words: what was done. skipped: why nothing was; "": it was.
+        words: what was done. members: of the run, that it hit. skipped: why nothing was done; "": it was.
     """
 
     fault: Fault
     at: float
     words: str
+    members: tuple[str, ...] = ()
     skipped: str = ""
 
 
@@ -145,7 +148,7 @@ def report(
         again=len(steps) - len(counts),
         lost=tuple(n for n in range(1, max(counts, default=0) + 1) if n not in counts),
         failed=failed,
-        unanswered=tuple(f.words for f in done if f.fault.deadly and answer(f, steps, recoveries) is None),
+        unanswered=tuple(f.words for f in done if open_still(f, steps, recoveries)),
         between_s=wall / len(done) if done else math.inf,
         ettr=useful / wall if wall else 0.0,
         speed=len(later) * undisturbed.step_s / wall if wall else 0.0,
@@ -167,11 +170,18 @@ def curve_of(lines: Sequence[tuple[int, float, float]]) -> Curve:
 
 def answer(fault: Injected, steps: Sequence[Step], recoveries: Sequence[Recovery]) -> float | None:
     """Seconds from a fault that costs ranks to the next step that was finished without them; None: there was none."""
-    recovery = next((r for r in recoveries if r.at >= fault.at), None)
+    recovery = next((r for r in recoveries if set(r.lost) & set(fault.members)), None)
     if recovery is None:
         return None
     step = next((s for s in steps if s.at >= recovery.at and s.epoch >= recovery.epoch), None)
     return None if step is None else step.at - fault.at
+
+
+def open_still(fault: Injected, steps: Sequence[Step], recoveries: Sequence[Recovery]) -> bool:
+    """Whether a fault that costs ranks is not survived yet. One that hit a rank which had not joined yet costs none."""
+    if not fault.fault.deadly or fault.skipped or answer(fault, steps, recoveries) is not None:
+        return False
+    return not any(s.at > fault.at + UNHURT_S for s in steps)
 
 
 def difference(found: Mapping[int, float], expected: Mapping[int, float]) -> Difference:

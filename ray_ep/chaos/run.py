@@ -16,7 +16,7 @@ from ray_ep.chaos.faults import Faults, NotNow
 from ray_ep.chaos.grounds import Ground
 from ray_ep.chaos.observer import Observer, Recovery, Step
 from ray_ep.chaos.processes import Training, ray_ep
-from ray_ep.chaos.report import Curve, Injected, Report, curve_of, report
+from ray_ep.chaos.report import Curve, Injected, Report, curve_of, open_still, report
 from ray_ep.chaos.schedule import Fault, Wish, schedule
 from ray_ep.config import load_config
 from ray_ep.config.schema import Config
@@ -24,6 +24,8 @@ from ray_ep.driver.start import check_run
 from ray_ep.errors import BadInput, ClusterError, RayEPError
 
 _LOOK_S = 0.1
+_SETTLE_S = 60.0
+"""How long the last recovery is waited for."""
 _SAVE_S = 120.0
 """How long a run that is done may take to save and go."""
 _BAD_INPUT = 2
@@ -94,7 +96,7 @@ def disturb(
         least = max(cfg.elastic.min_ranks, 1)
         faults = Faults(ground, training.session, cfg.cluster.silence_s, least, wish.every_s / 2)
         done: list[Injected] = []
-        while (now := time.monotonic()) - began < wish.seconds and training.status is None:
+        while (now := time.monotonic()) - began < _end(wish, done, observer) and training.status is None:
             try:
                 faults.tend()
             except ClusterError as e:
@@ -111,6 +113,12 @@ def disturb(
         training.end(_SAVE_S)
         failed = "" if not by_itself or training.status == 0 else training.words()
     return Disturbed(observer.steps, observer.recoveries, done, failed)
+
+
+def _end(wish: Wish, done: Sequence[Injected], observer: Observer) -> float:
+    """Seconds after the first step at which the run is ended: later where it still recovers."""
+    recovering = any(open_still(f, observer.steps, observer.recoveries) for f in done)
+    return wish.seconds + _SETTLE_S * recovering
 
 
 def undisturbed(config: Path, ground: Ground, folder: Path, steps: int) -> Curve:
@@ -151,11 +159,11 @@ def _first_step(training: Training, observer: Observer) -> None:
 def _tried(faults: Faults, fault: Fault, now: float, last: bool) -> Injected | None:
     """What became of a fault; None: it is tried again, until the next one is due."""
     try:
-        return Injected(fault, now, faults.inject(fault))
+        return Injected(fault, now, *faults.inject(fault))
     except NotNow as e:
-        return Injected(fault, now, "", str(e)) if last else None
+        return Injected(fault, now, "", skipped=str(e)) if last else None
     except ClusterError as e:
-        return Injected(fault, now, "", str(e))
+        return Injected(fault, now, "", skipped=str(e))
 
 
 def _told(outcome: Injected, began: float, steps: Sequence[Step]) -> str:

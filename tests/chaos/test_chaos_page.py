@@ -18,9 +18,9 @@ RECOVERIES = [Recovery(7.9, ("rank-1",), 1, 3, 2, SECONDS, "rank 1 died")]
 
 def found(curve=None, faults=True):
     did = [
-        Injected(Fault(0, Kind.KILL, 4.0, 0.1, 0.9), 5.5, "SIGKILL to rank 1"),
+        Injected(Fault(0, Kind.KILL, 4.0, 0.1, 0.9), 5.5, "SIGKILL to rank 1", ("rank-1",)),
         Injected(Fault(1, Kind.ADD, 8.0, 0.1, 0.9), 8.5, "one node more"),
-        Injected(Fault(2, Kind.NODE, 9.0, 0.1, 0.9), 9.5, "", "1 rank left"),
+        Injected(Fault(2, Kind.NODE, 9.0, 0.1, 0.9), 9.5, "", skipped="1 rank left"),
     ]
     seen = Disturbed(STEPS, RECOVERIES, did if faults else [], "")
     curve = curve or Curve({s.number: s.loss for s in STEPS}, 0.8)

@@ -64,9 +64,10 @@ class Scene:
 @pytest.mark.parametrize(("pick", "pid"), [(0.0, 100), (0.34, 101), (0.99, 102)])
 def test_a_kill_hits_the_rank_that_was_drawn(pick, pid):
     scene = Scene(a=2, b=1)
-    words = scene.hit(Kind.KILL, pick)
+    words, members = scene.hit(Kind.KILL, pick)
     assert scene.cluster.done == [("send", "b" if pid == 102 else "a", pid, signal.SIGKILL)]
     assert f"process {pid}" in words
+    assert members == (f"rank-{pid - 100}",)
 
 
 @pytest.mark.parametrize("kind", [Kind.KILL, Kind.STOP])
@@ -89,7 +90,7 @@ def test_a_stopped_rank_is_woken_up_later(strength, seconds):
 
 def test_a_killed_node_is_one_with_ranks_and_a_new_one_takes_its_place():
     scene = Scene(empty=0, a=1, b=1)
-    scene.hit(Kind.NODE, 0.99)
+    assert scene.hit(Kind.NODE, 0.99)[1] == ("rank-1",)
     assert scene.cluster.done == [("end_node", "b", signal.SIGKILL)]
     assert scene.after(NEW_NODE_S - 0.1) == []  # Ray still counts the dead one
     assert scene.after(0.2) == [("new_node", "a-b")]
@@ -98,7 +99,7 @@ def test_a_killed_node_is_one_with_ranks_and_a_new_one_takes_its_place():
 def test_a_node_without_which_too_few_ranks_are_left_is_spared():
     scene = Scene(least=2, a=3, b=1)
     for pick in (0.0, 0.99):
-        assert "node b" in scene.hit(Kind.NODE, pick)
+        assert "node b" in scene.hit(Kind.NODE, pick)[0]
     with pytest.raises(NotNow, match="no node can be spared"):
         Scene(a=4, empty=0).hit(Kind.NODE)
 

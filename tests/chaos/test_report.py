@@ -19,8 +19,8 @@ def recovery(at, epoch=1, planned=False, **seconds):
     return Recovery(float(at), ("rank-1",), epoch, 3, 2, clocks | seconds, "", planned)
 
 
-def fault(at, kind=Kind.KILL, strength=0.9, skipped=""):
-    return Injected(Fault(0, kind, at, 0.5, strength), float(at), f"{kind.value} at {at}", skipped)
+def fault(at, kind=Kind.KILL, strength=0.9, skipped="", member="rank-1"):
+    return Injected(Fault(0, kind, at, 0.5, strength), float(at), f"{kind.value} at {at}", (member,), skipped)
 
 
 # One step a second; a kill at 4.5, steps 4 and 5 are made again, the first of them is finished at 8.
@@ -98,10 +98,21 @@ def test_nothing_to_compare_is_a_problem():
 
 
 def test_a_fault_that_costs_ranks_and_is_not_survived_is_told():
-    found = counted(recoveries=[])
+    found = counted(STEPS[:4], recoveries=[])
     assert found.problems == ["no step was finished after kill at 4.5"]
     stopped = counted(STEPS[:4], recoveries=[recovery(7.9)])  # recovered, but no step came
     assert stopped.unanswered == ("kill at 4.5",)
+
+
+def test_a_recovery_from_another_loss_answers_no_fault():
+    assert counted(STEPS[:4], faults=[fault(4.5, member="rank-7")]).unanswered == ("kill at 4.5",)
+
+
+def test_a_fault_that_hit_a_rank_which_had_not_joined_needs_no_recovery():
+    later = [*STEPS, step(9, 15.0, epoch=1)]
+    found = counted(later, faults=[fault(4.5, member="rank-7")])
+    assert found.unanswered == ()
+    assert "next step" not in found.clocks
 
 
 @pytest.mark.parametrize("kind", [Kind.DRAIN, Kind.ADD, Kind.SLOW])
