@@ -20,7 +20,7 @@ from ray_ep.cli.chaos import chaos
 from ray_ep.cli.loading import loading
 from ray_ep.cli.plan.command import plan
 from ray_ep.cli.probe import probe
-from ray_ep.cli.rebalance import rebalance
+from ray_ep.cli.requests import drain, rebalance, scale
 from ray_ep.cli.simulate.command import simulate
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ def main() -> None:
       ray-ep simulate runs/NAME --nodes 2,4,8   how many GPUs of which kind: clusters that do not exist
       ray-ep probe cluster.ranks=4          how fast the links between ranks are
       ray-ep rebalance runs/NAME            ask a running job to consider that now
+      ray-ep scale runs/NAME 4              ask a running job to go on with 4 ranks
+      ray-ep drain runs/NAME NODE           ask a running job to leave a node
       ray-ep chaos --minutes 2              kill ranks and nodes of a run on purpose, and count what is lost
 
     Exit status: 0 done, 1 failed while running, 2 bad input, 130 interrupted.
@@ -83,6 +85,8 @@ main.add_command(chaos)
 main.add_command(plan)
 main.add_command(probe)
 main.add_command(rebalance)
+main.add_command(scale)
+main.add_command(drain)
 main.add_command(simulate)
 
 

@@ -63,6 +63,10 @@ class EpochGroup(Group):
             self._present = group
             self.rank, self.size, self.epoch, self.members = group.rank, group.size, group.epoch, group.members
 
+    def sit(self, rank: int, size: int) -> None:
+        """Be `rank` of `size` before any group is formed, for building a model; every call raises GroupError."""
+        self.rank, self.size = rank, size
+
     def keep(self, transport: str) -> None:
         """Use one of the transports and leave the others."""
         self.use(self.transports[transport])

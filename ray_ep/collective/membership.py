@@ -78,6 +78,10 @@ class Membership:
         rank_of = {member: rank for rank, member in enumerate(before.members)}
         return tuple(rank_of.get(member, -1) for member in self.members)
 
+    def fresh(self, before: Membership) -> tuple[int, ...]:
+        """Ranks, ascending, whose members are not in an earlier membership."""
+        return tuple(rank for rank, origin in enumerate(self.origin(before)) if origin < 0)
+
     def gone(self, before: Membership) -> tuple[int, ...]:
         """Ranks in an earlier membership, ascending, whose members are in this one no more."""
         stay = set(self.origin(before))

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from ray_ep.config.elastic import check_elastic
 from ray_ep.config.exchange import check_exchange, settle_exchange
 from ray_ep.config.paths import absolute
 from ray_ep.config.runs import newest, settings_of, settings_of_checkpoint
@@ -184,6 +186,11 @@ def check(cfg: DictConfig) -> None:
             raise ConfigError(f"{key}={value!r}: must be at least {low}")
     if not cfg.resume:
         raise ConfigError("resume='': allowed are no, auto, or the directory of a run or a checkpoint")
+    if not re.fullmatch(_LABEL_KEY, cfg.cluster.block_label):
+        raise ConfigError(
+            f"cluster.block_label={cfg.cluster.block_label!r}: expected the key of a node label alone, such as "
+            "ray.io/gpu-domain or ep.block, or nothing"
+        )
     if not 0 <= cfg.data.held_out <= 0.5:
         raise ConfigError(f"data.held_out={cfg.data.held_out!r}: must be between 0 and 0.5")
     if cfg.batch.sequences % cfg.batch.accumulation:
@@ -196,13 +203,12 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(
             f"placement.imbalance={cfg.placement.imbalance!r}: busiest over mean is at least 1: give more than 1, or 0"
         )
-    if cfg.elastic.min_ranks > cfg.cluster.ranks:
-        raise ConfigError(
-            f"elastic.min_ranks={cfg.elastic.min_ranks} is more than cluster.ranks={cfg.cluster.ranks}: a run begins "
-            "with that many, so allowed is up to it"
-        )
+    check_elastic(cfg)
     check_exchange(cfg)
 
+
+_LABEL_KEY = r"(([A-Za-z0-9][A-Za-z0-9.-]{0,252}/)?[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?"
+"""As Ray has it, which has it from Kubernetes."""
 
 _AT_LEAST: dict[str, float] = {
     "seed": 0,
@@ -246,6 +252,8 @@ _AT_LEAST: dict[str, float] = {
     "checkpoint.keep": 0,
     "snapshot.every": 0,
     "elastic.min_ranks": 1,
+    "elastic.max_ranks": 0,
+    "elastic.wait_s": 0,
     "eval.every": 0,
     "eval.sequences": 1,
     "statistics.sample": 0,

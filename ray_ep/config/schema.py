@@ -31,6 +31,11 @@ class ClusterConfig:
     cpus_per_rank: float = _opt(
         1.0, "CPUs of a rank, and its torch threads (at least one); below one, ranks share a CPU"
     )
+    block_label: str = _opt(
+        "",
+        "key of a node label, such as ray.io/gpu-domain: ranks go to nodes with as few of its values as hold them all, "
+        "and to none without it; empty: to few nodes, as Ray packs them",
+    )
     wait_s: float = _opt(
         60.0, "how long to wait for the cluster to place the ranks, and then (at least 5 minutes) for them to start"
     )
@@ -171,6 +176,9 @@ class PlacementConfig:
         0, "nodes that may be lost, any of them, with a replica of every expert left; takes slots_per_rank"
     )
     alert_s: float = _opt(600.0, "a plan that has not come to a decision for so long is an alert event; 0: never")
+    mode: str = _opt(
+        "act", "act: experts move where a decision says so; advise: it is told, and nothing moves", ("act", "advise")
+    )
 
 
 @dataclass
@@ -234,9 +242,32 @@ class SnapshotConfig:
 
 @dataclass
 class ElasticConfig:
-    """Going on when ranks are lost."""
+    """Ranks that are lost, join and leave while a run goes on."""
 
     min_ranks: int = _opt(1, "fewest ranks that a run goes on with; cluster.ranks: it ends with the first one lost")
+    max_ranks: int = _opt(0, "most ranks that a run grows to; 0: cluster.ranks")
+    policy: str = _opt(
+        "fixed",
+        "fixed: lost ranks are replaced; available: takes all the room that the cluster has free; throughput: one rank "
+        "more, or one fewer, as the step is predicted to gain by it (elastic.efficiency)",
+        ("fixed", "available", "throughput"),
+    )
+    wait_s: float = _opt(
+        600.0,
+        "how long to ask the cluster for ranks that are missing, before going on without; steps are made meanwhile",
+    )
+    efficiency: float = _opt(
+        0.5,
+        "of policy=throughput: what a rank more must be predicted to bring, as a share of what a rank brings now; "
+        "above 0, at most 1",
+    )
+    mode: str = _opt(
+        "act",
+        "act: what the policy decides is carried out; advise: it is told, and only what somebody asks for (ray-ep "
+        "scale, ray-ep drain, a drain of a node) is carried out",
+        ("act", "advise"),
+    )
+    evict_stragglers: bool = _opt(False, "a rank that is several times slower than the others is replaced")
 
 
 @dataclass

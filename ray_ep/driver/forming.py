@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
+from ray_ep.collective import Membership
 from ray_ep.config.schema import Config
 from ray_ep.driver.actors.cluster import transports
 from ray_ep.driver.actors.probe import measured_links
@@ -21,7 +24,9 @@ from ray_ep.driver.run.rundir import RunDir, checkpoint_url
 from ray_ep.driver.start import Plan
 from ray_ep.driver.states import States
 from ray_ep.moe import Choice
-from ray_ep.placement import Placement, Topology
+from ray_ep.placement import Placement, RoutingStatistics, Topology, slots_needed
+from ray_ep.placement import plan as plan_placement
+from ray_ep.placement.planner.survive import fewest_slots
 from ray_ep.rank.saved.directory import MANIFEST
 
 
@@ -30,11 +35,13 @@ class Formed:
     """Ranks that hold the model in their group and can make the next step.
 
     Args:
+        membership: who they are.
         topology: their links as measured. placement: that they hold.
         choice: how tokens travel. facts: what a step's price depends on with so many ranks.
         done: steps behind them.
     """
 
+    membership: Membership
     topology: Topology
     placement: Placement
     choice: Choice
@@ -54,10 +61,8 @@ def form(cfg: Config, plan: Plan, ranks: Ranks, phase: Callable[[str], None] = l
         PlacementError: the nodes have no room for placement.survive_nodes.
         RankError: a rank was lost.
     """
-    reads = (("model.path", cfg.model.path),) if cfg.model.path else ()
-    if plan.checkpoint is not None:
-        reads = (*reads, ("resume", f"{plan.checkpoint.name}/{MANIFEST}"))
-    try_nodes(ranks, checkpoint_url(cfg, plan.run), reads)
+    resumed = () if plan.checkpoint is None else (("resume", f"{plan.checkpoint.name}/{MANIFEST}"),)
+    try_nodes(ranks, checkpoint_url(cfg, plan.run), (*reads_of(cfg), *resumed))
     phase("connecting the ranks")
     ways = transports(cfg.exchange.transport, ranks.device, ranks.transports())
     ranks.join(cfg.cluster.collective_timeout_s, ways, snapshots=bool(cfg.snapshot.every))
@@ -75,7 +80,32 @@ def form(cfg: Config, plan: Plan, ranks: Ranks, phase: Callable[[str], None] = l
     phase("choosing the exchange")
     choice = ranks.choose_exchange(done)
     facts = facts_of(cfg, plan.config, plan.expert_parameters, choice.kind, topology.num_ranks)
-    return Formed(topology, plan.placement, choice, facts, done)
+    return Formed(ranks.membership, topology, plan.placement, choice, facts, done)
+
+
+def reads_of(cfg: Config) -> tuple[tuple[str, str], ...]:
+    """(key, path) of what every node must be able to read."""
+    return (("model.path", cfg.model.path),) if cfg.model.path else ()
+
+
+def placement_for(cfg: Config, placement: Placement, topology: Topology, load: np.ndarray) -> Placement | None:
+    """A better placement for ranks that hold `placement` now; None: it stays.
+
+    Args:
+        load: [L, E] of recent steps; empty: not known.
+    """
+    experts, ranks = placement.num_experts, placement.num_ranks
+    wanted, least = cfg.placement, slots_needed(experts, ranks)
+    slots, survive = max(wanted.slots_per_rank, least), wanted.survive_nodes
+    nodes = len(set(topology.node_of.tolist()))
+    if survive and (survive >= nodes or slots < fewest_slots(experts, topology.node_of, survive)):
+        survive = 0
+    even = load.astype(np.int64) if load.size else np.ones((placement.num_layers, experts), np.int64)
+    level = "rank" if wanted.level == "auto" else wanted.level
+    found = plan_placement(
+        RoutingStatistics(even), topology, slots, placement, level=level, seed=cfg.seed, survive_nodes=survive
+    )
+    return None if found.version == placement.version else found
 
 
 def mover_of(

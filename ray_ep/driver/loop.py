@@ -7,69 +7,24 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
-from ray_ep.config.schema import Config
-from ray_ep.driver.actors.ranks import Ranks
-from ray_ep.driver.alarm import Alarm
-from ray_ep.driver.ending import Activity, cause_of, ended
-from ray_ep.driver.evaluation import Evaluator
+from ray_ep.driver.ending import cause_of, ended
 from ray_ep.driver.forming import Formed, form, mover_of
-from ray_ep.driver.measures import step_record
-from ray_ep.driver.publisher import LAST_S, Publisher
-from ray_ep.driver.rebalance.mover import Mover
-from ray_ep.driver.records import Event, StepRecord
-from ray_ep.driver.recovery.recover import Recovery
-from ray_ep.driver.requests import Request, RequestKind, Requests
+from ray_ep.driver.publisher import LAST_S
+from ray_ep.driver.records import Event
+from ray_ep.driver.requests import Request, RequestKind
 from ray_ep.driver.run.opening import notes_of, start_of
-from ray_ep.driver.run.saving import Saver
-from ray_ep.driver.start import Plan
-from ray_ep.driver.states import State, States
+from ray_ep.driver.states import State
+from ray_ep.driver.stepping import Stepping
 from ray_ep.errors import LostError
-from ray_ep.rank.results import StepResult
 
 log = logging.getLogger("ray_ep.driver")
 
 
-class Driver:
-    """The steps of one run on its ranks. `form` comes first, then `run`, both inside `told`.
-
-    Args:
-        ranks: placed, in no group yet.
-        clock: seconds.
-
-    Attributes:
-        done: optimizer steps behind the run.
-        mover: made anew for each membership, by `adopt`.
-        stop: who asked for the end.
-        unfinished: of a step that is made, while what is due after it is not done.
-    """
-
-    mover: Mover
-    formed: Formed
-
-    def __init__(
-        self,
-        cfg: Config,
-        plan: Plan,
-        ranks: Ranks,
-        publisher: Publisher,
-        requests: Requests,
-        clock: Callable[[], float] = time.monotonic,
-    ):
-        self.cfg, self.plan, self.ranks, self.publisher, self.requests = cfg, plan, ranks, publisher, requests
-        self.states, self.activity = States(), Activity(cfg.batch.accumulation, clock)
-        self.saver = Saver(cfg, plan, ranks, publisher, clock)
-        held_out, keep, tell = len(plan.corpus.held_out), plan.run.provenance, publisher.event
-        self.evaluator = Evaluator(cfg.eval, cfg.optim.steps, held_out, ranks, keep, tell)
-        self.alarm = Alarm(cfg.router, tell)
-        self.recovery = Recovery(cfg, plan, ranks, self.saver.newest_there, tell, clock)
-        self.done = 0
-        self.stop: Request | None = None
-        self.unfinished: StepRecord | None = None
+class Driver(Stepping):
+    """A run from its forming to its end. `form` comes first, then `run`, both inside `told`."""
 
     def form(self, ray: str = "a Ray", phase: Callable[[str], None] = lambda name: None) -> None:
         """Have the ranks form; then the run is there: its directory is made, and listeners hear what runs."""
@@ -123,61 +78,24 @@ class Driver:
             record = self.unfinished or self.step_and_rebalance()
             if record is not None:
                 self.finish_step(record)
+                self.resize()
         except LostError as e:
             self.recover(e)
             if self.unfinished is not None and self.unfinished.step > self.done:
                 self.unfinished = None  # it is made again
 
+    def resize(self) -> None:
+        """Ranks come and go, where that is due and steps follow. Raises LostError: one was lost meanwhile."""
+        if self.done < self.cfg.optim.steps and not self.stopping():
+            formed = self.membership_after_step()
+            if formed is not None:
+                self.adopt(formed)
+
     def recover(self, error: LostError) -> None:
         """Have those that are left go on; raises RankError if they cannot."""
         self.states.to(State.RECOVERING, cause_of(error))
-        there = self.mover.topology, self.mover.placement
-        now = replace(self.formed, topology=there[0], placement=there[1], done=self.done)
-        self.adopt(self.recovery.recover(error, now, self.mover.recent.load))
-
-    def step_and_rebalance(self) -> StepRecord | None:
-        """One step, after which experts move if that pays; None: the step was broken off."""
-        stepped = self.step()
-        if stepped is None:
-            return None
-        results, seconds = stepped
-        for kind, words in (("balance", results[0].note), ("random-draws", results[0].warning)):
-            if words:
-                self.publisher.event(Event(kind, words))
-        record = step_record(self.done, results, seconds, self.mover.topology, self.mover.placement)
-        self.unfinished = record
-        self.requests.poll()
-        if self.stopping():
-            return record
-        moved_s, stood_s = self.mover.after_step(self.done, results, seconds)
-        return replace(record, migration_seconds=moved_s, rebalance_seconds=stood_s)
-
-    def step(self) -> tuple[list[StepResult], float] | None:
-        """One optimizer step on all ranks: what each says, and its seconds; None: broken off, and nothing has changed.
-
-        After an error `done` is as before; ranks may have made the step or not.
-        """
-        began = time.perf_counter()
-        with self.activity("step"):
-            results = self.ranks.train_step(self.done)
-        seconds = time.perf_counter() - began
-        if results is None:
-            return None
-        self.done = self.publisher.done = self.done + 1
-        self.recovery.stepped()
-        return results, seconds
-
-    def finish_step(self, record: StepRecord) -> None:
-        """What is due after a step: evaluate, publish, watch the routing, save."""
-        if self.evaluator.due(self.done) and not self.stopping():
-            with self.activity("evaluation"):
-                record = replace(record, eval_loss=self.evaluator.evaluate(self.done))
-        self.publisher.step(record)
-        self.unfinished = None
-        self.alarm.watch(self.done, record.load)
-        if self.done < self.cfg.optim.steps and self.saver.due(self.done) and not self.stopping():
-            with self.activity("saving"):
-                self.saver.save_and_go_on(self.done)
+        self.adopt(self.recovery.recover(error, self.now(), self.mover.recent.load))
+        self.requests.poll()  # what was asked meanwhile waits, and that is said
 
     def drain(self) -> str:
         """The last save; returns done or interrupted. Raises SaveError; LostError: a rank was lost meanwhile."""
@@ -190,16 +108,6 @@ class Driver:
         status = "interrupted" if self.stopping() else "done"
         self.states.to(State.STOPPED, status)
         return status
-
-    def stopping(self) -> bool:
-        """Carry out what was asked for meanwhile; whether that was the end."""
-        for request in self.requests.take():
-            log.info("request kind=%s by=%r", request.kind.value, request.by)
-            if request.kind is RequestKind.STOP:
-                self.stop = self.stop or request
-            elif request.kind is RequestKind.REBALANCE:
-                self.mover.asked = True
-        return self.stop is not None
 
     def signalled(self, name: str) -> None:
         """A signal has come: ask for the end, say at once what follows, and have ranks leave what can be left."""

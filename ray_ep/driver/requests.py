@@ -1,6 +1,7 @@
 """What is asked of a running job, whoever asks: one queue that the loop takes from between steps. No Ray.
 
-Signals, the file of `ray-ep rebalance` and, later, calls over the network are turned into requests elsewhere.
+Signals, files of `ray-ep rebalance`, `scale` and `drain` and, later, calls over the network are turned into requests
+elsewhere.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ class RequestKind(Enum):
 
     STOP = "stop"  # save and end, after the step that is under way
     REBALANCE = "rebalance"  # consider other places for the experts now
+    SCALE = "scale"  # go on with `ranks` ranks; 0: with as many as elastic.policy says
+    DRAIN = "drain"  # have all ranks leave `node`: a node's id or the beginning of it, its host's name or address
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,7 @@ class Request:
 
     Args:
         by: who asked, for people: a signal's name, a command and its process.
-        fields: what else was said.
+        fields: what else was said, as the kind says.
     """
 
     kind: RequestKind
@@ -50,9 +53,9 @@ class Requests:
         self._queue.put(request)
 
     def poll(self) -> None:
-        """Fetch what waits in files."""
+        """Fetch all that waits in files."""
         for ask in self._polled:
-            if (request := ask()) is not None:
+            while (request := ask()) is not None:
                 self.put(request)
 
     def take(self) -> list[Request]:

@@ -19,6 +19,7 @@ class State(Enum):
     FORMING = "forming"  # ranks join, measure, build and load; no step is made
     STEPPING = "stepping"  # steps follow one another; evaluations and periodic saves come between them
     MIGRATING = "migrating"  # experts move between two steps; the old placement holds until all have moved
+    RESIZING = "resizing"  # ranks come or go between two steps; the membership of before holds until all have switched
     RECOVERING = "recovering"  # a rank was lost; who is left decides the membership and the step to go on from
     DRAINING = "draining"  # no further step is begun; the last checkpoint is written
     STOPPED = "stopped"  # the end, whichever way it came
@@ -26,8 +27,9 @@ class State(Enum):
 
 TRANSITIONS: dict[State, frozenset[State]] = {
     State.FORMING: frozenset({State.STEPPING, State.STOPPED}),
-    State.STEPPING: frozenset({State.MIGRATING, State.RECOVERING, State.DRAINING, State.STOPPED}),
+    State.STEPPING: frozenset({State.MIGRATING, State.RESIZING, State.RECOVERING, State.DRAINING, State.STOPPED}),
     State.MIGRATING: frozenset({State.STEPPING, State.RECOVERING, State.STOPPED}),
+    State.RESIZING: frozenset({State.STEPPING, State.RECOVERING, State.STOPPED}),
     State.RECOVERING: frozenset({State.STEPPING, State.DRAINING, State.STOPPED}),
     State.DRAINING: frozenset({State.RECOVERING, State.STOPPED}),
     State.STOPPED: frozenset(),

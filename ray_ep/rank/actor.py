@@ -25,16 +25,17 @@ from ray_ep.errors import RayEPError, SaveError
 from ray_ep.moe import Choice, Moved
 from ray_ep.moe.exchange.elastic import installed
 from ray_ep.moe.exchange.ways import DEEPEP
-from ray_ep.placement import Placement, RoutingStatistics, Topology
+from ray_ep.placement import Placement, RoutingStatistics, Topology, contiguous
 from ray_ep.placement.links.gpu_links import GpuLinks
 from ray_ep.placement.links.groups import groups_of
 from ray_ep.rank.data.corpus import Corpus
+from ray_ep.rank.handover import hand_over
 from ray_ep.rank.memory import oom_kills
 from ray_ep.rank.model_rank import ModelRank
 from ray_ep.rank.reach import DirectoryTrial
 from ray_ep.rank.results import RankState, StepResult
 from ray_ep.rank.saved.disk import in_one_line
-from ray_ep.rank.snapshot.copies import Key
+from ray_ep.rank.snapshot.copies import COUNTED, Key
 from ray_ep.rank.snapshot.restore import restore
 from ray_ep.rank.snapshot.snapshots import Held, Snapshots
 from ray_ep.rank.trainer import Trainer
@@ -71,9 +72,9 @@ class RankActor:
         """`ray_ep.rank.memory.oom_kills` on this node."""
         return oom_kills()
 
-    def reach(self, trial: DirectoryTrial) -> list[str]:
-        """What this rank's node cannot read or write of what the run needs there, in words."""
-        return trial.on_rank(self.rank)
+    def reach(self, trial: DirectoryTrial, rank: int | None = None) -> list[str]:
+        """What this node cannot read or write of what the run needs there, in words; tried as `rank`, if given."""
+        return trial.on_rank(self.rank if rank is None else rank)
 
     def transports(self) -> list[str]:
         """Transports that this process could use, by their names in the configuration."""
@@ -144,9 +145,23 @@ class RankActor:
         where = (groups_of(topology), self.device, topology)  # the groups that plans and predictions take for nodes
         self.model = ModelRank(from_dict(cfg), config, self.group, placement, *where)
         if corpus is not None:
-            self.trainer = Trainer(self.model, corpus)
-            self.snapshots = Snapshots(self.model.model, self.model.ep, self.trainer.optimizer, self.side)
+            self._train(corpus)
         return {"parameters": sum(p.numel() for p in self.model.model.parameters())}
+
+    def prepare(self, cfg: dict[str, Any], config: PreTrainedConfig, corpus: Corpus, layers: int, experts: int) -> None:
+        """Build the model without experts and in no group, to come into one by `join` and `regroup` (not collective).
+
+        Args:
+            layers, experts: MoE layers of the model, and experts of each.
+        """
+        self.group.sit(1, 2)
+        none = contiguous(layers, experts, 1).among((0, -1))
+        self.model = ModelRank(from_dict(cfg), config, self.group, none, device=self.device)
+        self._train(corpus)
+
+    def _train(self, corpus: Corpus) -> None:
+        self.trainer = Trainer(self.model, corpus)
+        self.snapshots = Snapshots(self.model.model, self.model.ep, self.trainer.optimizer, self.side)
 
     def choose_exchange(self, step: int) -> Choice:
         """`Trainer.choose_exchange` among the groups that were joined; the others are left."""
@@ -213,16 +228,37 @@ class RankActor:
         """`Trainer.publish`."""
         self.trainer.publish()
 
-    def regroup(self, placement: Placement, topology: Topology) -> None:
-        """`Trainer.regroup`: on over the group that was joined, with what this rank has."""
+    def regroup(self, placement: Placement, topology: Topology, fresh: tuple[int, ...] = ()) -> None:
+        """On over the group that was joined, with what this rank has; ranks `fresh` are given what every rank has."""
+        if fresh:
+            hand_over(self.trainer, fresh)
         self.trainer.regroup(placement, topology)
 
     def restore(
-        self, key: Key, taken: Placement, placement: Placement, topology: Topology, lost: dict[int, list[int]]
+        self,
+        key: Key,
+        taken: Placement,
+        placement: Placement,
+        topology: Topology,
+        lost: dict[int, list[int]],
+        fresh: tuple[int, ...] = (),
     ) -> None:
-        """`ray_ep.rank.snapshot.restore`; lost: by rank now, those of the snapshot whose statistics it takes over."""
-        snapshot = self.snapshots.get(key)
-        restore(self.trainer, snapshot, taken, placement, topology, lost.get(self.rank, []))
+        """`ray_ep.rank.snapshot.restore`, on ranks that have it; others are `fresh`.
+
+        Args:
+            lost: by rank now, those of the snapshot whose statistics it takes over.
+        """
+        snapshot = None if self.rank in fresh else self.snapshots.get(key)
+        restore(self.trainer, snapshot, taken, placement, topology, lost.get(self.rank, []), fresh)
+
+    def counted(self, leaves: bool) -> dict[str, torch.Tensor]:
+        """Sums of the routing statistics of this rank, if it leaves."""
+        return {name: getattr(self.model.ep.counters, name).cpu() for name in COUNTED} if leaves else {}
+
+    def count(self, sums: list[dict[str, torch.Tensor]]) -> None:
+        """Take on the sums of ranks that go."""
+        for name, then in ((name, then) for given in sums for name, then in given.items()):
+            getattr(self.model.ep.counters, name).add_(then.to(self.device))
 
     @ray.method(concurrency_group="control")
     def abort(self, epoch: int | None = None) -> None:

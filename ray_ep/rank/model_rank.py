@@ -130,8 +130,8 @@ class ModelRank:
         Raises:
             PlacementError, ModelError, GroupError: see ray_ep.moe.regroup; then nothing has changed, but the group.
         """
+        self.ep.exchange_by(tokens=self._most_tokens())  # first: ranks compare how they exchange
         regroup(self.model, self.ep.group, placement, topology, kept=kept, state=state, equal=equal)
-        self.ep.exchange_by(tokens=self._most_tokens())
 
     def statistics(self) -> RoutingStatistics:
         """Routing statistics of this rank since its making. Not collective."""

@@ -34,6 +34,8 @@ def test_file_and_overrides_merge_and_the_override_wins(tmp_path, monkeypatch):
         ("optim.steps=0", "at least 1"),
         ("cluster.device=gpu", "allowed are auto, cpu, cuda"),
         ("optim.steps", "expected key=value"),
+        ("cluster.block_label=ep.block=A", "expected the key of a node label alone"),
+        ("cluster.block_label=-block", "expected the key of a node label alone"),
         ("model.overrides=5", "expected a mapping"),
         ("batch.accumulation=3", "not a multiple"),
         ("data.held_out=0.9", "between 0 and 0.5"),
@@ -44,12 +46,35 @@ def test_file_and_overrides_merge_and_the_override_wins(tmp_path, monkeypatch):
         ("exchange.chunks=0", "at least 1"),
         ("exchange.chunks=33", "must be from 1 to 32"),
         ("exchange.tokens=100", "a rank has up to 4096 tokens in one pass"),
+        ("elastic.min_ranks=3", "more than cluster.ranks=2"),
+        ("elastic.max_ranks=1", "less than cluster.ranks=2"),
+        ("elastic.policy=available", "needs elastic.max_ranks"),
+        ("elastic.policy=greedy", "allowed are fixed, available, throughput"),
+        ("elastic.efficiency=0", "above 0 and at most 1"),
+        ("elastic.efficiency=1.5", "above 0 and at most 1"),
+        ("elastic.wait_s=-1", "at least 0"),
+        ("elastic.mode=watch", "allowed are act, advise"),
+        ("placement.mode=watch", "allowed are act, advise"),
     ],
 )
 def test_a_bad_override_is_named_with_what_is_allowed(override, says):
     with pytest.raises(ConfigError, match=says) as e:
         load_config(None, [override])
     assert override.split("=")[0].split(".")[-1] in str(e.value)
+
+
+def test_ranks_that_come_and_go_are_refused_where_they_cannot():
+    with pytest.raises(ConfigError, match=r"elastic\.min_ranks=3 is more than elastic\.max_ranks=2"):
+        load_config(None, ["elastic.min_ranks=3", "elastic.max_ranks=2"])
+    grows = ["elastic.policy=throughput", "elastic.max_ranks=4"]
+    with pytest.raises(ConfigError, match=r"elastic\.policy='throughput' .* needs topology\.measure=true"):
+        load_config(None, [*grows, "topology.measure=false"])
+    assert load_config(None, grows).elastic.max_ranks == 4
+    deepep = ["exchange.transport=deepep", "model.dtype=bfloat16"]
+    for keys in (grows, ["elastic.max_ranks=4"], ["elastic.evict_stragglers=true"]):
+        with pytest.raises(ConfigError, match=r"exchange\.transport=deepep the number of ranks stays as it is"):
+            load_config(None, [*deepep, *keys])
+    assert load_config(None, [*deepep, "elastic.max_ranks=2"]).elastic.max_ranks == 2
 
 
 @pytest.mark.parametrize("transport", ["nccl", "torch_nccl", "deepep"])

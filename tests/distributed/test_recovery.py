@@ -7,6 +7,9 @@ between two snapshots.
 import os
 import re
 import signal
+import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from ray.cluster_utils import Cluster
@@ -102,6 +105,90 @@ def test_a_killed_rank_is_named_and_the_other_goes_on_alone(here, lines, faults,
     assert [m["step"] for m in lines(here.path / "run" / "metrics.jsonl")] == [1, 2, 3, 3, 4, 5, 6]
     assert [m["world_size"] for m in lines(here.path / "run" / "metrics.jsonl")] == [2, 2, 2, 1, 1, 1, 1]
     assert command.left() == {}
+
+
+IN_AN_EXCHANGE = "ray_ep.moe.exchange.meter:MeteredGroup.all_to_all"
+
+
+def stopped(command, faults):
+    """The process that has stopped itself as the script says."""
+    command.until(lambda: faults.happened("stop"), 200, "the fault")
+    return faults.lines()[-1]["pid"]
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_for_less_than_silence_s_costs_the_wait_alone(here, lines, faults, cluster, undisturbed):
+    faults.stop(rank=1, at=IN_AN_EXCHANGE, call=60)
+    command = here.train(*OPTIONS, "run_dir=run", faults=faults, RAY_ADDRESS=cluster.driver)
+    pid = stopped(command, faults)
+    time.sleep(3)
+    os.kill(pid, signal.SIGCONT)
+    assert command.wait(120) == 0, command.err
+    got, told = curve(lines, here.path / "run")
+    assert told == list(range(1, STEPS + 1)), "no step was made twice"
+    for step, (a, b) in enumerate(zip(got, undisturbed, strict=True), 1):
+        assert a == pytest.approx(b, rel=1e-5), f"step {step}"
+    metrics = lines(here.path / "run" / "metrics.jsonl")
+    assert {m["epoch"] for m in metrics} == {0}
+    assert sum(m["step_seconds"] > 2.9 for m in metrics) == 1
+    assert not [e for e in lines(here.path / "run" / "events.jsonl") if e["kind"] == "recovered"]
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_for_longer_is_lost_and_killed(here, lines, faults, cluster, undisturbed):
+    faults.stop(rank=1, at=IN_AN_EXCHANGE, call=60)
+    three = ["cluster.ranks=3", "cluster.cpus_per_rank=0.5", "cluster.silence_s=2", "run_dir=run"]
+    command = here.train(*OPTIONS, *three, faults=faults, RAY_ADDRESS=cluster.driver)
+    pid = stopped(command, faults)
+    command.until(lambda: "event kind=recovered" in command.err, 60, "the recovery")
+    command.until(lambda: not os.path.exists(f"/proc/{pid}"), 6, "the end of what was stopped")
+    (event,) = lost_once(here, lines, command, undisturbed)
+    assert (event["lost"], event["planned"], event["failures"]) == (["rank-1"], False, 1)
+    assert event["seconds"]["detect"] >= 2
+
+
+@pytest.mark.slow
+def test_ranks_of_a_node_that_stood_still_find_their_epoch_over_when_it_wakes_up(here, lines, undisturbed):
+    """As a virtual machine that was paused: its raylet, which would kill them, is stopped with them."""
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        raylet = nodes.add_node(num_cpus=1).all_processes["raylet"][0].process.pid
+        three = ["cluster.ranks=3", "cluster.cpus_per_rank=0.5", "cluster.silence_s=2", "run_dir=run"]
+        command = here.train(*OPTIONS, *three, RAY_ADDRESS=nodes.address)
+        command.until(lambda: len(lines(here.path / "run" / "metrics.jsonl")) >= 3, 90, "three steps")
+        still = ranks_under(raylet)
+        for pid in (raylet, *still):
+            os.kill(pid, signal.SIGSTOP)
+        command.until(lambda: "event kind=recovered" in command.err, 60, "the recovery")
+        for pid in still:  # they go on with the step that they were at, and nobody tells them anything for a while
+            os.kill(pid, signal.SIGCONT)
+        time.sleep(0.5)
+        os.kill(raylet, signal.SIGCONT)
+        command.until(lambda: not any(os.path.exists(f"/proc/{p}") for p in still), 20, "the end of what stood still")
+        (event,) = lost_once(here, lines, command, undisturbed)
+        assert len(event["lost"]) == len(still) >= 1
+    finally:
+        nodes.shutdown()
+
+
+def ranks_under(raylet):
+    """Processes of the ranks that a raylet has started."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == raylet and (entry / "cmdline").read_bytes().startswith(b"ray::RankActor"):
+                found.append(int(entry.name))
+    return found
+
+
+def lost_once(here, lines, command, undisturbed):
+    """Fields of the recoveries of a run that ends well, with the undisturbed curve."""
+    assert command.wait(120) == 0, command.err
+    got, _ = curve(lines, here.path / "run")
+    for step, (a, b) in enumerate(zip(got, undisturbed, strict=True), 1):
+        assert a == pytest.approx(b, rel=1e-5), f"step {step}"
+    return [e["fields"] for e in lines(here.path / "run" / "events.jsonl") if e["kind"] == "recovered"]
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from transformers import AutoConfig
 
 from ray_ep.collective import Membership
 from ray_ep.config import load_config
+from ray_ep.driver.actors.newcomers import Stage
 from ray_ep.driver.loop import Driver
 from ray_ep.driver.publisher import Publisher
 from ray_ep.driver.recovery.decide import Survivor
@@ -43,6 +44,28 @@ def results(load=None, sent=0, exchange=(0.01, 0.03), size=RANKS):
     return [StepResult(0, 0, 1.0, 0.0, 0.0, 0.0, 0.0, 1024, s.load, u) for u in usage]
 
 
+class FakeNewcomers:
+    """Ranks that are ready at the next poll once there is room."""
+
+    def __init__(self):
+        self.coming, self.room, self.prepare = [], 0, None
+
+    def count(self, *stages):
+        ready = min(self.room, len(self.coming))
+        return ready * (Stage.READY in stages) + (len(self.coming) - ready) * (Stage.WAITING in stages)
+
+    def withdraw(self, count=None):
+        left = len(self.coming) - (len(self.coming) if count is None else count)
+        self.coming = self.coming[:left]
+
+    def poll(self):
+        return []
+
+    def take(self):
+        ready, self.coming = self.coming[: self.room], self.coming[self.room :]
+        return [SimpleNamespace(member=m, where={"node": "a", "host": "alpha"}) for m in ready]
+
+
 class FakeRanks:
     """Ranks on one host.
 
@@ -54,12 +77,13 @@ class FakeRanks:
     """
 
     device, note, name = "cpu", "", "fake"
-    where = [{"node": "a", "host": "alpha"}] * RANKS
 
     def __init__(self, links=None, look=bool, size=RANKS):
         self.calls, self.meanwhile, self.links, self.look = [], {}, links or topology(node_of=(0,) * size), look
         self.counts = Counter()
         self.membership = Membership(0, tuple(f"m{r}" for r in range(size)), tuple(self.links.node_of.tolist()))
+        self.where = [{"node": "a", "host": "alpha"} for _ in range(size)]
+        self.newcomers, self.made = FakeNewcomers(), size
         self.updates = 0
         self.kept = []  # keys of the snapshots that were taken
 
@@ -73,9 +97,25 @@ class FakeRanks:
     def topology(self):
         return self.links
 
-    def lose(self, lost):
+    def lose(self, lost, come=()):
         self._answer("lose")
-        self.membership = self.membership.next([self.membership.members[r] for r in lost])
+        nodes = {n.member: 0 for n in come}
+        self.membership = self.membership.next([self.membership.members[r] for r in lost], nodes)
+        self.where = [w for r, w in enumerate(self.where) if r not in lost] + [n.where for n in come]
+
+    def ask(self, count):
+        self._answer("ask")
+        self.newcomers.coming += [f"m{self.made + i}" for i in range(count)]
+        self.made += count
+
+    def avoid(self, nodes):
+        self._answer("avoid")
+
+    def room(self):
+        return {}
+
+    def bequeath(self, leave, heir):
+        self._answer("bequeath")
 
     def states(self):
         """As of ranks that keep one another's snapshots."""
@@ -89,10 +129,10 @@ class FakeRanks:
     def publish(self):
         self._answer("publish")
 
-    def regroup(self, placement, topology):
+    def regroup(self, placement, topology, fresh=()):
         self._answer("regroup")
 
-    def restore(self, key, taken, placement, topology, lost):
+    def restore(self, key, taken, placement, topology, lost, fresh=()):
         self.updates = key.step
         self._answer("restore")
 
@@ -178,7 +218,7 @@ class Ear:
 
 def driven(path, *overrides, listeners=(), look=bool, links=None, size=RANKS):
     """A driver of a run in `path` on fake ranks that have not formed, with all that it was made of."""
-    own = ["optim.steps=5", "eval.every=2", "topology.measure=false", "balance.in_step=off"]
+    own = ["optim.steps=5", "eval.every=2", "topology.measure=false", "balance.in_step=off", f"cluster.ranks={size}"]
     cfg = load_config(None, [f"run_dir={path}", *own, *overrides])
     run, ear, ranks = RunDir(path), Ear(), FakeRanks(links, look, size)
     plan = SimpleNamespace(

@@ -6,7 +6,7 @@ import time
 
 import ray
 
-from ray_ep.errors import GroupError, PlacementError
+from ray_ep.errors import GroupError, ModelError, PlacementError
 
 
 @ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"control": 2})
@@ -44,6 +44,11 @@ class LightRank:
     def aborts_seen(self):
         """How often it was aborted."""
         return self.aborts
+
+    def prepare(self, problem):
+        """Build a model, or not."""
+        if problem:
+            raise ModelError(problem)
 
     def train_step(self, step):
         """Collective: wait for the others, who never come; rank number `step` raises at once."""

@@ -1,8 +1,8 @@
 """Of several ranks' failures the one that explains the others; a rank that was killed for memory is said to be."""
 
-from ray.exceptions import ActorDiedError, OutOfMemoryError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError
 
-from ray_ep.driver.actors.cause import Kind, for_memory, kind_of, root_cause, silent_cause
+from ray_ep.driver.actors.cause import Kind, for_memory, kind_of, lost_ranks, root_cause, silent_cause
 from ray_ep.errors import BadInput, DivergedError, GroupError, RankError, SaveError
 from ray_ep.rank.memory import oom_kills
 
@@ -101,3 +101,12 @@ def test_who_must_be_released_depends_on_what_one_rank_found():
     assert kind_of(SaveError("full")) is Kind.OWN
     assert {kind_of(e) for e in (BadInput("x"), DivergedError("x"))} == {Kind.BY_ALL}
     assert {kind_of(e) for e in (ValueError("x"), GroupError("x"), ActorDiedError())} == {Kind.ALONE}
+
+
+def test_a_rank_that_ray_cannot_reach_any_more_is_lost_as_one_that_died():
+    """Its raylet was killed: Ray says so 3 s later, long before it gives the node up, and new calls would hang."""
+    failed = {0: GroupError("connection reset"), 1: ActorUnavailableError("RpcError: rpc_code 14", None)}
+    assert lost_ranks(failed, ()) == (1,)
+    assert kind_of(failed[1]) is Kind.ALONE
+    said = str(root_cause(failed, [], WHERE))
+    assert said.startswith("rank 1 on beta died: The actor None is unavailable: RpcError: rpc_code 14.")

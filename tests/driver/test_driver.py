@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ray_ep.collective import Membership
+from ray_ep.driver.recovery.departures import Departures
 from ray_ep.driver.requests import Request, RequestKind
 from ray_ep.driver.states import State
 from ray_ep.errors import LostError, RankError
@@ -103,7 +104,8 @@ def test_a_request_to_rebalance_is_answered_after_the_next_step_with_the_figures
     shelf = moving(it)
 
     def ask():
-        it.run.request("me") if by_file else it.requests.put(Request(RequestKind.REBALANCE, "me"))
+        request = Request(RequestKind.REBALANCE, "me")
+        it.run.request(request) if by_file else it.requests.put(request)
 
     it.ranks.meanwhile["train_step", 2] = ask
     it.ranks.meanwhile["train_step", 3] = lambda: shelf.make(MOVE)
@@ -204,6 +206,25 @@ def test_a_rank_that_is_lost_while_others_recover_begins_the_recovery_anew(tmp_p
     assert [r.step for r in it.ear.steps()] == [1, 2, *range(1, 6)]
     (event,) = [e for e in it.run.events() if e["kind"] == "recovered"]
     assert event["fields"]["lost"] == ["m1", "m3"]
+
+
+def test_planned_losses_and_failures_are_told_and_counted_apart(tmp_path):
+    it = driven(tmp_path, "snapshot.every=1", size=7)
+    it.ranks.where[1]["node"] = it.ranks.where[3]["node"] = "leaves"
+    why = {"leaves": "its node was draining", "a": ""}
+    it.driver.recovery.departures = Departures(why.get)
+    it.ranks.meanwhile["train_step", 2] = lambda: lose(1)  # m1
+    it.ranks.meanwhile["train_step", 4] = lambda: lose(0)  # m0
+    it.ranks.meanwhile["train_step", 6] = lambda: lose(1)  # m3, and while the others recover m5
+    it.ranks.meanwhile["settle", 3] = lambda: lose(2, "rank 2 on alpha died: killed")
+    assert whole(it) == "done"
+    events = [e for e in it.run.events() if e["kind"] == "recovered"]
+    told = [[e["fields"][k] for k in ("lost", "planned", "failures", "planned_leaves")] for e in events]
+    assert told == [[["m1"], True, 0, 1], [["m0"], False, 1, 1], [["m3", "m5"], False, 2, 2]]
+    assert [e["fields"]["why"] for e in events] == ["its node was draining", "", "its node was draining"]
+    assert events[0]["message"].startswith("rank 1 on beta died: killed, as planned: its node was draining; 6 ranks go")
+    assert "planned" not in events[1]["message"]
+    assert ", planned in part: its node was draining; " in events[2]["message"]
 
 
 @pytest.mark.parametrize("saved", [True, False])

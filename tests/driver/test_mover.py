@@ -1,6 +1,7 @@
 """Between two steps: what the mover asks of the ranks, does and leaves behind."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ from ray_ep.driver.states import State, States
 from ray_ep.errors import PlacementError, RankError
 from ray_ep.placement import Placement, Topology
 from tests.driver.fakes import Ear, FakeRanks, results
-from tests.driver.scenes import FACTS, NOWHERE, Shelf, statistics, topology
+from tests.driver.scenes import FACTS, NOWHERE, Shelf, statistics, tokens, topology
 
 
 def mover(tmp_path, *overrides, refuse=None, links=None, measure=False):
@@ -50,6 +51,23 @@ def test_a_step_asks_the_next_ones_go_on_and_a_later_one_moves(tmp_path):
     assert m.said[0].words.startswith("move ")
     assert m.said[0].fields["placement_version"] == 1
     assert m.said[0].fields["gain_predicted"] > 0
+
+
+def test_a_rank_that_is_slow_gets_fewer_tokens_and_no_replica_that_would_hold_the_others_up(tmp_path):
+    m = mover(tmp_path, "placement.every=3", "placement.slots_per_rank=6")
+    said = results(load=statistics(False).load)
+    said = [
+        replace(r, usage=replace(r.usage, expert_seconds=s, pairs=np.array([512, 512])))
+        for r, s in zip(said, (0.02, 0.08), strict=True)
+    ]
+    m.ranks.meanwhile["sample", 1] = lambda: tokens(False)
+    for n in range(1, 4):
+        m.it.after_step(n, said, 0.2)
+    m.shelf.make()
+    m.it.after_step(4, said, 0.2)
+    held = (m.it.placement.slots >= 0).sum(2)  # [L, R]
+    assert (held == [[6, 2], [6, 2]]).all(), m.said
+    assert m.said[0].fields["gain_predicted"] > 0.02
 
 
 def test_a_refused_move_keeps_the_placement_and_the_run_goes_on(tmp_path):

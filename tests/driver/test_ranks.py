@@ -14,6 +14,7 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 
 from ray_ep.config.schema import ClusterConfig
 from ray_ep.driver.actors.heartbeat import process_of
+from ray_ep.driver.actors.newcomers import Stage
 from ray_ep.driver.actors.placing import Places
 from ray_ep.driver.actors.ranks import Ranks
 from ray_ep.errors import ClusterError, PlacementError, RankError
@@ -205,20 +206,30 @@ def test_groups_of_one_are_packed_as_one_group_of_all_is_and_numbered_by_host(co
     assert free() == sum(NODES)
 
 
-def test_one_place_is_given_up_and_another_added_while_the_rest_stay():
+def awaited(room, group):
+    """The room that was asked for, once it is there."""
+    limit = time.monotonic() + 20
+    while (place := room.have(group)) is None and time.monotonic() < limit:
+        time.sleep(0.05)
+    return place
+
+
+def test_room_that_is_asked_for_comes_when_another_place_is_given_up_and_the_rest_stay():
     room = Places(config(cpus_per_rank=1.0), "changing", False, bool)
     places = room.take(sum(NODES))  # all that there is
-    with pytest.raises(
-        ClusterError, match=r"could not place 1 ranks of 1 CPUs within cluster.wait_s=0.5 s; it has 3 n"
-    ):
-        Places(config(cpus_per_rank=1.0, wait_s=0.5), "late", False, bool).add()
+    asked, second = room.ask(), room.ask()
+    time.sleep(0.5)
+    began = time.perf_counter()
+    assert [room.have(asked) for _ in range(100)] == [None] * 100
+    assert (time.perf_counter() - began) / 100 < 1e-3
+    room.withdraw(second)
     room.give_up(places[4])
-    added = room.add()
-    assert added.node == places[4].node  # nothing else is free
+    added = awaited(room, asked)
+    assert (added.node, added.port) == (places[4].node, places[4].port)  # nothing else is free
     for place in (*places[:4], *places[5:], added):
         assert placement_group_table(place.group)["state"] == "CREATED"
         room.give_up(place)
-    assert free() == sum(NODES)
+    assert free() == sum(NODES)  # nor does what was withdrawn hold any
 
 
 def test_room_that_others_take_each_time_is_not_waited_for_beyond_wait_s():
@@ -236,4 +247,70 @@ def test_room_that_others_take_each_time_is_not_waited_for_beyond_wait_s():
 def test_without_room_for_all_ranks_none_is_held():
     with pytest.raises(ClusterError, match=r"could not place 10 ranks .* it has 3 node\(s\) with .* CPUs .* free now"):
         Places(config(cpus_per_rank=1.0, wait_s=0.5), "too-many", False, bool).take(10)
+    assert free() == sum(NODES)
+
+
+def polled(ranks, until):
+    """What was told of newcomers until something is so."""
+    told, limit = [], time.monotonic() + 30
+    while not until() and time.monotonic() < limit:
+        told += ranks.newcomers.poll()
+        time.sleep(0.02)
+    assert until(), told
+    return told
+
+
+def test_a_rank_comes_while_the_others_are_called_and_takes_the_last_place(ranks):
+    asked = []
+
+    def prepare(newcomer):
+        asked.append((newcomer.member, newcomer.where["host"], newcomer.where["rank"]))
+        return newcomer.actor.prepare.remote("")
+
+    ranks.newcomers.prepare = prepare
+    ranks.ask(2)
+    ranks.newcomers.withdraw(1)
+    assert ranks.newcomers.count(*Stage) == 1
+    assert polled(ranks, lambda: ranks.newcomers.count(Stage.READY) == 1) == []
+    assert asked == [("rank-3", "beta", 3)]
+    assert ranks.save("", NOBODY) == [{"rank": 0}, {"rank": 1}, {"rank": 2}]  # it is in no call yet
+    gone, (came,) = ranks.where[0]["pid"], ranks.newcomers.take()
+    assert ranks.newcomers.take() == []
+    ranks.lose((0,), [came])
+    assert ranks.membership.members == ("rank-1", "rank-2", "rank-3")
+    assert (ranks.membership.epoch, ranks.membership.size) == (1, 3)
+    assert [w["rank"] for w in ranks.where] == [0, 1, 2]
+    assert ranks.where[2]["pid"] == came.where["pid"] != gone
+    assert ranks.save("", NOBODY) == [{"rank": 1}, {"rank": 2}, {"rank": 3}]
+    assert not running(gone)
+    ranks.ask(1)
+    assert polled(ranks, lambda: ranks.newcomers.count(Stage.READY) == 1) == []
+    assert asked[1][0] == "rank-5"  # an id is never used twice, that of one who was withdrawn neither
+
+
+@pytest.mark.parametrize("when", ["while it builds", "when it is ready"])
+def test_a_newcomer_that_fails_is_given_up_and_told_and_for_a_while_none_is_asked_for(ranks, when):
+    ranks.newcomers.prepare = lambda n: n.actor.prepare.remote("no such file" if when == "while it builds" else "")
+    ranks.ask(1)
+    if when == "when it is ready":
+        assert polled(ranks, lambda: ranks.newcomers.count(Stage.READY) == 1) == []
+        (newcomer,) = ranks.newcomers._coming
+        os.kill(newcomer.where["pid"], signal.SIGKILL)
+    (told,) = polled(ranks, lambda: ranks.newcomers.count(*Stage) == 0)
+    assert told.startswith("rank-3 on ")
+    assert told.endswith("none is asked for in 30 s")
+    assert ("no such file" in told) == (when == "while it builds")
+    ranks.ask(1)
+    assert ranks.newcomers.count(*Stage) == 0
+    assert ranks.save("", NOBODY) == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
+
+
+def test_newcomers_go_with_the_run(request):
+    made = Ranks(config(), request.node.name, False, bool, LightRank)
+    made.newcomers.prepare = lambda n: n.actor.prepare.remote("")
+    made.ask(2)
+    polled(made, lambda: made.newcomers.count(Stage.READY) == 2)
+    pids = [n.where["pid"] for n in made.newcomers._coming]
+    assert made.kill() == []
+    assert not any(running(pid) for pid in pids)
     assert free() == sum(NODES)

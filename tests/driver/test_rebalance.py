@@ -43,6 +43,22 @@ def test_imbalance_triggers_between_the_regular_times_but_not_on_the_same_figure
     assert next(s for s in range(32, 60) if r.due(s, 1.62)) == 51
 
 
+def test_with_advise_a_move_is_told_with_its_reason_and_prediction_and_not_made():
+    r, clock, shelf = rebalancer("every=10", "mode=advise", "alert_s=5")
+    assert r.due(10, 1.0)
+    r.ask(10, question())
+    shelf.make()
+    verdict, said = r.answer()
+    assert verdict is None
+    assert said.words.startswith("advised, and nothing moves (placement.mode=advise): move ")
+    assert "predicted step " in said.words
+    assert said.fields["moves"] is False
+    assert said.fields["gain_predicted"] > 0
+    clock.now += 6
+    assert r.stepped(0.1) == []  # a decision was made: nobody waits for one
+    assert r.due(20, 1.0) == "every 10 steps"
+
+
 def test_an_answer_to_links_that_have_changed_meanwhile_is_dropped_and_asked_again():
     r, _, shelf = rebalancer("every=10")
     assert r.due(10, 1.0)

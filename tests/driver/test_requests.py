@@ -25,11 +25,17 @@ def test_what_was_put_is_taken_once_in_order_whatever_thread_it_came_from():
 
 def test_files_are_asked_by_poll_alone_and_the_look_comes_before_each_take():
     asked, looked = [], []
-    requests = Requests(lambda: looked.append(1), [lambda: asked.append(1) or request("a file"), lambda: None])
+    waiting = [request("a file"), request("another file")]
+
+    def files():
+        asked.append(1)
+        return waiting.pop(0) if waiting else None
+
+    requests = Requests(lambda: looked.append(1), [files, lambda: None])
     assert requests.take() == []
     assert (len(looked), asked) == (1, [])
     requests.poll()
-    assert [r.by for r in requests.take()] == ["a file"]
+    assert [r.by for r in requests.take()] == ["a file", "another file"]
 
 
 def test_whoever_is_looked_at_may_put_what_it_has_seen():

@@ -13,18 +13,18 @@ import ray
 import torch
 from omegaconf import OmegaConf
 from ray.exceptions import RayActorError, RayError
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from transformers import PreTrainedConfig
 
 from ray_ep.collective import Membership
 from ray_ep.collective.ray_backend import RENDEZVOUS_S
-from ray_ep.config.process import RANK
 from ray_ep.config.schema import ClusterConfig, Config
 from ray_ep.driver.actors.cause import Kind, for_memory, kind_of, lost_ranks, root_cause, silent_cause
 from ray_ep.driver.actors.cluster import SLICE_S, device_of
 from ray_ep.driver.actors.gone import Gone
 from ray_ep.driver.actors.heartbeat import Heartbeat, process_of
+from ray_ep.driver.actors.newcomers import Newcomer, Newcomers
 from ray_ep.driver.actors.placing import Place, Places, check_cpus, resources
+from ray_ep.driver.actors.starting import Starter
 from ray_ep.driver.recovery.decide import Survivor
 from ray_ep.errors import LostError, RankError, SaveError
 from ray_ep.moe import Choice
@@ -70,7 +70,7 @@ class Ranks:
             ClusterError: the cluster has no room for them; the message says what it has.
             RankError: a rank died or went silent while it started.
         """
-        self.cfg, self.name, self._interrupted, self._actor = cfg, name, interrupted, actor
+        self.cfg, self.name, self._interrupted = cfg, name, interrupted
         built = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]
         found = device_of(cfg, resources(), built)
         self.device, self.note = found.kind, found.note
@@ -84,6 +84,9 @@ class Ranks:
         self._gone = Gone()
         self._lost: list[dict[str, Any]] = []  # where ranks were that were killed and may still be there
         self._number: dict[str, int] = {}  # of each node, as topologies have it
+        start_s = max(cfg.wait_s, _START_S)
+        self._starter = Starter(cfg, name, self.device, actor)
+        self.newcomers = Newcomers(self._room, self._starter.start, start_s)
         try:
             self._places = self._room.take(cfg.ranks)
             self.where = [
@@ -92,7 +95,8 @@ class Ranks:
             ]
             members = tuple(f"rank-{rank}" for rank in range(cfg.ranks))
             self.membership = Membership(0, members, tuple(self._node(p.node) for p in self._places))
-            self.actors = [self._started(rank, place) for rank, place in enumerate(self._places)]
+            self._members = cfg.ranks  # so far: an id is never used twice
+            self.actors = [self._starter.start(*seat) for seat in zip(self._places, members, strict=True)]
             self._heartbeat = self._listen()
             self.where = [{**w, **said} for w, said in zip(self.where, self._call("where"), strict=True)]
         except BaseException:
@@ -110,22 +114,40 @@ class Ranks:
         """The number of a node: that of its first rank's turn, for ever."""
         return self._number.setdefault(node, len(self._number))
 
-    def lose(self, lost: Collection[int]) -> None:
+    def lose(self, lost: Collection[int], come: Sequence[Newcomer] = ()) -> None:
         """Go on without these ranks: they are killed, their room is given back, the others are numbered anew.
 
         The group of before is of no use any more; `join` forms that of the epoch that begins here.
+
+        Args:
+            come: those that are in it from here on, behind the others.
         """
         self._locate()
         for rank in lost:
             ray.kill(self.actors[rank], no_restart=True)
             self._lost.append(self.where[rank])
             self._room.give_up(self._places[rank])
-        self.membership = self.membership.next([self.membership.members[rank] for rank in lost])
+        nodes = {n.member: self._node(n.where["node"]) for n in come}
+        self.membership = self.membership.next([self.membership.members[rank] for rank in lost], nodes)
         stay = [rank for rank in range(len(self.actors)) if rank not in lost]
-        self.actors = [self.actors[rank] for rank in stay]
-        self._places = [self._places[rank] for rank in stay]
-        self.where = [{**self.where[rank], "rank": new} for new, rank in enumerate(stay)]
+        self.actors = [*(self.actors[rank] for rank in stay), *(n.actor for n in come)]
+        self._places = [*(self._places[rank] for rank in stay), *(n.place for n in come if n.place)]
+        where = [*(self.where[rank] for rank in stay), *(n.where for n in come)]
+        self.where = [{**w, "rank": rank} for rank, w in enumerate(where)]
         self._heartbeat = self._listen()
+
+    def ask(self, count: int) -> None:
+        """Ask the cluster for so many ranks more: `newcomers` tells how far they are; they come in by `lose`."""
+        first, self._members = self._members, self._members + count
+        self.newcomers.ask([f"rank-{number}" for number in range(first, self._members)])
+
+    def avoid(self, nodes: Collection[str]) -> None:
+        """From now on ask for room on none of these nodes."""
+        self._room.avoided = frozenset(nodes)
+
+    def room(self) -> dict[str, int]:
+        """How many ranks more each node has room for now."""
+        return self._room.room()
 
     def _call(self, method: str, *args: Any, each: Sequence[tuple[Any, ...]] | None = None) -> list[Any]:
         """Call a method on all ranks; results in rank order.
@@ -297,19 +319,33 @@ class Ranks:
         """Primaries' weights go to their replicas; again does no harm."""
         self._call("publish")
 
-    def regroup(self, placement: Placement, topology: Topology) -> None:
-        """On over the group that was joined, each with what it has."""
-        self._call("regroup", placement, topology)
+    def regroup(self, placement: Placement, topology: Topology, fresh: tuple[int, ...] = ()) -> None:
+        """On over the group that was joined, each with what it has; `fresh` ones are given what every rank has."""
+        self._call("regroup", placement, topology, fresh)
 
     def restore(
-        self, key: Key, taken: Placement, placement: Placement, topology: Topology, lost: dict[int, list[int]]
+        self,
+        key: Key,
+        taken: Placement,
+        placement: Placement,
+        topology: Topology,
+        lost: dict[int, list[int]],
+        fresh: tuple[int, ...] = (),
     ) -> None:
         """Back to a snapshot, taken under the placement `taken`, and on over the group that was joined.
 
         Args:
             lost: by rank now, those of the snapshot that are gone and whose copies it has.
+            fresh: ranks that came after it.
         """
-        self._call("restore", key, taken, placement, topology, lost)
+        self._call("restore", key, taken, placement, topology, lost, fresh)
+
+    def bequeath(self, leave: Collection[int], heir: int) -> None:
+        """The routing statistics of ranks that leave count as those of `heir` from now on."""
+        ranks = range(len(self.actors))
+        sums = self._call("counted", each=[(rank in leave,) for rank in ranks])
+        each = [([sums[r] for r in leave] if rank == heir else [],) for rank in ranks]
+        self._call("count", each=each)
 
     def migrate(self, placement: Placement, buffer_mb: float) -> None:
         """Have the experts moved. Raises BadInput: every rank has refused, nothing has changed."""
@@ -343,6 +379,7 @@ class Ranks:
             Within some seconds, what is not known to be gone, in words, which are logged, too.
         """
         self._locate()
+        self.newcomers.withdraw()
         for actor in self.actors:
             ray.kill(actor, no_restart=True)
         left = self._gone.awaited([*self.where[: len(self.actors)], *self._lost])
@@ -358,21 +395,3 @@ class Ranks:
         for where, actor in zip(self.where, self.actors, strict=False):
             if "worker" not in where and (process := process_of(actor)):
                 where |= {"worker": process.worker, "pid": process.pid}
-
-    def _started(self, rank: int, place: Place) -> Any:
-        """The actor of a rank in its place."""
-        options = {
-            "num_cpus": self.cfg.cpus_per_rank,
-            "num_gpus": int(self.device == "cuda"),
-            "runtime_env": {"env_vars": _environment()},
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(place.group, placement_group_bundle_index=0),
-            "name": f"{self.name}-rank-{rank}",
-        }
-        threads = max(1, int(self.cfg.cpus_per_rank))
-        return self._actor.options(**options).remote(rank, self.cfg.ranks, threads, self.device)
-
-
-def _environment() -> dict[str, str]:
-    """Variables of a rank's process: Ray adds them to those of the job, which go first here."""
-    given = ray.get_runtime_context().runtime_env.get("env_vars") or {}
-    return {k: v for k, v in RANK.items() if k not in given}

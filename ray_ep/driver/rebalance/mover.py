@@ -175,21 +175,28 @@ class Mover:
         if left < 1:
             return
         try:
-            question = self._question(left)
+            question = self.question(left)
         except BadInput as e:
             self._say(self.rebalancer.failed(done, f"no decision: {e}"))
             return
         self.rebalancer.ask(done, question)
 
-    def _question(self, left: int) -> Question:
-        """Raises PlacementError: figures that cannot be."""
+    def question(self, left: int) -> Question:
+        """What a decision depends on now, with so many steps left; asks the ranks for samples.
+
+        Raises:
+            PlacementError: figures that cannot be. LostError: a rank was lost meanwhile.
+        """
         cfg, recent = self.scope.placement, self.recent
+        costs, slots = recent.costs(self.facts), room_of(self.placement, cfg.slots_per_rank)
+        if costs.speed is not None and isinstance(slots, int):  # a replica on a slow rank may hold all others up
+            slots = [slots] * self.topology.num_ranks
         return Question(
             statistics=self._statistics(),
             topology=self.topology,
             current=self.placement,
-            slots=room_of(self.placement, cfg.slots_per_rank),
-            costs=recent.costs(self.facts),
+            slots=slots,
+            costs=costs,
             level=self.level,
             step_seconds=recent.step_seconds(),
             moe_seconds=recent.moe_seconds(),

@@ -14,9 +14,9 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 from ray_ep.config.schema import PlacementConfig
 from ray_ep.driver.records import Event
@@ -29,12 +29,13 @@ WORSE = 1.02
 MOST_CAUTION = 16.0
 """At most so many times must a move pay back after moves that disappointed."""
 
+T = TypeVar("T")
 Background = Callable[[Callable[[], Verdict]], "Future[Verdict]"]
 
 
-def beside(work: Callable[[], Verdict]) -> Future[Verdict]:
+def beside(work: Callable[[], T]) -> Future[T]:
     """Start `work` in a thread that yields the processor to everything else; its end is not waited for at exit."""
-    future: Future[Verdict] = Future()
+    future: Future[T] = Future()
 
     def main() -> None:
         if sys.platform == "linux":  # there niceness belongs to a thread, and to those that it starts
@@ -150,7 +151,10 @@ class Rebalancer:
         self._planning = self.background(lambda: decide(question))
 
     def answer(self) -> tuple[Verdict | None, Event | None]:
-        """The decision that was begun, if it is made by now: a verdict to move by, and what to say."""
+        """The decision that was begun, if it is made by now: a verdict to move by, and what to say.
+
+        With placement.mode=advise there is no verdict to move by, ever.
+        """
         if self._planning is None or not self._planning.done():
             return None, None
         future, self._planning = self._planning, None
@@ -161,7 +165,11 @@ class Rebalancer:
         if stale:
             return None, self._say("no decision: links have changed meanwhile")
         verdict = future.result()
-        said = self._say(verdict.words, verdict_figures(verdict))
+        figures = verdict_figures(verdict)
+        if verdict.placement is not None and self.cfg.mode == "advise":
+            words = f"advised, and nothing moves (placement.mode=advise): {verdict.words}"
+            verdict, figures = replace(verdict, placement=None, words=words), {**figures, "moves": False}
+        said = self._say(verdict.words, figures)
         if verdict.placement is None:
             self._progress()
             return None, said

@@ -69,6 +69,8 @@ def decide(
         snapshots: taken so far.
         go_back: some have gone back to a snapshot already: so must all, whoever is there now.
     """
+    if not survivors:
+        return "nobody is left of those that held the model"
     gone = [m for m in membership.members if m not in survivors]
     owners = {int(r) for r in placement.owner.flat}
     without = [m for m in gone if membership.rank_of(m) in owners]

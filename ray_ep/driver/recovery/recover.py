@@ -16,16 +16,16 @@ from transformers import PreTrainedConfig
 
 from ray_ep.collective import Membership
 from ray_ep.config.schema import Config
-from ray_ep.driver.forming import Formed
+from ray_ep.driver.forming import Formed, placement_for
 from ray_ep.driver.rebalance.mover import facts_of
 from ray_ep.driver.rebalance.recent import Facts
 from ray_ep.driver.records import Event
 from ray_ep.driver.recovery.decide import Decision, Survivor, Taken, decide
+from ray_ep.driver.recovery.departures import Departures
 from ray_ep.driver.start import Plan
 from ray_ep.errors import LostError, PlacementError, RankError
 from ray_ep.moe import Choice
-from ray_ep.placement import Placement, RoutingStatistics, Topology, contiguous, plan, slots_needed
-from ray_ep.placement.planner.survive import fewest_slots
+from ray_ep.placement import Placement, Topology, contiguous, slots_needed
 from ray_ep.rank.data.corpus import Corpus
 from ray_ep.rank.snapshot.copies import Key
 
@@ -42,6 +42,7 @@ class SurvivingRanks(Protocol):
     """Of the driver's ranks what recovery asks for; the calls' own words are in actors/ranks.py."""
 
     membership: Membership
+    where: list[dict[str, Any]]
 
     def lose(self, lost: tuple[int, ...]) -> None:
         """Go on without these."""
@@ -55,11 +56,17 @@ class SurvivingRanks(Protocol):
     def join(self, timeout_s: float, transports: list[str], snapshots: bool, limit_s: float) -> None:
         """Form the group of the membership."""
 
-    def regroup(self, placement: Placement, topology: Topology) -> None:
-        """On over it, each with what it has."""
+    def regroup(self, placement: Placement, topology: Topology, fresh: tuple[int, ...] = ()) -> None:
+        """On over it, each with what it has, `fresh` ones with what every rank has."""
 
     def restore(
-        self, key: Key, taken: Placement, placement: Placement, topology: Topology, lost: dict[int, list[int]]
+        self,
+        key: Key,
+        taken: Placement,
+        placement: Placement,
+        topology: Topology,
+        lost: dict[int, list[int]],
+        fresh: tuple[int, ...] = (),
     ) -> None:
         """Back to a snapshot, and on over it."""
 
@@ -90,6 +97,7 @@ class Recovery:
     Args:
         newest: directory and step of the newest checkpoint, if there is one.
         publish: tells an operator. clock: seconds.
+        departures: counts lost ranks, too.
     """
 
     def __init__(
@@ -100,13 +108,19 @@ class Recovery:
         newest: Callable[[], tuple[str, int] | None],
         publish: Callable[[Event], None],
         clock: Callable[[], float] = time.monotonic,
+        departures: Departures | None = None,
     ):
         self.cfg, self.plan, self.ranks, self.newest = cfg, plan, ranks, newest
-        self.publish, self.clock = publish, clock
+        self.publish, self.clock, self.departures = publish, clock, departures or Departures()
         self.snapshots: list[Taken] = []
         self._since: float | None = None  # recovered, and no step was made yet
         self._told: list[tuple[str, dict[str, Any]]] = []  # of each recovery since the last step: words, fields
         self._tried = (-1, 0)  # a step, and how often nobody was lost in it
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the run goes on from a loss, and no step was made yet."""
+        return bool(self._told)
 
     def due(self, done: int) -> bool:
         """Whether a snapshot is to be taken after `done` steps."""
@@ -139,20 +153,23 @@ class Recovery:
         """Go on with those that are left; what they go on with. It is told after their first step (`stepped`).
 
         Args:
-            now: what the run went on with before the loss; `done` are the steps behind it.
+            now: what the run went on with before the loss; `done` are the steps behind it. Members that are not in
+                it, since they were lost or the others were while these came, are given what every rank has.
             load: [L, E] of recent steps, to plan by; empty: not known.
 
         Raises:
             RankError: nobody can go on, and why.
         """
-        before, lost, go_back = self.ranks.membership, error.lost, False
+        before, lost, go_back = now.membership, error.lost, False
+        there = zip(self.ranks.membership.members, self.ranks.where, strict=True)
+        node_of = {member: where["node"] for member, where in there}
         self._check_tries(error, now.done)
         while True:
             self._check_room(error, lost)
             began = self.clock()
             self.ranks.lose(lost)
             try:
-                survivors = self.ranks.states()
+                survivors = {m: said for m, said in self.ranks.states().items() if m in before.members}
                 found = decide(before, now.placement, survivors, self.snapshots, go_back)
                 if isinstance(found, str):
                     found = self._from_checkpoint(error, found)
@@ -167,7 +184,7 @@ class Recovery:
                     raise RankError(error.rank, f"{error}\nno snapshot fits: {e}") from error
                 lost, go_back = (), True
             else:
-                self._note(error, found, before, now.done, {"detect": error.silent_s, **seconds})
+                self._note(error, found, node_of, now.done, {"detect": error.silent_s, **seconds})
                 return formed
 
     def _carried_out(
@@ -188,18 +205,18 @@ class Recovery:
         if decision.snapshot is None:
             placement = now.placement.among(members.origin(before))
             placement = replace(placement, version=now.placement.version + 1)
-            self.ranks.regroup(placement, topology)
+            self.ranks.regroup(placement, topology, members.fresh(before))
             self.ranks.publish()
         else:
             placement = self._restored(decision.snapshot, decision, now, topology)
-        better = self._planned(placement, topology, load)
+        better = placement_for(cfg, placement, topology, load)
         if better is not None:
             self.ranks.migrate(better, cfg.placement.migration_buffer_mb)
             placement = better
         restored = self.clock()
         facts = self._facts(now.choice)
         seconds = {"decide": decided - began, "regroup": joined - decided, "restore": restored - joined}
-        return Formed(topology, placement, now.choice, facts, decision.done), seconds
+        return Formed(members, topology, placement, now.choice, facts, decision.done), seconds
 
     def _restored(self, taken: Taken, decision: Decision, now: Formed, topology: Topology) -> Placement:
         """All go back to a snapshot; the placement that they have then: owners alone, with keepers for lost ones."""
@@ -212,7 +229,8 @@ class Recovery:
             wards.setdefault(keeper, []).append(gone)
         placement = taken.placement.primaries().among(members.origin(taken.membership), keeper_of)
         placement = replace(placement, version=now.placement.version + 1)
-        self.ranks.restore(taken.key, taken.placement, placement, topology, wards)
+        fresh = members.fresh(taken.membership)
+        self.ranks.restore(taken.key, taken.placement, placement, topology, wards, fresh)
         return placement
 
     def _from_checkpoint(self, error: LostError, why: str) -> Decision:
@@ -235,27 +253,12 @@ class Recovery:
         self.ranks.build(self.cfg, self.plan.config, self.plan.corpus, placement, topology)
         self.ranks.load(decision.checkpoint, decision.done)
         choice = self.ranks.choose_exchange(decision.done)
-        formed = Formed(topology, placement, choice, self._facts(choice), decision.done)
+        formed = Formed(self.ranks.membership, topology, placement, choice, self._facts(choice), decision.done)
         return formed, {**seconds, "restore": self.clock() - joined}
 
     def _facts(self, choice: Choice) -> Facts:
         plan, ranks = self.plan, self.ranks.membership.size
         return facts_of(self.cfg, plan.config, plan.expert_parameters, choice.kind, ranks)
-
-    def _planned(self, placement: Placement, topology: Topology, load: np.ndarray) -> Placement | None:
-        """A better placement for who is there; None: it stays."""
-        experts, ranks = placement.num_experts, placement.num_ranks
-        cfg, least = self.cfg.placement, slots_needed(experts, ranks)
-        slots, survive = max(cfg.slots_per_rank, least), cfg.survive_nodes
-        nodes = len(set(topology.node_of.tolist()))
-        if survive and (survive >= nodes or slots < fewest_slots(experts, topology.node_of, survive)):
-            survive = 0
-        even = load.astype(np.int64) if load.size else np.ones((placement.num_layers, experts), np.int64)
-        level = "rank" if cfg.level == "auto" else cfg.level
-        found = plan(
-            RoutingStatistics(even), topology, slots, placement, level=level, seed=self.cfg.seed, survive_nodes=survive
-        )
-        return None if found.version == placement.version else found
 
     def _check_room(self, error: LostError, lost: tuple[int, ...]) -> None:
         """Raise RankError if too few are left."""
@@ -275,19 +278,22 @@ class Recovery:
             raise RankError(error.rank, f"{error}\nit failed {MOST_ATTEMPTS} times, with every rank still there")
 
     def _note(
-        self, error: LostError, decision: Decision, before: Membership, done: int, seconds: dict[str, float]
+        self, error: LostError, decision: Decision, node_of: dict[str, str], done: int, seconds: dict[str, float]
     ) -> None:
-        """Remember what there is to say of a recovery."""
+        """Remember what there is to say of a recovery; `node_of` the members of before it, by Ray's id of a node."""
         members, again = self.ranks.membership, max(done - decision.done, 0)
-        gone = [m for m in before.members if m not in members.members]
+        gone = [m for m in node_of if m not in members.members]
+        why, planned = self.departures.lost([node_of[m] for m in gone])
         what = f"; {again} steps are made again" if again > 1 else "; 1 step is made again" if again else ""
         cause = str(error).splitlines()[0]
         count = f"{members.size} ranks go" if members.size > 1 else "1 rank goes"
-        words = f"{cause.partition('. ')[0]}; {count} on in epoch {members.epoch}: {decision.words}{what}"
+        plan = f", {'as planned' if planned else 'planned in part'}: {why}" if why else ""
+        words = f"{cause.partition('. ')[0]}{plan}; {count} on in epoch {members.epoch}: {decision.words}{what}"
         log.info("recovered lost=%s epoch=%d done=%d repeated=%d", gone, members.epoch, decision.done, again)
         fields = {
-            "lost": gone, "cause": cause, "epoch": members.epoch, "ranks": members.size, "done": decision.done,
-            "repeated": again, "seconds": seconds,
+            "lost": gone, "cause": cause, "planned": planned, "why": why, "failures": self.departures.failures,
+            "planned_leaves": self.departures.planned_leaves, "epoch": members.epoch, "ranks": members.size,
+            "done": decision.done, "repeated": again, "seconds": seconds,
         }  # fmt: skip
         self._told.append((words, fields))
         self._since = self.clock()

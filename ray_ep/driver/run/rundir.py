@@ -20,7 +20,8 @@ from ray_ep.config.paths import is_url
 from ray_ep.config.runs import RUNS, checkpoints_of, newest, remember
 from ray_ep.config.schema import Config
 from ray_ep.driver.records import Event, StepRecord
-from ray_ep.driver.requests import Request, RequestKind
+from ray_ep.driver.requests import Request
+from ray_ep.driver.run.asking import ask, take
 from ray_ep.driver.run.claim import LOCK, Claim, holder, in_use
 from ray_ep.errors import CheckpointError, ConfigError, PlacementError
 from ray_ep.placement import Placement, RoutingStatistics, Topology
@@ -29,8 +30,6 @@ from ray_ep.rank.saved.checkpoint import Checkpoint
 from ray_ep.rank.saved.directory import Directory
 
 _PARTS = ("placements", "statistics", "provenance")
-REQUEST = "rebalance"
-"""File in a run directory that asks for a decision about the placement."""
 
 
 class RunDir:
@@ -127,27 +126,13 @@ class RunDir:
                 return Placement.load(path)
         return None
 
-    def request(self, by: str) -> None:
-        """Ask the driver of this run to consider other places for the experts after its next step.
-
-        Args:
-            by: who asks, for people.
-        """
-        self.write(REQUEST, json.dumps({"by": by}))
+    def request(self, request: Request) -> None:
+        """Ask the driver of this run, after its next step. Raises OSError."""
+        ask(self.path, request)
 
     def take_request(self) -> Request | None:
-        """What was asked so, once; an empty file, from whoever made it, asks as well."""
-        path = self.path / REQUEST
-        try:
-            said = path.read_bytes()
-            path.unlink()
-        except OSError:
-            return None
-        try:
-            by = str(json.loads(said)["by"])
-        except (ValueError, TypeError, KeyError):
-            by = f"the file {REQUEST}"
-        return Request(RequestKind.REBALANCE, by)
+        """The next thing that was asked so, once; None: nothing more."""
+        return take(self.path)
 
     def exchange(self, choice: dict[str, Any]) -> None:
         """Keep how tokens travel, and the timings of the ways that it was chosen from."""

@@ -12,34 +12,42 @@ import torch
 from ray_ep.errors import PlacementError
 from ray_ep.moe import Rows
 from ray_ep.placement import Placement, Topology
+from ray_ep.rank.handover import hand_over
 from ray_ep.rank.snapshot.snapshots import Snapshot
 from ray_ep.rank.trainer import Trainer
 
 
 def restore(
     trainer: Trainer,
-    snapshot: Snapshot,
+    snapshot: Snapshot | None,
     taken: Placement,
     placement: Placement,
     topology: Topology,
     lost: Collection[int],
+    fresh: Collection[int] = (),
 ) -> None:
     """Go back to a snapshot and on over the group of a new epoch (collective over it, between steps).
 
     After an error weights are of no step: what was not done may be done again, with this snapshot or another.
 
     Args:
+        snapshot: None on ranks `fresh`.
         taken: placement under which the snapshot was taken.
         placement: for the ranks of the new epoch; each owner of an expert was that in `taken`, or keeps who was.
         lost: ranks in the snapshot's epoch that are gone and whose keeper this one is: their routing statistics count
             as its own from now on.
+        fresh: ranks that came after the snapshot: they own nothing, and are given what every rank has.
 
     Raises:
         PlacementError: a copy that this rank needs is not here. GroupError: a peer is gone.
     """
-    rows = rows_for(snapshot, taken, placement, trainer.group.rank)
-    snapshot.dense.put_back(trainer.optimizer)
-    _count(trainer, snapshot, lost)
+    rows: dict[tuple[int, int], Rows] = {}
+    if snapshot is not None:
+        rows = rows_for(snapshot, taken, placement, trainer.group.rank)
+        snapshot.dense.put_back(trainer.optimizer)
+        _count(trainer, snapshot, lost)
+    if fresh:
+        hand_over(trainer, fresh)
     trainer.regroup(placement, topology, rows)
     trainer.went_back()
 

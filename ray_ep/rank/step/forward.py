@@ -16,6 +16,11 @@ from ray_ep.rank.model_rank import ModelRank
 from ray_ep.rank.step.loss import summed_cross_entropy
 
 
+def shared(rows: int, ranks: int) -> list[tuple[int, int]]:
+    """First and last (exclusive) row of each rank; a rank may have none."""
+    return [(rows * r // ranks, rows * (r + 1) // ranks) for r in range(ranks)]
+
+
 class Forward:
     """Forward passes of one rank; the caller makes the backward.
 
@@ -48,8 +53,7 @@ class Forward:
 
     def share(self, batch: np.ndarray) -> np.ndarray:
         """Rows of the batch [B, length + 1] that are this rank's; there may be none."""
-        me, size = self.rank.group.rank, self.rank.group.size
-        low, high = (len(batch) * r // size for r in (me, me + 1))
+        low, high = shared(len(batch), self.rank.group.size)[self.rank.group.rank]
         self.ep.routing.first_token = low * (batch.shape[1] - 1)
         return batch[low:high]
 

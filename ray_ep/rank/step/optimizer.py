@@ -7,7 +7,7 @@ S experts held by this rank, the first `owned` of them primaries.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -170,13 +170,23 @@ class MasterOptimizer:
 
         A moment that is not among them, since the run that wrote them had none, is zero.
         """
-        self.updates = step
+        self.begin_after(step, moments)
+        self.round()
+        self.publish()
+
+    def begin_after(self, updates: int, moments: Mapping[str, dict[str, torch.Tensor]]) -> None:
+        """Have made so many updates, with these moments by parameter; one that is not among them is zero."""
+        self.updates = updates
         for w in self.weights:
             old = moments.get(w.name, {})
             w.moments = {kind: old[kind] if kind in old else torch.zeros_like(w.master.data) for kind in self._kept()}
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """The model computes with what masters are now."""
+        for w in self.weights:
             if w.compute is not None:
                 w.compute.copy_(w.master)
-        self.publish()
 
     def pending(self) -> str:
         """Name of a parameter with a gradient that was accumulated and not applied yet; empty if there is none."""
