@@ -30,12 +30,18 @@ def check_run(cfg: Config, kinds: Collection[Kind]) -> None:
         raise BadInput(f"cluster.address={cfg.cluster.address!r}: give it as --address {cfg.cluster.address}")
     if cfg.cluster.ranks < 2:
         raise BadInput(f"cluster.ranks={cfg.cluster.ranks}: of one rank nothing is left: at least 2")
+    elastic = cfg.elastic
+    if Kind.ADD in kinds and (elastic.policy == "fixed" or elastic.max_ranks <= cfg.cluster.ranks):
+        raise BadInput(
+            f"--faults add: a run of elastic.policy={elastic.policy}, elastic.max_ranks={elastic.max_ranks} takes no "
+            f"more than cluster.ranks={cfg.cluster.ranks}: elastic.policy=available and more elastic.max_ranks"
+        )
     costly = sorted(k.value for k in _COSTS_RANKS & set(kinds))
     if costly and not cfg.snapshot.every:
         raise BadInput(f"--faults {','.join(costly)}: snapshot.every=0 ends a run with a lost rank: give 1 or more")
-    if costly and cfg.elastic.min_ranks >= cfg.cluster.ranks:
+    if costly and elastic.min_ranks >= cfg.cluster.ranks:
         raise BadInput(
-            f"--faults {','.join(costly)}: elastic.min_ranks={cfg.elastic.min_ranks} of "
+            f"--faults {','.join(costly)}: elastic.min_ranks={elastic.min_ranks} of "
             f"cluster.ranks={cfg.cluster.ranks} leaves no rank to lose"
         )
 

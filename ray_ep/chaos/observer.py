@@ -36,7 +36,6 @@ class Recovery:
     Args:
         at: when it was seen: after the first step that was made without the lost ones, before that step's line.
         repeated: steps that were made again. seconds: of each of its clocks.
-        planned: the ranks had been expected to go.
     """
 
     at: float
@@ -46,7 +45,16 @@ class Recovery:
     repeated: int
     seconds: Mapping[str, float]
     words: str
-    planned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """An event of kind elastic that tells who came and who left between two steps, and the seconds that it took."""
+
+    at: float
+    come: tuple[str, ...]
+    left: tuple[str, ...]
+    seconds: float
 
 
 class Observer:
@@ -56,15 +64,16 @@ class Observer:
         clock: seconds.
 
     Attributes:
-        steps, recoveries: as they came.
-        last: kind and words of the run's last event.
+        steps, recoveries, switches: as they came.
+        failures, planned: ranks that were lost, and that left as planned, as the run counts them.
     """
 
     def __init__(self, run_dir: Path, clock: Callable[[], float] = time.monotonic):
         self._run_dir, self._clock = run_dir, clock
         self.steps: list[Step] = []
         self.recoveries: list[Recovery] = []
-        self.last = ("", "")
+        self.switches: list[Switch] = []
+        self.failures = self.planned = 0
         self._read: dict[str, int] = {}  # bytes of each file that were read
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="ray_ep-observer", daemon=True)
@@ -84,9 +93,14 @@ class Observer:
         now = self._clock()
         steps, events = self._new_lines("metrics.jsonl"), self._new_lines("events.jsonl")
         for event in events:
-            self.last = str(event.get("kind", "")), str(event.get("message", ""))
-            if self.last[0] == "recovered":
+            fields = event.get("fields", {})
+            if event.get("kind") == "recovered":
                 self.recoveries.append(_recovery(now, event))
+            elif event.get("kind") == "elastic" and "come" in fields:
+                took = sum(fields["seconds"].values())
+                self.switches.append(Switch(now, tuple(fields["come"]), tuple(fields["left"]), took))
+            self.failures = fields.get("failures", self.failures)
+            self.planned = fields.get("planned_leaves", self.planned)
         for line in steps:
             self.steps.append(_step(now, line))
 
@@ -130,5 +144,4 @@ def _recovery(now: float, event: dict[str, Any]) -> Recovery:
         repeated=fields["repeated"],
         seconds=fields["seconds"],
         words=event["message"],
-        planned=bool(fields.get("planned", False)),
     )

@@ -21,7 +21,8 @@ HEAD = ("seconds", "median", "maximum", "of")
 LEGEND = (
     "detect: from the lost rank's last sign of life until the others were released; decide: until it is known where "
     "all go on; regroup: the new group; restore: the snapshot and the move of experts; first step: the one after that; "
-    "next step: from the fault itself to the next finished step"
+    "next step: from the fault itself to the next finished step; all again: to the first on as many ranks as before; "
+    "switch: ranks come and go between two steps"
 )
 """What the clocks are."""
 
@@ -41,14 +42,14 @@ def facts(counted: Report) -> list[str]:
     """The figures but for the clocks, in sentences."""
     injected = ", ".join(f"{n} {kind}" for kind, n in counted.injected.items()) or "none"
     skipped = ", ".join(f"{n} {kind}" for kind, n in counted.skipped.items())
-    again = (
-        f"{counted.repeated.most:.1e} (step {counted.repeated.step})" if counted.repeated.count else "none made again"
-    )
+    repeated, ranks = counted.repeated, counted.ranks
+    again = f"{repeated.most:.1e} (step {repeated.step})" if repeated.count else "none"
     return [
         f"faults: {sum(counted.injected.values())} ({injected}), one every {counted.between_s:.1f} s"
         + (f"; skipped: {skipped}" if skipped else ""),
-        f"steps: {counted.steps} in {counted.wall_s:.1f} s, {len(counted.lost)} lost, {counted.again} made again; "
-        f"recoveries: {counted.recoveries}, {counted.planned} of them planned",
+        f"steps: {counted.steps} in {counted.wall_s:.1f} s, {len(counted.lost)} lost, {counted.again} made again",
+        f"ranks: {ranks.fewest} to {ranks.most}; {ranks.lost} lost in {counted.recoveries} recoveries, {ranks.planned} "
+        f"left as planned, {ranks.came} came",
         f"largest relative difference of a loss: {counted.against.most:.1e} (step {counted.against.step}, of "
         f"{counted.against.count} compared); of steps made again, to their first time: {again}",
         f"ETTR {counted.ettr:.3f}: time of the steps that counted, over all; at the undisturbed run's "
@@ -74,7 +75,7 @@ def _cells(spread: Spread) -> tuple[str, str, str]:
 
 def _time_line(found: Found) -> str:
     """Step over seconds; a line for each fault, a band from it to the next finished step where ranks were lost."""
-    steps = found.disturbed.steps
+    steps = found.disturbed.seen.steps
     figure, axes = _figure((12.4, 4.2))
     began = steps[0].at if steps else 0.0
     axes.plot([s.at - began for s in steps], [s.number for s in steps], color=BLUE, linewidth=1.4, label="steps")
@@ -98,13 +99,12 @@ def _time_line(found: Found) -> str:
 
 
 def _answers(found: Found) -> Sequence[tuple[Injected, float | None]]:
-    seen = found.disturbed
-    done = [f for f in seen.faults if not f.skipped]
-    return [(f, answer(f, seen.steps, seen.recoveries) if f.fault.deadly else None) for f in done]
+    done = [f for f in found.disturbed.faults if not f.skipped]
+    return [(f, answer(f, found.disturbed.seen) if f.fault.deadly else None) for f in done]
 
 
 def _losses(found: Found) -> str:
-    counts = {s.number: s.loss for s in found.disturbed.steps}
+    counts = {s.number: s.loss for s in found.disturbed.seen.steps}
     figure, axes = _figure((12.4, 3.0))
     for label, curve, color, width in (
         ("undisturbed", found.undisturbed.loss, ORANGE, 2.6), ("disturbed", counts, BLUE, 1.0),

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from ray_ep.chaos.observer import Recovery, Step
+from ray_ep.chaos.observer import Recovery, Step, Switch
 from ray_ep.chaos.schedule import Fault, counted
 
 UNHURT_S = 10.0
@@ -66,6 +66,28 @@ class Curve:
 
 
 @dataclass(frozen=True, slots=True)
+class Seen:
+    """A run as it was seen. failures, planned: ranks that it lost, and that left as planned, as it counts them."""
+
+    steps: Sequence[Step] = ()
+    recoveries: Sequence[Recovery] = ()
+    switches: Sequence[Switch] = ()
+    failures: int = 0
+    planned: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """How many ranks were lost, left as planned, came; the fewest and the most that a step was made on."""
+
+    lost: int
+    planned: int
+    came: int
+    fewest: int
+    most: int
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What was counted.
 
@@ -74,9 +96,10 @@ class Report:
         wall_s: from the first step to the last. steps: that counted. again: made more than once.
         lost: steps that are missing. failed: why the run did not go on to the end; "": it did.
         unanswered: faults that cost ranks, after which no step was finished any more.
-        between_s: mean time between faults.
+        ranks: that were lost, left as planned, and came. between_s: mean time between faults.
         against: losses beside the undisturbed run's. repeated: of steps made again, beside those of the first time.
-        clocks: of recoveries, and `next step`, from a fault to the next finished step, by kind too.
+        clocks: of recoveries; `next step`, from a fault to the next finished step, by kind too; `all again`, to the
+            first step on as many ranks as before; `switch`, of ranks that come and go between two steps.
         tolerance: largest difference that passes.
     """
 
@@ -88,13 +111,13 @@ class Report:
     lost: tuple[int, ...]
     failed: str
     unanswered: tuple[str, ...]
+    ranks: Ranks
     between_s: float
     ettr: float
     speed: float
     undisturbed_step_s: float
     against: Difference
     repeated: Difference
-    planned: int
     recoveries: int
     clocks: Mapping[str, Spread]
     tolerance: float
@@ -122,19 +145,13 @@ class Report:
         return tree
 
 
-def report(
-    steps: Sequence[Step],
-    recoveries: Sequence[Recovery],
-    faults: Sequence[Injected],
-    undisturbed: Curve,
-    tolerance: float,
-    failed: str = "",
-) -> Report:
+def report(seen: Seen, faults: Sequence[Injected], undisturbed: Curve, tolerance: float, failed: str = "") -> Report:
     """Count.
 
     Args:
-        steps, recoveries: as they were seen. failed: why the run did not go on; "": it was ended from here, or done.
+        failed: why the run did not go on; "": it was ended from here, or done.
     """
+    steps = seen.steps
     done = [f for f in faults if not f.skipped]
     counts = {s.number: s for s in steps}  # of a step that was made again the last one counts
     wall = steps[-1].at - steps[0].at if steps else 0.0
@@ -148,16 +165,16 @@ def report(
         again=len(steps) - len(counts),
         lost=tuple(n for n in range(1, max(counts, default=0) + 1) if n not in counts),
         failed=failed,
-        unanswered=tuple(f.words for f in done if open_still(f, steps, recoveries)),
+        unanswered=tuple(f.words for f in done if open_still(f, seen)),
+        ranks=_ranks(seen),
         between_s=wall / len(done) if done else math.inf,
         ettr=useful / wall if wall else 0.0,
         speed=len(later) * undisturbed.step_s / wall if wall else 0.0,
         undisturbed_step_s=undisturbed.step_s,
         against=difference({n: s.loss for n, s in counts.items()}, undisturbed.loss),
         repeated=_repeated(steps),
-        planned=sum(r.planned for r in recoveries),
-        recoveries=len(recoveries),
-        clocks=_clocks(steps, recoveries, done),
+        recoveries=len(seen.recoveries),
+        clocks=_clocks(seen, done),
         tolerance=tolerance,
     )
 
@@ -168,20 +185,30 @@ def curve_of(lines: Sequence[tuple[int, float, float]]) -> Curve:
     return Curve({number: loss for number, loss, _ in lines}, median(seconds) if seconds else 0.0)
 
 
-def answer(fault: Injected, steps: Sequence[Step], recoveries: Sequence[Recovery]) -> float | None:
+def answer(fault: Injected, seen: Seen) -> float | None:
     """Seconds from a fault that costs ranks to the next step that was finished without them; None: there was none."""
-    recovery = next((r for r in recoveries if set(r.lost) & set(fault.members)), None)
+    recovery = next((r for r in seen.recoveries if set(r.lost) & set(fault.members)), None)
     if recovery is None:
         return None
-    step = next((s for s in steps if s.at >= recovery.at and s.epoch >= recovery.epoch), None)
+    step = next((s for s in seen.steps if s.at >= recovery.at and s.epoch >= recovery.epoch), None)
     return None if step is None else step.at - fault.at
 
 
-def open_still(fault: Injected, steps: Sequence[Step], recoveries: Sequence[Recovery]) -> bool:
+def all_again(fault: Injected, seen: Seen) -> float | None:
+    """Seconds from a fault that costs ranks to the first step on as many as before it; None: there was none."""
+    next_step = answer(fault, seen)
+    if next_step is None:
+        return None
+    before = next((s.ranks for s in reversed(seen.steps) if s.at <= fault.at), 0)
+    step = next((s for s in seen.steps if s.at >= fault.at + next_step and s.ranks >= before), None)
+    return None if step is None else step.at - fault.at
+
+
+def open_still(fault: Injected, seen: Seen) -> bool:
     """Whether a fault that costs ranks is not survived yet. One that hit a rank which had not joined yet costs none."""
-    if not fault.fault.deadly or fault.skipped or answer(fault, steps, recoveries) is not None:
+    if not fault.fault.deadly or fault.skipped or answer(fault, seen) is not None:
         return False
-    return not any(s.at > fault.at + UNHURT_S for s in steps)
+    return not any(s.at > fault.at + UNHURT_S for s in seen.steps)
 
 
 def difference(found: Mapping[int, float], expected: Mapping[int, float]) -> Difference:
@@ -210,13 +237,22 @@ def _relative(a: float, b: float) -> float:
     return gap if math.isfinite(gap) else math.inf
 
 
-def _clocks(steps: Sequence[Step], recoveries: Sequence[Recovery], faults: Sequence[Injected]) -> dict[str, Spread]:
-    found = {name: [r.seconds[name] for r in recoveries if name in r.seconds] for name in CLOCKS}
+def _ranks(seen: Seen) -> Ranks:
+    counts = [s.ranks for s in seen.steps] or [0]
+    return Ranks(seen.failures, seen.planned, sum(len(s.come) for s in seen.switches), min(counts), max(counts))
+
+
+def _clocks(seen: Seen, faults: Sequence[Injected]) -> dict[str, Spread]:
+    found = {name: [r.seconds[name] for r in seen.recoveries if name in r.seconds] for name in CLOCKS}
     for fault in faults:
-        seconds = answer(fault, steps, recoveries) if fault.fault.deadly else None
-        if seconds is not None:
-            found.setdefault("next step", []).append(seconds)
-            found.setdefault(f"next step after {fault.fault.kind.value}", []).append(seconds)
+        next_step = answer(fault, seen) if fault.fault.deadly else None
+        if next_step is not None:
+            found.setdefault("next step", []).append(next_step)
+            found.setdefault(f"next step after {fault.fault.kind.value}", []).append(next_step)
+        again = all_again(fault, seen) if fault.fault.deadly else None
+        if again is not None:
+            found.setdefault("all again", []).append(again)
+    found["switch"] = [s.seconds for s in seen.switches]
     return {name: Spread(median(s), max(s), len(s)) for name, s in found.items() if s}
 
 

@@ -14,9 +14,9 @@ from omegaconf import OmegaConf
 
 from ray_ep.chaos.faults import Faults, NotNow
 from ray_ep.chaos.grounds import Ground
-from ray_ep.chaos.observer import Observer, Recovery, Step
+from ray_ep.chaos.observer import Observer, Step
 from ray_ep.chaos.processes import Training, ray_ep
-from ray_ep.chaos.report import Curve, Injected, Report, curve_of, open_still, report
+from ray_ep.chaos.report import Curve, Injected, Report, Seen, curve_of, open_still, report
 from ray_ep.chaos.schedule import Fault, Wish, schedule
 from ray_ep.config import load_config
 from ray_ep.config.schema import Config
@@ -33,10 +33,9 @@ _BAD_INPUT = 2
 
 @dataclass(frozen=True, slots=True)
 class Disturbed:
-    """A run that was disturbed, as it was seen."""
+    """A run that was disturbed, as it was seen; `failed`: why it ended by itself, "": it did not, or it was done."""
 
-    steps: Sequence[Step]
-    recoveries: Sequence[Recovery]
+    seen: Seen
     faults: Sequence[Injected]
     failed: str
 
@@ -75,11 +74,11 @@ def chaos(
         folder.rmdir()
         raise
     disturbed = disturb(config, cfg, wish, ground(), folder, say)
-    steps = max((s.number for s in disturbed.steps), default=0)
+    steps = max((s.number for s in disturbed.seen.steps), default=0)
     if against is None:
         say(f"the same {steps} steps, undisturbed")
         against = undisturbed(config, ground(), folder, steps)
-    counted = report(disturbed.steps, disturbed.recoveries, disturbed.faults, against, wish.tolerance, disturbed.failed)
+    counted = report(disturbed.seen, disturbed.faults, against, wish.tolerance, disturbed.failed)
     (folder / "chaos.json").write_text(json.dumps(counted.to_dict(), indent=1), encoding="utf-8")
     return Found(counted, disturbed, against)
 
@@ -112,13 +111,17 @@ def disturb(
         by_itself = training.status is not None
         training.end(_SAVE_S)
         failed = "" if not by_itself or training.status == 0 else training.words()
-    return Disturbed(observer.steps, observer.recoveries, done, failed)
+    return Disturbed(_seen(observer), done, failed)
 
 
 def _end(wish: Wish, done: Sequence[Injected], observer: Observer) -> float:
     """Seconds after the first step at which the run is ended: later where it still recovers."""
-    recovering = any(open_still(f, observer.steps, observer.recoveries) for f in done)
+    recovering = any(open_still(f, _seen(observer)) for f in done)
     return wish.seconds + _SETTLE_S * recovering
+
+
+def _seen(observer: Observer) -> Seen:
+    return Seen(observer.steps, observer.recoveries, observer.switches, observer.failures, observer.planned)
 
 
 def undisturbed(config: Path, ground: Ground, folder: Path, steps: int) -> Curve:

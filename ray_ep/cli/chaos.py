@@ -30,6 +30,10 @@ DEFAULTS = (
     "optim.learning_rate=0.0001",
     "optim.schedule=constant_with_warmup",
     "balance.in_step=off",
+    # Each token visits all experts: of near ties another one is taken on another number of ranks.
+    "model.overrides={num_experts: 8, num_experts_per_tok: 8, moe_intermediate_size: 32}",
+    "elastic.policy=available",
+    "elastic.max_ranks=6",
     "eval.every=0",
     "checkpoint.every=100",
 )
@@ -62,7 +66,7 @@ def chaos(config: str | None, overrides: tuple[str, ...], as_json: bool, nodes: 
       node   a raylet is killed with its ranks; a new one comes 2 s later
       stop   SIGSTOP of a rank, for half of cluster.silence_s, or for twice: then it is lost
       drain  Ray is told that a node will go in 20 s; a new one comes
-      add    one node more
+      add    one node more, for a run that grows (elastic.policy, elastic.max_ranks)
       cut    a host's cable is pulled, for three times cluster.silence_s            with --lab
       slow   a host's links have 5% of their bandwidth, for half of --every         with --lab
       With --address: kill, stop and drain; nodes are somebody's.

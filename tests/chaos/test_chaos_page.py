@@ -4,7 +4,7 @@ import re
 
 from ray_ep.chaos.observer import Recovery, Step
 from ray_ep.chaos.page import facts, html, rows, verdict_of
-from ray_ep.chaos.report import Curve, Injected, report
+from ray_ep.chaos.report import Curve, Injected, Seen, report
 from ray_ep.chaos.run import Disturbed, Found
 from ray_ep.chaos.schedule import Fault, Kind
 
@@ -22,9 +22,9 @@ def found(curve=None, faults=True):
         Injected(Fault(1, Kind.ADD, 8.0, 0.1, 0.9), 8.5, "one node more"),
         Injected(Fault(2, Kind.NODE, 9.0, 0.1, 0.9), 9.5, "", skipped="1 rank left"),
     ]
-    seen = Disturbed(STEPS, RECOVERIES, did if faults else [], "")
+    run = Disturbed(Seen(STEPS, RECOVERIES, failures=1), did if faults else [], "")
     curve = curve or Curve({s.number: s.loss for s in STEPS}, 0.8)
-    return Found(report(seen.steps, seen.recoveries, seen.faults, curve, 1e-5), seen, curve)
+    return Found(report(run.seen, run.faults, curve, 1e-5), run, curve)
 
 
 def test_the_page_has_the_figures_the_clocks_and_the_time_line_and_needs_nothing_else():
@@ -39,8 +39,8 @@ def test_the_page_has_the_figures_the_clocks_and_the_time_line_and_needs_nothing
 
 def test_a_run_without_faults_and_without_steps_can_be_drawn():
     assert "one every inf s" in html(found(faults=False))
-    nothing = Disturbed([], [], [], "")
-    empty = Found(report([], [], [], Curve({}, 0.0), 1e-5), nothing, Curve({}, 0.0))
+    nothing = Disturbed(Seen(), [], "")
+    empty = Found(report(Seen(), [], Curve({}, 0.0), 1e-5), nothing, Curve({}, 0.0))
     assert "no step can be compared" in html(empty)
 
 
@@ -48,7 +48,8 @@ def test_words_tell_kinds_steps_and_differences():
     counted = found().report
     text = "\n".join(facts(counted))
     assert "faults: 2 (1 kill, 1 add), one every 6.0 s; skipped: 1 node" in text
-    assert "9 in 12.0 s, 0 lost, 2 made again; recoveries: 1, 0 of them planned" in text
+    assert "9 in 12.0 s, 0 lost, 2 made again" in text
+    assert "ranks: 3 to 4; 1 lost in 1 recoveries, 0 left as planned, 0 came" in text
     assert ("restore", "0.50", "0.50", "1") in rows(counted)
     assert verdict_of(counted) == ["no step is lost, losses are those of the undisturbed run within 1e-05"]
 

@@ -30,6 +30,8 @@ from ray_ep.errors import BadInput
         ("cluster.ranks=1", "of one rank nothing is left"),
         ("cluster.device=cuda", "raylets that are started here have no GPUs"),
         ("elastic.min_ranks=4", "leaves no rank to lose"),
+        ("--faults add elastic.policy=fixed", "--faults add: a run of elastic.policy=fixed"),
+        ("--faults add elastic.max_ranks=4", "takes no more than cluster.ranks=4"),
         ("snapshot.every=0", "--faults kill,node,stop: snapshot.every=0 ends a run with a lost rank"),
         ("resume=auto", "a disturbed run starts anew"),
         ("optim.stepz=1", "unknown key 'optim.stepz'"),

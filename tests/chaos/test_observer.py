@@ -3,6 +3,8 @@
 import json
 import math
 
+import pytest
+
 from ray_ep.chaos.observer import Observer
 
 
@@ -47,15 +49,24 @@ def test_half_a_line_waits_for_its_other_half(tmp_path):
     assert [s.number for s in observer.steps] == [1, 2]
 
 
-def test_a_recovery_is_seen_with_its_clocks_and_the_last_event_is_kept(tmp_path):
+def test_a_recovery_is_seen_with_its_clocks_and_the_counts_of_ranks(tmp_path):
     observer = Observer(tmp_path)
-    append(tmp_path / "events.jsonl", event("recovered", **RECOVERED) + event("recovered", **RECOVERED, planned=True))
-    append(tmp_path / "events.jsonl", event("failed"))
+    append(tmp_path / "events.jsonl", event("start") + event("recovered", **RECOVERED, failures=1, planned_leaves=0))
     observer.look()
-    first, second = observer.recoveries
-    assert (first.lost, first.epoch, first.seconds, first.planned) == (("rank-1",), 1, {"detect": 0.2}, False)
-    assert second.planned
-    assert observer.last == ("failed", "failed it is")
+    (found,) = observer.recoveries
+    assert (found.lost, found.epoch, found.seconds) == (("rank-1",), 1, {"detect": 0.2})
+    assert (observer.failures, observer.planned) == (1, 0)
+
+
+def test_ranks_that_come_and_go_are_seen_and_what_is_only_told_of_them_is_no_switch(tmp_path):
+    observer = Observer(tmp_path)
+    took = {"hand_over": 0.1, "move": 0.2}
+    append(tmp_path / "events.jsonl", event("elastic", desired=4, failures=1, planned_leaves=1))
+    append(tmp_path / "events.jsonl", event("elastic", come=["rank-4"], left=[], seconds=took, planned_leaves=2))
+    observer.look()
+    (found,) = observer.switches
+    assert (found.come, found.left, found.seconds) == (("rank-4",), (), pytest.approx(0.3))
+    assert (observer.failures, observer.planned) == (1, 2)
 
 
 def test_a_loss_that_json_could_not_hold_is_no_number(tmp_path):

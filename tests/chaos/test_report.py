@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from ray_ep.chaos.observer import Recovery, Step
-from ray_ep.chaos.report import Curve, Injected, curve_of, difference, report
+from ray_ep.chaos.observer import Recovery, Step, Switch
+from ray_ep.chaos.report import Curve, Injected, Seen, curve_of, difference, report
 from ray_ep.chaos.schedule import Fault, Kind
 
 
@@ -14,9 +14,9 @@ def step(number, at, loss=1.0, seconds=1.0, epoch=0, ranks=4):
     return Step(float(at), number, loss, seconds, epoch, ranks)
 
 
-def recovery(at, epoch=1, planned=False, **seconds):
+def recovery(at, epoch=1, **seconds):
     clocks = {"detect": 0.2, "decide": 0.1, "regroup": 0.1, "restore": 0.5, "first_step": 1.0}
-    return Recovery(float(at), ("rank-1",), epoch, 3, 2, clocks | seconds, "", planned)
+    return Recovery(float(at), ("rank-1",), epoch, 3, 2, clocks | seconds, "")
 
 
 def fault(at, kind=Kind.KILL, strength=0.9, skipped="", member="rank-1"):
@@ -32,10 +32,10 @@ STEPS = [
 CURVE = Curve(dict.fromkeys(range(1, 9), 1.0), 0.5)
 
 
-def counted(steps=STEPS, recoveries=None, faults=None, curve=CURVE, **more):
+def counted(steps=STEPS, recoveries=None, faults=None, curve=CURVE, failed="", **seen):
     recoveries = [recovery(7.9)] if recoveries is None else recoveries
     faults = [fault(4.5)] if faults is None else faults
-    return report(steps, recoveries, faults, curve, 1e-5, **more)
+    return report(Seen(steps, recoveries, **seen), faults, curve, 1e-5, failed)
 
 
 def test_the_share_of_useful_time_counts_each_step_once():
@@ -131,9 +131,19 @@ def test_a_run_that_ended_by_itself_with_an_error_is_a_problem():
     assert counted(failed="rank 2 died").problems == ["the run ended: rank 2 died"]
 
 
-def test_planned_leaves_are_counted_among_recoveries():
-    found = counted(recoveries=[recovery(7.9), recovery(9.0, 2, planned=True)])
-    assert (found.recoveries, found.planned) == (2, 1)
+def test_ranks_that_come_and_go_are_counted_and_the_time_until_all_are_there_again():
+    switch = Switch(9.5, ("rank-4", "rank-5"), ("rank-0",), 0.25)
+    fewer = [
+        *STEPS[:4],
+        *(step(n, n + 5, epoch=1, ranks=3) for n in (3, 4)),
+        *(step(n, n + 5, epoch=2) for n in (5, 6)),
+    ]
+    found = counted(fewer, switches=[switch], failures=1, planned=1)
+    assert (found.ranks.lost, found.ranks.planned, found.ranks.came) == (1, 1, 2)
+    assert (found.ranks.fewest, found.ranks.most) == (3, 4)
+    assert found.clocks["next step"].most == pytest.approx(3.5)
+    assert found.clocks["all again"].most == pytest.approx(5.5)
+    assert found.clocks["switch"].median == 0.25
 
 
 def test_it_is_json_whatever_happened():
