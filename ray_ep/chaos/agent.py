@@ -2,8 +2,9 @@
 
 Its argument says what cluster: {"nodes": 2, "cpus": 1.0}, one of its own, raylets and a head without CPUs; {"address":
 "HOST:PORT"}, one whose processes are all on this machine; {"join": "HOST:PORT"}, any other: there tasks send signals.
-A request is a line {"do": NAME, ...} on stdin, its answer a line {"ok": VALUE} or {"error": WORDS} on stdout. At the
-end of stdin the run that it was last asked about is killed, and what was started here is gone. Imports Ray.
+A request is a line {"id": N, "do": NAME, ...} on stdin, its answer a line {"id": N, "ok": VALUE} or {"id": N, "error":
+WORDS} on stdout; that it is up is answer 0. At the end of stdin the run that it was last asked about is killed, and
+what was started here is gone. Imports Ray.
 """
 
 from __future__ import annotations
@@ -233,18 +234,19 @@ def main() -> None:
     try:
         its = _hosts(told)
     except Exception as e:  # whatever it is: the asker tells it
-        answers.write(json.dumps({"error": f"{type(e).__name__}: {e}"}) + "\n")
+        answers.write(json.dumps({"id": 0, "error": f"{type(e).__name__}: {e}"}) + "\n")
         return
     agent = Agent(its)
     try:
-        answers.write(json.dumps({"ok": agent.where()}) + "\n")
+        answers.write(json.dumps({"id": 0, "ok": agent.where()}) + "\n")
         for line in sys.stdin:
             request = json.loads(line)
+            number = request.pop("id")
             try:
                 said = {"ok": getattr(agent, request.pop("do"))(**request)}
             except Exception as e:  # whatever it is: the asker decides
                 said = {"error": f"{type(e).__name__}: {e}"}
-            answers.write(json.dumps(said) + "\n")
+            answers.write(json.dumps({"id": number, **said}) + "\n")
     finally:
         agent.close()
 

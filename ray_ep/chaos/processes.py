@@ -67,6 +67,8 @@ class Agent:
     def __init__(self, command: Sequence[str], told: Mapping[str, Any], env: Mapping[str, str], log: Path):
         self._command, self._env, self._log = [*command, json.dumps(told)], env, log
         self.address = ""
+        self._asked = 0  # number of the last question
+        self._read = b""  # of answers, not looked at yet
 
     def __enter__(self) -> Agent:
         """It is up, and knows its cluster.
@@ -103,28 +105,34 @@ class Agent:
             ClusterError: it could not do that, or is gone.
         """
         assert self._process.stdin is not None
+        self._asked += 1
         try:
-            self._process.stdin.write((json.dumps({"do": do, **arguments}) + "\n").encode())
+            self._process.stdin.write((json.dumps({"id": self._asked, "do": do, **arguments}) + "\n").encode())
             self._process.stdin.flush()
         except OSError as e:
             raise ClusterError(f"{do}: the process beside the cluster is gone ({e}); its words: {self._log}") from None
         return self._answer(do)
 
     def _answer(self, do: str) -> Any:
+        limit = time.monotonic() + _ANSWER_S
+        said: dict[str, Any] = {"id": -1}
+        while said["id"] != self._asked:  # one that came too late for its question is passed over
+            said = json.loads(self._line(do, limit))
+        if "error" in said:
+            raise ClusterError(f"{do}: {said['error']}")
+        return said["ok"]
+
+    def _line(self, do: str, limit: float) -> bytes:
         out = self._process.stdout
         assert out is not None
-        limit = time.monotonic() + _ANSWER_S
-        line = b""
-        while not line.endswith(b"\n"):
+        while b"\n" not in self._read:
             ready, _, _ = select.select([out], [], [], max(0.0, limit - time.monotonic()))
             part = os.read(out.fileno(), 1 << 16) if ready else b""
             if not part:
                 raise ClusterError(f"{do}: no answer from the process beside the cluster; its words: {self._log}")
-            line += part
-        said = json.loads(line)
-        if "error" in said:
-            raise ClusterError(f"{do}: {said['error']}")
-        return said["ok"]
+            self._read += part
+        line, _, self._read = self._read.partition(b"\n")
+        return line
 
 
 class Training:

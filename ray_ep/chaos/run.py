@@ -87,7 +87,7 @@ def disturb(
     config: Path, cfg: Config, wish: Wish, ground: Ground, folder: Path, say: Callable[[str], None]
 ) -> Disturbed:
     """The run with its faults: from its first step on, for as long as is wished or until it ends by itself."""
-    todo = list(schedule(wish.kinds, wish.seconds, wish.every_s, wish.seed))
+    todo = list(schedule(wish))
     with ExitStack() as stack:
         training, observer = _started(stack, ground, config, folder, "disturbed")
         _first_step(training, observer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -93,18 +93,19 @@ def kinds_of(text: str, impossible: Mapping[Kind, str]) -> tuple[Kind, ...]:
     return tuple(dict.fromkeys(names[word] for word in words))
 
 
-def schedule(kinds: Sequence[Kind], seconds: float, every_s: float, seed: int) -> tuple[Fault, ...]:
+def schedule(wish: Wish) -> tuple[Fault, ...]:
     """One fault every `every_s` seconds on average, half of that apart at least, as often of one kind as of another.
 
-    The same arguments give the same faults; a longer schedule begins as a shorter one.
+    The same wish gives the same faults; a longer schedule begins as a shorter one.
     """
-    draw = random.Random(f"{seed} {','.join(k.value for k in kinds)} {every_s}")
+    kinds, every_s = wish.kinds, wish.every_s
+    draw = random.Random(f"{wish.seed} {','.join(k.value for k in kinds)} {every_s}")
     faults: list[Fault] = []
     deck: list[Kind] = []
     while True:
         deck = deck or draw.sample(kinds, len(kinds))
         at = every_s * (len(faults) + draw.uniform(0.25, 0.75))
-        if at > seconds:
+        if at > wish.seconds:
             return tuple(faults)
         faults.append(Fault(len(faults), deck.pop(), at, draw.random(), draw.random()))
 

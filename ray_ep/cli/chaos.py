@@ -32,12 +32,12 @@ DEFAULTS = (
     "balance.in_step=off",
     # Each token visits all experts: of near ties another one is taken on another number of ranks.
     "model.overrides={num_experts: 8, num_experts_per_tok: 8, moe_intermediate_size: 32}",
-    "elastic.policy=available",
-    "elastic.max_ranks=6",
     "eval.every=0",
     "checkpoint.every=100",
 )
 """The run that is disturbed without a --config."""
+GROWS = ("elastic.policy=available", "elastic.max_ranks=6")
+"""And one that is given nodes: fixed, the default, asks sooner for ranks in place of lost ones."""
 
 
 @click.command()
@@ -105,7 +105,7 @@ def _checked(
     """What is to be done, as far as it can be refused from what was given alone. Raises BadInput."""
     from ray_ep.chaos import grounds
     from ray_ep.chaos.checks import check_nodes, check_run, recorded
-    from ray_ep.chaos.schedule import Wish, kinds_of
+    from ray_ep.chaos.schedule import Kind, Wish, kinds_of, schedule
     from ray_ep.config import load_config
     from ray_ep.errors import BadInput
 
@@ -117,15 +117,18 @@ def _checked(
     kind = grounds.JoinedCluster if given["address"] else grounds.NetworkLab if given["lab"] else grounds.OwnRaylets
     if given["lab"]:
         grounds.check_lab(given["lab"])
-    usual = "kill,stop" if given["address"] else "kill,node,stop"
-    kinds = kinds_of(usual if given["faults"] is None else given["faults"], kind.impossible)
-    cfg = load_config(config, (*(() if config else DEFAULTS), *overrides))
+    faults = given["faults"] or ("kill,stop" if given["address"] else "kill,node,stop")
+    kinds = kinds_of(faults, kind.impossible)
+    usual = () if config else (*DEFAULTS, *(GROWS if Kind.ADD in kinds else ()))
+    cfg = load_config(config, (*usual, *overrides))
     check_run(cfg, kinds)
     nodes = nodes or max(2, math.ceil(cfg.cluster.ranks / 2))
     if kind is grounds.OwnRaylets:
         check_nodes(cfg, nodes)
     against = None if given["against"] is None else recorded(given["against"], cfg)
     wish = Wish(kinds, 60 * given["minutes"], given["every"], given["seed"], given["tolerance"])
+    if not schedule(wish):
+        raise BadInput(f"--minutes {given['minutes']:g} --every {given['every']:g}: no fault comes in that time")
 
     def ground(folder: Path) -> Callable[[], Ground]:
         if given["address"]:

@@ -22,6 +22,7 @@ from ray_ep.errors import BadInput
         ("--minutes 0", "--minutes 0: expected more than 0"),
         ("--minutes nan", "--minutes nan: expected more than 0"),
         ("--every -1", "--every -1: expected more than 0"),
+        ("--minutes 0.1 --every 30", "--minutes 0.1 --every 30: no fault comes in that time"),
         ("--tolerance inf", "--tolerance inf: expected more than 0"),
         ("--address h:1 --nodes 2", "give one of them"),
         ("--nodes 5", "--nodes 5: more than cluster.ranks=4"),

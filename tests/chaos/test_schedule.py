@@ -7,11 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ray_ep.chaos.schedule import Fault, Kind, counted, kinds_of, schedule
+from ray_ep.chaos.schedule import Fault, Kind, Wish, counted, kinds_of
+from ray_ep.chaos.schedule import schedule as schedule_of
 from ray_ep.errors import BadInput
 
 KINDS = st.lists(st.sampled_from(Kind), min_size=1, max_size=len(Kind), unique=True)
 EVERY = st.floats(0.5, 100)
+
+
+def schedule(kinds, seconds, every_s, seed):
+    return schedule_of(Wish(tuple(kinds), seconds, every_s, seed, 1e-5))
 
 
 @given(KINDS, EVERY, st.integers(0, 100), st.integers(0, 60))
