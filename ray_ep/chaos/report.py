@@ -243,17 +243,16 @@ def _ranks(seen: Seen) -> Ranks:
 
 
 def _clocks(seen: Seen, faults: Sequence[Injected]) -> dict[str, Spread]:
-    found = {name: [r.seconds[name] for r in seen.recoveries if name in r.seconds] for name in CLOCKS}
-    for fault in faults:
-        next_step = answer(fault, seen) if fault.fault.deadly else None
-        if next_step is not None:
-            found.setdefault("next step", []).append(next_step)
-            found.setdefault(f"next step after {fault.fault.kind.value}", []).append(next_step)
-        again = all_again(fault, seen) if fault.fault.deadly else None
-        if again is not None:
-            found.setdefault("all again", []).append(again)
+    deadly = [f for f in faults if f.fault.deadly]
+    times = [(f.fault.kind.value, answer(f, seen)) for f in deadly]
+    kinds = dict.fromkeys(kind for kind, _ in times)
+    found: dict[str, list[float | None]] = {name: [r.seconds.get(name) for r in seen.recoveries] for name in CLOCKS}
+    found["next step"] = [seconds for _, seconds in times]
+    found |= {f"next step after {kind}": [seconds for k, seconds in times if k == kind] for kind in kinds}
+    found["all again"] = [all_again(f, seen) for f in deadly]
     found["switch"] = [s.seconds for s in seen.switches]
-    return {name: Spread(median(s), max(s), len(s)) for name, s in found.items() if s}
+    known = {name: [s for s in seconds if s is not None] for name, seconds in found.items()}
+    return {name: Spread(median(s), max(s), len(s)) for name, s in known.items() if s}
 
 
 def _plain(value: Any) -> Any:

@@ -117,8 +117,8 @@ def _checked(
     kind = grounds.JoinedCluster if given["address"] else grounds.NetworkLab if given["lab"] else grounds.OwnRaylets
     if given["lab"]:
         grounds.check_lab(given["lab"])
-    faults = given["faults"] or ("kill,stop" if given["address"] else "kill,node,stop")
-    kinds = kinds_of(faults, kind.impossible)
+    default = "kill,stop" if given["address"] else "kill,node,stop"
+    kinds = kinds_of(default if given["faults"] is None else given["faults"], kind.impossible)
     usual = () if config else (*DEFAULTS, *(GROWS if Kind.ADD in kinds else ()))
     cfg = load_config(config, (*usual, *overrides))
     check_run(cfg, kinds)
