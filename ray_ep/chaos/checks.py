@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
@@ -46,12 +47,23 @@ def check_run(cfg: Config, kinds: Collection[Kind]) -> None:
         )
 
 
+def cpus_of(cfg: Config, nodes: int) -> float:
+    """CPUs of each of so many nodes that have room for all ranks together, as evenly as can be."""
+    return math.ceil(cfg.cluster.ranks / nodes) * cfg.cluster.cpus_per_rank
+
+
 def check_nodes(cfg: Config, nodes: int) -> None:
     """Raise BadInput where raylets on this machine cannot hold the ranks."""
     if cfg.cluster.device == "cuda":
         raise BadInput("cluster.device=cuda: raylets that are started here have no GPUs: give --address")
     if nodes > cfg.cluster.ranks:
         raise BadInput(f"--nodes {nodes}: more than cluster.ranks={cfg.cluster.ranks}: at most one node a rank")
+    if cpus_of(cfg, nodes) % 1:
+        raise BadInput(
+            f"--nodes {nodes}: each has room for {math.ceil(cfg.cluster.ranks / nodes)} ranks of "
+            f"{cfg.cluster.cpus_per_rank:g} CPUs, and Ray gives nodes whole CPUs: give another number, or "
+            "cluster.cpus_per_rank=1 (they need not be there)"
+        )
 
 
 def recorded(run: Path, cfg: Config) -> Curve:

@@ -6,7 +6,6 @@ is done with them is in faults.py.
 
 from __future__ import annotations
 
-import math
 import re
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from ray_ep.chaos.checks import cpus_of
 from ray_ep.chaos.processes import Agent, agent, environment, unhurried
 from ray_ep.chaos.schedule import Kind
 from ray_ep.config.schema import Config
@@ -83,7 +83,7 @@ class OwnRaylets:
 
     def __init__(self, cfg: Config, nodes: int, folder: Path):
         self._folder = folder
-        self._told = {"nodes": nodes, "cpus": math.ceil(cfg.cluster.ranks / nodes) * cfg.cluster.cpus_per_rank}
+        self._told = {"nodes": nodes, "cpus": cpus_of(cfg, nodes)}
         self.env: Mapping[str, str] = {}
         self.overrides: Sequence[str] = ()
 

@@ -26,6 +26,7 @@ from ray_ep.errors import BadInput
         ("--tolerance inf", "--tolerance inf: expected more than 0"),
         ("--address h:1 --nodes 2", "give one of them"),
         ("--nodes 5", "--nodes 5: more than cluster.ranks=4"),
+        ("--nodes 4", "--nodes 4: each has room for 1 ranks of 0.5 CPUs, and Ray gives nodes whole CPUs"),
         ("--lab nowhere.yaml", "--lab nowhere.yaml: no such file"),
         ("cluster.address=h:1", "give it as --address h:1"),
         ("cluster.ranks=1", "of one rank nothing is left"),
