@@ -179,9 +179,10 @@ class Training:
                 self._process.wait(limit_s)
 
     def words(self) -> str:
-        """The last thing it said."""
+        """Why it ended, if it said so, else the last thing that it said."""
         said = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
-        return next((line for line in reversed(said) if line.startswith("ray-ep: ")), said[-1] if said else "nothing")
+        errors = [x for x in said if x.startswith("ray-ep: ") and not x.endswith(" ...")]  # those are phases
+        return next(iter(errors), said[-1] if said else "nothing").removeprefix("ray-ep: ").partition(". ")[0]
 
 
 def _kill_session(process: subprocess.Popen[bytes]) -> None:

@@ -155,7 +155,7 @@ def _first_step(training: Training, observer: Observer) -> None:
     while not observer.steps:
         if training.status is not None:
             kind = BadInput if training.status == _BAD_INPUT else RayEPError
-            raise kind(f"the run made no step: {training.words().removeprefix('ray-ep: ')}")
+            raise kind(f"the run made no step: {training.words()}")
         time.sleep(_LOOK_S)
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ALL = "model.overrides={num_experts_per_tok: 8}"  # no near ties of the router
 
 
@@ -22,7 +22,7 @@ def test_a_run_under_faults_of_its_own_raylets_loses_nothing(here, lines):
         "--json",
         "run_dir=out",
     )
-    assert command.wait(200) == 0, command.err
+    assert command.wait(400) == 0, command.err
     (told,) = [json.loads(line) for line in command.out.splitlines()]
     out = here.path / "out"
     assert {k: v for k, v in told.items() if k != "folder"} == json.loads((out / "chaos.json").read_text())
@@ -60,16 +60,16 @@ def test_whatever_ends_it_its_run_and_its_raylets_end_too(here, lines):
 
 
 def test_ranks_on_a_cluster_of_somebodys_are_hit_and_its_nodes_are_left_alone(here, lines, cluster):
-    recorded = here.train("snapshot.every=2", "optim.steps=60", "run_dir=recorded", RAY_ADDRESS=cluster.driver)
-    assert recorded.wait(100) == 0, recorded.err
+    recorded = here.train("snapshot.every=2", "optim.steps=400", "run_dir=recorded", RAY_ADDRESS=cluster.driver)
+    assert recorded.wait(200) == 0, recorded.err
     command = here.ray_ep(
         "chaos", "--config=recorded/config.yaml", "--against=recorded", f"--address={cluster.driver}", "--json",
-        "run_dir=out", "cluster.ranks=4", "cluster.cpus_per_rank=0.5", "--faults=kill", "--every=2", "--minutes=0.1",
+        "run_dir=out", "cluster.ranks=4", "cluster.cpus_per_rank=0.5", "--faults=kill", "--every=3", "--minutes=0.05",
     )  # fmt: skip
-    assert command.wait(150) == 0, command.err
+    assert command.wait(300) == 0, command.err
     told = json.loads(command.out)
-    assert told["injected"]["kill"] >= 1
-    assert told["recoveries"] >= 1
+    assert told["injected"] == {"kill": 1}
+    assert told["recoveries"] == 1
     assert told["against"]["count"] == told["steps"]
     assert command.left() == {}
 
