@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup train test test-all check format test-distributed netlab gpu docs clean
+.PHONY: setup train test test-all check format test-distributed chaos netlab gpu docs clean
 
 setup: $(READY)
 
@@ -35,6 +35,9 @@ format: setup
 
 test-distributed: setup
 	$(BIN)/pytest -m "not lab" tests/distributed
+
+chaos: setup  # half an hour of faults on 2 cores, then the same steps without
+	$(BIN)/ray-ep chaos --minutes 30 --every 28 --faults kill,node,stop,drain,add
 
 netlab: setup  # needs root and iproute2: skipped, with the reason, where they are not
 	$(BIN)/pytest -m "lab or slow or not slow" tests/netlab

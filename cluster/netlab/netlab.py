@@ -20,7 +20,7 @@ from pathlib import Path
 
 from lab import Lab, LabError, bandwidth, read_lab, spell
 from network import connect, is_cut, is_up, measure, rates_now, remove, shape
-from nodes import run_command, running, up
+from nodes import run_command, running, start_again, up
 
 
 def show(lab: Lab, seconds: float) -> None:
@@ -57,6 +57,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     one.add_argument("--one-way", action="store_true", help="only what host1 sends to host2")
     verb("cut", "Pull a host's cable: nothing is reset, nothing arrives.", "host")
     verb("heal", "Put a host's cable back.", "host")
+    verb("start", "End what runs on a host and start Ray there again, as a new node.", "host")
     it = verb("show", "Hosts and links of a running lab, as they are now.")
     it.add_argument("--measure", type=float, metavar="S", default=0.0, help="transfer over each link for S seconds")
     verb("down", "Kill what runs in the lab and remove it; also what a crash left.")
@@ -90,6 +91,8 @@ def dispatch(options: argparse.Namespace, command: list[str]) -> int:
         shape(lab, options.host1, options.host2, bits, options.one_way)
     elif options.verb == "show":
         show(lab, options.measure)
+    elif options.verb == "start":
+        start_again(lab, options.host)
     else:
         connect(lab, options.host, {"cut": "down", "heal": "up"}[options.verb])
     return 0

@@ -103,7 +103,7 @@ def remove(lab: Lab, switch: bool = True) -> None:
         if switch and not there:  # a machine that was started anew has forgotten them, its /tmp perhaps not
             shutil.rmtree(lab.folder, ignore_errors=True)
         for name in there[: None if switch else -1]:
-            _kill(name)
+            end_processes(name)
             if name == lab.namespace(SWITCH):  # the last; once it has gone, the next lab of this name may come
                 shutil.rmtree(lab.folder, ignore_errors=True)
             with contextlib.suppress(LabError):  # another `down` was faster
@@ -114,8 +114,8 @@ def remove(lab: Lab, switch: bool = True) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _kill(name: str) -> None:
-    """End every process of a namespace, also those that start meanwhile."""
+def end_processes(name: str) -> None:
+    """End every process of a namespace, also those that start meanwhile. Raises LabError if one does not die."""
     limit = time.monotonic() + 20
     while pids := _processes(name):
         for pid in pids:

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lab import SWITCH, Host, Lab, LabError
-from network import call, is_up, make_network, remove
+from lab import BAD_INPUT, SWITCH, Host, Lab, LabError
+from network import call, end_processes, is_up, make_network, remove
 
 PORT = 6379
 RAY_ENV = {
@@ -58,6 +58,20 @@ def start_ray(lab: Lab, host: Host) -> None:
             raise LabError(f"host {host.name}: Ray did not start within 180 s: {log.read_text()[-1000:]}") from None
     if done.returncode:
         raise LabError(f"host {host.name}: Ray did not start: {log.read_text()[-1000:]}")
+
+
+def start_again(lab: Lab, name: str) -> None:
+    """Start Ray again on a host whose node was lost, once nothing runs there any more.
+
+    Raises:
+        LabError: no such host, or the head's, or Ray did not start.
+    """
+    host = next((h for h in lab.hosts if h.name == name and h != lab.head), None)
+    if host is None:
+        others = ", ".join(h.name for h in lab.hosts[1:])
+        raise LabError(f"start {name}: the first host's Ray is the cluster; allowed: {others}", BAD_INPUT)
+    end_processes(lab.namespace(name))
+    start_ray(lab, host)
 
 
 def run_command(lab: Lab, host: str, command: list[str]) -> int:

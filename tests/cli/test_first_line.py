@@ -25,6 +25,7 @@ main()
         ["train", "--json"],
         ["export", "run", "out", "--json"],
         ["probe", "--json"],
+        ["chaos", "--json"],
         ["bench", "layer", "--json"],
         ["bench", "step", "--json"],
         ["bench", "train", "--json"],
@@ -32,7 +33,7 @@ main()
 )
 def test_a_command_speaks_before_it_loads_torch_or_ray(tmp_path, arguments):
     done = subprocess.run([sys.executable, "-c", PROBE, *arguments], cwd=tmp_path, capture_output=True, text=True)
-    verb = " ".join(a for a in arguments if a in ("train", "export", "probe", "bench", "layer", "step"))
+    verb = " ".join(a for a in arguments if a in ("train", "export", "probe", "chaos", "bench", "layer", "step"))
     first, *rest = done.stderr.splitlines()
     assert first.startswith(f"ray-ep {verb}: loading ")
     assert rest[0].startswith("loads ")
