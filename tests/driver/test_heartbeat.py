@@ -103,3 +103,17 @@ def test_whoever_looks_and_hears_as_it_likes_only_silence_of_silence_s_loses_a_r
                 assert now - heard[rank] >= SILENCE_S
             if heard[rank] is None:
                 assert rank not in lost or now >= START_S
+
+
+def test_a_driver_that_was_busy_for_longer_than_a_look_takes_counts_it_against_nobody():
+    pulse = Pulse(1, silence_s=2.0, start_s=60.0, now=0.0)
+    pulse.answered(0, 0.5, up=True)
+    pulse.look(0.6)
+    pulse.look(2.6)  # it planned meanwhile
+    assert pulse.lost(2.6) == {}
+    pulse.look(4.0)
+    pulse.look(4.2)
+    assert pulse.lost(4.2) == {}
+    for tenths in range(44, 64, 2):
+        pulse.look(tenths / 10)
+    assert set(pulse.lost(6.2)) == {0}

@@ -30,8 +30,8 @@ LOOK_S = 0.2
 """Seconds between two looks at who has answered."""
 HANGS = 12
 """A rank whose process answers is lost after this many times `cluster.silence_s`: a long call may keep the GIL."""
-_PAUSE_S = 2.0
-"""Between two looks that are further apart nobody listened: such a time counts against no rank."""
+_PAUSE_S = 1.0
+"""Between two looks that are further apart nobody listened: such a time counts against no rank, at any silence_s."""
 _HEAD_S = 0.02
 """How long to wait for Ray's head, which answers in a millisecond: if it does not, the next look sees what it said."""
 _CONNECT_S = 0.5

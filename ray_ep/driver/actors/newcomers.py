@@ -10,10 +10,10 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup
 
 from ray_ep.driver.actors.head import HEAD_S, beside, within
@@ -31,6 +31,7 @@ class Stage(Enum):
 
     WAITING = "waiting"  # for room: the cluster has none yet
     STARTING = "starting"  # its process starts and imports
+    TRYING = "trying"  # whether its node reads and writes what the run needs there
     BUILDING = "building"  # its model is built
     READY = "ready"  # it can be taken in
 
@@ -42,7 +43,7 @@ class Newcomer:
     Args:
         member: its id, of its own for ever. group: its room, once Ray's head has heard of it.
         where: host, node and process, as `Ranks.where` has them; complete when its actor is up.
-        call: what it was asked last.
+        call: what it was asked last; while its node is tried, a future.
     """
 
     member: str
@@ -60,7 +61,8 @@ class Newcomers:
 
     Args:
         start: starts an actor in its place, for a member.
-        prepare: tries the node of one whose actor is up, and has it build its model: returns the call. Raises BadInput.
+        prepare: tries the node of one whose actor is up, and has it build its model: returns the call. May take long,
+            and raise; called beside the steps.
         limit_s: for start and build together, and for each answer after that.
     """
 
@@ -99,15 +101,17 @@ class Newcomers:
         for newcomer in list(self._coming):
             try:
                 self._look(newcomer)
-            except (RayError, ClusterError, ValueError) as e:
+            except Exception as e:  # of whatever kind: the run goes on without it
                 self._give_up(newcomer)
-                self._failures += 1
-                wait_s = min(AGAIN_S * 2 ** (self._failures - 1), MOST_AGAIN_S)
-                self._not_before = self._clock() + wait_s
                 host = f" on {newcomer.place.host}" if newcomer.place else ""
                 why = str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__
-                failed.append(f"{newcomer.member}{host} does not come: {why}; none is asked for in {wait_s:.0f} s")
-        return failed
+                failed.append(f"{newcomer.member}{host} does not come: {why}")
+        if not failed:
+            return []
+        self._failures += 1
+        wait_s = min(AGAIN_S * 2 ** (self._failures - 1), MOST_AGAIN_S)
+        self._not_before = self._clock() + wait_s
+        return [f"{why}; none is asked for in {wait_s:.0f} s" for why in failed]
 
     def take(self) -> list[Newcomer]:
         """Those that are ready; they are nobody's here any more."""
@@ -127,20 +131,22 @@ class Newcomers:
             newcomer.actor = self._start(newcomer.place, newcomer.member)
             newcomer.call, newcomer.began = newcomer.actor.where.remote(), self._clock()
             newcomer.stage = Stage.STARTING
-        if not ray.wait([newcomer.call], timeout=0)[0]:
+        trying = newcomer.stage is Stage.TRYING
+        if not (newcomer.call.done() if trying else ray.wait([newcomer.call], timeout=0)[0]):
             if self._clock() - newcomer.began > self._limit_s:
                 raise ClusterError(f"it has not come up within {self._limit_s:g} s")
             return
-        said = ray.get(newcomer.call)
         if newcomer.stage is Stage.STARTING:
             place = newcomer.place
             assert place is not None
             assert self.prepare is not None
-            newcomer.where = {
-                "node": place.node, "host": place.host, "address": place.address, "port": place.port, **said
-            }  # fmt: skip
-            newcomer.call, newcomer.stage = self.prepare(newcomer), Stage.BUILDING
+            there = {"node": place.node, "host": place.host, "address": place.address, "port": place.port}
+            newcomer.where = {**there, **ray.get(newcomer.call)}
+            newcomer.call, newcomer.stage = beside(partial(self.prepare, newcomer)), Stage.TRYING
+        elif trying:
+            newcomer.call, newcomer.stage = newcomer.call.result(), Stage.BUILDING
         else:  # it is asked from now on whether it is still there
+            ray.get(newcomer.call)
             newcomer.stage, newcomer.began = Stage.READY, self._clock()
             newcomer.call = newcomer.actor.ping.remote()
 

@@ -72,7 +72,7 @@ class Resizer:
     @property
     def joining(self) -> int:
         """Ranks that have room and start, or build their model."""
-        return self.ranks.newcomers.count(Stage.STARTING, Stage.BUILDING)
+        return self.ranks.newcomers.count(Stage.STARTING, Stage.TRYING, Stage.BUILDING)
 
     @property
     def ready(self) -> int:
