@@ -60,7 +60,8 @@ def test_whatever_ends_it_its_run_and_its_raylets_end_too(here, lines):
 
 
 def test_ranks_on_a_cluster_of_somebodys_are_hit_and_its_nodes_are_left_alone(here, lines, cluster):
-    recorded = here.train("snapshot.every=2", "optim.steps=400", "run_dir=recorded", RAY_ADDRESS=cluster.driver)
+    smooth = [ALL, "optim.learning_rate=0.0001", "snapshot.every=2", "optim.steps=400", "run_dir=recorded"]
+    recorded = here.train(*smooth, RAY_ADDRESS=cluster.driver)
     assert recorded.wait(200) == 0, recorded.err
     command = here.ray_ep(
         "chaos", "--config=recorded/config.yaml", "--against=recorded", f"--address={cluster.driver}", "--json",
