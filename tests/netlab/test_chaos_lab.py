@@ -8,7 +8,7 @@ import pytest
 from .conftest import left, needs_root
 from .runs import RAY_EP
 
-pytestmark = [needs_root, pytest.mark.lab]  # it measures seconds
+pytestmark = [needs_root, pytest.mark.lab, pytest.mark.timeout(600)]  # it measures seconds
 
 TINY = """model.overrides={hidden_size: 32, intermediate_size: 32, moe_intermediate_size: 16, num_hidden_layers: 2,
 num_experts: 8, num_experts_per_tok: 8, head_dim: 8}"""
