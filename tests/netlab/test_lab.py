@@ -83,7 +83,7 @@ def test_the_program_says_bad_input_in_one_line_with_status_2(tmp_path):
 def test_the_readme_shows_each_verb_and_its_lab_can_be_read(tmp_path):
     text = (NETLAB / "README.md").read_text()
     verbs = re.search(r"\{([\w,]+)\}", netlab("--help")[0])[1].split(",")
-    assert len(verbs) == 8
+    assert len(verbs) == 9
     assert set(verbs) == set(re.findall(r"^\$ \./netlab\.py (\w+)", text, re.M))
     described = read(tmp_path, re.search(r"```yaml\n(.*?)```", text, re.S)[1])
     assert described.rates == labs.read_lab(NETLAB / "two-by-two.yaml").rates
