@@ -82,6 +82,11 @@ class Newcomers:
         """How many are at one of these stages."""
         return sum(n.stage in stages for n in self._coming)
 
+    @property
+    def actors(self) -> list[Any]:
+        """Actors of those that have one."""
+        return [n.actor for n in self._coming if n.actor is not None]
+
     def ask(self, members: list[str]) -> None:
         """Ask for room for these; while others have failed shortly before, for none."""
         if self._clock() < self._not_before:

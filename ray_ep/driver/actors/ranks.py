@@ -374,8 +374,8 @@ class Ranks:
             Within some seconds, what is not known to be gone, in words, which are logged, too.
         """
         locate(self.where, self.actors)
+        end([*self.actors, *self.newcomers.actors])
         self.newcomers.withdraw()
-        end(self.actors)
         left = self._gone.awaited([*self.where[: len(self.actors)], *self._lost])
         within(HEAD_S, partial(self._give_up, list(self._places)))
         self.actors, self._places, self._lost = [], [], []
