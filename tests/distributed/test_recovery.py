@@ -97,6 +97,7 @@ def test_ranks_that_are_killed_while_others_recover_are_survived_too(here, lines
     assert event["fields"]["ranks"] == 3
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_named_and_the_other_goes_on_alone(here, lines, faults, cluster):
     faults.kill(rank=1, at=f"{TRAINER}.finish", call=4)
     command = here.train("optim.steps=6", "snapshot.every=2", "run_dir=run", faults=faults, RAY_ADDRESS=cluster.driver)
