@@ -97,9 +97,11 @@ class Places:
 
     def room(self) -> dict[str, int]:
         """How many ranks more each node has room for now; those that drain or are avoided are left out."""
-        leaving, alive = self.avoided | set(_draining()), {n["NodeID"] for n in nodes() if n["Alive"]}
-        free = {node: have for node, have in _free_by_node().items() if node in alive and node not in leaving}
-        return room_of(free, self._bundle)
+        leaving, there = self.avoided | set(_draining()), [n for n in nodes() if n["Alive"]]
+        whole = room_of({n["NodeID"]: n["Resources"] for n in there if n["NodeID"] not in leaving}, self._bundle)
+        free, held = room_of(_free_by_node(), self._bundle), Counter(self._held.values())
+        # What was taken a moment ago may not be in Ray's figures yet.
+        return {node: max(min(free.get(node, 0), count - held[node]), 0) for node, count in whole.items()}
 
     def ask(self) -> PlacementGroup:
         """Ask for room for one more rank, on any node that does not drain: a pending group, which an autoscaler serves.
