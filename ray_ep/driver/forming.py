@@ -25,6 +25,7 @@ from ray_ep.driver.run.rundir import RunDir, checkpoint_url
 from ray_ep.driver.start import Plan
 from ray_ep.driver.states import States
 from ray_ep.moe import Choice
+from ray_ep.moe.exchange.ways import DEEPEP
 from ray_ep.placement import Placement, RoutingStatistics, Topology, slots_needed
 from ray_ep.placement import plan as plan_placement
 from ray_ep.placement.planner.survive import fewest_slots
@@ -112,9 +113,16 @@ def ways_on(cfg: Config, ranks: ChoosingRanks, choice: Choice) -> list[str]:
     return transports(cfg.exchange.transport, ranks.device, ranks.transports())
 
 
-def choice_on(ranks: ChoosingRanks, choice: Choice, done: int) -> Choice:
-    """How ranks exchange that formed their group over `ways_on`, after `done` steps, once all hold the model."""
-    return ranks.choose_exchange(done) if choice.transport == ALONE and ranks.membership.size > 1 else choice
+def choice_on(cfg: Config, ranks: ChoosingRanks, choice: Choice, done: int) -> Choice:
+    """How ranks exchange that formed their group over `ways_on`, after `done` steps, once all hold the model.
+
+    They choose again after one rank alone, and where nodes of several ranks are new: two levels were never tried then.
+    """
+    size, nodes = ranks.membership.size, len(set(ranks.membership.node_of))
+    alone = choice.transport == ALONE and size > 1
+    tried = any(t.kind == "two_level" for t in choice.timings)
+    levels = cfg.exchange.kind == "auto" and choice.kind != DEEPEP and 1 < nodes < size
+    return ranks.choose_exchange(done) if alone or (levels and not tried) else choice
 
 
 def reads_of(cfg: Config) -> tuple[tuple[str, str], ...]:

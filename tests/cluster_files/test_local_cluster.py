@@ -162,7 +162,7 @@ def test_where_spot_machines_are_refused_others_come(directory, tmp_path):
         return ask.stdout.readline().strip()
 
     with ask:
-        assert market_of_what_came(within_s=15) == ""
+        assert market_of_what_came(within_s=8) == ""
         words = ["--config", directory / "autoscaler.yaml", "--address", env["RAY_ADDRESS"], "--poll-s", "1"]
         helper = subprocess.Popen([sys.executable, CLUSTER / "fallback.py", *words], env=env)
         try:

@@ -15,9 +15,9 @@ def test_a_run_under_faults_of_its_own_raylets_loses_nothing(here, lines):
     command = here.ray_ep(
         "chaos",
         *here.tiny("snapshot.every=2", ALL),
-        "--minutes=0.5",
-        "--every=10",
-        "--faults=kill,node,stop",
+        "--minutes=0.25",
+        "--every=7",
+        "--faults=kill,node",
         "--seed=3",
         "--json",
         "run_dir=out",
@@ -26,7 +26,7 @@ def test_a_run_under_faults_of_its_own_raylets_loses_nothing(here, lines):
     (told,) = [json.loads(line) for line in command.out.splitlines()]
     out = here.path / "out"
     assert {k: v for k, v in told.items() if k != "folder"} == json.loads((out / "chaos.json").read_text())
-    assert sum(told["injected"].values()) + sum(told["skipped"].values()) == 3
+    assert sum(told["injected"].values()) + sum(told["skipped"].values()) == 2
     assert told["recoveries"] >= 1
     recovered = [e["fields"] for e in lines(out / "disturbed" / "events.jsonl") if e["kind"] == "recovered"]
     assert len(recovered) == told["recoveries"]
@@ -40,12 +40,11 @@ def test_a_run_under_faults_of_its_own_raylets_loses_nothing(here, lines):
     assert command.left() == {}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_all_of_it(here, lines, number):
+def test_a_signal_ends_all_of_it(here, lines):
     command = here.ray_ep("chaos", *here.tiny("snapshot.every=2"), "--every=5", "run_dir=out")
     metrics = here.path / "out" / "disturbed" / "metrics.jsonl"
     command.until(lambda: len(lines(metrics)) >= 3, 200, "three steps")
-    os.kill(command.process.pid, number)
+    os.kill(command.process.pid, signal.SIGTERM)
     assert command.wait(60) == 130, command.err
     assert command.left() == {}
 
@@ -60,7 +59,7 @@ def test_whatever_ends_it_its_run_and_its_raylets_end_too(here, lines):
 
 
 def test_ranks_on_a_cluster_of_somebodys_are_hit_and_its_nodes_are_left_alone(here, lines, cluster):
-    smooth = [ALL, "optim.learning_rate=0.0001", "snapshot.every=2", "optim.steps=400", "run_dir=recorded"]
+    smooth = [ALL, "optim.learning_rate=0.0001", "snapshot.every=2", "optim.steps=200", "run_dir=recorded"]
     recorded = here.train(*smooth, RAY_ADDRESS=cluster.driver)
     assert recorded.wait(200) == 0, recorded.err
     command = here.ray_ep(

@@ -28,10 +28,6 @@ print(json.dumps(left))
 """
 STEPS = 14
 OPTIONS = [f"optim.steps={STEPS}", "eval.every=0", "exchange.kind=flat", "checkpoint.every_minutes=0", "run_dir=run"]
-HOWS = {
-    "killed": lambda command: command.process.kill(),
-    "its terminal gone": lambda command: os.killpg(command.process.pid, signal.SIGHUP),
-}
 
 
 def alive(pid):
@@ -42,13 +38,12 @@ def alive(pid):
     return True
 
 
-@pytest.mark.parametrize("how", HOWS)
-def test_a_local_ray_and_its_ranks_go_with_the_driver(here, lines, faults, how):
+def test_a_local_ray_and_its_ranks_go_with_the_driver_whose_terminal_is_gone(here, lines, faults):
     command = here.train("optim.steps=100000", "run_dir=run", faults=faults)
     command.until(lambda: len(lines(here.path / "run" / "metrics.jsonl")) >= 3, 200, "three steps")
     assert {faults.pid(0), faults.pid(1)} <= command.offspring().keys()
     assert any("gcs_server" in line for line in command.offspring().values())
-    HOWS[how](command)
+    os.killpg(command.process.pid, signal.SIGHUP)
     assert command.wait(SOON_S) < 0
     assert command.left(SOON_S) == {}
 
@@ -60,16 +55,13 @@ def test_a_local_ray_goes_with_a_driver_that_dies_while_it_starts(here):
     assert command.left(SOON_S) == {}
 
 
-@pytest.mark.parametrize("how", HOWS)
-def test_ranks_and_their_places_on_a_cluster_go_with_the_driver_even_one_that_is_stopped(
-    here, lines, faults, cluster, how
-):
+def test_ranks_and_their_places_on_a_cluster_go_with_the_driver_even_one_that_is_stopped(here, lines, faults, cluster):
     command = here.train("optim.steps=100000", "run_dir=run", faults=faults, RAY_ADDRESS=cluster.driver)
     command.until(lambda: len(lines(here.path / "run" / "metrics.jsonl")) >= 3, 200, "three steps")
     pids = faults.pid(0), faults.pid(1)
     assert all(map(alive, pids))
     os.kill(pids[1], signal.SIGSTOP)
-    HOWS[how](command)
+    command.process.kill()
     began = time.monotonic()
     command.wait(SOON_S)
     while any(map(alive, pids)) and time.monotonic() < began + SOON_S:

@@ -111,3 +111,22 @@ def test_a_run_grows_when_asked_leaves_a_node_that_drains_and_replaces_a_killed_
     assert (recovered["fields"]["planned"], recovered["fields"]["failures"]) == (False, 1)
     assert recovered["fields"]["repeated"] <= 4
     follows(lines(it.metrics), undisturbed)
+
+
+@pytest.mark.slow
+def test_a_run_takes_what_is_free_and_has_a_slow_rank_replaced_on_another_node(here, lines, nodes, faults, undisturbed):
+    faults.slow(0.3, at="ray_ep.rank.step.forward:Forward.loss", call=30, rank=0)
+    options = ["elastic.policy=available", "elastic.evict_stragglers=true"]
+    it = Running(here, lines, nodes, faults, "cluster.ranks=2", "elastic.max_ranks=3", *options)
+    it.until_size(3)
+    it.command.until(lambda: it.events("straggler"), 60, "the slow rank")
+    nodes.add_node(num_cpus=1)
+    it.command.until(lambda: any(e["fields"].get("left") for e in it.events("elastic")), 60, "another in its place")
+    it.until_size(3, since=lines(it.metrics)[-1]["step"])
+    it.stop()
+    slow = it.events("straggler")[0]["fields"]
+    assert (slow["member"], slow["times"] > 3) == ("rank-0", True)
+    left = next(e["fields"] for e in it.events("elastic") if e["fields"].get("left"))
+    assert (left["left"], left["come"], left["planned_leaves"]) == (["rank-0"], ["rank-3"], 1)
+    assert not it.events("recovered")
+    follows(lines(it.metrics), undisturbed)

@@ -76,7 +76,7 @@ def test_a_command_ends_with_the_process_that_started_it(run, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_the_ray_of_a_test_run_ends_with_it(run, number):
     process, children = run(*IN_RAY)
     assert becomes(lambda: any("raylet" in line for line in children()), 90)

@@ -45,10 +45,10 @@ def results(load=None, sent=0, exchange=(0.01, 0.03), size=RANKS):
 
 
 class FakeNewcomers:
-    """Ranks that are ready at the next poll once there is room."""
+    """Ranks that are ready at the next poll once there is room, on the node with the number `node`."""
 
     def __init__(self):
-        self.coming, self.room, self.prepare = [], 0, None
+        self.coming, self.room, self.prepare, self.node = [], 0, None, 0
 
     def count(self, *stages):
         ready = min(self.room, len(self.coming))
@@ -99,7 +99,7 @@ class FakeRanks:
 
     def lose(self, lost, come=()):
         self._answer("lose")
-        nodes = {n.member: 0 for n in come}
+        nodes = {n.member: self.newcomers.node for n in come}
         self.membership = self.membership.next([self.membership.members[r] for r in lost], nodes)
         self.where = [w for r, w in enumerate(self.where) if r not in lost] + [n.where for n in come]
 

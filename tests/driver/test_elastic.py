@@ -94,7 +94,7 @@ def test_scale_is_carried_out_kept_and_handed_back_to_the_policy():
 @pytest.mark.parametrize(
     ("request_", "says"),
     [
-        (scale(1), "scale to 1 ranks (somebody) is refused: 1 ranks are too few: allowed are 2 to 8 (elastic.min"),
+        (scale(1), "scale to 1 rank (somebody) is refused: 1 ranks are too few: allowed are 2 to 8 (elastic.min"),
         (scale(9), "scale to 9 ranks (somebody) is refused: 9 ranks are too many: allowed are 2 to 8 (elastic.max"),
         (scale("x"), "scale to x ranks (somebody) is refused: ranks='x': expected a number"),
         (drain("q"), "drain of 'q' (somebody) is refused: no rank is on a node 'q': those with ranks are a (host hos"),

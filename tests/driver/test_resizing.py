@@ -8,6 +8,7 @@ from ray_ep.collective import Membership
 from ray_ep.driver.requests import Request, RequestKind
 from ray_ep.driver.states import State
 from ray_ep.errors import LostError, PlacementError
+from ray_ep.moe.exchange.choose import Timing
 from tests.driver.fakes import CHOICE, driven
 
 ELASTIC = ("elastic.max_ranks=4", "optim.steps=6", "snapshot.every=1", "eval.every=0")
@@ -86,6 +87,7 @@ def test_a_rank_that_is_lost_in_the_switch_is_a_loss_like_any_other(tmp_path, ca
     lost = "m3" if who == "newcomer" else "m1"
     (event,) = [e for e in it.run.events() if e["kind"] == "recovered"]
     assert event["fields"]["lost"] == [lost]
+    assert any(words.startswith("a change from 2 ranks was cut short: rank ") for words in it.ear.words("elastic"))
     assert lost not in it.ranks.membership.members
     assert "m2" in it.ranks.membership.members
     assert [m["step"] for m in it.run.metrics()][-1] == 6
@@ -143,6 +145,19 @@ def test_a_run_on_one_rank_that_loses_a_newcomer_in_the_switch_chooses_how_to_ex
     (event,) = [e for e in it.run.events() if e["kind"] == "recovered"]
     assert (event["fields"]["lost"], event["fields"]["ranks"]) == (["m2"], 2)
     assert it.driver.formed.choice == CHOICE
+
+
+@pytest.mark.parametrize(("kind", "node", "again"), [("auto", 1, 1), ("auto", 0, 0), ("flat", 1, 0)])
+def test_ranks_choose_how_to_exchange_again_when_a_second_node_comes(tmp_path, kind, node, again):
+    it = driven(tmp_path, *ELASTIC, f"exchange.kind={kind}", "elastic.max_ranks=6")
+    for step in (2, 4):
+        asked(it, step, ranks=step + 2)
+    it.ranks.newcomers.room, it.ranks.newcomers.node = 2, node
+    levels = replace(CHOICE, timings=[Timing("two_level", "gloo", 0.1, 3)])
+    it.ranks.meanwhile["choose_exchange", 2] = lambda: levels
+    assert whole(it) == "done"
+    assert it.ranks.counts["choose_exchange"] == 1 + again, "once more, and not at each switch"
+    assert it.driver.formed.choice == (levels if again else CHOICE)
 
 
 def test_newcomers_without_room_for_the_experts_planned_for_them_stay_and_hold_none(tmp_path):

@@ -22,7 +22,7 @@ from ray_ep.driver.elastic.orders import Orders, numbers
 from ray_ep.driver.elastic.policy import Standing, Wish, wish
 from ray_ep.driver.forming import Formed
 from ray_ep.driver.records import Event
-from ray_ep.errors import PlacementError
+from ray_ep.errors import LostError, PlacementError
 from ray_ep.rank.results import StepResult
 
 log = logging.getLogger("ray_ep.driver")
@@ -234,6 +234,9 @@ class Elastic:
             self._no_switch_before = self.clock() + REFUSED_S
             self._say(f"nobody comes or goes within {REFUSED_S:g} s: {e}")
             return None
+        except LostError as e:
+            self._say(f"a change from {before.size} ranks was cut short: {str(e).splitlines()[0]}", left=gone)
+            raise
         finally:
             self.counts.planned_leaves += sum(m not in self.ranks.membership.members for m in gone)
         after = self.ranks.membership

@@ -104,5 +104,6 @@ def numbers(ranks: Sequence[int]) -> str:
 def _named(request: Request) -> str:
     """What was asked, and by whom, to begin a sentence with."""
     if request.kind is RequestKind.SCALE:
-        return f"scale to {request.fields.get('ranks') or 'auto'} ranks ({request.by})"
+        ranks = request.fields.get("ranks")
+        return f"scale to {f'{ranks} rank' + 's' * (ranks != 1) if ranks else 'auto'} ({request.by})"
     return f"drain of {request.fields.get('node')!r} ({request.by})"

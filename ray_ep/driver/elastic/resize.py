@@ -133,7 +133,7 @@ class Resizer:
             raise LostError(0, f"ranks could not go on together in epoch {members.epoch}: {e}", ()) from e
         given = self.clock()
         placement = self._spread(placement, topology, load)
-        choice = choice_on(self.ranks, now.choice, now.done)
+        choice = choice_on(self.cfg, self.ranks, now.choice, now.done)
         facts = facts_of(self.cfg, self.plan.config, self.plan.expert_parameters, choice.kind, members.size)
         ends = handed, joined, given, self.clock()
         starts = began, *ends

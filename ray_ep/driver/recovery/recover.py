@@ -221,7 +221,7 @@ class Recovery:
         if better is not None:
             self.ranks.migrate(better, cfg.placement.migration_buffer_mb)
             placement = better
-        choice = choice_on(self.ranks, now.choice, decision.done)
+        choice = choice_on(cfg, self.ranks, now.choice, decision.done)
         restored = self.clock()
         facts = self._facts(choice)
         seconds = {"decide": decided - began, "regroup": joined - decided, "restore": restored - joined}
