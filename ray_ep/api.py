@@ -24,6 +24,7 @@ from ray_ep.observe.live import LivePage
 from ray_ep.observe.phases import Phases
 from ray_ep.observe.progress import Progress
 from ray_ep.observe.report import write_report
+from ray_ep.observe.trackers import check_trackers, trackers
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.rank.saved.export import export_checkpoint
 
@@ -127,6 +128,7 @@ def train(cfg: Config) -> Run:
         SaveError: the last checkpoint could not be written.
     """
     prefix = _mark(cfg)
+    check_trackers(cfg)
     with Interrupt().caught() as interrupt, Phases(prefix) as phase:
         phase("reading the data and the model's configuration")
         plan = check_run(cfg, datetime.now())
@@ -141,7 +143,8 @@ def train(cfg: Config) -> Run:
 
                 with (
                     LivePage(plan.run.path, no_page) as page,
-                    Publisher([plan.run, progress, page]) as publisher,  # ends first: then nobody starts a page
+                    trackers(cfg, plan.run.path) as tracked,
+                    Publisher([plan.run, progress, page, *tracked]) as publisher,  # ends first: then nobody starts a page
                 ):
                     status = drive(cfg, plan, publisher, interrupt, phase)
         finally:

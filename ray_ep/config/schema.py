@@ -299,6 +299,16 @@ class TopologyConfig:
 
 
 @dataclass
+class TrackingConfig:
+    """Experiment trackers that get the figures of each step."""
+
+    to: list[str] = _opt(
+        [], "tensorboard, mlflow, wandb: each is an extra of the package; where they send to, their own variables say"
+    )
+    project: str = _opt("ray_ep", "experiment of MLflow, project of Weights & Biases that the run belongs to")
+
+
+@dataclass
 class Config:
     """One run."""
 
@@ -326,3 +336,4 @@ class Config:
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
