@@ -144,7 +144,9 @@ def train(cfg: Config) -> Run:
                 with (
                     LivePage(plan.run.path, no_page) as page,
                     trackers(cfg, plan.run.path) as tracked,
-                    Publisher([plan.run, progress, page, *tracked]) as publisher,  # ends first: then nobody starts a page
+                    Publisher(
+                        [plan.run, progress, page, *tracked]
+                    ) as publisher,  # ends first: then nobody starts a page
                 ):
                     status = drive(cfg, plan, publisher, interrupt, phase)
         finally:
