@@ -30,7 +30,7 @@ LARGE_ROOMS = {"collective": 16, "placement/planner": 16}  # more than 15 module
 NINE_PARAMETERS = {"plan"}  # the public contract of the planner
 
 
-MODULE_OF = {"pyyaml": "yaml", "cupy-cuda12x": "cupy", "nvidia-ml-py": "pynvml"}
+MODULE_OF = {"pyyaml": "yaml", "cupy-cuda12x": "cupy", "nvidia-ml-py": "pynvml", "mlflow-skinny": "mlflow"}
 COMES_WITH = {"tokenizers": "transformers", "markupsafe": "jinja2", "yaml": "omegaconf", "jsonschema": "ray"}
 OURS = {"ray_ep", "tests", "lab", "network", "nodes"}  # the last three: cluster/netlab
 FROM_SOURCE = {"llep", "deep_ep"}  # optional, and in no registry under its own name

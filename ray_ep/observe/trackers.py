@@ -156,7 +156,7 @@ class Tracked:
     def __init__(self, name: str, cfg: Config, run_dir: Path):
         self._name, self._cfg, self._run_dir = name, cfg, run_dir
         self._tracker: Any = None
-        self._status = "failed"  # unless an event says how it ended
+        self._status = ""  # as an event says how it ended
 
     def __enter__(self) -> Tracked:
         """Nothing is loaded yet."""
@@ -165,7 +165,7 @@ class Tracked:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """What is left is written."""
         if self._tracker is not None:
-            self._tracker.close("done" if kind is None and self._status == "failed" else self._status)
+            self._tracker.close(self._status or ("failed" if kind else "done"))
 
     def start(self, event: Event) -> None:
         """The run begins, or goes on."""

@@ -57,6 +57,7 @@ def test_tensorboard_has_every_figure_of_every_step_and_events_as_text_and_a_ste
     assert any(tag.startswith("events/rebalance") for tag in read.Tags()["tensors"])
 
 
+@pytest.mark.slow
 def test_mlflow_has_one_run_with_the_configuration_goes_on_with_it_and_says_how_it_ended(tmp_path, monkeypatch):
     pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
@@ -81,6 +82,7 @@ def test_mlflow_has_one_run_with_the_configuration_goes_on_with_it_and_says_how_
     assert json.loads((run_dir / "tracking.json").read_text()) == {"mlflow": run.info.run_id}
 
 
+@pytest.mark.slow
 def test_weights_and_biases_writes_offline_into_the_run_directory(tmp_path):
     pytest.importorskip("wandb")
     command = [sys.executable, "-c", CODE, str(tmp_path)]  # a process of its own, for the library starts another
