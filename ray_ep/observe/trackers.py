@@ -65,7 +65,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         # without purge_step, steps that are made again would be drawn twice
-        self._writer: Any = SummaryWriter(str(told.run_dir / "tensorboard"), purge_step=told.first)  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(told.run_dir / "tensorboard"), purge_step=told.first)
 
     def step(self, step: int, figures: dict[str, float]) -> None:
         """Figures of one step."""
@@ -169,7 +169,7 @@ class Tracked:
 
     def start(self, event: Event) -> None:
         """The run begins, or goes on."""
-        config: Any = OmegaConf.to_container(self._cfg)  # type: ignore[arg-type]
+        config: Any = OmegaConf.to_container(self._cfg)
         told = Told(self._cfg.tracking.project, self._run_dir, config, event.step + 1)
         self._tracker = TRACKERS[self._name][1](told)
 
