@@ -27,7 +27,7 @@ REPORT_MS = 2000
 BUSY = [
     "model.overrides={hidden_size: 32, intermediate_size: 32, moe_intermediate_size: 256, num_hidden_layers: 2, "
     "num_experts: 8, head_dim: 8}",
-    "data.files=[text.txt]", "batch.sequences=8", "batch.length=64", "cluster.ranks=3", "cluster.cpus_per_rank=0.5",
+    "data.files=[text.txt]", "batch.sequences=8", "batch.length=64", "cluster.ranks=2",
     "router.force=skewed", "placement.every=5", "eval.every=10", "checkpoint.every=10", "snapshot.every=3",
     "optim.steps=1000000",
 ]  # fmt: skip
@@ -75,7 +75,7 @@ def session(shared):
             assert time.monotonic() < limit, "Ray's dashboard has written nothing for Prometheus"
             time.sleep(0.2)
         command = shared.ray_ep("dashboards", "install", "--session", str(path))
-        assert command.wait(60) == 0, command.err
+        assert command.wait(120) == 0, command.err
         yield made.address, path
     finally:
         made.shutdown()
@@ -90,10 +90,9 @@ class Watched:
         self.prometheus = Prometheus(shared, self.session)
         faults = Faults(shared.path / "faults.jsonl").slow(0.1)  # Ray and Prometheus want some of the processors
         self.command = shared.ray_ep("train", *BUSY, "run_dir=watched", faults=faults, RAY_ADDRESS=address)
-        self.command.until(lambda: len(self.metrics()) > 20, 90, "20 steps")
-        os.kill(faults.pid(2), signal.SIGKILL)
-        self.command.until(lambda: self.events("recovered"), 60, "the recovery")
-        self.command.until(lambda: any("gain_measured" in e["fields"] for e in self.events("rebalance")), 60, "a move")
+        self.command.until(lambda: any("gain_measured" in e["fields"] for e in self.events("rebalance")), 200, "a move")
+        os.kill(faults.pid(1), signal.SIGKILL)
+        self.command.until(lambda: self.events("recovered"), 120, "the recovery")
 
     def metrics(self):
         return self.lines(self.path / "metrics.jsonl")
@@ -102,7 +101,7 @@ class Watched:
         return [e for e in self.lines(self.path / "events.jsonl") if e["kind"] == kind]
 
     def until(self, condition, what):
-        return self.command.until(condition, 40, what)
+        return self.command.until(condition, 120, what)
 
 
 @pytest.fixture(scope="module")
@@ -186,9 +185,9 @@ def test_a_recovery_raises_its_alert_and_nothing_that_is_not_so_raises_one(run):
 @pytest.mark.slow
 def test_an_ended_run_leaves_its_whole_counts_and_no_gauges(run):
     os.kill(run.command.process.pid, signal.SIGINT)
-    assert run.command.wait(60) == 130, run.command.err
+    assert run.command.wait(120) == 130, run.command.err
     steps = len(run.metrics())
-    limit = time.monotonic() + 40
+    limit = time.monotonic() + 120
     while run.prometheus.query("ray_ep_loss") or run.prometheus.value("ray_ep_steps_total") < steps:
         assert time.monotonic() < limit, (run.prometheus.value("ray_ep_steps_total"), steps)
         time.sleep(0.5)

@@ -44,12 +44,12 @@ class Run:
 
     def value(self, name, *tags):
         """Of a series now; None: it is not there."""
-        taken = self.reading.figures.take()
+        taken = self.reading.take()
         return {**taken.gauges, **taken.totals}.get((name, tuple(map(str, tags))))
 
     def values(self, name):
         """{tags: value} of all series of a metric."""
-        taken = self.reading.figures.take()
+        taken = self.reading.take()
         return {key[1]: v for key, v in {**taken.gauges, **taken.totals}.items() if key[0] == name}
 
 
@@ -83,7 +83,7 @@ def test_the_first_step_after_ranks_have_formed_is_left_out_of_times(run):
     run.hear(took(9.0, 0))
     assert run.value("ep_tokens_per_second") is None
     run.hear(took(1.0, 0), took(2.0, 0), took(50.0, 1), took(4.0, 1))
-    assert run.reading.figures.take().observed == [("ep_step_seconds", s) for s in (1.0, 2.0, 4.0)]
+    assert run.reading.take().observed == [("ep_step_seconds", s) for s in (1.0, 2.0, 4.0)]
     assert run.value("ep_stepping_seconds_total") == 7.0
     assert run.value("ep_step_phase_seconds", "forward") == 2.0
     assert run.value("ep_steps_total") == 5
@@ -231,7 +231,7 @@ def test_no_series_is_named_by_what_changes_so_their_number_is_bounded(run):
         load, pairs = np.random.default_rng(step).random((2, layers, 256))
         run.hear(record(step, load=load, rank_load=pairs[:, :ranks], epoch=step, placement_version=step))
         run.hear(Event("rebalance", "w", {"moves": False, "placement_version": step, "step_predicted": 1.0}))
-    taken = run.reading.figures.take()
+    taken = run.reading.take()
     assert len(taken.gauges) + len(taken.totals) < 7 * layers + ranks + 100
 
 

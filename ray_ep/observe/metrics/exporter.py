@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from ray.util.metrics import Counter, Gauge, Histogram, Metric
+from typing import Any
+
+from ray.util.metrics import Counter, Gauge, Histogram
 
 from ray_ep.observe.metrics.figures import Key, Taken
 from ray_ep.observe.metrics.table import METRICS, SECONDS, Kind
 
 
-class Total(Counter):  # type: ignore[misc]
+class Total(Counter):
     """A counter that can be shown before it has counted anything."""
 
     def show(self, tags: dict[str, str]) -> None:
@@ -25,7 +27,7 @@ class Exporter:
 
     def __init__(self, run: str):
         self._run = run
-        self._made: dict[str, Metric] = {}
+        self._made: dict[str, Any] = {}  # a Gauge, Total or Histogram by name
         self._sent: dict[Key, float] = {}
 
     def send(self, figures: Taken) -> None:
@@ -43,7 +45,7 @@ class Exporter:
         for name, value in figures.observed:
             self._metric(name).observe(value, tags=self._tags(name, ()))
 
-    def _metric(self, name: str) -> Metric:
+    def _metric(self, name: str) -> Any:
         if name not in self._made:
             metric = METRICS[name]
             tags = ("run", *metric.tags)

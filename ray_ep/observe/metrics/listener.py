@@ -88,7 +88,7 @@ class Metrics:
             if self._over.is_set():
                 return
             try:
-                self._exporter.send(self._reading.figures.take())
+                self._exporter.send(self._reading.take())
             except Exception as e:  # of any kind: it is no reason to end a run
                 self._over.set()
                 self._failed(f"metrics are exported no more, the run goes on: {type(e).__name__}: {e}")
