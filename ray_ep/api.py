@@ -21,6 +21,7 @@ from ray_ep.driver.run.rundir import RunDir, find_checkpoint
 from ray_ep.driver.start import check_run
 from ray_ep.errors import BadInput, CheckpointError
 from ray_ep.observe.live import LivePage
+from ray_ep.observe.metrics.listener import Metrics
 from ray_ep.observe.phases import Phases
 from ray_ep.observe.progress import Progress
 from ray_ep.observe.report import write_report
@@ -141,12 +142,14 @@ def train(cfg: Config) -> Run:
                 def no_page(why: str) -> None:
                     publisher.event(Event("report", why))
 
+                def no_metrics(why: str) -> None:
+                    publisher.event(Event("metrics", why))
+
                 with (
                     LivePage(plan.run.path, no_page) as page,
                     trackers(cfg, plan.run.path) as tracked,
-                    Publisher(
-                        [plan.run, progress, page, *tracked]
-                    ) as publisher,  # ends first: then nobody starts a page
+                    Metrics(plan.run.path, cfg.optim.steps, no_metrics) as metrics,
+                    Publisher([plan.run, progress, page, metrics, *tracked]) as publisher,  # ends first
                 ):
                     status = drive(cfg, plan, publisher, interrupt, phase)
         finally:

@@ -17,6 +17,7 @@ import ray_ep
 from ray_ep.cli.bench_placement import bench_placement
 from ray_ep.cli.bench_train import bench_train
 from ray_ep.cli.chaos import chaos
+from ray_ep.cli.dashboards import dashboards
 from ray_ep.cli.loading import loading
 from ray_ep.cli.plan.command import plan
 from ray_ep.cli.probe import probe
@@ -74,6 +75,7 @@ def main() -> None:
       ray-ep rebalance runs/NAME            ask a running job to consider that now
       ray-ep scale runs/NAME 4              ask a running job to go on with 4 ranks
       ray-ep drain runs/NAME NODE           ask a running job to leave a node
+      ray-ep dashboards install             graphs of runs in Ray's dashboard and Grafana
       ray-ep chaos --minutes 2              kill ranks and nodes of a run on purpose, and count what is lost
 
     Exit status: 0 done, 1 failed while running, 2 bad input, 130 interrupted.
@@ -82,6 +84,7 @@ def main() -> None:
 
 
 main.add_command(chaos)
+main.add_command(dashboards)
 main.add_command(plan)
 main.add_command(probe)
 main.add_command(rebalance)
