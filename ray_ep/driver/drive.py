@@ -20,12 +20,14 @@ def drive(
     publisher: Publisher,
     interrupt: Interrupt,
     phase: Callable[[str], None] = lambda name: None,
+    page: str = "",
 ) -> str:
     """Run to the end or to an interruption; returns done or interrupted.
 
     Args:
         publisher: its first listener is the run's directory.
         phase: told what a start is at; empty: it has ended.
+        page: address of the run's page, "" where it has none.
 
     Raises:
         ClusterError: the cluster has no room, or its nodes cannot reach what the run needs; nothing was written.
@@ -38,5 +40,7 @@ def drive(
         driver = Driver(cfg, plan, ranks, publisher, Requests(interrupt, [plan.run.take_request]))
         with driver.told():
             driver.form(ray, phase)
+            if page:
+                publisher.event(Event("page", f"shown at {page}", {"address": page}))
             interrupt.tell = driver.signalled
             return driver.run()
