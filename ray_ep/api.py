@@ -20,6 +20,8 @@ from ray_ep.driver.records import Event
 from ray_ep.driver.run.rundir import RunDir, find_checkpoint
 from ray_ep.driver.start import check_run
 from ray_ep.errors import BadInput, CheckpointError
+from ray_ep.observe.dashboard.placement_log import PlacementLog
+from ray_ep.observe.dashboard.reach import shown
 from ray_ep.observe.live import LivePage
 from ray_ep.observe.phases import Phases
 from ray_ep.observe.progress import Progress
@@ -136,14 +138,16 @@ def train(cfg: Config) -> Run:
                     progress.event(Event("resume", plan.nothing_to_do))
                     return Run(plan.run.path, "done", prefix)
 
-                def no_page(why: str) -> None:
-                    publisher.event(Event("report", why))
+                def no_page(why: str, kind: str = "report") -> None:
+                    publisher.event(Event(kind, why))
 
+                log = PlacementLog(plan.run.path)
                 with (
                     LivePage(plan.run.path, no_page) as page,
-                    Publisher([plan.run, progress, page]) as publisher,  # ends first: then nobody starts a page
+                    Publisher([plan.run, progress, page, log]) as publisher,  # ends first: then nobody starts a page
+                    shown(cfg, plan.run.path, lambda why: no_page(why, "page")) as seen,
                 ):
-                    status = drive(cfg, plan, publisher, interrupt, phase)
+                    status = drive(cfg, plan, publisher, interrupt, phase, seen)
         finally:
             if (plan.run.path / "config.yaml").exists() and not plan.nothing_to_do:
                 _report(plan.run, prefix)
