@@ -21,10 +21,10 @@ from ray_ep.driver.run.rundir import RunDir, find_checkpoint
 from ray_ep.driver.start import check_run
 from ray_ep.errors import BadInput, CheckpointError
 from ray_ep.observe.live import LivePage
+from ray_ep.observe.page.report import write_report
 from ray_ep.observe.page.serving import served
 from ray_ep.observe.phases import Phases
 from ray_ep.observe.progress import Progress
-from ray_ep.observe.report import write_report
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.rank.saved.export import export_checkpoint
 
