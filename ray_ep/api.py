@@ -23,9 +23,9 @@ from ray_ep.errors import BadInput, CheckpointError
 from ray_ep.observe.dashboard.placement_log import PlacementLog
 from ray_ep.observe.dashboard.reach import shown
 from ray_ep.observe.live import LivePage
+from ray_ep.observe.page.report import write_report
 from ray_ep.observe.phases import Phases
 from ray_ep.observe.progress import Progress
-from ray_ep.observe.report import write_report
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.rank.saved.export import export_checkpoint
 

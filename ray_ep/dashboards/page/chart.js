@@ -6,6 +6,8 @@ import { property } from "ray_ep/colour.js";
 const { Plotting, Range1d, FixedTicker, BoxZoomTool } = Bokeh;
 const { ndarray } = Bokeh.require("core/util/ndarray");
 
+const FONT = "system-ui, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif";
+
 // ---- turns: one chart draws in one frame, the one that waits longest first, so that no frame gets long
 
 const waiting = new Map();
@@ -85,7 +87,8 @@ export class Chart {
 
   // Forget the figure: it is built anew at its next turn (another theme, another width, other axes).
   rebuild() {
-    this.figure = null;
+    this.view?.remove();
+    this.view = this.figure = null;
     this.redraw();
   }
 
@@ -151,7 +154,7 @@ export class Chart {
       Object.assign(axis, {
         visible: axes, axis_line_color: line, major_tick_line_color: line, minor_tick_line_color: null,
         major_label_text_color: text, axis_label_text_color: text, axis_label_text_font_style: "normal",
-        axis_label_text_font_size: "12px", major_label_text_font_size: "11.5px",
+        axis_label_text_font_size: "12px", major_label_text_font_size: "11.5px", axis_label_text_font: FONT, major_label_text_font: FONT,
       });
     }
     for (const grid of [...figure.xgrids, ...figure.ygrids]) {
@@ -165,7 +168,7 @@ export class Chart {
     const columns = Object.values(properties).filter((value) => value?.field).map((value) => value.field);
     const source = new Bokeh.ColumnDataSource({ data: Object.fromEntries(columns.map((column) => [column, []])) });
     this.sources[name] = source;
-    return figure[kind]({ ...properties, source });
+    return figure[kind]({ ...properties, ...(kind === "text" ? { text_font: FONT } : {}), source });
   }
 
   set(name, columns) { this.sources[name].data = columns; }

@@ -9,8 +9,8 @@ import { bytes, known, many, rate } from "ray_ep/format.js";
 import { holders, slotAt } from "ray_ep/placements.js";
 
 const [PAD, HEAD, GAP, ROW] = [8, 20, 14, 4]; // pixels: inside a box, its name, between boxes, between ranks
-const [LEAST, MOST, BAND] = [7, 34, 150]; // of a slot's side; of the room for links
-const CURVE = 24; // points of a link
+const [LEAST, MOST, BAND] = [7, 40, 150]; // of a slot's side; of the room for links
+const CURVE = 40; // points of a link
 
 export class Cluster {
   constructor(view) {
@@ -78,6 +78,7 @@ export class Cluster {
   }
 
   build(chart) {
+    this.drawn = this.key;
     this.place = this.layout(chart.width);
     chart.height = this.place.height;
     chart.host.style.height = `${this.place.height}px`;
@@ -115,12 +116,8 @@ export class Cluster {
   draw() {
     const { view, chart } = this;
     if (this.drawn !== this.key) {
-      this.drawn = this.key;
-      if (this.place) {
-        this.place = null;
-        chart.rebuild();
-        return;
-      }
+      chart.rebuild();
+      return;
     }
     const { boxes, cells, side, names } = this.place;
     const { placement, layer } = view;
@@ -174,6 +171,7 @@ export class Cluster {
       lines.w.push(found === expert ? 3 : 1.2);
       lines.a.push(found === expert ? 1 : expert === null ? 0.55 : 0.15);
     }
+    if (expert === null && lines.a.length > 24) lines.a.fill(0.28);
     chart.set("replicas", lines);
   }
 
@@ -194,7 +192,7 @@ export class Cluster {
     for (let a = 0; a < boxes.length; a += 1) {
       for (let b = a + 1; b < boxes.length; b += 1) {
         const least = (from, to) => {
-          const value = measured ? between(bandwidth, from, to, Math.min, Infinity) : Infinity;
+          const value = measured ? between(bandwidth, from, to, (x, y) => Math.min(x, y), Infinity) : Infinity;
           return value === Infinity ? null : value;
         };
         const sum = (from, to) => (moved ? between(sent, from, to, (x, y) => x + y, 0) : null);
@@ -215,7 +213,7 @@ export class Cluster {
     this.chart.set("links", {
       xs: this.linked.map((l) => l.xs), ys: this.linked.map((l) => l.ys),
       c: speedsOf.map((s) => (known(s) ? ramp.css(s) : property("muted"))),
-      w: traffic.map((t) => (most > 0 ? 1.2 + 8 * Math.sqrt(t / most) : 2.5)), a: this.linked.map(() => (quiet ? 0.55 : 0.85)),
+      w: traffic.map((t) => (most > 0 ? 1 + (this.linked.length > 10 ? 4 : 8) * Math.sqrt(t / most) : 2.5)), a: this.linked.map(() => (quiet ? 0.55 : 0.85)),
     });
     const named = this.linked.length <= 10 ? this.linked : [];
     const middle = Math.floor(CURVE / 2);

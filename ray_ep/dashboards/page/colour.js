@@ -59,6 +59,10 @@ class Ramp {
 export const loads = () => new Ramp(LOAD[theme()], -2, 2, true);
 // Of a ratio to what chance gives: 1/8 to 8.
 export const ratios = () => new Ramp(LOAD[theme()], -3, 3, true);
+// Of a ratio to a mean, so many doublings to each side.
+export const spread = (doublings) => new Ramp(LOAD[theme()], -doublings, doublings, true);
+// Of an amount from 0 up.
+export const amounts = (top) => new Ramp(SPEED[theme()], 0, top || 1, false);
 // Of bytes a second between two bounds, by doublings.
 export function speeds(low, high) {
   const [a, b] = [Math.log2(Math.max(low, 1)), Math.log2(Math.max(high, 1))];

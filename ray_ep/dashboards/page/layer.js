@@ -36,7 +36,7 @@ export class LoadBars {
     const figure = chart.start({ x: [0, this.view.experts], y: [0, 1], left: "load / mean", below: "experts, in the order of the ranks that own them" });
     figure.xgrids.forEach((grid) => { grid.visible = false; });
     chart.glyph(figure, "vbar", "bars", { x: { field: "x" }, top: { field: "top" }, width: 0.86, fill_color: { field: "c" }, line_color: null });
-    chart.glyph(figure, "line", "mean", { x: { field: "x" }, y: { field: "y" }, line_color: property("text"), line_dash: [4, 4], line_width: 1 });
+    chart.glyph(figure, "line", "mean", { x: { field: "x" }, y: { field: "y" }, line_color: property("text"), line_dash: "dashed", line_width: 1 });
     chart.glyph(figure, "vbar", "chosen", { x: { field: "x" }, top: { field: "top" }, width: 1, fill_color: null, line_color: property("text"), line_width: 2 });
     return figure;
   }
@@ -213,7 +213,7 @@ export class Flows {
     const { found, view } = this;
     if (!found) return "Transitions are not known: they are counted, and written with each checkpoint; the last layer has none.";
     const drawn = Math.min(found.flows.length, FLOWS);
-    return `The ${many(drawn, "strongest flow")} of tokens from layer ${view.layer} to ${view.layer + 1}; fuller ones stay on their node.`;
+    return `The ${many(drawn, "strongest flow")} of tokens from layer ${view.layer} to ${view.layer + 1}; those in stronger colour stay on their node.`;
   }
 }
 

@@ -67,9 +67,10 @@ class Page {
     return part;
   }
 
-  fold(summary, make) {
+  // A table; `data`: it shows what the run said, whatever is looked at.
+  fold(summary, make, data = false) {
     const made = folded(summary, make);
-    this.tables.push(made);
+    this.tables.push({ ...made, data });
     return made.element;
   }
 
@@ -133,7 +134,7 @@ class Page {
       named(this.source.summary.phases.map((p) => [p.name, p.colour])),
       element("h3", {}, "What happened"), this.time.lanes.chart.host,
       element("div", { class: "grid" }, curve(loss), curve(speed), curve(balance), curve(bytes)),
-      this.fold("Phases as a table", () => tables.phasesTable(this.view)), this.fold("Newest steps as a table", () => tables.stepsTable(this.view)));
+      this.fold("Phases as a table", () => tables.phasesTable(this.view), true), this.fold("Newest steps as a table", () => tables.stepsTable(this.view), true));
   }
 
   linkCards() {
@@ -147,20 +148,20 @@ class Page {
         element("p", { class: "muted" }, `Between ranks of ${many(nodes, "node")}; lines part the nodes.`),
         ...contradictions.map((words) => element("p", { class: "verdict" }, words)),
         element("div", { class: "grid" }, ...this.links.map((part) => element("div", {}, element("h3", {}, titles[part.what]), part.chart.host))),
-        this.source.summary.links ? this.fold("As a table", () => tables.linksTable(this.view)) : null));
+        this.source.summary.links ? this.fold("As a table", () => tables.linksTable(this.view), true) : null));
     }
     if (exchange?.words) {
-      parts.push(card("Exchange", exchange.words, exchange.timings.length > 1 ? this.fold("Ways that were timed", () => tables.exchangeTable(this.view)) : null));
+      parts.push(card("Exchange", exchange.words, exchange.timings.length > 1 ? this.fold("Ways that were timed", () => tables.exchangeTable(this.view), true) : null));
     }
     return parts;
   }
 
   rest() {
     const { config } = this.source.summary;
-    const events = this.fold("As a table", () => tables.eventsTable(this.view));
+    const events = this.fold("As a table", () => tables.eventsTable(this.view), true);
     events.open = true;
     return element("div", {},
-      this.view.state.membership.ranks.length ? card("Ranks", "", this.fold("As a table", () => tables.ranksTable(this.view))) : "",
+      this.view.state.membership.ranks.length ? card("Ranks", "", this.fold("As a table", () => tables.ranksTable(this.view), true)) : "",
       card("Events", LANES.length ? "What the run said, the newest first." : "", events),
       config ? element("section", { class: "card" }, element("details", {}, element("summary", { class: "strong" }, "Configuration"), element("pre", { tabindex: 0 }, config))) : "");
   }
@@ -181,6 +182,7 @@ class Page {
     this.time?.redraw();
     if (this.breakdown) this.breakdown.textContent = `${summary.breakdown}. Medians over the newest half of the steps; evaluations, saves and moves of experts are not in them.`;
     this.links?.forEach((part) => part.chart.redraw());
+    this.tables.filter((made) => made.data).forEach((made) => made.draw());
     this.onLayer();
   }
 
@@ -245,7 +247,7 @@ class Page {
   // Tables that are open, once the reader has stopped for a moment.
   drawTables() {
     clearTimeout(this.later);
-    this.later = setTimeout(() => this.tables.forEach((made) => made.draw()), 120);
+    this.later = setTimeout(() => this.tables.filter((made) => !made.data).forEach((made) => made.draw()), 120);
   }
 }
 

@@ -28,6 +28,7 @@ class Source extends EventTarget {
   // Parts that have not changed are not in `state`: those of before stay.
   #take(state, summary, placements, layers = {}) {
     if (state.changed.load !== this.state?.changed.load) this.layers.clear();
+    if (state.steps) state.steps = joined(this.state?.steps, state.steps);
     [this.state, this.summary] = [{ ...this.state, ...state }, summary];
     if (placements) this.placements = new Placements(placements);
     for (const [layer, found] of Object.entries(layers)) this.layers.set(Number(layer), found);
@@ -45,7 +46,7 @@ class Source extends EventTarget {
   async refresh() {
     try {
       const known = this.state?.version ?? 0;
-      const state = await this.#ask("state", { since: known });
+      const state = await this.#ask("state", { since: known, mark: this.state?.steps.mark ?? "" });
       const again = this.lost;
       this.lost = false;
       if (this.state && state.version === known) {
@@ -125,4 +126,17 @@ class Source extends EventTarget {
     }
     return this.layers.get(number) ?? null;
   }
+}
+
+// Steps that follow the ones that are there already (`after`), behind them; or all of them.
+function joined(before, news) {
+  if (news.after === null || news.after === undefined || !before) return news;
+  const [had, came] = [before.step.length, news.step.length];
+  const columns = (old, more, missing) => Object.fromEntries([...new Set([...Object.keys(old), ...Object.keys(more)])].map((name) => [
+    name, [...(old[name] ?? Array(had).fill(missing)), ...(more[name] ?? Array(came).fill(missing))],
+  ]));
+  return {
+    ...news, step: [...before.step, ...news.step], columns: columns(before.columns, news.columns, null),
+    phase_seconds: columns(before.phase_seconds, news.phase_seconds, 0),
+  };
 }

@@ -4,7 +4,7 @@ import { Chart, label } from "ray_ep/chart.js";
 import { property } from "ray_ep/colour.js";
 import { clock, figure as number, known, seconds, share } from "ray_ep/format.js";
 
-const { Range1d } = Bokeh;
+const { NumeralTickFormatter, Range1d } = Bokeh;
 
 export const LANES = [ // what is on each lane, from the top: its name, entries of the time line, a colour
   ["moves", ["move", "gain", "placement"], "#2aa876"],
@@ -19,15 +19,15 @@ export const LANES = [ // what is on each lane, from the top: its name, entries 
 export class TimeLine {
   constructor(view) {
     this.view = view;
-    this.range = new Range1d({ start: 0, end: 1 });
+    [this.span, this.ranges] = [[0, 1], new Map()];
     const curve = (label, height, lines, options = {}) => new Curves(this, label, height, lines, options);
     this.phases = new Phases(this);
     this.lanes = new Lanes(this);
     this.curves = [
       curve("Loss", 190, [["loss", "train", "#3b82f6"], ["eval_loss", "held out", "#f08c2e"]], { left: "nats a token" }),
-      curve("Throughput", 190, [["tokens_per_second", "tokens/s", "#2aa876"]], { left: "tokens/s", zero: true }),
+      curve("Throughput", 190, [["tokens_per_second", "tokens/s", "#2aa876"]], { left: "tokens/s", zero: true, form: "0,0" }),
       curve("Balance", 190, [["balancedness", "balancedness of ranks", "#3b82f6"], ["worst_expert_load", "hottest expert / mean", "#f08c2e"]], { left: "ratio", zero: true }),
-      curve("Bytes between nodes and inside", 190, [["bytes_inter_node", "between nodes", "#f08c2e"], ["bytes_intra_node", "inside nodes", "#3b82f6"]], { left: "bytes a step", zero: true }),
+      curve("Bytes between nodes and inside", 190, [["bytes_inter_node", "between nodes", "#f08c2e"], ["bytes_intra_node", "inside nodes", "#3b82f6"]], { left: "a step", zero: true, form: "0.[0]b" }),
     ];
     this.charts = [this.phases, this.lanes, ...this.curves].map((part) => part.chart);
   }
@@ -36,13 +36,25 @@ export class TimeLine {
 
   column(name) { return this.steps.columns[name] ?? []; }
 
+  // A range for one chart: models of Bokeh belong to one chart each, so all hear of the others' change here.
+  range(chart) {
+    const range = new Range1d({ start: this.span[0], end: this.span[1] });
+    this.ranges.set(chart, range);
+    range.connect(range.change, () => { if (this.ranges.get(chart) === range) this.show(range.start, range.end); });
+    return range;
+  }
+
+  show(start, end) {
+    if (start === this.span[0] && end === this.span[1]) return;
+    this.span = [start, end];
+    for (const range of this.ranges.values()) range.setv({ start, end });
+  }
+
   // The whole run, unless the reader has zoomed in.
   fit(anew = false) {
     const { step } = this.steps;
     const whole = [Math.min(step[0] ?? 0, 0), Math.max(step.at(-1) ?? 1, 1)];
-    if (anew || !this.whole || (this.range.start === this.whole[0] && this.range.end === this.whole[1])) {
-      this.range.setv({ start: whole[0], end: whole[1] });
-    }
+    if (anew || !this.whole || (this.span[0] === this.whole[0] && this.span[1] === this.whole[1])) this.show(...whole);
     this.whole = whole;
   }
 
@@ -61,8 +73,9 @@ export class TimeLine {
     const { step } = this.steps;
     if (key === "Home" || key === "End") return { x: step.at(key === "Home" ? 0 : -1) ?? 0, y: 0 };
     if (key === "+" || key === "-") {
-      const [middle, half] = [last?.x ?? (this.range.start + this.range.end) / 2, (this.range.end - this.range.start) * (key === "+" ? 0.25 : 1)];
-      this.range.setv({ start: Math.max(this.whole[0], middle - half), end: Math.min(this.whole[1], middle + half) });
+      const [start, end] = this.span;
+      const [middle, half] = [last?.x ?? (start + end) / 2, (end - start) * (key === "+" ? 0.25 : 1)];
+      this.show(Math.max(this.whole[0], middle - half), Math.min(this.whole[1], middle + half));
       return last;
     }
     const way = { ArrowLeft: -1, ArrowRight: 1, PageUp: -10, PageDown: 10 }[key];
@@ -74,7 +87,7 @@ export class TimeLine {
   // The place of the version that is looked at, as a line over every chart.
   mark(chart, figure, low, high) {
     chart.glyph(figure, "segment", "version", {
-      x0: { field: "x" }, x1: { field: "x" }, y0: { field: "y0" }, y1: { field: "y1" }, line_color: property("text"), line_dash: [3, 3], line_width: 1.5,
+      x0: { field: "x" }, x1: { field: "x" }, y0: { field: "y0" }, y1: { field: "y1" }, line_color: property("text"), line_dash: "dashed", line_width: 1.5,
     });
     chart.marks = [low, high];
   }
@@ -108,7 +121,7 @@ class Phases {
 
   build(chart) {
     this.names = this.shown.map((p) => p.name).join(" ");
-    const figure = chart.start({ x: this.time.range, y: [0, 1], zoom: true, left: "seconds" });
+    const figure = chart.start({ x: this.time.range(chart), y: [0, 1], zoom: true, left: "seconds" });
     figure.xgrids.forEach((grid) => { grid.visible = false; });
     for (const { name, colour } of this.shown) {
       chart.glyph(figure, "varea", name, { x: { field: "x" }, y1: { field: "low" }, y2: { field: "high" }, fill_color: colour, fill_alpha: 0.92 });
@@ -160,8 +173,9 @@ class Curves {
   get told() { return this.lines.filter(([name]) => this.time.column(name).some(known)); }
 
   build(chart) {
-    const figure = chart.start({ x: this.time.range, y: [0, 1], zoom: true, left: this.options.left });
+    const figure = chart.start({ x: this.time.range(chart), y: [0, 1], zoom: true, left: this.options.left });
     figure.xgrids.forEach((grid) => { grid.visible = false; });
+    if (this.options.form) figure.yaxis.formatter = new NumeralTickFormatter({ format: this.options.form });
     for (const [name, , colour] of this.lines) {
       chart.glyph(figure, "line", name, { x: { field: "x" }, y: { field: "y" }, line_color: colour, line_width: 1.7 });
       chart.glyph(figure, "scatter", `${name} points`, { x: { field: "x" }, y: { field: "y" }, fill_color: colour, line_color: null, size: 5 });
@@ -217,7 +231,7 @@ class Lanes {
   }
 
   build(chart) {
-    const figure = chart.start({ x: this.time.range, y: [0, LANES.length], below: "step" });
+    const figure = chart.start({ x: this.time.range(chart), y: [0, LANES.length], below: "step" });
     label(figure.yaxis, LANES.map(([name], i) => ({ at: LANES.length - i - 0.5, text: name })));
     figure.xgrids.forEach((grid) => { grid.visible = false; });
     chart.glyph(figure, "scatter", "events", {
@@ -231,13 +245,13 @@ class Lanes {
     const found = this.entries;
     this.chart.set("events", {
       x: found.map((e) => e.x), y: found.map((e) => e.y), c: found.map((e) => e.colour),
-      m: found.map((e) => ({ gain: "diamond", move: "circle", placement: "square", loss: "x" }[e.entry] ?? "circle")),
+      m: found.map((e) => ({ gain: "diamond", move: "circle", placement: "square", loss: "inverted_triangle" }[e.entry] ?? "circle")),
     });
     this.time.drawMark(this.chart);
   }
 
   nearest(x, y) {
-    const reach = (this.time.range.end - this.time.range.start) * 9 / this.chart.width;
+    const reach = (this.time.span[1] - this.time.span[0]) * 9 / this.chart.width;
     const close = this.entries.filter((e) => Math.abs(e.x - x) <= reach && Math.abs(e.y - y) < 0.5);
     return close.sort((a, b) => Math.abs(a.x - x) - Math.abs(b.x - x))[0] ?? null;
   }

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ray_ep.observe.routing import expected_pairs
+from ray_ep.observe.routing import pair_ratios
 from ray_ep.observe.state import RunState
 from ray_ep.placement.placement import Placement
 
@@ -54,7 +54,7 @@ def layer(state: RunState, number: int) -> dict[str, Any] | None:
     pairs, flows = state.pairs("coactivation", number), state.pairs("transitions", number)
     found: dict[str, Any] = {}
     if pairs is not None:
-        found["ratios"] = packed(_ratios(pairs))
+        found["ratios"] = packed(pair_ratios(pairs))
     if flows is not None:
         greatest = np.argsort(-flows, axis=None, kind="stable")[:FLOWS]
         rows, columns = np.unravel_index(greatest, flows.shape)
@@ -86,14 +86,6 @@ def packed(ratios: np.ndarray) -> str:
     doublings = np.log2(np.maximum(np.where(known, upper, 1.0), 2.0**-_REACH))
     held = np.clip((doublings + _REACH) / (2 * _REACH), 0.0, 1.0)
     return base64.b64encode(np.where(known, 1 + np.rint(254 * held), 0).astype(np.uint8).tobytes()).decode()
-
-
-def _ratios(pairs: np.ndarray) -> np.ndarray:
-    """[E, E] tokens for which two experts fired, over what their loads alone would give; NaN where nothing is."""
-    observed = np.maximum(pairs, pairs.T).astype(np.float64)
-    np.fill_diagonal(observed, 0.0)
-    expected = expected_pairs(observed)
-    return np.divide(observed, expected, out=np.full(observed.shape, np.nan), where=expected > 1e-9)
 
 
 def _told(placement: Placement, earlier: Placement | None, same_members: bool) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 from html import escape
 from typing import Any
 
@@ -46,8 +47,24 @@ def whole_page(title: str, data: dict[str, Any], kind: str = "run") -> str:
     head = [f"<style>\n{style}</style>"]
     head += [f"<script>{_inline(path.read_text(encoding='utf-8'))}</script>" for path in library().values()]
     head += [f'<script type="importmap">{json.dumps({"imports": imports})}</script>']
-    held = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    held = as_json(data).replace("<", "\\u003c")  # no text of a run ends the element around it
     return _render(title, kind, head, f'<script type="application/json" id="data">{held}</script>')
+
+
+def as_json(tree: Any) -> str:
+    """JSON without NaN and infinity, which it does not have: they become null."""
+    try:
+        return json.dumps(tree, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(tree), separators=(",", ":"), allow_nan=False)
+
+
+def _finite(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _finite(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 def _render(title: str, kind: str, head: list[str], data: str) -> str:

@@ -2,7 +2,8 @@
 
     GET /ray_ep/                        the page
     GET /ray_ep/assets/NAME             its modules, style sheet and chart library
-    GET /api/ray_ep/state?since=N       the run's state: parts that have changed since version N (observe/state)
+    GET /api/ray_ep/state?since=N&mark=M  the run's state: parts that have changed since version N, of its steps those
+                                        after mark M (observe/state)
     GET /api/ray_ep/summary             what is said of it in words (summary.py)
     GET /api/ray_ep/placements?after=V  placements newer than V (data.py)
     GET /api/ray_ep/layers/L            co-activation and transitions of one layer (data.py)
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import time
 from collections.abc import Awaitable, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +26,7 @@ from aiohttp import web
 
 from ray_ep.observe.page.assets import FOLDER, library, modules
 from ray_ep.observe.page.data import layer, placements
-from ray_ep.observe.page.html import served_page
+from ray_ep.observe.page.html import as_json, served_page
 from ray_ep.observe.page.summary import summary
 from ray_ep.observe.state import RunState
 
@@ -122,8 +122,8 @@ class PageServer:
         )
 
     async def _state(self, request: web.Request) -> web.StreamResponse:
-        since = _whole(request, "since", 0)
-        return await self._json(("state", since), lambda: self.state.snapshot(since=max(since, 0)))
+        since, mark = max(_whole(request, "since", 0), 0), request.query.get("mark", "")[:64]
+        return await self._json(("state", since, mark), lambda: self.state.snapshot(since=since, mark=mark))
 
     async def _summary(self, request: web.Request) -> web.StreamResponse:
         return await self._json(("summary",), lambda: summary(self.state, running=True))
@@ -190,7 +190,7 @@ class PageServer:
         key = (*key, self.state.version)
         body = self._kept.get(key)
         if body is None:
-            body = await asyncio.get_running_loop().run_in_executor(self._pool, lambda: _encoded(make()))
+            body = await asyncio.get_running_loop().run_in_executor(self._pool, lambda: as_json(make()).encode())
             if len(self._kept) < 64:
                 self._kept[key] = body
         response = web.Response(body=body, content_type="application/json")
@@ -202,10 +202,6 @@ class PageServer:
         if self._looking is not None:
             self._looking.cancel()
         self._pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _encoded(tree: Any) -> bytes:
-    return json.dumps(tree, separators=(",", ":"), allow_nan=False).encode()
 
 
 def _whole(request: web.Request, name: str, default: int) -> int:

@@ -1,4 +1,4 @@
-"""What is said of a run in figures and words at the head of its page: model, headlines, phases, links, configuration."""
+"""What is said of a run in figures and words on its page: model, headlines, phases, links, configuration."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def summary(state: RunState, running: bool) -> dict[str, Any]:
     - links: head and rows of a table, contradictions, nodes; None: not measured.
     - config: YAML without secrets.
     """
-    phases, force = breakdown(state.steps), str(state.setting("router.force", "none"))
+    phases, force = breakdown(state), str(state.setting("router.force", "none"))
     config = state.snapshot("run")["run"]["config"]
     return {
         "model": _model(state),
