@@ -20,11 +20,13 @@ from ray_ep.driver.records import Event
 from ray_ep.driver.run.rundir import RunDir, find_checkpoint
 from ray_ep.driver.start import check_run
 from ray_ep.errors import BadInput, CheckpointError
+from ray_ep.observe.dashboard.placement_log import PlacementLog
+from ray_ep.observe.dashboard.reach import shown
 from ray_ep.observe.live import LivePage
 from ray_ep.observe.metrics.listener import Metrics
+from ray_ep.observe.page.report import write_report
 from ray_ep.observe.phases import Phases
 from ray_ep.observe.progress import Progress
-from ray_ep.observe.report import write_report
 from ray_ep.observe.trackers import check_trackers, trackers
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.rank.saved.export import export_checkpoint
@@ -139,19 +141,18 @@ def train(cfg: Config) -> Run:
                     progress.event(Event("resume", plan.nothing_to_do))
                     return Run(plan.run.path, "done", prefix)
 
-                def no_page(why: str) -> None:
-                    publisher.event(Event("report", why))
+                def no_page(why: str, kind: str = "report") -> None:
+                    publisher.event(Event(kind, why))
 
-                def no_metrics(why: str) -> None:
-                    publisher.event(Event("metrics", why))
-
+                log = PlacementLog(plan.run.path)
                 with (
                     LivePage(plan.run.path, no_page) as page,
                     trackers(cfg, plan.run.path) as tracked,
-                    Metrics(plan.run.path, cfg.optim.steps, no_metrics) as metrics,
-                    Publisher([plan.run, progress, page, metrics, *tracked]) as publisher,  # ends first
+                    Metrics(plan.run.path, cfg.optim.steps, lambda why: no_page(why, "metrics")) as metrics,
+                    Publisher([plan.run, progress, page, log, metrics, *tracked]) as publisher,  # ends first
+                    shown(cfg, plan.run.path, lambda why: no_page(why, "page")) as seen,
                 ):
-                    status = drive(cfg, plan, publisher, interrupt, phase)
+                    status = drive(cfg, plan, publisher, interrupt, phase, seen)
         finally:
             if (plan.run.path / "config.yaml").exists() and not plan.nothing_to_do:
                 _report(plan.run, prefix)

@@ -58,6 +58,7 @@ def step_record(
         max_expert_load=(load.max(1) / np.maximum(load.mean(1), 1e-9)).round(4).tolist(),
         load=first.load,
         rank_load=pairs.T,
+        sent=sent,
     )
 
 

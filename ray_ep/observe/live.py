@@ -108,6 +108,6 @@ def write(run_dir: str, nice: str, parent: str) -> None:
     if int(nice) == 19 and hasattr(os, "SCHED_IDLE"):  # Linux: runs only where nobody else wants to
         with suppress(OSError):
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    from ray_ep.observe.report import write_report
+    from ray_ep.observe.page.report import write_report
 
     write_report(Path(run_dir), running=True)

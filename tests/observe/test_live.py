@@ -9,7 +9,7 @@ from ray_ep.driver.records import Event
 from ray_ep.driver.run.rundir import RunDir
 from ray_ep.observe import live
 from ray_ep.observe.live import EVERY_S, NEWS_S, LivePage
-from ray_ep.observe.report import write_report
+from ray_ep.observe.page.report import write_report
 from tests.records import record
 
 
