@@ -66,7 +66,7 @@ class Stepping:
         self.cfg, self.plan, self.ranks, self.publisher, self.requests = cfg, plan, ranks, publisher, requests
         self.states, self.activity = States(), Activity(cfg.batch.accumulation, clock)
         self.saver = Saver(cfg, plan, ranks, publisher, clock)
-        held_out, keep, tell = len(plan.corpus.held_out), plan.run.provenance, publisher.event
+        held_out, keep, tell = len(plan.corpus.held_out), plan.run.held_out, publisher.event
         self.evaluator = Evaluator(cfg.eval, cfg.optim.steps, held_out, ranks, keep, tell)
         self.alarm = Alarm(cfg.router, tell)
         leaving, placement = Leaving(), plan.placement
