@@ -6,6 +6,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from ray_ep.errors import BadInput, CheckpointError
 from ray_ep.observe.live import LivePage
 from ray_ep.observe.phases import Phases
 from ray_ep.observe.progress import Progress
+from ray_ep.observe.provenance.files import ProvenanceFiles
 from ray_ep.observe.report import write_report
 from ray_ep.placement import Placement, RoutingStatistics, Topology
+from ray_ep.rank.data.tokenizer import load_decoder
 from ray_ep.rank.saved.export import export_checkpoint
 
 
@@ -139,9 +142,11 @@ def train(cfg: Config) -> Run:
                 def no_page(why: str) -> None:
                     publisher.event(Event("report", why))
 
+                decoder = partial(load_decoder, cfg.data.tokenizer)
                 with (
                     LivePage(plan.run.path, no_page) as page,
-                    Publisher([plan.run, progress, page]) as publisher,  # ends first: then nobody starts a page
+                    ProvenanceFiles(plan.run.path, cfg.provenance, decoder, lambda e: publisher.event(e)) as records,
+                    Publisher([plan.run, progress, page, records]) as publisher,  # ends first: nobody starts a page
                 ):
                     status = drive(cfg, plan, publisher, interrupt, phase)
         finally:

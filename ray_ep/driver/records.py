@@ -1,6 +1,6 @@
 """What a run says of itself: one record a step, one event for whatever else an operator should see.
 
-Values only. Figures stay numbers until a listener writes or draws them. L MoE layers, E experts. NumPy only.
+Values only, of NumPy. Figures stay numbers until a listener writes or draws them. L MoE layers, E experts.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from math import isfinite
 from typing import Any
 
 import numpy as np
+
+from ray_ep.rank.recorded import StepProvenance
 
 
 def now() -> datetime:
@@ -59,6 +61,7 @@ class StepRecord:
         migration_seconds, rebalance_seconds: that the job stood still for a move, and for all that rebalancing asks
             between two steps, the move included; None: it was skipped.
         eval_loss: on the held-out split; None: not evaluated after this step.
+        provenance: of the sampled tokens; None: none were; too long for a line, too.
     """
 
     step: int
@@ -92,10 +95,11 @@ class StepRecord:
     migration_seconds: float | None = None
     rebalance_seconds: float | None = None
     eval_loss: float | None = None
+    provenance: StepProvenance | None = field(default=None, compare=False, repr=False)
 
     def line(self) -> dict[str, Any]:
         """As a line of metrics.jsonl, without the figures that this step lacks."""
-        names = (f.name for f in fields(self) if f.name != "load")
+        names = (f.name for f in fields(self) if f.name not in ("load", "provenance"))
         return {name: _jsonable(value) for name in names if (value := getattr(self, name)) is not None}
 
 

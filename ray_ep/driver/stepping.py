@@ -19,7 +19,7 @@ from ray_ep.driver.elastic.stragglers import Stragglers
 from ray_ep.driver.ending import Activity
 from ray_ep.driver.evaluation import Evaluator
 from ray_ep.driver.forming import Formed
-from ray_ep.driver.measures import step_record
+from ray_ep.driver.measures import provenance_of, step_record
 from ray_ep.driver.publisher import Publisher
 from ray_ep.driver.rebalance.mover import Mover
 from ray_ep.driver.records import Event, StepRecord
@@ -90,6 +90,8 @@ class Stepping:
             if words:
                 self.publisher.event(Event(kind, words))
         record = step_record(self.done, results, seconds, self.mover.topology, self.mover.placement)
+        recorded = provenance_of(results, self.ranks.where, self.cfg.batch.length)
+        record = replace(record, provenance=recorded) if recorded is not None else record
         self.unfinished = record
         self.requests.poll()
         if self.stopping():
