@@ -17,6 +17,7 @@ import ray_ep
 from ray_ep.cli.bench_placement import bench_placement
 from ray_ep.cli.bench_train import bench_train
 from ray_ep.cli.chaos import chaos
+from ray_ep.cli.dashboards import dashboards
 from ray_ep.cli.loading import loading
 from ray_ep.cli.plan.command import plan
 from ray_ep.cli.probe import probe
@@ -84,6 +85,7 @@ def main() -> None:
 
 
 main.add_command(chaos)
+main.add_command(dashboards)
 main.add_command(plan)
 main.add_command(probe)
 main.add_command(rebalance)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from ray_ep.observe.provenance.explain import Explanation
     from ray_ep.observe.provenance.path import TokenPath
     from ray_ep.observe.provenance.reader import Records
+    from ray_ep.observe.state import RunState
     from ray_ep.placement import Placement
 
 _MOST = 20
@@ -123,31 +123,33 @@ def _tokens(tokens: list[Any], as_json: bool) -> None:
 def _read(records: Records, which: tuple[int | None, str | None], position: int) -> TokenPath:
     """The path of one token, with the reasons for the present places of its experts."""
     from ray_ep.observe.provenance.path import path_of
+    from ray_ep.observe.state import RunState
 
-    rows = records.of_token(*which, position)
-    return path_of(rows, lambda layer, expert: "", _placement(records.run_dir).version)
+    state = RunState(records.run_dir)
+    state.refresh()
+    return path_of(records.of_token(*which, position), state.why, _placement(state).version)
 
 
-def _placement(run: Path) -> Placement:
+def _placement(state: RunState) -> Placement:
     """The newest placement. Raises BadInput: none can be read."""
-    from ray_ep.errors import BadInput, PlacementError
-    from ray_ep.placement import Placement
-    from ray_ep.placement.placement import files_by_version
+    from ray_ep.errors import BadInput
 
-    for file in reversed(files_by_version(run / "placements")):
-        with suppress(PlacementError):
-            return Placement.load(file)
-    raise BadInput(f"{str(run / 'placements')!r}: no placement there can be read")
+    if state.placements.newest is None:
+        raise BadInput(f"{str(state.placements.folder)!r}: no placement there can be read")
+    return state.placements.newest
 
 
 def _explain(records: Records, words: str, as_json: bool) -> None:
     from ray_ep.errors import BadInput
     from ray_ep.observe.provenance.explain import explain
+    from ray_ep.observe.state import RunState
 
     found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", words.strip())
     if found is None:
         raise BadInput(f"--explain {words!r}: expected LAYER/EXPERT such as 2/7, both from 0")
-    it = explain(records, int(found[1]), int(found[2]), _placement(records.run_dir).num_experts)
+    state = RunState(records.run_dir)
+    state.refresh()
+    it = explain(records, int(found[1]), int(found[2]), _placement(state).num_experts)
     click.echo(json.dumps(it.to_dict()) if as_json else _explained(it))
 
 

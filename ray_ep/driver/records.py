@@ -1,6 +1,6 @@
 """What a run says of itself: one record a step, one event for whatever else an operator should see.
 
-Values only, of NumPy. Figures stay numbers until a listener writes or draws them. L MoE layers, E experts.
+Values only, of NumPy. Figures stay numbers until a listener writes or draws them. L MoE layers, E experts, R ranks.
 """
 
 from __future__ import annotations
@@ -14,6 +14,11 @@ from typing import Any
 import numpy as np
 
 from ray_ep.rank.recorded import StepProvenance
+
+STANDING = ("state", "members", "placement")
+"""Kinds of events that say where a run stands (run/standing.py): what is true from then on, not what passes by."""
+
+_ARRAYS = ("load", "rank_load", "sent", "provenance")  # of a step's record; too long for a line
 
 
 def now() -> datetime:
@@ -57,6 +62,8 @@ class StepRecord:
         peak_mib: memory that the fullest rank has had at most.
         bytes_intra_node, bytes_inter_node: sent by all ranks.
         load: [L, E] tokens that each expert received; too long for a line of metrics.jsonl.
+        rank_load: [L, R] (token, expert) pairs that each rank computed; too long for it, too.
+        sent: [R, R] bytes from rank to rank; likewise.
         max_expert_load: [L] of the hottest expert of each layer, in multiples of the layer's mean.
         migration_seconds, rebalance_seconds: that the job stood still for a move, and for all that rebalancing asks
             between two steps, the move included; None: it was skipped.
@@ -92,6 +99,8 @@ class StepRecord:
     balance_saved_measured: float
     max_expert_load: list[float]
     load: np.ndarray[Any, Any] = field(compare=False, repr=False)
+    rank_load: np.ndarray[Any, Any] = field(compare=False, repr=False)
+    sent: np.ndarray[Any, Any] = field(compare=False, repr=False)
     migration_seconds: float | None = None
     rebalance_seconds: float | None = None
     eval_loss: float | None = None
@@ -99,7 +108,7 @@ class StepRecord:
 
     def line(self) -> dict[str, Any]:
         """As a line of metrics.jsonl, without the figures that this step lacks."""
-        names = (f.name for f in fields(self) if f.name not in ("load", "provenance"))
+        names = (f.name for f in fields(self) if f.name not in _ARRAYS)
         return {name: _jsonable(value) for name in names if (value := getattr(self, name)) is not None}
 
 

@@ -18,6 +18,7 @@ from ray_ep.driver.rebalance.links import Links
 from ray_ep.driver.rebalance.rebalancer import Rebalancer
 from ray_ep.driver.rebalance.recent import Facts, MeasuredStep, Recent
 from ray_ep.driver.records import Event
+from ray_ep.driver.run.standing import Cause, placement_event
 from ray_ep.driver.states import State, States
 from ray_ep.errors import BadInput, RankError
 from ray_ep.moe import Balance
@@ -159,6 +160,7 @@ class Mover:
             return seconds
         self.placement = placement
         self.keep(placement)
+        self.publish(placement_event(placement, Cause.REBALANCE, verdict.words))
         self.rebalancer.moved(verdict, done, seconds)
         self.links.moved()
         return seconds
