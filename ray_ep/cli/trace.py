@@ -162,7 +162,7 @@ def _explained(it: Explanation) -> str:
         head = ("prefers", "tokens", "answered", "of others", "odds", "documents", "z")
         rows = []
         for p in it.preferences[:_MOST]:
-            text, odds = p.text if p.whole_class else repr(shown(p.text)), "-" if p.odds is None else f"{p.odds:.1f}"
+            text, odds = p.text if p.whole_class else f"'{shown(p.text)}'", "-" if p.odds is None else f"{p.odds:.1f}"
             shares = f"{p.share:.0%}", f"{p.elsewhere:.0%}"
             rows.append((text, f"{p.tokens:,}", *shares, odds, str(p.documents), f"{p.z:.1f}"))
         out += ["", table(head, rows)]
