@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ray_ep.config import load_config
 from ray_ep.config.schema import Config
 from ray_ep.driver.actors.probe import probe_cluster
+from ray_ep.driver.actors.shown import Shown
 from ray_ep.driver.drive import drive
 from ray_ep.driver.ending import STATUS
 from ray_ep.driver.interrupt import Interrupt
@@ -27,8 +31,10 @@ from ray_ep.observe.metrics.listener import Metrics
 from ray_ep.observe.page.report import write_report
 from ray_ep.observe.phases import Phases
 from ray_ep.observe.progress import Progress
+from ray_ep.observe.provenance.files import ProvenanceFiles
 from ray_ep.observe.trackers import check_trackers, trackers
 from ray_ep.placement import Placement, RoutingStatistics, Topology
+from ray_ep.rank.data.tokenizer import load_decoder
 from ray_ep.rank.saved.export import export_checkpoint
 
 
@@ -141,23 +147,32 @@ def train(cfg: Config) -> Run:
                     progress.event(Event("resume", plan.nothing_to_do))
                     return Run(plan.run.path, "done", prefix)
 
-                def no_page(why: str, kind: str = "report") -> None:
-                    publisher.event(Event(kind, why))
-
-                log = PlacementLog(plan.run.path)
-                with (
-                    LivePage(plan.run.path, no_page) as page,
-                    trackers(cfg, plan.run.path) as tracked,
-                    Metrics(plan.run.path, cfg.optim.steps, lambda why: no_page(why, "metrics")) as metrics,
-                    Publisher([plan.run, progress, page, log, metrics, *tracked]) as publisher,  # ends first
-                    shown(cfg, plan.run.path, lambda why: no_page(why, "page")) as seen,
-                ):
+                with _observed(cfg, plan.run, progress) as (publisher, seen):
                     status = drive(cfg, plan, publisher, interrupt, phase, seen)
         finally:
             if (plan.run.path / "config.yaml").exists() and not plan.nothing_to_do:
                 _report(plan.run, prefix)
             plan.run.release()
     return Run(plan.run.path, status, prefix)
+
+
+@contextmanager
+def _observed(cfg: Config, run: RunDir, progress: Progress) -> Iterator[tuple[Publisher, Shown]]:
+    """Everybody who hears of a run, and where its page is seen; what they cannot do is told, and the run goes on."""
+
+    def tell(kind: str) -> Callable[[str], None]:
+        return lambda why: publisher.event(Event(kind, why))
+
+    log, decoder = PlacementLog(run.path), partial(load_decoder, cfg.data.tokenizer)
+    with (
+        LivePage(run.path, tell("report")) as page,
+        trackers(cfg, run.path) as tracked,
+        Metrics(run.path, cfg.optim.steps, tell("metrics")) as metrics,
+        ProvenanceFiles(run.path, cfg.provenance, decoder, lambda e: publisher.event(e)) as records,
+        Publisher([run, progress, page, log, metrics, records, *tracked]) as publisher,  # ends first
+        shown(cfg, run.path, tell("page")) as seen,
+    ):
+        yield publisher, seen
 
 
 def _report(run: RunDir, prefix: str) -> None:

@@ -23,6 +23,7 @@ from ray_ep.cli.plan.command import plan
 from ray_ep.cli.probe import probe
 from ray_ep.cli.requests import drain, rebalance, scale
 from ray_ep.cli.simulate.command import simulate
+from ray_ep.cli.trace import trace
 
 if TYPE_CHECKING:
     from ray_ep.bench.layer import LayerCase
@@ -76,6 +77,7 @@ def main() -> None:
       ray-ep scale runs/NAME 4              ask a running job to go on with 4 ranks
       ray-ep drain runs/NAME NODE           ask a running job to leave a node
       ray-ep dashboards install             graphs of runs in Ray's dashboard and Grafana
+      ray-ep trace runs/NAME --step 100     which expert on which rank computed for which token
       ray-ep chaos --minutes 2              kill ranks and nodes of a run on purpose, and count what is lost
 
     Exit status: 0 done, 1 failed while running, 2 bad input, 130 interrupted.
@@ -91,6 +93,7 @@ main.add_command(rebalance)
 main.add_command(scale)
 main.add_command(drain)
 main.add_command(simulate)
+main.add_command(trace)
 
 
 @main.command()
