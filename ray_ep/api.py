@@ -11,12 +11,14 @@ from typing import Any
 
 from ray_ep.config import load_config
 from ray_ep.config.schema import Config
+from ray_ep.control.server import Control
 from ray_ep.driver.actors.probe import probe_cluster
 from ray_ep.driver.drive import drive
 from ray_ep.driver.ending import STATUS
 from ray_ep.driver.interrupt import Interrupt
 from ray_ep.driver.publisher import Publisher
 from ray_ep.driver.records import Event
+from ray_ep.driver.requests import Requests
 from ray_ep.driver.run.rundir import RunDir, find_checkpoint
 from ray_ep.driver.start import check_run
 from ray_ep.errors import BadInput, CheckpointError
@@ -139,11 +141,15 @@ def train(cfg: Config) -> Run:
                 def no_page(why: str) -> None:
                     publisher.event(Event("report", why))
 
+                requests = Requests(interrupt)
                 with (
                     LivePage(plan.run.path, no_page) as page,
-                    Publisher([plan.run, progress, page]) as publisher,  # ends first: then nobody starts a page
+                    Control(cfg.control, plan.run, requests, lambda event: publisher.event(event)) as control,
+                    Publisher(
+                        [plan.run, progress, page, control]
+                    ) as publisher,  # ends first: nobody starts a page then
                 ):
-                    status = drive(cfg, plan, publisher, interrupt, phase)
+                    status = drive(cfg, plan, publisher, requests, interrupt, phase)
         finally:
             if (plan.run.path / "config.yaml").exists() and not plan.nothing_to_do:
                 _report(plan.run, prefix)

@@ -18,6 +18,7 @@ def drive(
     cfg: Config,
     plan: Plan,
     publisher: Publisher,
+    requests: Requests,
     interrupt: Interrupt,
     phase: Callable[[str], None] = lambda name: None,
 ) -> str:
@@ -25,6 +26,7 @@ def drive(
 
     Args:
         publisher: its first listener is the run's directory.
+        requests: what is asked of the run, which looks at `interrupt`; it is closed at the end.
         phase: told what a start is at; empty: it has ended.
 
     Raises:
@@ -35,7 +37,7 @@ def drive(
     """
     plan.run.say = lambda words: publisher.event(Event("not-written", words))
     with placed(cfg.cluster, plan.run.path.name, interrupt, phase, cfg.elastic.max_ranks) as (ranks, ray):
-        driver = Driver(cfg, plan, ranks, publisher, Requests(interrupt, [plan.run.take_request]))
+        driver = Driver(cfg, plan, ranks, publisher, requests)
         with driver.told():
             driver.form(ray, phase)
             interrupt.tell = driver.signalled
