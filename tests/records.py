@@ -11,6 +11,7 @@ def record(step=1, **figures):
     """Of one step: what is not given is 0, or was not measured."""
     nothing = {f.name: 0 for f in fields(StepRecord)} | {
         "loss": 2.0, "step_seconds": 0.1, "phase_seconds": {}, "max_expert_load": [], "load": np.ones((1, 4)),
-        "migration_seconds": None, "rebalance_seconds": None, "eval_loss": None,
+        "rank_load": np.ones((1, 2)), "sent": np.zeros((2, 2)), "migration_seconds": None, "rebalance_seconds": None,
+        "eval_loss": None,
     }  # fmt: skip
     return StepRecord(**nothing | {"step": step} | figures)

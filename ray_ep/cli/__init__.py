@@ -19,6 +19,7 @@ from ray_ep.cli.bench_train import bench_train
 from ray_ep.cli.chaos import chaos
 from ray_ep.cli.control.top import top
 from ray_ep.cli.control.verbs import VERBS
+from ray_ep.cli.dashboards import dashboards
 from ray_ep.cli.loading import loading
 from ray_ep.cli.plan.command import plan
 from ray_ep.cli.probe import probe
@@ -86,6 +87,7 @@ def main() -> None:
 
 
 main.add_command(chaos)
+main.add_command(dashboards)
 main.add_command(plan)
 main.add_command(probe)
 main.add_command(simulate)

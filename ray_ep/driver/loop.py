@@ -16,7 +16,8 @@ from ray_ep.driver.forming import Formed, form, mover_of
 from ray_ep.driver.publisher import LAST_S
 from ray_ep.driver.records import Event
 from ray_ep.driver.requests import Request, RequestKind
-from ray_ep.driver.run.opening import notes_of, start_of
+from ray_ep.driver.run.opening import first_words, notes_of, start_of
+from ray_ep.driver.run.standing import Cause, members_event, placement_event
 from ray_ep.driver.states import State
 from ray_ep.driver.stepping import Stepping
 from ray_ep.errors import LostError
@@ -34,7 +35,7 @@ class Driver(Stepping):
         """Have the ranks form; then the run is there: its directory is made, and listeners hear what runs."""
         formed = form(self.cfg, self.plan, self.ranks, phase)
         self.plan.run.create(self.cfg)
-        self.adopt(formed)
+        self.adopt(formed, Cause.START, first_words(self.cfg, self.plan))
         self.requests.where = self.where
         phase("")
         self.publisher.start(start_of(self.cfg, self.plan, formed, ray))
@@ -43,8 +44,12 @@ class Driver(Stepping):
             self.publisher.event(note)
         self.saver.start()
 
-    def adopt(self, formed: Formed) -> None:
-        """Go on with ranks that have formed: whatever depends on who they are is derived here, and nowhere else."""
+    def adopt(self, formed: Formed, cause: Cause, words: str) -> None:
+        """Go on with ranks that have formed: whatever depends on who they are is derived here, and nowhere else.
+
+        Args:
+            cause: why they have this placement, and in `words`.
+        """
         run, self.formed = self.plan.run, formed
         run.exchange(formed.choice.to_dict())
         run.topology(formed.topology)
@@ -54,6 +59,8 @@ class Driver(Stepping):
         self.mover.ask(*waiting)
         self.done = self.publisher.done = formed.done
         self.states.to(State.STEPPING, f"{formed.topology.num_ranks} ranks are formed, {self.done} steps are done")
+        self.publisher.event(members_event(formed.membership, self.ranks.where, self.ranks.device))
+        self.publisher.event(placement_event(formed.placement, cause, words))
 
     def run(self) -> str:
         """Step until the end or until asked to stop, then save; returns done or interrupted.
@@ -121,7 +128,7 @@ class Driver(Stepping):
             self.recovery.take(self.done, self.mover.placement)
         formed = self.elastic.after_step(self.now(), self.mover.recent.load, (), 0.0)
         if formed is not None:
-            self.adopt(formed)
+            self.joined(formed)
         time.sleep(REST_S)
 
     def resize(self) -> None:
@@ -129,12 +136,18 @@ class Driver(Stepping):
         if self.done < self.cfg.optim.steps and not self.stopping():
             formed = self.membership_after_step()
             if formed is not None:
-                self.adopt(formed)
+                self.joined(formed)
+
+    def joined(self, formed: Formed) -> None:
+        """Ranks have come or gone as planned."""
+        epoch, size = formed.membership.epoch, formed.membership.size
+        self.adopt(formed, Cause.MEMBERSHIP, f"ranks came or went: {size} ranks in epoch {epoch}")
 
     def recover(self, error: LostError) -> None:
         """Have those that are left go on; raises RankError if they cannot."""
-        self.states.to(State.RECOVERING, cause_of(error))
-        self.adopt(self.recovery.recover(error, self.now(), self.mover.recent.load))
+        why = cause_of(error)
+        self.states.to(State.RECOVERING, why)
+        self.adopt(self.recovery.recover(error, self.now(), self.mover.recent.load), Cause.LOSS, why)
 
     def drain(self) -> str:
         """The last save; returns done or interrupted. Raises SaveError; LostError: a rank was lost meanwhile."""
@@ -143,9 +156,9 @@ class Driver(Stepping):
             if self.stopping():
                 self.publisher.event(Event("interrupted", f"saving after step {self.done}"))
             self.saver.finish(self.done)
-        self.publisher.flush()
         status = "interrupted" if self.stopping() else "done"
         self.states.to(State.STOPPED, status)
+        self.publisher.flush()
         self.asked.ended(f"the run has ended after step {self.done}, which is saved")
         self.requests.close(f"the run has ended ({status} after step {self.done})")
         return status

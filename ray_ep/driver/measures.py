@@ -57,6 +57,8 @@ def step_record(
         balance_saved_measured=float(balance.moved_pairs * experts / max(mean.sum(), 1)),
         max_expert_load=(load.max(1) / np.maximum(load.mean(1), 1e-9)).round(4).tolist(),
         load=first.load,
+        rank_load=pairs.T,
+        sent=sent,
     )
 
 

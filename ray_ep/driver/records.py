@@ -1,6 +1,6 @@
 """What a run says of itself: one record a step, one event for whatever else an operator should see.
 
-Values only. Figures stay numbers until a listener writes or draws them. L MoE layers, E experts. NumPy only.
+Values only. Figures stay numbers until a listener writes or draws them. L MoE layers, E experts, R ranks. NumPy only.
 """
 
 from __future__ import annotations
@@ -12,6 +12,11 @@ from math import isfinite
 from typing import Any
 
 import numpy as np
+
+STANDING = ("state", "members", "placement")
+"""Kinds of events that say where a run stands (run/standing.py): what is true from then on, not what passes by."""
+
+_ARRAYS = ("load", "rank_load", "sent")  # of a step's record; too long for a line
 
 
 def now() -> datetime:
@@ -55,6 +60,8 @@ class StepRecord:
         peak_mib: memory that the fullest rank has had at most.
         bytes_intra_node, bytes_inter_node: sent by all ranks.
         load: [L, E] tokens that each expert received; too long for a line of metrics.jsonl.
+        rank_load: [L, R] (token, expert) pairs that each rank computed; too long for it, too.
+        sent: [R, R] bytes from rank to rank; likewise.
         max_expert_load: [L] of the hottest expert of each layer, in multiples of the layer's mean.
         migration_seconds, rebalance_seconds: that the job stood still for a move, and for all that rebalancing asks
             between two steps, the move included; None: it was skipped.
@@ -89,13 +96,15 @@ class StepRecord:
     balance_saved_measured: float
     max_expert_load: list[float]
     load: np.ndarray[Any, Any] = field(compare=False, repr=False)
+    rank_load: np.ndarray[Any, Any] = field(compare=False, repr=False)
+    sent: np.ndarray[Any, Any] = field(compare=False, repr=False)
     migration_seconds: float | None = None
     rebalance_seconds: float | None = None
     eval_loss: float | None = None
 
     def line(self) -> dict[str, Any]:
         """As a line of metrics.jsonl, without the figures that this step lacks."""
-        names = (f.name for f in fields(self) if f.name != "load")
+        names = (f.name for f in fields(self) if f.name not in _ARRAYS)
         return {name: _jsonable(value) for name in names if (value := getattr(self, name)) is not None}
 
 

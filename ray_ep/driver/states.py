@@ -6,7 +6,7 @@ Nothing is done here; the loop does it. Imports nothing of ray_ep.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 
@@ -50,10 +50,14 @@ class IllegalTransition(RuntimeError):
 
 
 class States:
-    """The state of one run; begins as forming."""
+    """The state of one run; begins as forming.
 
-    def __init__(self) -> None:
-        self.now = State.FORMING
+    Args:
+        tell: told each move: from, to and why.
+    """
+
+    def __init__(self, tell: Callable[[State, State, str], None] = lambda before, after, why: None) -> None:
+        self.now, self._tell = State.FORMING, tell
 
     def to(self, state: State, why: str) -> None:
         """Go to `state`. Raises IllegalTransition."""
@@ -61,7 +65,8 @@ class States:
             allowed = ", ".join(sorted(s.value for s in TRANSITIONS[self.now])) or "none: it is the end"
             raise IllegalTransition(f"from {self.now.value} to {state.value} ({why}): allowed are {allowed}")
         log.info("state from=%s to=%s why=%r", self.now.value, state.value, why)
-        self.now = state
+        before, self.now = self.now, state
+        self._tell(before, state, why)
 
     @contextmanager
     def during(self, state: State, why: str) -> Iterator[None]:

@@ -28,8 +28,9 @@ from ray_ep.driver.recovery.recover import Recovery
 from ray_ep.driver.requests import RequestKind, Requests, Where, Why
 from ray_ep.driver.run.asked import Asked
 from ray_ep.driver.run.saving import Saver
+from ray_ep.driver.run.standing import Cause, placement_event, state_event
 from ray_ep.driver.start import Plan
-from ray_ep.driver.states import States
+from ray_ep.driver.states import State, States
 from ray_ep.placement import Placement
 from ray_ep.placement.planner.verdict import Question
 from ray_ep.rank.results import StepResult
@@ -65,7 +66,7 @@ class Stepping:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.cfg, self.plan, self.ranks, self.publisher, self.requests = cfg, plan, ranks, publisher, requests
-        self.states, self.activity = States(), Activity(cfg.batch.accumulation, clock)
+        self.states, self.activity = States(self.tell_state), Activity(cfg.batch.accumulation, clock)
         self.saver = Saver(cfg, plan, ranks, publisher, clock)
         held_out, keep, tell = len(plan.corpus.held_out), plan.run.provenance, publisher.event
         self.evaluator = Evaluator(cfg.eval, cfg.optim.steps, held_out, ranks, keep, tell)
@@ -135,9 +136,15 @@ class Stepping:
         return Where(self.done, self.ranks.membership.epoch, self.mover.placement.version, drained)
 
     def moved(self, placement: Placement) -> None:
-        """The present ranks have another placement."""
+        """Ranks that leave have handed over: the present ones have another placement."""
         self.mover.placement = placement
         self.plan.run.placement(placement)
+        self.publisher.event(placement_event(placement, Cause.HANDOVER, "what ranks that leave own goes to the others"))
+
+    def tell_state(self, before: State, after: State, why: str) -> None:
+        """The run is at something else; of one that has not begun nobody is told."""
+        if self.plan.run.begun:
+            self.publisher.event(state_event(before, after, why))
 
     def question(self) -> Question:
         """What the planner knows of the present ranks."""

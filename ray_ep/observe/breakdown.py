@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ray_ep.observe.run_files import RunFiles
+from ray_ep.observe.state import RunState
 
 _DENSE, _DISPATCH, _EXCHANGE, _EXPERTS = "model outside the experts", "dispatch", "exchange", "experts"
 _UPDATE, _REST = "gradients and optimizer", "rest"
@@ -48,9 +48,9 @@ class Phase:
     words: str
 
 
-def breakdown(run: RunFiles) -> list[Phase]:
+def breakdown(run: RunState) -> list[Phase]:
     """The phases in the order of the bar, those of no known name last; [] where no step tells of them."""
-    told = run.phase_seconds()
+    told = run.steps.phase_seconds()
     names = [*_KNOWN, *(n for n in told if n not in _KNOWN)]
     seconds = [_median(told[n]) if n in told else 0.0 for n in names]
     whole = sum(seconds)

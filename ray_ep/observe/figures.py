@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ray_ep.observe.breakdown import Phase
 from ray_ep.observe.routing import load_ratio
-from ray_ep.observe.run_files import RunFiles
+from ray_ep.observe.state import RunState
 
 GREY, BLUE, ORANGE, GREEN = "#808890", "#3b82f6", "#f08c2e", "#2aa876"
 """Colours. The pages' style sheets give text of this grey, and no other, the colour that goes with their ground."""
@@ -34,25 +34,25 @@ _SMALL = 9.0  # points, of text inside a field
 _HALF, _FULL = (6.0, 3.0), (12.4, 3.0)  # inches: half the page's width, and all of it
 
 
-def loss(run: RunFiles) -> str:
+def loss(run: RunState) -> str:
     """Loss of each step, and of the held-out split where it was evaluated."""
     figure, axes = _figure(_HALF)
-    steps = run.column("step")
-    drawn = _curve(axes, steps, run.column("loss"), BLUE, "train")
-    drawn |= _curve(axes, steps, run.column("eval_loss"), ORANGE, "held out", marker="o", markersize=3.5)
+    steps = run.steps.column("step")
+    drawn = _curve(axes, steps, run.steps.column("loss"), BLUE, "train")
+    drawn |= _curve(axes, steps, run.steps.column("eval_loss"), ORANGE, "held out", marker="o", markersize=3.5)
     _mark_events(axes, run)
     return _finish(figure, axes, "loss", "nats per token") if drawn else ""
 
 
-def step_time(run: RunFiles) -> str:
+def step_time(run: RunState) -> str:
     """Seconds of a step, split into exchange, experts and the rest."""
-    columns = [run.column(name) for name in ("exchange_seconds", "expert_seconds", "step_seconds")]
+    columns = [run.steps.column(name) for name in ("exchange_seconds", "expert_seconds", "step_seconds")]
     exchange, experts, whole = (np.nan_to_num(c) for c in columns)
     known = np.isfinite(columns[2])
     if not known.any():
         return ""
     parts = [exchange, experts, np.maximum(whole - exchange - experts, 0.0)]
-    x, *stack = _thinned(run.column("step")[known], *(p[known] for p in parts))
+    x, *stack = _thinned(run.steps.column("step")[known], *(p[known] for p in parts))
     figure, axes = _figure(_HALF)
     labels = ["exchange", "experts", "rest"]
     axes.stackplot(x, *stack, labels=labels, colors=[ORANGE, BLUE, GREY], alpha=0.85, linewidth=0)
@@ -91,22 +91,22 @@ def step_bar(phases: Sequence[Phase]) -> str:
     return svg
 
 
-def throughput(run: RunFiles) -> str:
+def throughput(run: RunState) -> str:
     """Tokens per second of each step, over all ranks."""
     figure, axes = _figure(_HALF)
-    values = run.column("tokens_per_second")
-    drawn = _curve(axes, run.column("step"), values, GREEN, "")
+    values = run.steps.column("tokens_per_second")
+    drawn = _curve(axes, run.steps.column("step"), values, GREEN, "")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_ylim(0, None)
     _mark_events(axes, run)
     return _finish(figure, axes, "throughput", "tokens/s") if drawn else ""
 
 
-def worst_load(run: RunFiles) -> str:
+def worst_load(run: RunState) -> str:
     """Of each step, the worst layer's max/mean expert load."""
-    worst = [_worst(line.get("max_expert_load")) for line in run.metrics]
+    worst = [_worst(line.get("max_expert_load")) for line in run.steps.rows]
     figure, axes = _figure(_HALF)
-    drawn = _curve(axes, run.column("step"), np.array(worst, dtype=np.float64), ORANGE, "")
+    drawn = _curve(axes, run.steps.column("step"), np.array(worst, dtype=np.float64), ORANGE, "")
     axes.axhline(1.0, color=GREY, linewidth=0.8, linestyle=":")
     return _finish(figure, axes, "worst-load", "max / mean") if drawn else ""
 
@@ -173,10 +173,12 @@ def _thinned(*columns: np.ndarray) -> list[np.ndarray]:
     return [np.add.reduceat(c, starts) / counts for c in columns]
 
 
-def _mark_events(axes: Axes, run: RunFiles) -> None:
+def _mark_events(axes: Axes, run: RunState) -> None:
     """A dotted line at each step with an event: a dent in a curve often has its reason there."""
-    first, last = (run.metrics[0]["step"], run.metrics[-1]["step"]) if run.metrics else (0, -1)
-    steps = {e["step"] for e in run.events if isinstance(e.get("step"), (int, float)) and first < e["step"] <= last}
+    first, last = (run.steps.rows[0]["step"], run.steps.rows[-1]["step"]) if run.steps.rows else (0, -1)
+    steps = {
+        e["step"] for e in run.events.newest if isinstance(e.get("step"), (int, float)) and first < e["step"] <= last
+    }
     for step in sorted(steps)[-_LINES:]:
         axes.axvline(step, color=GREY, linewidth=0.8, linestyle=":")
 

@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from ray_ep.driver.records import Event, StepRecord
+from ray_ep.driver.records import STANDING, Event, StepRecord
 
 _EVERY_S = 5.0  # between plain lines; a job's log is read afterwards, too
 _COMMANDS = ("failed", "diverged")  # events that the command ends with itself, with all there is to say
@@ -67,8 +67,8 @@ class Progress:
         self._view.step(record.step, _figures(record, self._held_out))
 
     def event(self, event: Event) -> None:
-        """Show an event at once, unless the command that shows this says it at its end."""
-        if event.kind not in _COMMANDS:
+        """Show an event at once, unless the command that shows this says it at its end, or it only says what is so."""
+        if event.kind not in (*_COMMANDS, *STANDING):
             self._view.event(event.kind, event.words)
 
 

@@ -1,6 +1,6 @@
 """Writes report.html: one self-contained page about a run, made from its directory alone.
 
-Here the figures are chosen and put into words; run_files.py reads, figures.py draws, report.html lays out.
+Here the figures are chosen and put into words; state/ reads, figures.py draws, report.html lays out.
 Imports jinja2, PyYAML and its siblings; needs neither torch nor Ray, so a page can be made anywhere.
 """
 
@@ -18,17 +18,18 @@ import numpy as np
 import yaml
 from markupsafe import Markup
 
+from ray_ep.driver.records import STANDING
 from ray_ep.observe import figures
 from ray_ep.observe.breakdown import breakdown, in_groups
 from ray_ep.observe.routing import strongest_coactivation
-from ray_ep.observe.run_files import RunFiles, masked, read_run
+from ray_ep.observe.state import RunState, masked
+from ray_ep.observe.state.events import NEWEST
 from ray_ep.observe.topology import heatmap
 from ray_ep.placement.links.groups import contradictions
 from ray_ep.placement.links.rows import HEAD, link_rows
 from ray_ep.placement.topology import Topology
 
 _MAX_RANKS = 64  # a wider placement table is a wall of numbers
-_MAX_EVENTS = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ def write_report(run_dir: Path, running: bool = False) -> Path:
     loads itself again.
     """
     run_dir = Path(run_dir)
-    page = _environment().get_template("report.html").render(_content(run_dir, read_run(run_dir), running))
+    page = _environment().get_template("report.html").render(_content(run_dir, RunState(run_dir), running))
     path = run_dir / "report.html"
     unfinished = path.with_name(".report.html.unfinished")
     try:
@@ -74,31 +75,32 @@ def _environment() -> jinja2.Environment:
     )
 
 
-def _content(run_dir: Path, run: RunFiles, running: bool) -> dict[str, Any]:
+def _content(run_dir: Path, run: RunState, running: bool) -> dict[str, Any]:
     """The names that the template uses."""
-    company = None if run.coactivation is None else strongest_coactivation(run.coactivation)
+    pairs, load = run.load.pairs("coactivation"), run.load.load
+    company = None if pairs is None else strongest_coactivation(pairs)
     return {
         "name": run_dir.resolve().name,
         "model": _model(run),
         "force": str(run.setting("router.force", "none")),
         "running": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S") if running else "",
         "headlines": _headlines(run, running),
-        "steps": len(run.metrics),
+        "steps": len(run.steps.rows),
         "curves": _curves(run),
         "breakdown": _breakdown(run),
-        "load": None if run.load is None else Markup(figures.expert_load(run.load)),
+        "load": None if load is None else Markup(figures.expert_load(load)),
         "company": company,
         "company_figure": None if company is None else Markup(figures.coactivation(company.ratio)),
         "placement": _placement(run),
         "exchange": run.exchange,
         "links": _links(run.topology),
-        "events": [_event(e) for e in run.events[-_MAX_EVENTS:]],
-        "events_left_out": max(len(run.events) - _MAX_EVENTS, 0),
+        "events": [_event(e) for e in run.events.newest if e["kind"] not in STANDING],
+        "events_left_out": max(run.events.total - NEWEST, 0),
         "config": masked(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)) if run.config else "",
     }
 
 
-def _curves(run: RunFiles) -> list[tuple[str, str, Markup]]:
+def _curves(run: RunState) -> list[tuple[str, str, Markup]]:
     """(title, caption, SVG) of each curve that has a point."""
     drawn = [
         ("Loss", "Dotted lines: steps with an event.", figures.loss(run)),
@@ -109,7 +111,7 @@ def _curves(run: RunFiles) -> list[tuple[str, str, Markup]]:
     return [(title, caption, Markup(svg)) for title, caption, svg in drawn if svg]
 
 
-def _breakdown(run: RunFiles) -> dict[str, Any] | None:
+def _breakdown(run: RunState) -> dict[str, Any] | None:
     """Where a step's time goes; None where no step tells it."""
     phases = breakdown(run)
     if not phases:
@@ -122,12 +124,12 @@ def _breakdown(run: RunFiles) -> dict[str, Any] | None:
     }
 
 
-def _model(run: RunFiles) -> str:
+def _model(run: RunState) -> str:
     """The model in one line, from the configuration and the shape of the statistics."""
     path = run.setting("model.path", "")
     overrides = run.setting("model.overrides", {})
     over = overrides if isinstance(overrides, dict) and not path else {}  # a checkpoint ignores them
-    layers, experts = run.load.shape if run.load is not None else (None, None)
+    layers, experts = run.load.load.shape if run.load.load is not None else (None, None)
     top_k = over.get("num_experts_per_tok")
     parts = [
         masked(str(path or run.setting("model.type", ""))),
@@ -140,21 +142,21 @@ def _model(run: RunFiles) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _headlines(run: RunFiles, running: bool) -> list[Headline]:
+def _headlines(run: RunState, running: bool) -> list[Headline]:
     """The figures at the head of the page; those that no step reported are left out."""
-    if not run.metrics:
+    if not run.steps.rows:
         return []
-    last = int(run.column("step")[-1])
-    exchange, whole = np.nansum(run.column("exchange_seconds")), np.nansum(run.column("step_seconds"))
-    loss, held_out = run.column("loss"), run.column("eval_loss")
-    balance, tokens, ranks = (run.column(c) for c in ("balancedness", "tokens_per_second", "world_size"))
+    last = int(run.steps.column("step")[-1])
+    exchange, whole = np.nansum(run.steps.column("exchange_seconds")), np.nansum(run.steps.column("step_seconds"))
+    loss, held_out = run.steps.column("loss"), run.steps.column("eval_loss")
+    balance, tokens, ranks = (run.steps.column(c) for c in ("balancedness", "tokens_per_second", "world_size"))
     found = [
         _last("Loss" if running else "Final loss", loss, f"first {loss[0]:.4f}"),
         _last("Held-out loss", held_out[np.isfinite(held_out)], "last evaluation"),
         _median("Tokens/s", tokens, ",.0f", "median of the steps"),
         _median("Balancedness", balance, ".2f", "mean / max rank load, median"),
         Headline("Exchange", f"{exchange / whole:.0%}", "of step time") if whole > 0 else None,
-        _peak(run.column("peak_mib")),
+        _peak(run.steps.column("peak_mib")),
         Headline("Ranks", f"{ranks[-1]:.0f}", _range(ranks)) if np.isfinite(ranks[-1]) else None,
         Headline("Steps", str(last), f"of {run.setting('optim.steps', last)}"),
     ]
@@ -185,26 +187,26 @@ def _range(ranks: np.ndarray) -> str:
     return "throughout" if low == high else f"between {low} and {high}"
 
 
-def _event(event: dict[str, Any]) -> dict[str, str]:
-    time = str(event.get("time", ""))[:19].replace("T", " ")
-    text = {key: str(event.get(key, "")) for key in ("step", "kind", "message")}
-    return {**text, "time": time, "message": masked(text["message"])}
+def _event(event: dict[str, Any]) -> dict[str, Any]:
+    step = "" if event["step"] is None else str(event["step"])
+    return {**event, "time": event["time"][:19].replace("T", " "), "step": step}
 
 
-def _placement(run: RunFiles) -> dict[str, Any] | None:
+def _placement(run: RunState) -> dict[str, Any] | None:
     """The placement's table, layers x ranks of `Experts`, and its summary; no table beyond 64 ranks."""
-    if not run.slots or not run.slots[0]:
+    placement = run.placements.newest
+    if placement is None or not placement.num_layers:
         return None
-    ranks = len(run.slots[0])
-    counts = [Counter(e for rank in layer for e in rank if e >= 0) for layer in run.slots]
-    table = [[_cell(rank, count) for rank in layer] for layer, count in zip(run.slots, counts, strict=True)]
+    ranks, slots = placement.num_ranks, placement.slots.tolist()
+    counts = [Counter(e for rank in layer for e in rank if e >= 0) for layer in slots]
+    table = [[_cell(rank, count) for rank in layer] for layer, count in zip(slots, counts, strict=True)]
     return {
-        "version": run.placement_version,
-        "layers": len(run.slots),
+        "version": placement.version,
+        "layers": placement.num_layers,
         "ranks": ranks,
-        "slots": max(len(rank) for layer in run.slots for rank in layer),
+        "slots": max(len(rank) for layer in slots for rank in layer),
         "replicas": sum(n - 1 for count in counts for n in count.values()),
-        "empty": sum(e < 0 for layer in run.slots for rank in layer for e in rank),
+        "empty": sum(e < 0 for layer in slots for rank in layer for e in rank),
         "table": table if ranks <= _MAX_RANKS else [],
     }
 

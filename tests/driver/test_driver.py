@@ -53,7 +53,10 @@ def test_a_run_calls_its_ranks_in_this_order_and_tells_what_it_did(tmp_path, cap
         "train_step", "train_step", "evaluate", "statistics", "save", "train_step", "evaluate", "statistics", "save",
     ]  # fmt: skip
     heard = [getattr(x, "kind", "step") for x in it.ear.heard]
-    assert heard == ["start", "exchange", "step", "step", "checkpoint", "step", "checkpoint"]
+    assert heard == [
+        "state", "members", "placement", "start", "exchange", "step", "step", "checkpoint", "step",
+        "state", "checkpoint", "state",
+    ]  # fmt: skip
     assert [r.message for r in caplog.records] == [
         "state from=forming to=stepping why='2 ranks are formed, 0 steps are done'",
         "state from=stepping to=draining why='after step 3'",
@@ -81,7 +84,7 @@ def test_files_hold_every_record_with_its_figures_and_metrics_have_the_keys_that
         "balance_saved_measured max_expert_load migration_seconds rebalance_seconds"
     )
     assert [" ".join(m) for m in lines] == [usual, f"{usual} eval_loss"]
-    start = it.run.events()[0]
+    start = next(e for e in it.run.events() if e["kind"] == "start")
     assert list(start) == ["time", "step", "kind", "message", "fields"]
     assert (start["fields"]["ranks"], start["fields"]["experts"]) == (2, 8)
     assert json.loads((tmp_path / "topology.json").read_text())["node_of"] == [0, 0]
@@ -304,7 +307,9 @@ def test_the_failed_event_is_on_disk_before_the_error_leaves_however_far_behind_
     threading.Timer(0.2, slow.go.set).start()
     with pytest.raises(RankError):
         whole(it)
-    assert [e["kind"] for e in it.run.events()] == ["start", "exchange", "failed"]
+    assert [e["kind"] for e in it.run.events()] == [
+        "state", "members", "placement", "start", "exchange", "state", "failed",
+    ]  # fmt: skip
     assert [m["step"] for m in it.run.metrics()] == [1, 2]
 
 

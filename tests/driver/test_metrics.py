@@ -97,6 +97,13 @@ def test_the_largest_expert_load_is_in_multiples_of_the_mean_of_its_layer():
     assert metrics()["max_expert_load"] == [1.5, 1.0]
 
 
+def test_the_load_of_each_rank_is_told_by_layer_and_is_not_in_the_line():
+    results = [result([0, 0], [3, 4]), result([0, 0], [1, 4])]
+    made = step_record(5, results, 0.5, Topology.of_nodes([0, 0]), contiguous(2, 4, 2))
+    assert made.rank_load.tolist() == [[3, 1], [4, 4]]
+    assert not {"load", "rank_load"} & set(made.line())
+
+
 def test_a_line_is_plain_json():
     m = metrics()
     assert json.loads(json.dumps(m)) == m

@@ -13,7 +13,7 @@ from ray_ep.observe import figures
 from ray_ep.observe.breakdown import breakdown, in_groups
 from ray_ep.observe.figures import GREY
 from ray_ep.observe.report import write_report
-from ray_ep.observe.run_files import read_run
+from ray_ep.observe.state import RunState
 
 SECONDS = {
     "data": 0.001, "forward": 0.040, "dispatch_forward": 0.005, "exchange_forward": 0.015, "experts_forward": 0.030,
@@ -31,7 +31,7 @@ def run_of(folder, *steps):
 
 
 def seconds_of(folder, *phases):
-    return {p.name: p.seconds for p in breakdown(read_run(run_of(folder, *({"phase_seconds": p} for p in phases))))}
+    return {p.name: p.seconds for p in breakdown(RunState(run_of(folder, *({"phase_seconds": p} for p in phases))))}
 
 
 def test_the_page_shows_a_bar_and_each_phase_with_its_time_share_and_meaning(tmp_path):
@@ -52,14 +52,14 @@ def test_a_run_that_tells_no_phases_has_neither_section_nor_peak(tmp_path):
 
 def test_the_median_is_of_the_newest_half_of_the_steps_that_tell(tmp_path):
     run = run_of(tmp_path, *({"phase_seconds": {"data": s}} for s in (900, 800, 1, 2, 30)), {"loss": 2.0})
-    (data, *others) = breakdown(read_run(run))
+    (data, *others) = breakdown(RunState(run))
     assert (data.name, data.seconds, data.share) == ("data", 2, 1)
     assert not any(p.seconds for p in others)
 
 
 def test_of_a_long_run_the_newest_thousand_steps_count(tmp_path):
     steps = ({"phase_seconds": {"data": s}} for s in range(5000))
-    assert breakdown(read_run(run_of(tmp_path, *steps)))[0].seconds == pytest.approx(4499.5)
+    assert breakdown(RunState(run_of(tmp_path, *steps)))[0].seconds == pytest.approx(4499.5)
 
 
 def test_a_phase_that_a_step_lacks_took_it_no_time(tmp_path):
@@ -71,7 +71,7 @@ def test_a_phase_that_a_step_lacks_took_it_no_time(tmp_path):
 def test_phases_of_no_known_name_come_last_under_their_name_as_it_is(tmp_path):
     formula, odd = "$\\frac{1$", "<b>\u4e2d\x07"
     run = run_of(tmp_path, {"phase_seconds": {formula: 0.25, odd: 0.25, "data": 0.5}})
-    phases = breakdown(read_run(run))
+    phases = breakdown(RunState(run))
     assert [p.name for p in phases] == [*SECONDS, formula, odd]
     assert in_groups(phases).startswith(f"Rest 50%, {formula} 25%, ")
     text = write_report(run).read_text()
@@ -104,7 +104,7 @@ def test_the_peak_is_the_greatest_of_the_run(tmp_path, mib, shown):
 @pytest.mark.parametrize("tiny", [0.0, 0.0001, 0.01])
 def test_names_stay_inside_their_fields_and_every_field_tells_its_name(tmp_path, tiny):
     told = SECONDS | dict.fromkeys(list(SECONDS)[::2], tiny)
-    phases = breakdown(read_run(run_of(tmp_path, {"phase_seconds": told})))
+    phases = breakdown(RunState(run_of(tmp_path, {"phase_seconds": told})))
     tree = ElementTree.fromstring(figures.step_bar(phases))
     fields = [g for g in tree.iter(f"{SVG}g") if g.get("id", "").startswith("step-phases-field")]
     assert [f.find(f"{SVG}title").text.split(":")[0] for f in fields] == list(SECONDS)

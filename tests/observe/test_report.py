@@ -13,7 +13,7 @@ from ray_ep.driver.run.rundir import RunDir
 from ray_ep.observe import figures
 from ray_ep.observe.report import write_report
 from ray_ep.observe.routing import expected_pairs, strongest_coactivation
-from ray_ep.observe.run_files import read_run
+from ray_ep.observe.state import RunState
 from tests.records import record
 
 LAYERS, EXPERTS, TOP_K, TOKENS = 4, 16, 2, 4000
@@ -91,8 +91,9 @@ def config(force="none"):
 
 
 def placement(ranks=4):
-    share = EXPERTS // ranks if ranks <= EXPERTS else 0
-    slots = [[[*range(r * share, (r + 1) * share), 3 if r == ranks - 1 else -1] for r in range(ranks)]] * LAYERS
+    share = max(EXPERTS // ranks, 1)
+    first = [r * share % EXPERTS for r in range(ranks)]
+    slots = [[[*range(e, e + share), 3 if r == ranks - 1 else -1] for r, e in enumerate(first)]] * LAYERS
     return {"version": 1, "slots": slots, "primary": None}
 
 
@@ -207,7 +208,7 @@ def test_the_one_way_of_an_exchange_is_said_in_a_sentence_without_a_table(run_di
 
 def test_what_the_driver_tells_is_marked_at_its_step_on_the_curves(tmp_path):
     def dotted():
-        return figures.loss(read_run(tmp_path)).count("stroke-dasharray")
+        return figures.loss(RunState(tmp_path)).count("stroke-dasharray")
 
     run = RunDir(tmp_path)
     run.start(Event("start", "a model"))
@@ -284,9 +285,9 @@ def test_a_long_run_is_thinned_and_quick(tmp_path):
 
 def test_of_a_repeated_step_the_last_line_counts(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 9}\n{"step": 2, "loss": 8}\n{"step": 1, "loss": 7}\n')
-    run = read_run(tmp_path)
-    assert run.column("step").tolist() == [1, 2]
-    assert run.column("loss").tolist() == [7, 8]
+    run = RunState(tmp_path)
+    assert run.steps.column("step").tolist() == [1, 2]
+    assert run.steps.column("loss").tolist() == [7, 8]
 
 
 def test_an_expert_that_always_fires_is_no_deviation():
@@ -305,7 +306,7 @@ def test_equal_loads_expect_equal_pairs():
 
 
 def test_the_layer_with_the_fond_pair_is_shown(run_dir):
-    found = strongest_coactivation(read_run(run_dir).coactivation)
+    found = strongest_coactivation(RunState(run_dir).load.pairs("coactivation"))
     assert found.layer == 2
     assert found.top[0].experts == (3, 7)
 

@@ -19,6 +19,7 @@ from ray_ep.driver.rebalance.rebalancer import Rebalancer, verdict_figures
 from ray_ep.driver.rebalance.recent import Facts, MeasuredStep, Recent
 from ray_ep.driver.records import Event
 from ray_ep.driver.requests import Request, Why
+from ray_ep.driver.run.standing import Cause, placement_event
 from ray_ep.driver.states import State, States
 from ray_ep.errors import BadInput, RankError
 from ray_ep.moe import Balance
@@ -155,7 +156,7 @@ class Mover:
         figures = {"asked_after": done, "reason": f"asked by {by}", **verdict_figures(forced)}
         self._say(Event("rebalance", forced.words, figures))
         self.rebalancer.outdated("experts have moved as somebody asked")
-        self.move(forced, done)
+        self.move(forced, done, Cause.ASKED)
         if self.placement is not new:
             return "the ranks refused it: the event `rebalance` says why; the placement is as it was", Why.FAILED
         return f"experts have moved to version {new.version}; the planner says: {predicted.words}", None
@@ -183,7 +184,7 @@ class Mover:
         for request in heard:
             request.tell(words, refused)
 
-    def move(self, verdict: Verdict, done: int) -> float:
+    def move(self, verdict: Verdict, done: int, cause: Cause = Cause.REBALANCE) -> float:
         """Have the experts moved, after `done` steps; returns the seconds that it took. A refusal is told, and no more.
 
         Raises:
@@ -204,6 +205,7 @@ class Mover:
             return seconds
         self.placement = placement
         self.keep(placement)
+        self.publish(placement_event(placement, cause, verdict.words))
         self.rebalancer.moved(verdict, done, seconds)
         self.links.moved()
         return seconds

@@ -43,6 +43,14 @@ def start_of(cfg: Config, plan: Plan, formed: Formed, ray: str) -> Event:
     return Event("start", words, fields)
 
 
+def first_words(cfg: Config, plan: Plan) -> str:
+    """Why the run has the placement that it begins with."""
+    last = plan.run.newest_placement() if plan.placement.version else None
+    if last is not None and last.version == plan.placement.version:
+        return "the run went on with it: it is the last one that it had"
+    return f"the run began with it: placement.initial={cfg.placement.initial}"
+
+
 def snapshot_mib(cfg: Config, plan: Plan, formed: Formed) -> int:
     """Host memory that snapshots take of the rank that holds most."""
     placement, state = formed.placement, state_bytes(cfg.optim.kind, cfg.optim.beta1)

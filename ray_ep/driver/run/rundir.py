@@ -21,6 +21,8 @@ from ray_ep.config.runs import RUNS, checkpoints_of, newest, remember
 from ray_ep.config.schema import Config
 from ray_ep.driver.records import Event, StepRecord
 from ray_ep.driver.run.claim import LOCK, Claim, holder, in_use
+from ray_ep.driver.run.window import Window
+from ray_ep.driver.states import State
 from ray_ep.errors import CheckpointError, ConfigError, PlacementError
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.placement.placement import files_by_version
@@ -46,6 +48,7 @@ class RunDir:
         self.begun = False
         self.say: Callable[[str], None] = lambda message: print(message, file=sys.stderr)
         self._silent = False  # it was said
+        self._window = Window(path / "statistics")
 
     def create(self, cfg: Config) -> None:
         """Make the directory and write the resolved configuration: from here on the run is there.
@@ -104,12 +107,21 @@ class RunDir:
         self.event(event)
 
     def step(self, record: StepRecord) -> None:
-        """Listener: one line of metrics.jsonl."""
+        """Listener: one line of metrics.jsonl; now and then where the tokens of recent steps went."""
         self._append("metrics.jsonl", record.line())
+        if self._window.due(record):
+            self._keep_window()
+        self._window.add(record)
 
     def event(self, event: Event) -> None:
         """Listener: one line of events.jsonl."""
+        if event.kind == "state" and event.fields.get("to") == State.STOPPED.value:
+            self._keep_window()
         self._append("events.jsonl", event.line())
+
+    def _keep_window(self) -> None:
+        with self._spared("statistics"):
+            self._window.write()
 
     def placement(self, placement: Placement) -> None:
         """Keep a placement under its version."""

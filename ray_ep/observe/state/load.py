@@ -1,0 +1,121 @@
+"""Where the tokens of a run went: loads of experts and ranks, bytes between ranks, co-activation and transitions.
+
+Loads come from `statistics/load-NNNN.npz`, one for each placement, which the driver keeps up to date; co-activation and
+transitions from `statistics/routing.npz`, written with each checkpoint. L MoE layers, E experts, R ranks. NumPy.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ray_ep.observe.state.files import Mark, mark_of, plain, read_arrays
+
+_RECENT = ("load", "recent", "ranks", "sent", "steps", "recent_steps", "recent_seconds")
+_PAIRS = ("coactivation", "transitions")
+
+
+class Load:
+    """The folder `statistics` of a run.
+
+    Attributes:
+        load: [L, E] tokens that each expert received in the whole run, as of the last checkpoint; None: not there.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.load: np.ndarray | None = None
+        self._routing: Mark | None = None
+        self._pairs: dict[str, np.ndarray] | None = None  # read when somebody asks
+        self._windows: dict[int, Mark] = {}
+        self._newest: tuple[int, dict[str, np.ndarray]] | None = None
+
+    def changed(self) -> bool:
+        """Look again; whether there is anything else than before."""
+        routing, windows = mark_of(self.folder / "routing.npz"), self._there()
+        if (routing, windows) == (self._routing, self._windows):
+            return False
+        if routing != self._routing:
+            self._routing, self._pairs = routing, None
+            load = read_arrays(self.folder / "routing.npz", ("load",)).get("load")
+            self.load = load if load is not None and load.ndim == 2 and load.size else None
+        self._windows, self._newest = windows, None
+        for version in sorted(windows, reverse=True):
+            if window := self.window(version):
+                self._newest = version, window
+                break
+        return True
+
+    def window(self, version: int) -> dict[str, np.ndarray]:
+        """What was counted under a placement; {}: nothing that can be read.
+
+        Of all its steps (`steps` [2], the first and the last) `load` [L, E] tokens of each expert; of the newest ones
+        (`recent_steps`, `recent_seconds`) `recent` [L, E], `ranks` [L, R] tokens that each rank computed and `sent`
+        [R, R] bytes from rank to rank.
+        """
+        if version not in self._windows:
+            return {}
+        found = read_arrays(self.folder / f"load-{version:04d}.npz", _RECENT)
+        load, ranks, sent = (found.get(name, np.zeros(0)) for name in ("recent", "ranks", "sent"))
+        fits = load.ndim == 2 and found.get("load", np.zeros(0)).shape == load.shape and ranks.ndim == 2
+        fits = fits and sent.shape == (ranks.shape[1], ranks.shape[1]) and len(ranks) == len(load)
+        fits = fits and all(found.get(n, np.zeros(0)).shape == (2,) for n in ("steps", "recent_steps"))
+        return found if fits and found.get("recent_seconds", np.zeros(1)).shape == () else {}
+
+    def pairs(self, name: str) -> np.ndarray | None:
+        """`coactivation` [L, E, E] or `transitions` [L-1, E, E], as of the last checkpoint; None: not there."""
+        if self._pairs is None:
+            self._pairs = {} if self.load is None else read_arrays(self.folder / "routing.npz", _PAIRS)
+        found = self._pairs.get(name)
+        if found is None or self.load is None:
+            return None
+        layers, experts = self.load.shape
+        shape = (layers if name == "coactivation" else layers - 1, experts, experts)
+        return found if found.shape == shape else None
+
+    @property
+    def newest(self) -> tuple[int, dict[str, np.ndarray]] | None:
+        """(version, `window`) of the newest placement under which anything was counted."""
+        return self._newest
+
+    def snapshot(self) -> dict[str, Any]:
+        """See the room's docstring."""
+        return {
+            "run": None if self.load is None else plain(self.load),
+            "versions": sorted(self._windows),
+            **({} if self._newest is None else window_of(*self._newest)),
+        }
+
+    def _there(self) -> dict[int, Mark]:
+        found = {}
+        for path in self.folder.glob("load-*.npz"):
+            number, mark = path.stem[5:], mark_of(path)
+            if mark is not None and number.isascii() and number.isdigit():
+                found[int(number)] = mark
+        return found
+
+
+def window_of(version: int, window: dict[str, np.ndarray]) -> dict[str, Any]:
+    """A window as JSON has it; {} for one without content."""
+    if not window:
+        return {}
+    steps, recent = window["steps"], window["recent_steps"]
+    return {
+        "version": version,
+        "steps": plain(steps),
+        "recent_steps": plain(recent),
+        "recent_seconds": float(window["recent_seconds"]),
+        "experts": plain(window["recent"]),
+        "experts_all": plain(window["load"]),
+        "ranks": plain(window["ranks"]),
+    }
+
+
+def sent_a_step(window: dict[str, np.ndarray]) -> np.ndarray | None:
+    """[R, R] bytes a step from rank to rank in the newest steps; None: not known."""
+    if not window:
+        return None
+    first, last = window["recent_steps"].tolist()
+    return np.asarray(window["sent"] / max(last - first + 1, 1))
