@@ -39,12 +39,16 @@ class Board:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._news.set)
 
+    def outdated(self) -> None:
+        """A change was carried out: whoever asked for it sees it in the next status."""
+        self._read_at = float("-inf")
+
     async def now(self) -> bytes:
         """What the run is at."""
         async with self._reading:
             if time.monotonic() - self._read_at >= FRESH_S:
+                self._read_at = time.monotonic()  # of its beginning: what changes meanwhile is read again
                 read = await asyncio.to_thread(self._read)
-                self._read_at = time.monotonic()
                 if read != self._newest:
                     async with self._changed:
                         self._newest, self._number = read, self._number + 1

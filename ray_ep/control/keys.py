@@ -65,9 +65,11 @@ def keys_of(cfg: ControlConfig, own: str, ray: str) -> list[Key]:
     keys = [Key("control.json", Role.OPERATOR, own)]
     if ray:
         keys.append(Key("the Ray cluster's token", Role.OPERATOR, ray))
-    for role, name in ((Role.OPERATOR, "operator_token_file"), (Role.VIEWER, "viewer_token_file")):
-        if path := cfg[name]:  # type: ignore[index]
-            keys.append(Key(f"control.{name}", role, secret(path, f"control.{name}")))
+    files = (("operator", Role.OPERATOR, cfg.operator_token_file), ("viewer", Role.VIEWER, cfg.viewer_token_file))
+    for name, role, path in files:
+        if path:
+            named = f"control.{name}_token_file"
+            keys.append(Key(named, role, secret(path, named)))
     roles: dict[str, Role] = {}
     for key in keys:
         if roles.setdefault(key.token, key.role) is not key.role:

@@ -292,6 +292,7 @@ class Service:
         except TooMany:
             raise Denied(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many requests wait for the run: ask later") from None
         answer = await self._once.answer(number, known)
+        self.board.outdated()
         check(answer)
         where = known.where or self.requests.where()
         outcome = pb.Outcome(words=answer.words, step=where.done, epoch=where.epoch, placement_version=where.version)

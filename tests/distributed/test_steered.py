@@ -7,6 +7,9 @@ import signal
 import numpy as np
 import pytest
 
+from ray_ep.control.address import target_of
+from ray_ep.control.client import Client
+from ray_ep.control.v1 import control_pb2 as pb
 from ray_ep.placement import Placement
 
 
@@ -26,21 +29,22 @@ def test_a_run_is_paused_through_a_loss_resumed_saved_given_a_placement_and_ende
         return json.loads(asked.out) if "--json" in words else asked.out
 
     def status():
-        return ask("status", "run", "--json")["status"]
+        with Client(target_of(str(run))) as client:
+            return client.call(pb.StatusRequest()).status
 
     command.until(lambda: len(lines(run / "metrics.jsonl")) >= 3, 120, "steps")
     assert ask("pause", "run").startswith("paused after step ")
     before = status()
-    assert (before["state"], before["membership"]["active"]) == ("RUN_STATE_PAUSED", 3)
+    assert (before.state, before.membership.active) == (pb.RUN_STATE_PAUSED, 3)
     os.kill(faults.pid(1), signal.SIGKILL)
-    command.until(lambda: status()["membership"]["epoch"] == "1", 60, "the recovery")
+    command.until(lambda: status().membership.epoch == 1 and status().state == pb.RUN_STATE_PAUSED, 60, "the recovery")
     after = status()
-    assert (after["state"], after["membership"]["active"]) == ("RUN_STATE_PAUSED", 2)
-    assert after["done"] <= before["done"]
+    assert (after.state, after.membership.active) == (pb.RUN_STATE_PAUSED, 2)
+    assert after.done <= before.done
     saved = ask("checkpoint", "run", "--json")
     assert os.path.isfile(f"{saved['url']}/manifest.json")
     assert ask("resume", "run").startswith("the run goes on")
-    command.until(lambda: int(status()["done"]) > int(before["done"]) + 3, 60, "steps after it")
+    command.until(lambda: status().done > before.done + 3, 60, "steps after it")
 
     ask("placement", "run", "--out", str(here.path / "now.json"))
     now = Placement.load(here.path / "now.json")

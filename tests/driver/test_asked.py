@@ -55,12 +55,14 @@ def steps(it):
 
 def test_a_paused_run_makes_no_step_until_it_is_resumed(it):
     pause = it.put("train_step", 2, ask(KIND.PAUSE))
+    again = it.put("beat", 2, ask(KIND.PAUSE))
     resume = it.put("beat", 3, ask(KIND.RESUME))
     states = []
-    it.ranks.meanwhile["beat", 2] = lambda: states.append((it.driver.states.now, it.driver.done))
+    it.ranks.meanwhile["beat", 1] = lambda: states.append((it.driver.states.now, it.driver.done))
     assert it.whole() == "done"
     assert states == [(State.PAUSED, 2)]
     assert pause.answer.result().words == "paused after step 2, as somebody asked: 2 ranks wait in epoch 0"
+    assert again.answer.result().words == pause.answer.result().words
     assert resume.answer.result().words == "the run goes on, as somebody asked"
     assert steps(it) == [1, 2, 3, 4, 5]
     assert (len(it.ear.words("paused")), len(it.ear.words("resumed"))) == (1, 1)

@@ -175,8 +175,7 @@ def test_a_drain_is_taken_back_also_when_no_rank_is_there_any_more():
     unknown.fields["undo"] = undo.fields["undo"] = True
     it.elastic.orders.put(unknown)
     it.elastic.orders.put(undo)
-    it.resizer.withdraw(2)
-    it.step(12)
+    it.step(2)
     assert unknown.answer.result().refused is Why.UNKNOWN
     assert unknown.answer.result().words.startswith("no order is to leave a node 'host-a': those to be left are b (")
     assert undo.answer.result().words == "drain of 'host-b', taken back (somebody): ranks may be on node b again"

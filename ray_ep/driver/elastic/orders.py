@@ -67,7 +67,7 @@ class Orders:
         why, kind = self._refusal(request, ranks)
         if outdated := request.outdated(ranks.membership.epoch, version):
             why, kind = outdated, Why.CHANGED
-        if under_way and not why:
+        if under_way and not why and not request.fields.get("undo"):  # what was asked for may be that change
             self._say_once("request", id(request), f"{_named(request)} waits: another change is under way")
             return False
         self._waiting.popleft()

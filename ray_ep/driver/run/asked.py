@@ -55,7 +55,7 @@ class Asked:
         self.due: deque[Request] = deque()
         self._stops: list[Request] = []
         self._pauses: list[Request] = []  # who asked for the pause; empty: it is not paused, nor is to be
-        self._rests = False
+        self._rests = ""  # that the pause has begun, in words
 
     @property
     def paused(self) -> bool:
@@ -73,12 +73,14 @@ class Asked:
         elif request.begin():
             (self._stops if request.kind is RequestKind.STOP else self._pauses).append(request)
             self.stop = self._stops[0] if self._stops else None
+            if request.kind is RequestKind.PAUSE and self._rests:
+                request.tell(self._rests)
 
     def rests(self, done: int, ranks: int, epoch: int) -> None:
         """No step follows the `done`-th for now: whoever asked for that is told."""
         still = "still " if self._rests else ""
-        self._rests = True
         words = f"{still}paused after step {done}, as {self._pauses[0].by} asked: {ranks} ranks wait in epoch {epoch}"
+        self._rests = words
         self.publish(Event("paused", words, {"by": self._pauses[0].by}))
         for request in self._pauses:
             request.tell(words)
@@ -119,7 +121,7 @@ class Asked:
             words = f"the run goes on, as {request.by} asked"
             for pause in self._pauses:
                 pause.tell(f"{words}, before it had paused")
-            self._pauses, self._rests = [], False
+            self._pauses, self._rests = [], ""
             self.publish(Event("resumed", words, {"by": request.by}))
             request.tell(words)
 
