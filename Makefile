@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup train test test-all check format test-distributed chaos netlab gpu docs clean
+.PHONY: proto setup train test test-all check format test-distributed chaos netlab gpu docs clean
 
 setup: $(READY)
 
@@ -44,6 +44,10 @@ netlab: setup  # needs root and iproute2: skipped, with the reason, where they a
 
 gpu:  # everything on a machine with a GPU, about six minutes; installs nothing: PYTHON if it is given, else .venv
 	$(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON)) -m tests.gpu
+
+proto: setup  # what is generated from control.proto; buf lints it where it is installed
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. ray_ep/control/v1/control.proto
+	@if command -v buf >/dev/null; then buf lint; fi
 
 docs: setup
 	$(BIN)/python -m ray_ep.config.docs > docs/configuration.md

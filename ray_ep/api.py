@@ -14,6 +14,7 @@ from typing import Any
 
 from ray_ep.config import load_config
 from ray_ep.config.schema import Config
+from ray_ep.control.server import Control
 from ray_ep.driver.actors.probe import probe_cluster
 from ray_ep.driver.actors.shown import Shown
 from ray_ep.driver.drive import drive
@@ -21,6 +22,7 @@ from ray_ep.driver.ending import STATUS
 from ray_ep.driver.interrupt import Interrupt
 from ray_ep.driver.publisher import Publisher
 from ray_ep.driver.records import Event
+from ray_ep.driver.requests import Requests
 from ray_ep.driver.run.rundir import RunDir, find_checkpoint
 from ray_ep.driver.start import check_run
 from ray_ep.errors import BadInput, CheckpointError
@@ -147,8 +149,9 @@ def train(cfg: Config) -> Run:
                     progress.event(Event("resume", plan.nothing_to_do))
                     return Run(plan.run.path, "done", prefix)
 
-                with _observed(cfg, plan.run, progress) as (publisher, seen):
-                    status = drive(cfg, plan, publisher, interrupt, phase, seen)
+                requests = Requests(interrupt)
+                with _observed(cfg, plan.run, progress, requests) as (publisher, seen):
+                    status = drive(cfg, plan, publisher, requests, interrupt, phase, seen)
         finally:
             if (plan.run.path / "config.yaml").exists() and not plan.nothing_to_do:
                 _report(plan.run, prefix)
@@ -157,8 +160,8 @@ def train(cfg: Config) -> Run:
 
 
 @contextmanager
-def _observed(cfg: Config, run: RunDir, progress: Progress) -> Iterator[tuple[Publisher, Shown]]:
-    """Everybody who hears of a run, and where its page is seen; what they cannot do is told, and the run goes on."""
+def _observed(cfg: Config, run: RunDir, progress: Progress, requests: Requests) -> Iterator[tuple[Publisher, Shown]]:
+    """Everybody who hears of a run, who takes requests for it, and where its page is seen; what they cannot do is told, and the run goes on."""
 
     def tell(kind: str) -> Callable[[str], None]:
         return lambda why: publisher.event(Event(kind, why))
@@ -169,7 +172,8 @@ def _observed(cfg: Config, run: RunDir, progress: Progress) -> Iterator[tuple[Pu
         trackers(cfg, run.path) as tracked,
         Metrics(run.path, cfg.optim.steps, tell("metrics")) as metrics,
         ProvenanceFiles(run.path, cfg.provenance, decoder, lambda e: publisher.event(e)) as records,
-        Publisher([run, progress, page, log, metrics, records, *tracked]) as publisher,  # ends first
+        Control(cfg.control, run, requests, lambda e: publisher.event(e)) as control,
+        Publisher([run, progress, page, log, metrics, records, control, *tracked]) as publisher,  # ends first
         shown(cfg, run.path, tell("page")) as seen,
     ):
         yield publisher, seen

@@ -8,6 +8,7 @@ RayEPError
 │   ├── PlacementError   a placement, topology or statistics that do not fit
 │   ├── CheckpointError  a damaged checkpoint, or one of another model
 │   └── ClusterError     the cluster cannot give what was asked for
+├── ControlError         a run does not do what it is asked: it refuses, has ended, or does not answer; exit status 1
 ├── SaveError            a checkpoint or an export cannot be written: disk full, no permission; exit status 1
 ├── DivergedError        training gave values that are not finite: stopped before they were applied or saved
 ├── GroupError           a collective failed: a peer died, timed out, or the group was aborted
@@ -48,6 +49,10 @@ class CheckpointError(BadInput):
 
 class ClusterError(BadInput):
     """The cluster cannot give what was asked for."""
+
+
+class ControlError(RayEPError):
+    """A run does not do what it is asked over its control service. The run is as it was."""
 
 
 class SaveError(RayEPError):

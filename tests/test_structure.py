@@ -13,7 +13,7 @@ from ray_ep.config import fields
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent / "ray_ep"
-FILES = sorted(ROOT.rglob("*.py"))
+FILES = sorted(p for p in ROOT.rglob("*.py") if not p.stem.endswith("_pb2"))  # those are generated
 READS_ENVIRONMENT = {
     "driver/actors/cluster.py",
     "cli/__init__.py",
@@ -31,6 +31,8 @@ NINE_PARAMETERS = {"plan"}  # the public contract of the planner
 
 
 MODULE_OF = {"pyyaml": "yaml", "cupy-cuda12x": "cupy", "nvidia-ml-py": "pynvml", "mlflow-skinny": "mlflow"}
+MODULE_OF |= {"grpcio": "grpc"}
+MODULE_OF |= {"grpcio-health-checking": "grpc_health", "grpcio-reflection": "grpc_reflection", "protobuf": "google"}
 COMES_WITH = {"tokenizers": "transformers", "markupsafe": "jinja2", "yaml": "omegaconf", "jsonschema": "ray"}
 COMES_WITH |= {"aiohttp": "ray"}  # of its extra `default`
 OURS = {"ray_ep", "tests", "lab", "network", "nodes"}  # the last three: cluster/netlab

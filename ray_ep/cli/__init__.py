@@ -17,11 +17,12 @@ import ray_ep
 from ray_ep.cli.bench_placement import bench_placement
 from ray_ep.cli.bench_train import bench_train
 from ray_ep.cli.chaos import chaos
+from ray_ep.cli.control.top import top
+from ray_ep.cli.control.verbs import VERBS
 from ray_ep.cli.dashboards import dashboards
 from ray_ep.cli.loading import loading
 from ray_ep.cli.plan.command import plan
 from ray_ep.cli.probe import probe
-from ray_ep.cli.requests import drain, rebalance, scale
 from ray_ep.cli.simulate.command import simulate
 from ray_ep.cli.trace import trace
 
@@ -73,9 +74,12 @@ def main() -> None:
       ray-ep plan runs/NAME                 would other places for the experts be faster, and what would moving cost
       ray-ep simulate runs/NAME --nodes 2,4,8   how many GPUs of which kind: clusters that do not exist
       ray-ep probe cluster.ranks=4          how fast the links between ranks are
-      ray-ep rebalance runs/NAME            ask a running job to consider that now
-      ray-ep scale runs/NAME 4              ask a running job to go on with 4 ranks
-      ray-ep drain runs/NAME NODE           ask a running job to leave a node
+      ray-ep status runs/NAME               what a running job is at; `ray-ep top` shows it live
+      ray-ep placement runs/NAME            which expert sits where in it; predict another placement, or move to one
+      ray-ep rebalance runs/NAME            have it consider other places now
+      ray-ep scale runs/NAME 4              have it go on with 4 ranks
+      ray-ep drain runs/NAME NODE           have it leave a node
+      ray-ep pause | resume | checkpoint | stop runs/NAME
       ray-ep dashboards install             graphs of runs in Ray's dashboard and Grafana
       ray-ep trace runs/NAME --step 100     which expert on which rank computed for which token
       ray-ep chaos --minutes 2              kill ranks and nodes of a run on purpose, and count what is lost
@@ -89,11 +93,11 @@ main.add_command(chaos)
 main.add_command(dashboards)
 main.add_command(plan)
 main.add_command(probe)
-main.add_command(rebalance)
-main.add_command(scale)
-main.add_command(drain)
 main.add_command(simulate)
 main.add_command(trace)
+main.add_command(top)
+for verb in VERBS:
+    main.add_command(verb)
 
 
 @main.command()

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from ray_ep.config.control import check_control
 from ray_ep.config.elastic import check_elastic
 from ray_ep.config.exchange import check_exchange, settle_exchange
 from ray_ep.config.paths import absolute, is_url
@@ -208,6 +209,7 @@ def check(cfg: DictConfig) -> None:
         )
     check_elastic(cfg)
     _check_snapshots(cfg)
+    check_control(cfg)
     check_exchange(cfg)
     check_provenance(cfg)
 
@@ -275,6 +277,7 @@ _AT_LEAST: dict[str, float] = {
     "elastic.min_ranks": 1,
     "elastic.max_ranks": 0,
     "elastic.wait_s": 0,
+    "control.port": 0,
     "eval.every": 0,
     "eval.sequences": 1,
     "statistics.sample": 0,

@@ -15,6 +15,11 @@ _WORDS = {
     "model.path": ("",),
     "data.files": ("",),
     "placement.initial": ("contiguous", "random"),
+    "control.operator_token_file": ("",),
+    "control.viewer_token_file": ("",),
+    "control.tls_cert": ("",),
+    "control.tls_key": ("",),
+    "control.tls_client_ca": ("",),
 }
 """Keys that hold a path or URL (data.files: several), but for these words."""
 _NAMES = {"data.tokenizer": ("", "bytes"), "data.dataset": ("",)}

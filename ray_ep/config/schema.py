@@ -276,6 +276,26 @@ class ElasticConfig:
 
 
 @dataclass
+class ControlConfig:
+    """The gRPC service by which a run is seen and steered while it goes (docs/control.md)."""
+
+    enabled: bool = _opt(True, "serve; false: a run is steered by signals alone")
+    address: str = _opt("127.0.0.1", "address to listen on; beyond this machine's loopback only with TLS")
+    port: int = _opt(0, "port to listen on; 0: a free one, which control.json in the run directory tells")
+    operator_token_file: str = _opt(
+        "",
+        "file with the token of those who may change the run, of mode 0600; empty: none but the one in control.json, "
+        "and the token of a Ray cluster that has one",
+    )
+    viewer_token_file: str = _opt("", "file with the token of those who may only look, of mode 0600; empty: none")
+    tls_cert: str = _opt("", "PEM file with the server's certificate and its chain; empty: no TLS")
+    tls_key: str = _opt("", "PEM file with the private key of tls_cert, of mode 0600")
+    tls_client_ca: str = _opt(
+        "", "PEM file with the authorities whose certificates clients must show (mTLS); empty: they show none"
+    )
+
+
+@dataclass
 class EvalConfig:
     """Evaluation on the held-out split."""
 
@@ -357,6 +377,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     snapshot: SnapshotConfig = field(default_factory=SnapshotConfig)
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
+    control: ControlConfig = field(default_factory=ControlConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -19,6 +19,7 @@ def drive(
     cfg: Config,
     plan: Plan,
     publisher: Publisher,
+    requests: Requests,
     interrupt: Interrupt,
     phase: Callable[[str], None] = lambda name: None,
     shown: Shown = NOT_SHOWN,
@@ -27,6 +28,7 @@ def drive(
 
     Args:
         publisher: its first listener is the run's directory.
+        requests: what is asked of the run, which looks at `interrupt`; it is closed at the end.
         phase: told what a start is at; empty: it has ended.
         shown: where the run's page is.
 
@@ -39,7 +41,7 @@ def drive(
     plan.run.say = lambda words: publisher.event(Event("not-written", words))
     most, name = cfg.elastic.max_ranks, plan.run.path.name
     with placed(cfg.cluster, name, interrupt, phase, most, shown) as (ranks, ray):
-        driver = Driver(cfg, plan, ranks, publisher, Requests(interrupt, [plan.run.take_request]))
+        driver = Driver(cfg, plan, ranks, publisher, requests)
         with driver.told():
             driver.form(ray.words, phase)
             if shown.link:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -21,6 +22,9 @@ from ray_ep.driver.states import State
 from ray_ep.driver.stepping import Stepping
 from ray_ep.errors import LostError
 
+REST_S = 0.2
+"""Seconds between two looks at the ranks, and at what is asked, in a pause."""
+
 log = logging.getLogger("ray_ep.driver")
 
 
@@ -32,6 +36,7 @@ class Driver(Stepping):
         formed = form(self.cfg, self.plan, self.ranks, phase)
         self.plan.run.create(self.cfg)
         self.adopt(formed, Cause.START, first_words(self.cfg, self.plan))
+        self.requests.where = self.where
         phase("")
         self.publisher.start(start_of(self.cfg, self.plan, formed, ray))
         device = [Event("device", self.ranks.note, {"device": self.ranks.device})] if self.ranks.note else []
@@ -49,7 +54,9 @@ class Driver(Stepping):
         run.exchange(formed.choice.to_dict())
         run.topology(formed.topology)
         run.placement(formed.placement)
+        waiting = self.mover.askers if hasattr(self, "mover") else []
         self.mover = mover_of(self.cfg, run, self.ranks, formed, self.states, self.publisher.event)
+        self.mover.ask(*waiting)
         self.done = self.publisher.done = formed.done
         self.states.to(State.STEPPING, f"{formed.topology.num_ranks} ranks are formed, {self.done} steps are done")
         self.publisher.event(members_event(formed.membership, self.ranks.where, self.ranks.device))
@@ -80,6 +87,8 @@ class Driver(Stepping):
             DivergedError: a value is not finite, on every rank.
         """
         try:
+            if self.unfinished is None and not self.carry_out():
+                return
             if self.recovery.due(self.done):
                 self.recovery.take(self.done, self.mover.placement)
             record = self.unfinished or self.step_and_rebalance()
@@ -91,20 +100,54 @@ class Driver(Stepping):
             if self.unfinished is not None and self.unfinished.step > self.done:
                 self.unfinished = None  # it is made again
 
+    def carry_out(self) -> bool:
+        """Do what was asked for between two steps, and wait while the run is paused; whether a step follows.
+
+        Raises:
+            LostError: a rank was lost meanwhile, also in a pause.
+        """
+        while not self.stopping():
+            if self.asked.due:
+                with self.activity("saving" if self.asked.due[0].kind is RequestKind.CHECKPOINT else ""):
+                    self.asked.serve(self.done, self.ranks.membership.epoch, self.mover)
+            elif self.asked.paused:
+                self.rest()
+            else:
+                if self.states.now is State.PAUSED:
+                    self.states.to(State.STEPPING, "resumed")
+                return True
+        return False
+
+    def rest(self) -> None:
+        """A moment of a pause: ranks are watched, and may come and go. Raises LostError."""
+        if self.states.now is not State.PAUSED:
+            self.states.to(State.PAUSED, f"after step {self.done}")
+            self.asked.rests(self.done, self.ranks.membership.size, self.ranks.membership.epoch)
+        self.ranks.beat()
+        if self.recovery.due(self.done):
+            self.recovery.take(self.done, self.mover.placement)
+        formed = self.elastic.after_step(self.now(), self.mover.recent.load, (), 0.0)
+        if formed is not None:
+            self.joined(formed)
+        time.sleep(REST_S)
+
     def resize(self) -> None:
         """Ranks come and go, where that is due and steps follow. Raises LostError: one was lost meanwhile."""
         if self.done < self.cfg.optim.steps and not self.stopping():
             formed = self.membership_after_step()
             if formed is not None:
-                epoch, size = formed.membership.epoch, formed.membership.size
-                self.adopt(formed, Cause.MEMBERSHIP, f"ranks came or went: {size} ranks in epoch {epoch}")
+                self.joined(formed)
+
+    def joined(self, formed: Formed) -> None:
+        """Ranks have come or gone as planned."""
+        epoch, size = formed.membership.epoch, formed.membership.size
+        self.adopt(formed, Cause.MEMBERSHIP, f"ranks came or went: {size} ranks in epoch {epoch}")
 
     def recover(self, error: LostError) -> None:
         """Have those that are left go on; raises RankError if they cannot."""
         why = cause_of(error)
         self.states.to(State.RECOVERING, why)
         self.adopt(self.recovery.recover(error, self.now(), self.mover.recent.load), Cause.LOSS, why)
-        self.requests.poll()  # what was asked meanwhile waits, and that is said
 
     def drain(self) -> str:
         """The last save; returns done or interrupted. Raises SaveError; LostError: a rank was lost meanwhile."""
@@ -116,6 +159,8 @@ class Driver(Stepping):
         status = "interrupted" if self.stopping() else "done"
         self.states.to(State.STOPPED, status)
         self.publisher.flush()
+        self.asked.ended(f"the run has ended after step {self.done}, which is saved")
+        self.requests.close(f"the run has ended ({status} after step {self.done})")
         return status
 
     def signalled(self, name: str) -> None:
@@ -136,6 +181,7 @@ class Driver(Stepping):
         except (Exception, KeyboardInterrupt) as e:
             if self.states.now is not State.STOPPED:
                 self.states.to(State.STOPPED, cause_of(e))
+            self.requests.close(f"the run has ended: {cause_of(e)}")
             if self.plan.run.begun:
                 self.publisher.event(ended(e, str(self.plan.run.path), self.saver.saved, self.done))
                 self.publisher.flush(LAST_S)

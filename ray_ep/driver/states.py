@@ -20,6 +20,9 @@ class State(Enum):
     STEPPING = "stepping"  # steps follow one another; evaluations and periodic saves come between them
     MIGRATING = "migrating"  # experts move between two steps; the old placement holds until all have moved
     RESIZING = "resizing"  # ranks come or go between two steps; the membership of before holds until all have switched
+    PAUSED = (
+        "paused"  # no step is made until somebody asks for it; ranks are watched, and may come, go and move experts
+    )
     RECOVERING = "recovering"  # a rank was lost; who is left decides the membership and the step to go on from
     DRAINING = "draining"  # no further step is begun; the last checkpoint is written
     STOPPED = "stopped"  # the end, whichever way it came
@@ -27,8 +30,13 @@ class State(Enum):
 
 TRANSITIONS: dict[State, frozenset[State]] = {
     State.FORMING: frozenset({State.STEPPING, State.STOPPED}),
-    State.STEPPING: frozenset({State.MIGRATING, State.RESIZING, State.RECOVERING, State.DRAINING, State.STOPPED}),
-    State.MIGRATING: frozenset({State.STEPPING, State.RECOVERING, State.STOPPED}),
+    State.STEPPING: frozenset(
+        {State.MIGRATING, State.RESIZING, State.PAUSED, State.RECOVERING, State.DRAINING, State.STOPPED}
+    ),
+    State.PAUSED: frozenset(
+        {State.STEPPING, State.MIGRATING, State.RESIZING, State.RECOVERING, State.DRAINING, State.STOPPED}
+    ),
+    State.MIGRATING: frozenset({State.STEPPING, State.PAUSED, State.RECOVERING, State.STOPPED}),
     State.RESIZING: frozenset({State.STEPPING, State.RECOVERING, State.STOPPED}),
     State.RECOVERING: frozenset({State.STEPPING, State.DRAINING, State.STOPPED}),
     State.DRAINING: frozenset({State.RECOVERING, State.STOPPED}),

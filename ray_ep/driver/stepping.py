@@ -25,7 +25,8 @@ from ray_ep.driver.rebalance.mover import Mover
 from ray_ep.driver.records import Event, StepRecord
 from ray_ep.driver.recovery.departures import Departures
 from ray_ep.driver.recovery.recover import Recovery
-from ray_ep.driver.requests import Request, RequestKind, Requests
+from ray_ep.driver.requests import RequestKind, Requests, Where, Why
+from ray_ep.driver.run.asked import Asked
 from ray_ep.driver.run.saving import Saver
 from ray_ep.driver.run.standing import Cause, placement_event, state_event
 from ray_ep.driver.start import Plan
@@ -47,7 +48,7 @@ class Stepping:
     Attributes:
         done: optimizer steps behind the run.
         formed: what the run goes on with, since the last change of membership. mover: of that membership.
-        stop: who asked for the end.
+        asked: what somebody asked for and is carried out between two steps.
         last: what the ranks said of the last step, and its seconds.
         unfinished: of a step that is made, while what is due after it is not done.
     """
@@ -78,7 +79,7 @@ class Stepping:
         resizer = Resizer(cfg, plan, ranks, self.states, self.moved, tell, clock)
         self.elastic = Elastic(cfg, placement.num_experts, ranks, resizer, signs, departures, tell, clock)
         self.done = 0
-        self.stop: Request | None = None
+        self.asked = Asked(cfg.optim.steps, self.saver, tell)
         self.unfinished: StepRecord | None = None
 
     def step_and_rebalance(self) -> StepRecord | None:
@@ -94,7 +95,6 @@ class Stepping:
         recorded = provenance_of(results, self.ranks.where, self.cfg.batch.length)
         record = replace(record, provenance=recorded) if recorded is not None else record
         self.unfinished = record
-        self.requests.poll()
         if self.stopping():
             return record
         moved_s, stood_s = self.mover.after_step(self.done, results, seconds)
@@ -132,6 +132,11 @@ class Stepping:
         """What the run goes on with, links and placement as they are now."""
         return replace(self.formed, topology=self.mover.topology, placement=self.mover.placement, done=self.done)
 
+    def where(self) -> Where:
+        """Where the run is, for who asks from another thread."""
+        drained = tuple(self.elastic.orders.drained.copy())
+        return Where(self.done, self.ranks.membership.epoch, self.mover.placement.version, drained)
+
     def moved(self, placement: Placement) -> None:
         """Ranks that leave have handed over: the present ones have another placement."""
         self.mover.placement = placement
@@ -157,13 +162,15 @@ class Stepping:
         return self.elastic.after_step(self.now(), self.mover.recent.load, results, seconds)
 
     def stopping(self) -> bool:
-        """Carry out what was asked for meanwhile; whether that was the end."""
+        """Sort what was asked for meanwhile; whether the end is among it."""
         for request in self.requests.take():
             log.info("request kind=%s by=%r", request.kind.value, request.by)
-            if request.kind is RequestKind.STOP:
-                self.stop = self.stop or request
-            elif request.kind is RequestKind.REBALANCE:
-                self.mover.asked = True
-            else:
+            if request.kind in (RequestKind.SCALE, RequestKind.DRAIN):
                 self.elastic.orders.put(request, self.recovery.fresh)
-        return self.stop is not None
+            elif why := request.outdated(self.ranks.membership.epoch, self.mover.placement.version):
+                request.tell(why, Why.CHANGED)
+            elif request.kind is RequestKind.REBALANCE and not self.asked.paused:
+                self.mover.ask(request)
+            else:
+                self.asked.put(request)
+        return self.asked.stop is not None

@@ -10,6 +10,8 @@ from ray_ep.driver.requests import Request, RequestKind
 from tests.driver.fakes import results
 from tests.driver.scenes import EXPERTS, Clock, question, statistics
 
+NOW = SimpleNamespace(placement=SimpleNamespace(version=0))
+
 
 class FakeResizer:
     """Newcomers that have room as `room` says, and are ready one poll after that; the switch is of membership alone."""
@@ -76,7 +78,7 @@ def scene(*overrides, nodes="abcd"):
     def step(times=1, seconds=1.0):
         for _ in range(times):
             it.clock.now += seconds
-            formed = it.elastic.after_step("now", load, said, 0.2)
+            formed = it.elastic.after_step(NOW, load, said, 0.2)
         return formed
 
     it.step = step

@@ -192,6 +192,9 @@ class FakeRanks:
     def migrate(self, placement, buffer_mb):
         self._answer("migrate")
 
+    def beat(self):
+        self._answer("beat")
+
     def stop(self):
         self.calls.append("stop")
 
@@ -220,8 +223,12 @@ class Ear:
         return [x.words for x in self.heard if getattr(x, "kind", "") == kind]
 
 
-def driven(path, *overrides, listeners=(), look=bool, links=None, size=RANKS):
-    """A driver of a run in `path` on fake ranks that have not formed, with all that it was made of."""
+def driven(path, *overrides, listeners=(), look=bool, links=None, size=RANKS, control=None):
+    """A driver of a run in `path` on fake ranks that have not formed, with all that it was made of.
+
+    Args:
+        control: makes a listener of the configuration, the run, its requests and who tells an operator.
+    """
     own = ["optim.steps=5", "eval.every=2", "topology.measure=false", "balance.in_step=off", f"cluster.ranks={size}"]
     cfg = load_config(None, [f"run_dir={path}", *own, *overrides])
     run, ear, ranks = RunDir(path), Ear(), FakeRanks(links, look, size)
@@ -230,7 +237,10 @@ def driven(path, *overrides, listeners=(), look=bool, links=None, size=RANKS):
         placement=contiguous(LAYERS, EXPERTS, size), signature={"w": [4]}, checkpoint=None, expert_parameters=1000,
         notes=(),
     )  # fmt: skip
-    publisher, requests = Publisher([run, ear, *listeners]), Requests(look, [run.take_request])
+    requests = Requests(look)
+    if control is not None:
+        listeners = (*listeners, control(cfg, run, requests, lambda event: publisher.event(event)))
+    publisher = Publisher([run, ear, *listeners])
     driver = Driver(cfg, plan, ranks, publisher, requests)
     return SimpleNamespace(
         driver=driver, ranks=ranks, ear=ear, run=run, publisher=publisher, requests=requests, path=path

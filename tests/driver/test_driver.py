@@ -100,19 +100,17 @@ def test_a_request_to_stop_that_is_put_between_steps_ends_the_run_with_a_checkpo
     assert Directory(f"{tmp_path}/checkpoints").steps() == [2]
 
 
-@pytest.mark.parametrize("by_file", [True, False])
-def test_a_request_to_rebalance_is_answered_after_the_next_step_with_the_figures_of_the_verdict(tmp_path, by_file):
+def test_a_request_to_rebalance_is_answered_after_the_next_step_with_the_figures_of_the_verdict(tmp_path):
     it = driven(tmp_path, "placement.every=0")
     shelf = moving(it)
 
-    def ask():
-        (it.run.request if by_file else it.requests.put)(Request(RequestKind.REBALANCE, "me"))
-
-    it.ranks.meanwhile["train_step", 2] = ask
+    asked = Request(RequestKind.REBALANCE, "me")
+    it.ranks.meanwhile["train_step", 2] = lambda: it.requests.put(asked)
     it.ranks.meanwhile["train_step", 3] = lambda: shelf.make(MOVE)
     it.driver.run()
     (moved,) = [e for e in it.run.events() if e["kind"] == "rebalance"]
     assert moved["message"].endswith("(asked after step 2: on demand)")
+    assert (asked.answer.result().words, asked.answer.result().refused) == (moved["message"], None)
     fields = moved["fields"]
     assert (fields["moves"], fields["placement_version"], fields["asked_after"]) == (True, 1, 2)
     assert (fields["step_predicted"], fields["gain_predicted"], fields["move_predicted"]) == (0.15, 0.05, 1.0)

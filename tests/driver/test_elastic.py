@@ -2,6 +2,7 @@
 
 import pytest
 
+from ray_ep.driver.requests import Why
 from ray_ep.errors import LostError, PlacementError
 from tests.driver.elastic_scene import drain, scale, scene
 
@@ -164,6 +165,22 @@ def test_all_ranks_of_a_drained_node_leave_together_and_others_are_asked_for_els
     assert it.resizer.calls == [("ask", 2), ("switch", (2, 3), 0)]
     assert it.counts.planned_leaves == 2
     assert it.words()[0] == "drain of 'host-b' (somebody): ranks 2, 3 are to leave node b"
+
+
+def test_a_drain_is_taken_back_also_when_no_rank_is_there_any_more():
+    it = scene(nodes="aabb")
+    it.elastic.orders.put(drain("host-b"))
+    it.step()
+    unknown, undo = drain("host-a"), drain("host-b")
+    unknown.fields["undo"] = undo.fields["undo"] = True
+    it.elastic.orders.put(unknown)
+    it.elastic.orders.put(undo)
+    it.step(2)
+    assert unknown.answer.result().refused is Why.UNKNOWN
+    assert unknown.answer.result().words.startswith("no order is to leave a node 'host-a': those to be left are b (")
+    assert undo.answer.result().words == "drain of 'host-b', taken back (somebody): ranks may be on node b again"
+    assert it.resizer.avoided == ()
+    assert not it.elastic.orders.drained
 
 
 def test_a_node_that_ray_drains_is_left_at_once_and_nothing_counts_as_a_failure():

@@ -43,7 +43,7 @@ def test_a_signal_in_a_step_lets_it_be_finished_and_saved(running, tmp_path):
     assert it.ranks.calls.count("stop") == 1
     assert it.ear.steps()[-1].step == 3
     assert it.ear.words("interrupted") == ["saving after step 3"]
-    assert it.driver.stop.by == "SIGTERM"
+    assert it.driver.asked.stop.by == "SIGTERM"
     assert Directory(f"{tmp_path}/checkpoints").steps() == [3]
 
 

@@ -9,7 +9,6 @@ import pytest
 
 import ray_ep
 from ray_ep.driver.records import Event
-from ray_ep.driver.requests import Request, RequestKind
 from ray_ep.driver.run.rundir import RunDir, checkpoint_url, choose_run_dir
 from ray_ep.errors import ConfigError
 from ray_ep.placement import Topology, contiguous
@@ -144,40 +143,6 @@ def test_events_tell_the_step_after_which_they_came_and_the_figures_behind_their
     assert [(e["kind"], e["step"], e["fields"]) for e in events] == [
         ("start", 0, {}), ("checkpoint", 1, {"seconds": 0.5}),
     ]  # fmt: skip
-
-
-def test_a_request_is_taken_once_and_says_who_asked():
-    run = made(NOW)
-    assert run.take_request() is None
-    run.request(Request(RequestKind.REBALANCE, "ray-ep rebalance, process 7 on host alpha"))
-    request = run.take_request()
-    assert (request.kind.value, request.by) == ("rebalance", "ray-ep rebalance, process 7 on host alpha")
-    assert run.take_request() is None
-    (run.path / "rebalance").touch()  # by hand
-    assert run.take_request().by == "the file rebalance"
-    assert run.take_request() is None
-
-
-def test_requests_that_follow_one_another_are_all_taken_in_order_with_what_they_say():
-    run = made(NOW)
-    asked = [Request(RequestKind.SCALE, "one", {"ranks": n}) for n in (3, 4)]
-    asked += [Request(RequestKind.DRAIN, "two", {"node": "10.0.0.7"}), Request(RequestKind.SCALE, "one", {"ranks": 0})]
-    for request in asked:
-        run.request(request)
-    assert [run.take_request() for _ in range(5)] == [*asked, None]
-    assert list((run.path / "requests").iterdir()) == []
-
-
-def test_a_request_that_cannot_be_understood_is_passed_over(caplog):
-    run = made(NOW)
-    (run.path / "requests").mkdir()
-    for name, text in {"0.json": "{", "1.json": '{"kind": "grow", "by": "x", "fields": {}}', "2.part": "{}"}.items():
-        (run.path / "requests" / name).write_text(text)
-    run.request(Request(RequestKind.REBALANCE, "me"))
-    assert run.take_request().by == "me"
-    assert run.take_request() is None
-    assert "0.json" in caplog.text
-    assert "1.json" in caplog.text
 
 
 def test_the_resolved_configuration_can_be_loaded_again():

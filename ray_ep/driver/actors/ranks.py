@@ -369,6 +369,10 @@ class Ranks:
         """Have the experts moved. Raises BadInput: every rank has refused, nothing has changed."""
         self._call("migrate", placement, buffer_mb, title=f"move to placement {placement.version}")
 
+    def beat(self) -> None:
+        """Nothing is to be done: hear from every rank that it is there. Raises LostError."""
+        self._call("ping")
+
     def stop(self) -> None:
         """Ask all ranks, which may be computing, to leave an evaluation or a step of several passes early."""
         for actor in self.actors:

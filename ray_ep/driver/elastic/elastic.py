@@ -75,14 +75,14 @@ class Elastic:
 
         Args:
             now: what it goes on with so far. load: [L, E] of recent steps, to plan by.
-            results: what the ranks say of the step, which took `seconds`.
+            results: what the ranks say of the step, which took `seconds`; none: the run is paused after it.
 
         Raises:
             LostError: a rank was lost meanwhile.
         """
         self._notice()
         self.resizer.poll()
-        self._serve()
+        self._serve(now.placement.version)
         drained, slow = self._leaving()
         leaving = sum(map(len, drained.values())) + len(slow)
         self._predict(results, seconds)
@@ -110,7 +110,7 @@ class Elastic:
             self.forecast.forget()
             self.signs.forget()
 
-    def _serve(self) -> None:
+    def _serve(self, version: int) -> None:
         """Have the oldest request stand, unless a change is under way; one that found no room yet makes way for it."""
         resizer = self.resizer
         if not self._coming:
@@ -119,7 +119,7 @@ class Elastic:
             self._change_since = self.clock()
         unserved = self._change_since is not None and self.clock() - self._change_since >= UNSERVED_S
         under_way = bool(resizer.joining or resizer.ready or (resizer.waiting and not unserved))
-        if self.orders.serve(under_way, self.ranks):
+        if self.orders.serve(under_way, self.ranks, version):
             self._missing_since = None
             resizer.avoid(self.orders.drained)
             self.signs.forget()
@@ -148,7 +148,9 @@ class Elastic:
 
     def _predict(self, results: Sequence[StepResult], seconds: float) -> None:
         """Have steps with one rank more and one fewer predicted, where that decides."""
-        if self.cfg.elastic.policy != "throughput" or self.orders.ranks or self._coming or not self.forecast.stepped():
+        if not results or self.cfg.elastic.policy != "throughput" or self.orders.ranks or self._coming:
+            return
+        if not self.forecast.stepped():
             return
         members, where = self.ranks.membership, [w["node"] for w in self.ranks.where]
         node = next_node(self.signs.free(self.orders.drained) or {}, where, members.node_of)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,9 +15,10 @@ from transformers import PreTrainedConfig
 
 from ray_ep.config.schema import Config, PlacementConfig
 from ray_ep.driver.rebalance.links import Links
-from ray_ep.driver.rebalance.rebalancer import Rebalancer
+from ray_ep.driver.rebalance.rebalancer import Rebalancer, verdict_figures
 from ray_ep.driver.rebalance.recent import Facts, MeasuredStep, Recent
 from ray_ep.driver.records import Event
+from ray_ep.driver.requests import Request, Why
 from ray_ep.driver.run.standing import Cause, placement_event
 from ray_ep.driver.states import State, States
 from ray_ep.errors import BadInput, RankError
@@ -27,6 +28,7 @@ from ray_ep.placement.cost.memory import state_bytes
 from ray_ep.placement.links.groups import groups_of
 from ray_ep.placement.planner.survive import check_room
 from ray_ep.placement.planner.verdict import Question, Verdict, room_of
+from ray_ep.placement.whatif.propose import misfit
 from ray_ep.rank.results import StepResult
 
 LOOK = 100
@@ -79,6 +81,7 @@ class Mover:
     Attributes:
         placement: that the ranks have now.
         asked: somebody wants a decision after the next step.
+        askers: requests that a decision answers, when it is made.
     """
 
     def __init__(
@@ -98,6 +101,8 @@ class Mover:
         self.recent = Recent(scope.placement.decay)
         self.level = level_of(scope, True)
         self.asked = False
+        self.askers: list[Request] = []
+        self._heard = 0  # of the askers, those whom the decision under way answers
 
     @property
     def topology(self) -> Topology:
@@ -126,6 +131,36 @@ class Mover:
             self._ask(done)
         return moving, time.perf_counter() - began
 
+    def ask(self, *requests: Request) -> None:
+        """Decide after the next step, beside the steps, and answer these."""
+        asking = [r for r in requests if r.begin()]
+        self.askers += asking
+        self.asked = self.asked or bool(asking)
+
+    def apply(self, placement: Placement, done: int, by: str, verdict: Verdict | None) -> tuple[str, Why | None]:
+        """Have experts moved to a placement of somebody's, after `done` steps; what came of it.
+
+        Args:
+            verdict: what was predicted of it; None: nothing could be.
+
+        Raises:
+            RankError: as `move`.
+        """
+        if why := misfit(placement, self.placement, room_of(self.placement, self.scope.placement.slots_per_rank)):
+            return why, Why.NEVER
+        if _same(placement, self.placement):
+            return f"version {self.placement.version} is that placement: nothing moves", None
+        predicted = verdict or Verdict(None, "nothing could be predicted of it", 0.0)
+        new = replace(placement, version=self.placement.version + 1)
+        forced = replace(predicted, placement=new, words=f"move, as {by} asked; the planner says: {predicted.words}")
+        figures = {"asked_after": done, "reason": f"asked by {by}", **verdict_figures(forced)}
+        self._say(Event("rebalance", forced.words, figures))
+        self.rebalancer.outdated("experts have moved as somebody asked")
+        self.move(forced, done, Cause.ASKED)
+        if self.placement is not new:
+            return "the ranks refused it: the event `rebalance` says why; the placement is as it was", Why.FAILED
+        return f"experts have moved to version {new.version}; the planner says: {predicted.words}", None
+
     def _imbalance(self) -> float:
         """Busiest over mean, where somebody wants to know."""
         if not self.scope.placement.imbalance:
@@ -137,9 +172,19 @@ class Mover:
         """Move if a decision says so; returns the seconds that it took."""
         verdict, said = self.rebalancer.answer()
         self._say(said)
-        return 0.0 if verdict is None else self.move(verdict, done)
+        seconds = 0.0 if verdict is None else self.move(verdict, done)
+        if said is not None and not self.rebalancer.wants:  # else its question did not hold: another one follows
+            moved = verdict is None or self.placement is verdict.placement
+            self._tell(said.words, None if "moves" in said.fields and moved else Why.FAILED)
+        return seconds
 
-    def move(self, verdict: Verdict, done: int) -> float:
+    def _tell(self, words: str, refused: Why | None) -> None:
+        """Answer whom the decision under way answers."""
+        heard, self.askers, self._heard = self.askers[: self._heard], self.askers[self._heard :], 0
+        for request in heard:
+            request.tell(words, refused)
+
+    def move(self, verdict: Verdict, done: int, cause: Cause = Cause.REBALANCE) -> float:
         """Have the experts moved, after `done` steps; returns the seconds that it took. A refusal is told, and no more.
 
         Raises:
@@ -160,7 +205,7 @@ class Mover:
             return seconds
         self.placement = placement
         self.keep(placement)
-        self.publish(placement_event(placement, Cause.REBALANCE, verdict.words))
+        self.publish(placement_event(placement, cause, verdict.words))
         self.rebalancer.moved(verdict, done, seconds)
         self.links.moved()
         return seconds
@@ -175,12 +220,15 @@ class Mover:
 
     def _ask(self, done: int) -> None:
         left = self.scope.steps - done
+        self._heard = len(self.askers)
         if left < 1:
+            self._tell("no step is left for which experts could move", Why.NOT_NOW)
             return
         try:
             question = self.question(left)
         except BadInput as e:
             self._say(self.rebalancer.failed(done, f"no decision: {e}"))
+            self._tell(f"no decision: {e}", Why.FAILED)
             return
         self.rebalancer.ask(done, question)
 
@@ -258,6 +306,13 @@ def check_survival(cfg: PlacementConfig, topology: Topology, placement: Placemen
     if cfg.survive_nodes:
         room = np.broadcast_to(room_of(placement, cfg.slots_per_rank), (placement.num_ranks,))
         check_room(np.asarray(room, np.int64), placement.num_experts, topology.node_of, cfg.survive_nodes)
+
+
+def _same(a: Placement, b: Placement) -> bool:
+    """Whether every slot, owner and share is the same."""
+    shares = [np.ones(1) if p.shares is None else p.shares for p in (a, b)]
+    pairs = ((a.slots, b.slots), (a.owner, b.owner), (shares[0], shares[1]))
+    return all(np.array_equal(x, y) for x, y in pairs)
 
 
 def step_of(results: list[StepResult], seconds: float) -> MeasuredStep:

@@ -80,7 +80,7 @@ class Rebalancer:
         self._trial: MoveTrial | None = None
         self._planning: Future[Verdict] | None = None
         self._asked = (0, "")  # step and reason of the decision that is being made
-        self._stale = False  # its question does not hold any more
+        self._stale = ""  # why its question does not hold any more
         self._wanted = ""  # reason for the next decision
         self._urgent = False
         self._considered = 0  # step of the last decision
@@ -117,7 +117,7 @@ class Rebalancer:
             what to say of a move whose gain cannot be measured for that.
         """
         self._wanted, self._urgent = "links have changed", True
-        self._stale = self._stale or self._planning is not None
+        self.outdated("links have changed meanwhile")
         self.caution = 1.0  # the move that disappointed may have done so since a link had slowed by then
         self._seconds.clear()
         trial, self._trial = self._trial, None
@@ -129,6 +129,16 @@ class Rebalancer:
             f"{1e3 * trial.verdict.gain:.3g} ms a step were predicted",
             {"moved_after": trial.step, "gain_predicted": trial.verdict.gain},
         )
+
+    @property
+    def wants(self) -> bool:
+        """Whether a decision is to be begun at the next `due`, whatever that is told."""
+        return bool(self._wanted)
+
+    def outdated(self, why: str) -> None:
+        """What is being decided does not hold: its answer is none, and says why."""
+        if self._planning is not None:
+            self._stale = self._stale or why
 
     def due(self, step: int, imbalance: float, on_demand: bool = False) -> str:
         """The reason to decide now, after `step` steps; empty: none, or not yet.
@@ -158,12 +168,12 @@ class Rebalancer:
         if self._planning is None or not self._planning.done():
             return None, None
         future, self._planning = self._planning, None
-        stale, self._stale = self._stale, False
+        stale, self._stale = self._stale, ""
         error = future.exception()
         if error is not None:
             return None, self._failure(f"no decision: {type(error).__name__}: {error}")
         if stale:
-            return None, self._say("no decision: links have changed meanwhile")
+            return None, self._say(f"no decision: {stale}")
         verdict = future.result()
         figures = verdict_figures(verdict)
         if verdict.placement is not None and self.cfg.mode == "advise":

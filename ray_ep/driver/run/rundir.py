@@ -20,8 +20,6 @@ from ray_ep.config.paths import is_url
 from ray_ep.config.runs import RUNS, checkpoints_of, newest, remember
 from ray_ep.config.schema import Config
 from ray_ep.driver.records import Event, StepRecord
-from ray_ep.driver.requests import Request
-from ray_ep.driver.run.asking import ask, take
 from ray_ep.driver.run.claim import LOCK, Claim, holder, in_use
 from ray_ep.driver.run.window import Window
 from ray_ep.driver.states import State
@@ -137,14 +135,6 @@ class RunDir:
             with suppress(PlacementError):
                 return Placement.load(path)
         return None
-
-    def request(self, request: Request) -> None:
-        """Ask the driver of this run, after its next step. Raises OSError."""
-        ask(self.path, request)
-
-    def take_request(self) -> Request | None:
-        """The next thing that was asked so, once; None: nothing more."""
-        return take(self.path)
 
     def exchange(self, choice: dict[str, Any]) -> None:
         """Keep how tokens travel, and the timings of the ways that it was chosen from."""

@@ -106,7 +106,7 @@ class Saver:
                 why = f"step {done} could not be saved into {self.directory.url}: {why}"
             return f"{why}; {self.newest()}"
         self._saved, self._since, self.seconds, self._owed = done, self.clock(), self.clock() - began, False
-        url = f"{self.directory.url}/step-{done:06d}"
+        url = self.url_of(done)
         self.publisher.event(Event("checkpoint", url, {"url": url, "seconds": self.seconds}))
         try:
             self.directory.prune(self.cfg.checkpoint.keep)
@@ -115,11 +115,16 @@ class Saver:
         self._drop_snapshots()  # all are older
         return ""
 
-    def save_and_go_on(self, done: int) -> None:
-        """A periodic save: if it fails that is told, and the next one tries again."""
+    def url_of(self, done: int) -> str:
+        """Where the checkpoint of `done` steps is, once it is written."""
+        return f"{self.directory.url}/step-{done:06d}"
+
+    def save_and_go_on(self, done: int) -> str:
+        """A save that is not the last: if it fails that is told, and the next one tries again; why it failed."""
         if why := self.save(done):
             words = f"{why}; the run goes on, the next checkpoint tries again"
             self.publisher.event(Event("checkpoint-failed", words, {"newest": self._saved}))
+        return why
 
     def finish(self, done: int) -> None:
         """The last save.

@@ -22,6 +22,7 @@ class Cause(Enum):
 
     START = "start"  # it begins, or goes on, with this one
     REBALANCE = "rebalance"  # a decision that it pays
+    ASKED = "asked"  # somebody gave it
     MEMBERSHIP = "membership"  # ranks came or went
     HANDOVER = "handover"  # ranks that leave have handed over what they own
     LOSS = "loss"  # ranks were lost

@@ -7,7 +7,7 @@ A snapshot is a tree that JSON can hold; what is not known is None, an empty lis
 ranks, S slots. It has the number `version`, which grows with each change, `changed` with the version of the last change
 of each part, and these parts:
 
-- `run`: name, path, state (forming, stepping, migrating, resizing, recovering, draining, stopped), why (of the state),
+- `run`: name, path, state (of `driver.states.State`, such as stepping, paused or stopped), why (of the state),
   outcome (done, interrupted, failed; "" while there is none), error, alive (whether its process runs; None: cannot be
   told), started, seen (UTC, ISO), attempts, done (steps), steps (of the whole run), config (secrets masked).
 - `model`: type, parameters, layers, experts, top_k, tokens (of a step), data, what else the start event says.
@@ -15,8 +15,9 @@ of each part, and these parts:
   reason, ranks [R] (rank, member, node, node_id, host, address, device, pid, state: active or slow), epochs (each:
   epoch, attempt, time, step, ranks).
 - `placement`: version, num_experts, slots [L][R][S] (expert, -1: empty), primary [L][E] (rank), since [L][E] (version
-  that put it there), versions (each: version, time, step, epoch, cause (start, rebalance, membership, handover, loss),
-  words, moved (experts), gain_predicted and gain_measured (seconds a step), move_predicted and move_seconds, ...).
+  that put it there), versions (each: version, time, step, epoch, cause (start, rebalance, asked, membership,
+  handover, loss), words, moved (experts), gain_predicted and gain_measured (seconds a step), move_predicted and
+  move_seconds, ...).
 - `steps`: step [n], stride, columns (name -> [n]), phase_seconds (name -> [n] seconds), max_expert_load [L] of the
   newest step, mark, after: given back as `mark`, the next snapshot has only the steps `after` that one (None: all).
 - `load`: of the newest steps (recent_steps, recent_seconds) experts [L][E] and ranks [L][R] tokens; of all steps under

@@ -116,7 +116,7 @@ class Standing:
             self._decided = fields
         if "moved_after" in fields:
             after = fields["moved_after"]
-            moved = [v for v in self.versions.values() if v["step"] == after and v["cause"] == "rebalance"]
+            moved = [v for v in self.versions.values() if v["step"] == after and v["cause"] in ("rebalance", "asked")]
             for version in moved[-1:]:
                 version |= {name: _figure(fields.get(name)) for name in _MEASURED}
 

@@ -1,0 +1,1 @@
+"""`ray-ep status`, `placement`, `rebalance`, `scale`, `drain`, `checkpoint`, `pause`, `resume`, `stop`, `top`."""

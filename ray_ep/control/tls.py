@@ -1,0 +1,61 @@
+"""Certificates of a control: read and tried before it listens, and what both ends make of them."""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+
+import grpc
+
+from ray_ep.config.schema import ControlConfig
+from ray_ep.control.keys import private
+from ray_ep.errors import BadInput, ConfigError
+
+
+def server_credentials(cfg: ControlConfig) -> grpc.ServerCredentials | None:
+    """What a server shows and asks for; None: no TLS.
+
+    Raises:
+        ConfigError: a file cannot be read, its key can be read by others, or the certificate does not match its key.
+    """
+    if not cfg.tls_cert:
+        return None
+    key, cert = private(cfg.tls_key, "control.tls_key"), _read(cfg.tls_cert, "control.tls_cert")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cfg.tls_cert, cfg.tls_key, password=lambda: b"")
+    except (ssl.SSLError, ValueError) as e:
+        what = "does not match its key" if "MISMATCH" in str(e) else f"and its key are no pair that can be used ({e})"
+        raise ConfigError(
+            f"control.tls_cert={cfg.tls_cert!r} {what}: control.tls_key={cfg.tls_key!r}; expected PEM files of one pair"
+        ) from None
+    authorities = _authorities(cfg.tls_client_ca, "control.tls_client_ca") if cfg.tls_client_ca else None
+    return grpc.ssl_server_credentials([(key, cert)], authorities, require_client_auth=authorities is not None)
+
+
+def channel_credentials(ca: str, cert: str, key: str) -> grpc.ChannelCredentials:
+    """What a client goes by; "" as of address.Target. Raises BadInput."""
+    if bool(cert) != bool(key):
+        raise BadInput("--cert and --key: give both, or none")
+    try:
+        roots = _authorities(ca, "--ca") if ca else None
+        return grpc.ssl_channel_credentials(
+            roots, private(key, "--key") if key else None, _read(cert, "--cert") if cert else None
+        )
+    except ConfigError as e:
+        raise BadInput(str(e)) from None
+
+
+def _authorities(path: str, key: str) -> bytes:
+    pem = _read(path, key)
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=pem.decode("ascii", "replace"))
+    except (ssl.SSLError, ValueError):
+        raise ConfigError(f"{key}={path!r}: expected PEM certificates there") from None
+    return pem
+
+
+def _read(path: str, key: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as e:
+        raise ConfigError(f"{key}={path!r}: {e.strerror or e}") from None

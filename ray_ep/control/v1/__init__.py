@@ -1,0 +1,1 @@
+"""The messages of control.proto. control_pb2 is generated: `make proto`."""

@@ -1,0 +1,144 @@
+"""Who may do what over the control of a run, and what strangers reach: nothing."""
+
+import json
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ray_ep.control.keys import Key, Role, opened_by
+from ray_ep.control.server import MESSAGE_BYTES
+from ray_ep.control.v1 import control_pb2 as pb
+from tests.control.messages import METHODS, messages_of
+from tests.control.scene import RAY_TOKEN, change, code_of, raw, served, shows
+
+VIEWER, OPERATOR = "v" * 32, "o" * 32
+CHANGES = [m.name for m in METHODS if "mutation" in m.input_type.fields_by_name]
+LOOKS = ["Status", "GetPlacement"]
+
+
+def token_file(folder, name, token, mode=0o600):
+    path = folder / name
+    path.write_text(f"{token}\n")
+    path.chmod(mode)
+    return path
+
+
+@pytest.fixture(scope="module")
+def it(tmp_path_factory):
+    """One run for all that changes nothing of it."""
+    folder = tmp_path_factory.mktemp("tokens")
+    viewer, operator = token_file(folder, "viewer", VIEWER), token_file(folder, "operator", OPERATOR)
+    keys = [f"control.viewer_token_file={viewer}", f"control.operator_token_file={operator}"]
+    with served(tmp_path_factory.mktemp("run"), *keys) as run:
+        run.until(lambda: run.driver.done > 1, "a step")
+        yield run
+        assert (run.driver.mover.placement.version, run.ranks.calls.count("save"), run.ranks.calls.count("beat")) == (
+            0, 0, 0,
+        ), "nobody without a right has changed anything"  # fmt: skip
+
+
+def audited(it, result):
+    return [e for e in map(json.loads, (it.path / "audit.jsonl").read_text().splitlines()) if e["result"] == result]
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        None,
+        shows("wrong" * 8),
+        shows(OPERATOR[:-1]),
+        shows(f"{OPERATOR}x"),
+        shows(""),
+        (("authorization", OPERATOR),),
+        (("authorization", f"Basic {OPERATOR}"),),
+        (*shows(OPERATOR), *shows(VIEWER)),
+        (("x-ray-authorization", f"Bearer {OPERATOR}"),),
+    ],
+)
+def test_without_a_token_of_the_run_nobody_is_let_in(it, metadata):
+    for method in METHODS:
+        kind = change(pb.PauseRequest).SerializeToString() if method.name == "Pause" else b""
+        assert code_of(lambda m=method.name, k=kind: raw(it.target(), m, k, metadata)) == "UNAUTHENTICATED", method.name
+    refused = audited(it, "UNAUTHENTICATED")[-1]
+    assert (refused["who"], refused["role"], refused["asked"]) == ("", "", "")
+    assert it.alive()
+
+
+def test_a_viewer_looks_and_changes_nothing(it):
+    for name in LOOKS:
+        assert code_of(lambda n=name: raw(it.target(), n, b"", shows(VIEWER))) == "OK"
+    assert code_of(lambda: raw(it.target(), "ProposePlacement", b"", shows(VIEWER), 30)) == "OK"
+    for name in CHANGES:
+        assert code_of(lambda n=name: raw(it.target(), n, b"", shows(VIEWER))) == "PERMISSION_DENIED"
+    refused = audited(it, "PERMISSION_DENIED")[-1]
+    assert (refused["who"], refused["role"]) == ("control.viewer_token_file", "viewer")
+    assert it.alive()
+
+
+@pytest.mark.parametrize("token", [OPERATOR, RAY_TOKEN])
+def test_an_operators_token_and_that_of_the_ray_cluster_open_for_changes(it, token):
+    assert code_of(lambda: raw(it.target(), "Resume", change(pb.ResumeRequest).SerializeToString(), shows(token))) == (
+        "FAILED_PRECONDITION"
+    )
+
+
+def test_health_is_open_and_what_describes_the_service_is_not(it):
+    with grpc.insecure_channel(it.target().address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        for name in ("", "ray_ep.control.v1.ControlService"):
+            answer = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=5)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        describe = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo
+        asked = reflection_pb2.ServerReflectionRequest(list_services="")
+        assert code_of(lambda: list(describe(iter([asked]), timeout=5))) == "UNAUTHENTICATED"
+        (told,) = describe(iter([asked]), timeout=5, metadata=shows(VIEWER))
+        names = [s.name for s in told.list_services_response.service]
+        assert "ray_ep.control.v1.ControlService" in names
+        watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=5)
+        assert code_of(lambda: next(watch)) == "UNAUTHENTICATED", "whoever waits takes room"
+
+
+def test_a_message_that_is_too_large_or_damaged_is_refused(it):
+    large = pb.DrainRequest(node="x" * MESSAGE_BYTES).SerializeToString()
+    assert code_of(lambda: raw(it.target(), "Drain", large, shows(OPERATOR))) == "RESOURCE_EXHAUSTED"
+    for method in METHODS:
+        if not method.server_streaming:
+            damaged = code_of(lambda m=method.name: raw(it.target(), m, b"\x0a\xff", shows(OPERATOR)))
+            assert damaged == "INVALID_ARGUMENT", method.name
+    assert code_of(lambda: raw(it.target(), "Reboot", b"", shows(OPERATOR))) == "UNIMPLEMENTED"
+    assert it.alive()
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_no_message_of_who_has_no_right_and_no_bytes_crash_the_server_or_change_the_run(it, data):
+    method = data.draw(st.sampled_from([m for m in METHODS if not m.server_streaming and m.name != "ProposePlacement"]))
+    token = data.draw(st.sampled_from([VIEWER, "wrong" * 8, OPERATOR]))
+    if token == OPERATOR:  # changes have no proper id, so none may be carried out
+        message = data.draw(st.binary(max_size=64)) if data.draw(st.booleans()) else unnamed(data, method)
+    else:
+        message = data.draw(messages_of(method.input_type)).SerializeToString()
+    code = code_of(lambda: raw(it.target(), method.name, message, shows(token)))
+    allowed = {"OK", "NOT_FOUND"} if method.name in LOOKS else {"PERMISSION_DENIED"}
+    allowed |= {"UNAUTHENTICATED"} if token not in (VIEWER, OPERATOR) else {"INVALID_ARGUMENT"}
+    assert code in allowed, (method.name, message)
+    assert it.driver.states.now.value == "stepping"
+
+
+def unnamed(data, method):
+    message = data.draw(messages_of(method.input_type))
+    if "mutation" in method.input_type.fields_by_name:
+        message.mutation.request_id = data.draw(st.sampled_from(["", " ", "?", "x" * 129]))
+    return message.SerializeToString()
+
+
+def test_a_token_is_compared_with_every_key_whichever_opens():
+    keys = [Key("a", Role.OPERATOR, "x" * 16), Key("b", Role.VIEWER, "y" * 16)]
+    assert opened_by(keys, shows("y" * 16)).name == "b"
+    assert opened_by(keys, [("authorization", f"bearer  {'x' * 16} ")]).name == "a"
+    assert opened_by(keys, [("authorization-bin", b"x")]) is None
+    assert "x" * 16 not in repr(keys), "a log never shows one"
