@@ -161,7 +161,7 @@ def train(cfg: Config) -> Run:
 
 @contextmanager
 def _observed(cfg: Config, run: RunDir, progress: Progress, requests: Requests) -> Iterator[tuple[Publisher, Shown]]:
-    """Everybody who hears of a run, who takes requests for it, and where its page is seen; what they cannot do is told, and the run goes on."""
+    """Everybody who hears of a run or asks it; what they cannot do is told, and the run goes on."""
 
     def tell(kind: str) -> Callable[[str], None]:
         return lambda why: publisher.event(Event(kind, why))

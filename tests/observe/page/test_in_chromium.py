@@ -1,4 +1,4 @@
-"""The page in a real browser: figures as in the run, keys that reach everything, and a content accessibility checker."""
+"""The page in a real browser: figures as in the run, keys that reach everything, and a checker of accessibility."""
 
 import json
 from importlib.util import find_spec
