@@ -1,5 +1,7 @@
 """Headless Chromium for the page: skipped, with the reason, where it or Playwright is not there."""
 
+import json
+import re
 import shutil
 
 import pytest
@@ -42,3 +44,9 @@ def opened(browser):
     for context in contexts:
         context.close()
     assert complaints == []
+
+
+def data_of(html):
+    """What a self-contained page shows: the tree that its scripts draw from."""
+    (held,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', html)
+    return json.loads(held)

@@ -61,7 +61,7 @@ def open_page(run: Path | None, only_print: bool) -> None:
     from ray_ep.observe.dashboard.address import address_of
 
     if run is None and (run := newest()) is None:
-        raise BadInput("no run was started from this directory: give RUN, a run directory")
+        raise BadInput("no run was started from here: give RUN, a run directory")
     address, words = address_of(run)
     if words:
         click.echo(words, err=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 from ray_ep.driver.records import Event, StepRecord
 
 EVERY_S = 90.0
-"""Seconds at least between two pages: each takes 1.7 s of CPU, which ranks that fill the machine miss."""
+"""Seconds at least between two pages: each takes a second of CPU, which ranks that fill the machine miss."""
 NEWS_S = 45.0
 """Seconds between two pages where an evaluation or an event is to be shown."""
 

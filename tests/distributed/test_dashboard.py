@@ -9,6 +9,7 @@ import urllib.request
 import pytest
 
 from ray_ep.observe.state import PARTS, RunState
+from tests.browser import browser  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
@@ -80,3 +81,26 @@ def test_a_run_on_a_cluster_is_found_by_its_dashboard_and_named_in_rays_own_view
         os.kill(run.process.pid, signal.SIGCONT)
     ended(run)
     assert get(seen)[0] == 410
+
+
+def test_a_link_to_the_runs_stands_in_the_navigation_in_its_looks(cluster, browser):  # noqa: F811
+    context = browser.new_context(viewport={"width": 1400, "height": 500})
+    context.add_cookies([{"name": "ray-authentication-token", "value": TOKEN, "url": cluster.job}])
+    tab = context.new_page()
+    tab.set_default_timeout(60_000)
+    look = "s => { const c = getComputedStyle(document.querySelector(s)); return [c.color, c.fontSize, c.fontWeight] }"
+    try:
+        tab.goto(f"{cluster.job}/#/overview")
+        tab.locator("#ray_ep").wait_for()
+        assert tab.locator("nav p > a").all_inner_texts()[-2:] == ["Logs", "Experts"]
+        for dark in (False, True):
+            if dark:
+                tab.get_by_label("Dark mode").click()
+                tab.get_by_label("Light mode").wait_for()
+            assert tab.evaluate(look, "#ray_ep") == tab.evaluate(look, 'nav a[href="#/jobs"]')
+        tab.locator('nav a[href="#/jobs"]').click()
+        assert tab.locator("nav p > a").all_inner_texts().count("Experts") == 1
+        tab.locator("#ray_ep").click()
+        tab.wait_for_url("**/ray_ep/**")
+    finally:
+        context.close()

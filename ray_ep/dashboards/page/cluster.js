@@ -39,7 +39,8 @@ export class Cluster {
   layout(width) {
     const units = this.units();
     const slots = this.view.placement.width;
-    const linked = units.length > 1;
+    const { bandwidth, sent } = this.view.state.links ?? {};
+    const linked = units.length > 1 && Boolean(sent || bandwidth?.some((row, a) => row.some((value, b) => a !== b && known(value))));
     const lines = linked && units.length > 4 ? 2 : 1;
     const across = Math.ceil(units.length / lines);
     const room = (width - GAP * (across - 1)) / across - 2 * PAD;

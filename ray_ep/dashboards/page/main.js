@@ -13,6 +13,8 @@ import { followTheme } from "ray_ep/theme.js";
 import { LANES, TimeLine } from "ray_ep/time.js";
 import { View } from "ray_ep/view.js";
 
+const AGAIN_MS = 30_000;
+
 const legend = (ramp, low, middle, high) => element("div", { class: "legend" }, element("span", {}, low),
   element("span", { class: "ramp", style: `background: ${ramp.gradient()}`, role: "img", "aria-label": `${low} to ${high}, ${middle} in the middle` }),
   element("span", {}, high), element("span", {}, `(middle: ${middle})`));
@@ -260,6 +262,8 @@ async function start() {
   const status = document.getElementById("status");
   try {
     window.page = new Page(await open()); // for those who try things in a console, and tests
+    // A file of a run in progress is written again now and then.
+    if (!page.source.live && page.view.state.run.alive) setTimeout(() => location.reload(), AGAIN_MS);
   } catch (error) {
     status.textContent = `The run cannot be shown: ${error.message}`;
     throw error;

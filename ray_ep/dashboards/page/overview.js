@@ -22,16 +22,17 @@ export class Overview {
   // The columns: {of: [rank, slot] or null for what parts ranks, marks: where ranks and nodes have their names}.
   columns() {
     const { placement } = this.view;
-    const ranks = this.view.ranks();
-    const [of, first] = [[], []];
+    const ranks = [...this.view.ranks()].sort((a, b) => a.node - b.node || a.rank - b.rank);
+    const [of, first] = [[], new Array(ranks.length)];
     const wide = placement.ranks * placement.width;
-    const gap = wide > 600 ? 0 : Math.max(1, Math.round(placement.width / 8));
+    const each = Math.max(1, Math.round(160 / wide)); // columns of a slot: of few, so that what parts them is narrow
+    const gap = wide > 600 ? 0 : Math.max(1, Math.round(placement.width * each / 12));
     ranks.forEach(({ rank, node }, i) => {
-      if (i) of.push(...Array(ranks[i - 1].node === node ? gap : Math.max(2, Math.round(wide / 80), 2 * gap)).fill(null));
-      first.push(of.length);
-      for (let slot = 0; slot < placement.width; slot += 1) of.push([rank, slot]);
+      if (i) of.push(...Array(ranks[i - 1].node === node ? gap : Math.max(2, Math.round(wide * each / 80), Math.round(1.6 * gap))).fill(null));
+      first[rank] = of.length;
+      for (let at = 0; at < placement.width * each; at += 1) of.push([rank, Math.floor(at / each)]);
     });
-    return { of, first, key: `${ranks.map((r) => r.node)} ${placement.width}` };
+    return { of, first, each, key: `${ranks.map((r) => [r.rank, r.node])} ${placement.width}` };
   }
 
   build(chart) {
@@ -39,8 +40,8 @@ export class Overview {
     const { placement, layers } = this.view;
     const figure = chart.start({ x: [0, this.grid.of.length], y: [0, layers], left: "MoE layer" });
     figure.xgrids.concat(figure.ygrids).forEach((grid) => { grid.visible = false; });
-    const middles = this.grid.first.map((at, rank) => ({ at: at + placement.width / 2, text: placement.ranks > 24 ? rank : `rank ${rank}` }));
-    label(figure.xaxis, thinned(middles, chart.width / 52));
+    const middles = this.grid.first.map((at, rank) => ({ at: at + placement.width * this.grid.each / 2, text: placement.ranks > 24 ? rank : `rank ${rank}` }));
+    label(figure.xaxis, thinned(middles.sort((a, b) => a.at - b.at), chart.width / 52));
     label(figure.yaxis, thinned(Array.from({ length: layers }, (_, l) => ({ at: layers - l - 0.5, text: l })), chart.height / 20));
     chart.glyph(figure, "image_rgba", "slots", IMAGE);
     const outline = { left: { field: "l" }, right: { field: "r" }, bottom: { field: "b" }, top: { field: "t" }, fill_color: null };
@@ -84,9 +85,10 @@ export class Overview {
   }
 
   outlines(slots) {
-    const left = slots.map(({ rank, slot }) => this.grid.first[rank] + slot);
+    const { first, each } = this.grid;
+    const left = slots.map(({ rank, slot }) => first[rank] + slot * each);
     const bottom = slots.map(({ layer }) => this.view.layers - 1 - layer);
-    return { l: left, r: left.map((x) => x + 1), b: bottom, t: bottom.map((y) => y + 1) };
+    return { l: left, r: left.map((x) => x + each), b: bottom, t: bottom.map((y) => y + 1) };
   }
 
   at(x, y, answer) {
@@ -101,9 +103,11 @@ export class Overview {
   }
 
   cursor(key, at) {
-    let next = arrows(key, at, this.grid.of.length, this.view.layers);
-    while (next && !this.grid.of[Math.floor(next.x)]) {
-      const further = arrows(key, next, this.grid.of.length, this.view.layers);
+    const { of } = this.grid;
+    const slot = (place) => of[Math.floor(place.x)]?.join();
+    let next = arrows(key, at, of.length, this.view.layers);
+    while (next && at && next.y === at.y && (!slot(next) || slot(next) === slot(at))) {
+      const further = arrows(key, next, of.length, this.view.layers);
       if (further.x === next.x) return at;
       next = further;
     }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 
@@ -61,11 +61,13 @@ def serve(port: int, address: str) -> None:
     """
     found = Found(of_cluster(address))
 
-    async def look_early(app: web.Application) -> None:
-        app["looking"] = asyncio.create_task(_until_found(found))
+    async def look_early(app: web.Application) -> AsyncIterator[None]:
+        looking = asyncio.create_task(_until_found(found))
+        yield
+        looking.cancel()
 
     app = Proxy(found).app()
-    app.on_startup.append(look_early)
+    app.cleanup_ctx.append(look_early)
     try:
         web.run_app(app, host=HOST, port=port, access_log=None, print=None, shutdown_timeout=_ENDS_S)
     except OSError as e:

@@ -48,8 +48,11 @@ def served(
         if relay is not None:
             sockets.append(_bound(relay[0], 0))
     except OSError as e:
-        what = f"relayed at {relay[0]!r}" if sockets and relay else f"observe.host={cfg.host!r} observe.port={cfg.port}"
-        tell(f"{what}: {e.strerror or e}: the run goes on without {'that' if sockets else 'its page'}")
+        why = e.strerror or e
+        if sockets:
+            tell(f"the page cannot be relayed from here: {why}; it is at its own address alone")
+        else:
+            tell(f"observe.host={cfg.host!r} observe.port={cfg.port}: {why}: the run goes on without its page")
     if not sockets:
         yield Served()
         return
