@@ -1,12 +1,15 @@
 """The page in a real browser: figures as in the run, keys that reach everything, a content accessibility checker."""
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ray_ep.observe.page.report import write_report
+from ray_ep.observe.page.sheet import Heat, Lines, sheet_page
 from ray_ep.observe.state import RunState
 from tests.observe.page.runs import BIG, write_run
 
@@ -19,9 +22,10 @@ SEEN = """async () => {
   }
   scrollTo(0, 0);
 }"""
-AXE = """() => axe.run(document, { resultTypes: ["violations"] }).then((found) => found.violations
+AXE = """(rules) => axe.run(document, { resultTypes: ["violations"], ...rules }).then((found) => found.violations
   .filter((v) => ["serious", "critical"].includes(v.impact))
   .map((v) => `${v.id}: ${v.nodes.map((n) => n.target).join(" ")}`))"""
+RULES = {"light": {}, "dark": {"runOnly": ["color-contrast"]}}  # in the dark nothing but colours is another
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +122,9 @@ def test_a_checker_of_accessibility_finds_nothing_serious(opened, report, theme)
         details.evaluate("(it) => { it.open = true; }")
     tab.wait_for_timeout(300)
     tab.add_script_tag(path=str(Path(axe.submodule_search_locations[0]) / "axe.min.js"))
-    assert tab.evaluate(AXE) == []
-    tab.evaluate("document.body.append(new Image())")
-    assert any("image-alt" in found for found in tab.evaluate(AXE))  # it looks
+    assert tab.evaluate(AXE, RULES[theme]) == []
+    tab.evaluate("document.getElementById('story').style.color = getComputedStyle(document.body).backgroundColor")
+    assert any("color-contrast" in found for found in tab.evaluate(AXE, {"runOnly": ["color-contrast"]}))  # it looks
 
 
 def test_a_theme_is_chosen_and_charts_follow(opened, report):
@@ -133,10 +137,33 @@ def test_a_theme_is_chosen_and_charts_follow(opened, report):
 
 
 def test_a_run_of_58_layers_256_experts_and_64_ranks_is_shown_whole(opened, tmp_path):
-    placements = write_run(tmp_path, BIG)
+    placements = write_run(tmp_path, replace(BIG, steps=200, versions=4))
     tab = show(opened, write_report(tmp_path).as_uri())
     assert tab.evaluate("new Set(page.overview.grid.of.filter(Boolean).map(String)).size") == 64 * 5
     assert tab.evaluate("[...page.view.placement.slots]") == placements[-1].slots.reshape(-1).tolist()
     tab.focus("#version")
     tab.keyboard.press("Home")
     assert tab.evaluate("[...page.view.placement.slots]") == placements[0].slots.reshape(-1).tolist()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_page_that_compares_draws_its_charts_and_tells_each_field(opened, tmp_path, theme):
+    heat = Heat("load", "Load of ranks", np.array([[1.0, 2.0], [0.5, 1.0]]), "of the mean", True, "layer", "rank")
+    lines = Lines("Growth", {"a": [(2, 10.0), (4, 18.0)]}, "GPUs", "tokens/s", log=True, low=0.0)
+    html = sheet_page(
+        "Compared", ["a note"], [("name", "step"), ("plan", "9 ms")], "legend", ("Advice", ["stay"]), [heat, lines]
+    )
+    (tmp_path / "sheet.html").write_text(html)
+    tab = opened((tmp_path / "sheet.html").as_uri(), theme=theme, height=1600)
+    tab.wait_for_function(
+        "() => [...document.querySelectorAll('.chart')].every((host) => host.querySelector('div > *'))"
+    )
+    assert tab.inner_text("h1") == "Compared"
+    assert "plan\t9 ms" in tab.inner_text("table")
+    tab.focus(".chart")
+    tab.keyboard.press("ArrowRight")
+    tab.keyboard.press("ArrowRight")
+    assert tab.inner_text("#tip") == "layer 0, rank 1\n2 of the mean"
+    tab.focus(".chart >> nth=1")
+    tab.keyboard.press("ArrowRight")
+    assert tab.inner_text("#tip") == "GPUs 2\na: 10"
