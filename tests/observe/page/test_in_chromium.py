@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ray_ep.config.schema import ObserveConfig
 from ray_ep.observe.page.report import write_report
+from ray_ep.observe.page.serving import served
 from ray_ep.observe.page.sheet import Heat, Lines, sheet_page
 from ray_ep.observe.state import RunState
-from tests.observe.page.runs import BIG, write_run
+from tests.observe.page.runs import BIG, Size, write_run
 
 pytestmark = pytest.mark.slow
 DRAWN = "() => page.charts.every((chart) => chart.view)"
@@ -167,3 +169,24 @@ def test_a_page_that_compares_draws_its_charts_and_tells_each_field(opened, tmp_
     tab.focus(".chart >> nth=1")
     tab.keyboard.press("ArrowRight")
     assert tab.inner_text("#tip") == "GPUs 2\na: 10"
+
+
+@pytest.mark.parametrize("missing", [(), ("**/stream*",)], ids=["events", "asking"])
+def test_a_live_page_follows_its_run_by_events_and_where_they_cannot_pass_by_asking(opened, tmp_path, missing):
+    write_run(tmp_path, Size(layers=2, experts=8, steps=20), outcome="")
+    with served(tmp_path, ObserveConfig(), pytest.fail) as shown:
+        tab = opened(shown.address, missing=missing)
+        tab.wait_for_function("() => window.page")
+        assert tab.inner_text("#status").startswith("stepping, step 20 of 20")
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": 21, "loss": 0.5}) + "\n")
+        tab.wait_for_function("() => page.view.state.steps.step.at(-1) === 21")
+        assert tab.evaluate("page.view.state.steps.step") == list(range(1, 22))
+        assert tab.evaluate("page.view.state.steps.columns.tokens_per_second.at(-1)") is None
+        assert tab.inner_text(".headlines .value") == "0.5000"
+        with (tmp_path / "events.jsonl").open("a") as file:
+            file.write(json.dumps({"step": 21, "kind": "failed", "message": "rank 1 died", "fields": {}}) + "\n")
+    # The run has ended, and its server with it: who was told of it in time shows it, all keep what was said last.
+    said = "The driver does not answer" if missing else "failed, step 21 of 20: rank 1 died"
+    tab.wait_for_function("(said) => document.getElementById('status').textContent.startsWith(said)", arg=said)
+    opened.complaints.clear()  # of a browser whose server has gone
