@@ -192,7 +192,7 @@ class Page {
     const { run, membership } = this.view.state;
     const ranks = membership.active ? ` on ${many(membership.active, "rank")}, epoch ${membership.epoch ?? 0}` : "";
     const of = run.steps ? `step ${run.done} of ${run.steps}` : `step ${run.done}`;
-    if (this.source.lost) return `The driver does not answer: shown is what it said last, ${of}.`;
+    if (!run.outcome && this.source.lost) return `The driver does not answer: shown is what it said last, ${of}.`;
     if (run.outcome) return `${run.outcome}, ${of}${run.error ? `: ${run.error}` : ""}`;
     if (!this.source.live && run.alive !== false) return `In progress at ${clock(run.seen)} UTC, when this page was written: ${of}${ranks}`;
     return `${run.state || "running"}, ${of}${ranks}${run.why && run.state !== "stepping" ? ` (${run.why})` : ""}`;
