@@ -27,7 +27,7 @@ class Entry:
     Args:
         who: name of the token, and of the client's certificate, if there was one; "": no right.
         role: viewer, operator; "": none. where: address that the call came from.
-        what: name of the call. id: of the request. asked: its content, shortened.
+        what: name of the call. id: of the request. asked: its content, but for a placement.
         result: name of the status code. words: the answer.
         seconds: from the call to its answer.
     """

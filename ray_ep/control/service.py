@@ -165,7 +165,8 @@ class Service:
     @staticmethod
     def _entry(what: str, caller: Caller, began: float, asked: Any, result: str, words: str) -> Entry:
         number = asked.mutation.request_id if asked else ""
-        shown = " ".join(str(asked).split())[:300]
+        fields = asked.ListFields() if asked else ()
+        shown = ", ".join(f"{f.name}={value!r}" for f, value in fields if f.message_type is None)[:300]
         role = caller.key.role.value if caller.key else ""
         took = round(time.monotonic() - began, 6)
         return Entry(caller.name, role, caller.where, what, number, shown, result, words[:1000], took)

@@ -120,6 +120,7 @@ def test_top_draws_what_the_status_tells():
     text = console.export_text()
     assert "paused (as [bold]somebody[/bold] asked)" in text, "what a run says is no markup"
     assert "step 7 of 9" in text
+    assert "loss 1.5000, 250 ms a step" in text or "loss 1.5000, 0.25 s a step" in text, text
     assert "more" in text
     assert len(text.splitlines()) <= 30
     assert bars([1.0, 2.0, float("nan")]) == "▁█  1 to 2"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -46,7 +47,10 @@ def top(where: str, every: float, **given: Any) -> None:
                     json.dumps(json.loads(as_json(status))) if given["as_json"] else "; ".join(filter(None, parts))
                 )
             return
-        with Live(console=console, screen=True, auto_refresh=False, transient=True) as live:
+        with (
+            suppress(KeyboardInterrupt),
+            Live(console=console, screen=True, auto_refresh=False, transient=True) as live,
+        ):
             for last in it.watch(every):
                 view.add(last)
                 live.update(view.drawn(last, console.height), refresh=True)
@@ -80,9 +84,11 @@ class View:
         head.add_column()
         head.add_column(justify="right")
         head.add_row(Text(state_of(status), "bold"), f"step {status.done} of {status.steps}")
+        bar = Table.grid(expand=True)  # alone it would not end its line
+        bar.add_row(ProgressBar(total=max(status.steps, 1), completed=status.done))
         body: list[RenderableType] = [
             head,
-            ProgressBar(total=max(status.steps, 1), completed=status.done),
+            bar,
             Text(figures(status.step)),
             Text(f"loss     {bars([loss for _, loss, _ in self._seen])}"),
             Text(f"seconds  {bars([seconds for _, _, seconds in self._seen])}"),
