@@ -20,9 +20,10 @@ from ray_ep.driver.records import Event
 from ray_ep.driver.run.rundir import RunDir, find_checkpoint
 from ray_ep.driver.start import check_run
 from ray_ep.errors import BadInput, CheckpointError
+from ray_ep.observe.dashboard.placement_log import PlacementLog
+from ray_ep.observe.dashboard.reach import shown
 from ray_ep.observe.live import LivePage
 from ray_ep.observe.page.report import write_report
-from ray_ep.observe.page.serving import served
 from ray_ep.observe.phases import Phases
 from ray_ep.observe.progress import Progress
 from ray_ep.placement import Placement, RoutingStatistics, Topology
@@ -140,12 +141,13 @@ def train(cfg: Config) -> Run:
                 def no_page(why: str, kind: str = "report") -> None:
                     publisher.event(Event(kind, why))
 
+                log = PlacementLog(plan.run.path)
                 with (
                     LivePage(plan.run.path, no_page) as page,
-                    Publisher([plan.run, progress, page]) as publisher,  # ends first: then nobody starts a page
-                    served(plan.run.path, cfg.observe, lambda why: no_page(why, "page")) as shown,
+                    Publisher([plan.run, progress, page, log]) as publisher,  # ends first: then nobody starts a page
+                    shown(cfg, plan.run.path, lambda why: no_page(why, "page")) as seen,
                 ):
-                    status = drive(cfg, plan, publisher, interrupt, phase, shown.address)
+                    status = drive(cfg, plan, publisher, interrupt, phase, seen)
         finally:
             if (plan.run.path / "config.yaml").exists() and not plan.nothing_to_do:
                 _report(plan.run, prefix)
