@@ -215,8 +215,9 @@ class Page {
     if (layer !== this.view.layer) return;
     this.company.take(found?.ratios ? unpacked(found.ratios, this.view.experts) : null);
     this.flows.take(found?.flows ? found : null);
-    this.pairCaption.textContent = found?.ratios ? "How often two experts serve the same token, over what their loads alone would give; lines part ranks, strong ones nodes."
-      : "Not known: co-activation is counted, and written with each checkpoint.";
+    const over = { run: "Counted until the newest checkpoint.", recent: "Of a sample of recent tokens." }[this.view.state.load.pairs] ?? "";
+    this.pairCaption.textContent = found?.ratios ? `How often two experts serve the same token, over what their loads alone would give; lines part ranks, strong ones nodes. ${over}`
+      : "Not known: of very many layers a file holds the first ones; before its first steps a run knows none.";
     this.flowCaption.textContent = this.flows.caption;
     this.drawTables();
   }

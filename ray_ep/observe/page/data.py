@@ -65,8 +65,8 @@ def layer(state: RunState, number: int) -> dict[str, Any] | None:
 
 def layers(state: RunState) -> dict[str, Any]:
     """Every layer, by its number, as a file holds them; those beyond PAIR_BYTES have no ratios."""
-    load = state.load.load
-    count, experts = (0, 0) if load is None else load.shape
+    newest = state.placements.newest
+    count, experts = (0, 0) if newest is None else (newest.num_layers, newest.num_experts)
     room = int(PAIR_BYTES / max(experts * (experts - 1) * 2 / 3, 1))
     found = {}
     for number in range(count):
