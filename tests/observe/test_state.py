@@ -36,12 +36,15 @@ def swapped(placement, layer, one, other, version):
     return Placement(slots, placement.num_experts, version)
 
 
+SETS = np.array([[[0, 1], [0, 2]], [[3, 4], [4, 5]]], np.int32)  # of two tokens in each of two layers
+
+
 def step(number, ranks, version):
     load = np.full((LAYERS, EXPERTS), 10.0) + number
     figures = {"phase_seconds": {"forward": 0.02, "driver": 0.01}, "max_expert_load": [1.5, 1.0], "epoch": 3 - ranks}
     return record(
         number, load=load, placement_version=version, world_size=ranks, loss=4.0 - 0.1 * number,
-        rank_load=np.ones((LAYERS, ranks)), sent=np.full((ranks, ranks), 1000.0), **figures,
+        rank_load=np.ones((LAYERS, ranks)), sent=np.full((ranks, ranks), 1000.0), sample=SETS, **figures,
     )  # fmt: skip
 
 
@@ -189,6 +192,22 @@ def test_loads_links_and_pairs_are_those_of_the_present(whole):
     assert links["bandwidth"] == [[None] * 2] * 2  # not measured
     assert state.pairs("coactivation", 1).shape == state.pairs("transitions", 0).shape == (EXPERTS, EXPERTS)
     assert state.pairs("transitions", 1) is None
+
+
+def test_before_the_first_checkpoint_pairs_are_those_of_a_sample_of_recent_tokens(tmp_path):
+    for run in story(tmp_path / "run"):
+        if len(run.metrics()) == 2:
+            break
+    state = RunState(tmp_path / "run")
+    assert told(state)["load"]["pairs"] == "recent"
+    together, onward = state.pairs("coactivation", 0), state.pairs("transitions", 0)
+    assert {(i, j): n for (i, j), n in np.ndenumerate(together) if n} == {
+        (0, 0): 2, (1, 1): 1, (2, 2): 1, (0, 1): 1, (1, 0): 1, (0, 2): 1, (2, 0): 1,
+    }  # fmt: skip
+    assert {(i, j): n for (i, j), n in np.ndenumerate(onward) if n} == {
+        (0, 3): 1, (0, 4): 2, (1, 3): 1, (1, 4): 1, (0, 5): 1, (2, 4): 1, (2, 5): 1,
+    }  # fmt: skip
+    assert state.pairs("transitions", 1) is state.pairs("coactivation", 2) is state.pairs("coactivation", -1) is None
 
 
 def test_a_reader_that_has_seen_a_version_is_given_what_has_changed_since(tmp_path):
