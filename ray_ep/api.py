@@ -146,11 +146,13 @@ def train(cfg: Config) -> Run:
 
                 decoder = partial(load_decoder, cfg.data.tokenizer)
                 records = ProvenanceFiles(plan.run.path, cfg.provenance, decoder, lambda e: publisher.event(e))
-                listeners = [PlacementLog(plan.run.path), records]
+                log = PlacementLog(plan.run.path)
                 with (
                     LivePage(plan.run.path, no_page) as page,
                     records,
-                    Publisher([plan.run, progress, page, *listeners]) as publisher,  # ends first: nobody starts a page
+                    Publisher(
+                        [plan.run, progress, page, log, records]
+                    ) as publisher,  # ends first: nobody starts a page
                     shown(cfg, plan.run.path, lambda why: no_page(why, "page")) as seen,
                 ):
                     status = drive(cfg, plan, publisher, interrupt, phase, seen)
