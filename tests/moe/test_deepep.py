@@ -4,6 +4,7 @@ import copy
 import sys
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 import ray_ep
 from ray_ep.collective import SoloGroup
 from ray_ep.errors import BadInput, GroupError
+from ray_ep.moe import Recorder
 from ray_ep.moe.exchange.choose import settle
 from ray_ep.moe.exchange.elastic import Room, check_fit, library
 from ray_ep.moe.slots import Slots
@@ -149,6 +151,23 @@ def test_a_source_knows_which_rank_answers(over):
         return torch.stack(over(2, work))
 
     assert torch.equal(who_answers(by_deepep), who_answers(general))
+
+
+def test_who_is_recorded_is_who_computes(over):
+    model, ids = made(), ids_of(4)
+
+    def work(group):
+        m = ray_ep.moe.parallelize(copy.deepcopy(model), group, placement_of(model, "replicated", 2))
+        by_deepep(m)
+        recorder, part = Recorder(2, 8), ids[group.rank :: 2]
+        with torch.no_grad(), m.ray_ep.recording(recorder, np.arange(part.numel()), part.numel()):
+            m(input_ids=part)
+        return recorder.collect(group).ranks, m.ray_ep.meter.pairs.copy()
+
+    results = over(2, work)
+    every = np.concatenate([ranks for ranks, _ in results], 1)
+    computed = [(every == rank).sum((1, 2)).tolist() for rank in range(2)]
+    assert computed == [pairs.tolist() for _, pairs in results]
 
 
 def test_after_a_move_tokens_go_to_the_new_slots(over):

@@ -1,5 +1,7 @@
 """What ranks record of sampled tokens is what one process of plain transformers does, on any ranks, over migrations."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +9,14 @@ import torch
 from ray_ep.moe import find_experts
 from ray_ep.placement import contiguous
 from ray_ep.rank.data.corpus import Corpus, global_batch, load_corpus, window_starts
+from ray_ep.rank.model_rank import ModelRank
 from ray_ep.rank.recorded import AFTER, BEFORE, KINDS
 from ray_ep.rank.step.recording import sampled
+from ray_ep.rank.trainer import Trainer
 from tests.conftest import run_ranks
+from tests.fake_cuda import fake_cuda, nccl_ranks
 from tests.rank.test_migration import drawn
-from tests.rank.test_training import CORPUS, EXPERTS, LAYERS, Reference, configure, make_rank
+from tests.rank.test_training import CORPUS, EXPERTS, LAYERS, MAKING, Reference, configure, make_rank
 
 STEPS = 3
 SEQUENCES, LENGTH = 4, 32
@@ -183,3 +188,24 @@ def test_a_model_that_is_torch_dtype_bfloat16_has_its_weights_as_float32():
     ((first,),) = train(1, *OFF, "model.dtype=bfloat16", steps=1)
     assert first.weights.dtype == np.float32
     assert torch.from_numpy(first.weights).sum() > 0
+
+
+@pytest.mark.parametrize("size", [2])
+def test_on_the_cuda_that_is_not_there_the_same_is_recorded_as_on_cpus(size):
+    cfg, config = configure("provenance.sample=0.3", *OFF)
+    placement = drawn(size, 1, replicas=True)
+
+    def work(group):
+        with MAKING:
+            there = ModelRank(cfg, copy.deepcopy(config), group, placement, None, torch.device("cuda", 0))
+            rank = Trainer(there, CORPUS)
+        return [rank.train_step(step).recorded for step in range(2)]
+
+    with fake_cuda():
+        there = nccl_ranks(size, work)
+    here = train(size, *OFF, placements=[placement] * 2, steps=2)
+    for ours, cpu in zip(there, here, strict=True):
+        for a, b in zip(ours, cpu, strict=True):
+            for name in ("position", "context", "experts", "ranks", "kinds"):
+                assert np.array_equal(getattr(a, name), getattr(b, name)), name
+            np.testing.assert_allclose(a.weights, b.weights, atol=1e-4)

@@ -124,7 +124,10 @@ def explain(records: Records, layer: int, expert: int, experts: int) -> Explanat
 def _keys(table: pa.Table) -> np.ndarray:
     """int64 [rows] what a token is known by: its place in the training text, or request and position."""
     offset = table.column("offset").fill_null(-1).to_numpy()
-    return np.where(offset >= 0, offset, -1 - (_requests(table) << 40) - table.column("position").to_numpy())
+    keys: np.ndarray = np.where(
+        offset >= 0, offset, -1 - (_requests(table) << 40) - table.column("position").to_numpy()
+    )
+    return keys
 
 
 def _documents(table: pa.Table) -> np.ndarray:
