@@ -58,6 +58,7 @@ def install(session: Path = LATEST, grafana: Path | None = None) -> Installed:
     Raises:
         BadInput: a folder or file is missing, damaged, or cannot be written; nothing was written before that was known.
     """
+    session = session.resolve()  # what session_latest means changes with the next head
     folder = grafana or session / "metrics" / "grafana" / "dashboards"
     if not folder.is_dir():
         raise BadInput(_missing(session) if grafana is None else f"--grafana {grafana}: no such directory")

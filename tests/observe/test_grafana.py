@@ -133,6 +133,14 @@ def test_installing_twice_changes_nothing_more(session):
     assert there() == once
 
 
+def test_rules_are_named_by_the_session_they_are_in_not_by_the_newest(session):
+    latest = session.with_name("session_latest")
+    latest.symlink_to(session)
+    install(latest)
+    (named,) = yaml.safe_load((session / "metrics" / "prometheus" / "prometheus.yml").read_text())["rule_files"]
+    assert Path(named) == session / "metrics" / "prometheus" / "ray_ep_alerts.yaml"
+
+
 def test_rules_that_prometheus_has_already_stay(session):
     path = session / "metrics" / "prometheus" / "prometheus.yml"
     path.write_text(path.read_text() + "\nrule_files: [mine.yaml]\n")
