@@ -6,6 +6,7 @@ import shlex
 import sys
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from ray_ep.errors import BadInput, CheckpointError
 from ray_ep.observe.live import LivePage
 from ray_ep.observe.phases import Phases
 from ray_ep.observe.progress import Progress
+from ray_ep.observe.provenance.files import ProvenanceFiles
 from ray_ep.observe.report import write_report
 from ray_ep.placement import Placement, RoutingStatistics, Topology
+from ray_ep.rank.data.tokenizer import load_decoder
 from ray_ep.rank.saved.export import export_checkpoint
 
 
@@ -142,6 +145,7 @@ def train(cfg: Config) -> Run:
                     publisher.event(Event("report", why))
 
                 requests = Requests(interrupt)
+                decoder = partial(load_decoder, cfg.data.tokenizer)
                 with (
                     LivePage(plan.run.path, no_page) as page,
                     Control(cfg.control, plan.run, requests, lambda event: publisher.event(event)) as control,

@@ -24,6 +24,7 @@ from ray_ep.cli.loading import loading
 from ray_ep.cli.plan.command import plan
 from ray_ep.cli.probe import probe
 from ray_ep.cli.simulate.command import simulate
+from ray_ep.cli.trace import trace
 
 if TYPE_CHECKING:
     from ray_ep.bench.layer import LayerCase
@@ -79,6 +80,7 @@ def main() -> None:
       ray-ep scale runs/NAME 4              have it go on with 4 ranks
       ray-ep drain runs/NAME NODE           have it leave a node
       ray-ep pause | resume | checkpoint | stop runs/NAME
+      ray-ep trace runs/NAME --step 100     which expert on which rank computed for which token
       ray-ep chaos --minutes 2              kill ranks and nodes of a run on purpose, and count what is lost
 
     Exit status: 0 done, 1 failed while running, 2 bad input, 130 interrupted.
@@ -91,6 +93,7 @@ main.add_command(dashboards)
 main.add_command(plan)
 main.add_command(probe)
 main.add_command(simulate)
+main.add_command(trace)
 main.add_command(top)
 for verb in VERBS:
     main.add_command(verb)

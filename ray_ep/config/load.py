@@ -18,6 +18,7 @@ from ray_ep.config.control import check_control
 from ray_ep.config.elastic import check_elastic
 from ray_ep.config.exchange import check_exchange, settle_exchange
 from ray_ep.config.paths import absolute, is_url
+from ray_ep.config.provenance import check_provenance
 from ray_ep.config.runs import newest, settings_of, settings_of_checkpoint
 from ray_ep.config.schema import Config, ModelConfig
 from ray_ep.config.values import WrongValue, convert, flow_list, parse, scalar_or_tree
@@ -208,6 +209,7 @@ def check(cfg: DictConfig) -> None:
     _check_snapshots(cfg)
     check_control(cfg)
     check_exchange(cfg)
+    check_provenance(cfg)
 
 
 def _check_snapshots(cfg: Any) -> None:
@@ -277,6 +279,7 @@ _AT_LEAST: dict[str, float] = {
     "eval.every": 0,
     "eval.sequences": 1,
     "statistics.sample": 0,
+    "provenance.disk_mb": 1,
 }
 
 

@@ -311,6 +311,18 @@ class StatisticsConfig:
 
 
 @dataclass
+class ProvenanceConfig:
+    """Which expert on which rank computed for a token, kept in the run directory (docs/provenance.md)."""
+
+    sample: str = _opt(
+        "off",
+        "off; a share of the tokens of every training step, such as 0.01; or steps such as steps:1,100-110, all tokens "
+        "of these",
+    )
+    disk_mb: int = _opt(1024, "most MiB that the records take on disk; the oldest files go first, which is told")
+
+
+@dataclass
 class TopologyConfig:
     """The links between ranks, measured with the transport of the job."""
 
@@ -347,3 +359,4 @@ class Config:
     control: ControlConfig = field(default_factory=ControlConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
+    provenance: ProvenanceConfig = field(default_factory=ProvenanceConfig)

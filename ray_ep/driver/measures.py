@@ -5,11 +5,14 @@ R ranks, L MoE layers.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ray_ep.driver.records import StepRecord
 from ray_ep.moe import Balance
 from ray_ep.placement import Placement, Topology
+from ray_ep.rank.recorded import Seat, StepProvenance
 from ray_ep.rank.results import StepResult
 from ray_ep.rank.step.clock import STEP_PHASES
 
@@ -60,6 +63,19 @@ def step_record(
         rank_load=pairs.T,
         sent=sent,
     )
+
+
+def provenance_of(results: list[StepResult], where: list[dict[str, Any]], length: int) -> StepProvenance | None:
+    """What the ranks recorded of a step; None: nothing.
+
+    Args:
+        where: [R] node, host and device of each. length: tokens of a row of the batch.
+    """
+    parts = tuple(r.recorded for r in results if r.recorded is not None)
+    if not parts:
+        return None
+    seats = tuple(Seat(str(w["node"]), str(w["host"]), str(w.get("device", ""))) for w in where)
+    return StepProvenance(parts, seats, length)
 
 
 def _phases(results: list[StepResult], seconds: float) -> dict[str, float]:

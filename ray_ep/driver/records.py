@@ -1,6 +1,6 @@
 """What a run says of itself: one record a step, one event for whatever else an operator should see.
 
-Values only. Figures stay numbers until a listener writes or draws them. L MoE layers, E experts, R ranks. NumPy only.
+Values only, of NumPy. Figures stay numbers until a listener writes or draws them. L MoE layers, E experts, R ranks.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from ray_ep.rank.recorded import StepProvenance
+
 STANDING = ("state", "members", "placement")
 """Kinds of events that say where a run stands (run/standing.py): what is true from then on, not what passes by."""
 
-_ARRAYS = ("load", "rank_load", "sent")  # of a step's record; too long for a line
+_ARRAYS = ("load", "rank_load", "sent", "provenance")  # of a step's record; too long for a line
 
 
 def now() -> datetime:
@@ -66,6 +68,7 @@ class StepRecord:
         migration_seconds, rebalance_seconds: that the job stood still for a move, and for all that rebalancing asks
             between two steps, the move included; None: it was skipped.
         eval_loss: on the held-out split; None: not evaluated after this step.
+        provenance: of the sampled tokens; None: none were; too long for a line, too.
     """
 
     step: int
@@ -101,6 +104,7 @@ class StepRecord:
     migration_seconds: float | None = None
     rebalance_seconds: float | None = None
     eval_loss: float | None = None
+    provenance: StepProvenance | None = field(default=None, compare=False, repr=False)
 
     def line(self) -> dict[str, Any]:
         """As a line of metrics.jsonl, without the figures that this step lacks."""

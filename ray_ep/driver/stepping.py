@@ -19,7 +19,7 @@ from ray_ep.driver.elastic.stragglers import Stragglers
 from ray_ep.driver.ending import Activity
 from ray_ep.driver.evaluation import Evaluator
 from ray_ep.driver.forming import Formed
-from ray_ep.driver.measures import step_record
+from ray_ep.driver.measures import provenance_of, step_record
 from ray_ep.driver.publisher import Publisher
 from ray_ep.driver.rebalance.mover import Mover
 from ray_ep.driver.records import Event, StepRecord
@@ -68,7 +68,7 @@ class Stepping:
         self.cfg, self.plan, self.ranks, self.publisher, self.requests = cfg, plan, ranks, publisher, requests
         self.states, self.activity = States(self.tell_state), Activity(cfg.batch.accumulation, clock)
         self.saver = Saver(cfg, plan, ranks, publisher, clock)
-        held_out, keep, tell = len(plan.corpus.held_out), plan.run.provenance, publisher.event
+        held_out, keep, tell = len(plan.corpus.held_out), plan.run.held_out, publisher.event
         self.evaluator = Evaluator(cfg.eval, cfg.optim.steps, held_out, ranks, keep, tell)
         self.alarm = Alarm(cfg.router, tell)
         leaving, placement = Leaving(), plan.placement
@@ -92,6 +92,8 @@ class Stepping:
             if words:
                 self.publisher.event(Event(kind, words))
         record = step_record(self.done, results, seconds, self.mover.topology, self.mover.placement)
+        recorded = provenance_of(results, self.ranks.where, self.cfg.batch.length)
+        record = replace(record, provenance=recorded) if recorded is not None else record
         self.unfinished = record
         if self.stopping():
             return record

@@ -8,11 +8,13 @@ from ray_ep.moe.exchange.meter import PHASES
 from ray_ep.moe.exchange.ways import KINDS
 from ray_ep.moe.migrate import Moved, OwnedState, Rows, apply_placement
 from ray_ep.moe.parallelize import ExpertParallel, find_experts, parallelize
+from ray_ep.moe.recorder import Answers, Recorder
 from ray_ep.moe.regroup import regroup
 
 __all__ = [
     "KINDS",
     "PHASES",
+    "Answers",
     "Balance",
     "Choice",
     "Draws",
@@ -20,6 +22,7 @@ __all__ = [
     "Limits",
     "Moved",
     "OwnedState",
+    "Recorder",
     "Rows",
     "apply_placement",
     "choose",

@@ -114,6 +114,8 @@ class ExpertLayer:
         now = self.shared.passes.now
         if now.capture is not None and now.capture.layer == self.index and now.capture.work is None:
             now.capture.work = (hidden.detach(), top_k_index, top_k_weights.detach())
+        if now.recorder is not None:
+            now.recorder.choices(self.index, top_k_index, top_k_weights)
         bodies = self._bodies
         if bodies is None or (hidden.device, hidden.dtype) != (bodies.device, bodies.dtype):
             site = Site(index=self.index, slots=self.slots, exchange=self.exchange, shared=self.shared)

@@ -30,6 +30,7 @@ from ray_ep.moe.exchange.meter import Meter, MeteredGroup
 from ray_ep.moe.exchange.ways import Exchange
 from ray_ep.moe.experts import IMPLEMENTATION, ExpertLayer
 from ray_ep.moe.passes import Capture, Inference, Passes, Trace
+from ray_ep.moe.recorder import Recorder
 from ray_ep.moe.replicas import ReplicaExchange
 from ray_ep.moe.routing import Routing
 from ray_ep.moe.site import Shared
@@ -151,6 +152,14 @@ class ExpertParallel:
         trace: Trace = [[] for _ in self.layers]
         with self.passes.changed(trace=trace):
             yield trace
+
+    @contextmanager
+    def recording(self, recorder: Recorder, chosen: np.ndarray, tokens: int) -> Iterator[None]:
+        """Inside: one forward over `tokens` of this rank; who answers for those numbered `chosen` [n] is recorded."""
+        recorder.begin(chosen, tokens, self.layers[0].pass_load.device)
+        with self.passes.changed(recorder=recorder):
+            yield
+        recorder.end(self.group)
 
     @contextmanager
     def capturing(self, index: int) -> Iterator[Capture]:

@@ -14,6 +14,7 @@ import torch
 
 from ray_ep.moe.balance.guests import ResidentGuests
 from ray_ep.moe.cpu.gemm import Packed
+from ray_ep.moe.recorder import Recorder
 
 
 @dataclass(slots=True)
@@ -54,12 +55,14 @@ class Pass:
         idle: this rank has no tokens: it takes part in every exchange with none.
         trace: who answers is noted there; tokens then travel flat, for only so a source knows.
         capture: a layer's work is kept there.
+        recorder: who answers for chosen tokens is noted there; tokens travel as ever.
         inference: weights do not change: they are packed, and guests stay. Used where there are no gradients.
     """
 
     idle: bool = False
     trace: Trace | None = None
     capture: Capture | None = None
+    recorder: Recorder | None = None
     inference: Inference | None = None
 
 

@@ -56,11 +56,23 @@ class Site:
         if not recomputing():
             self.traffic.meter.count(self.index, pairs)
 
+    @property
+    def listened(self) -> bool:
+        """Whether somebody wants what `note` says."""
+        now = self.shared.passes.now
+        return now.trace is not None or now.recorder is not None
+
     def note(self, index: torch.Tensor, to: torch.Tensor) -> None:
-        """In a pass with a trace: keep which rank answers for each choice, both [T, K]."""
-        trace = self.shared.passes.now.trace
-        if trace is not None:
-            trace[self.index].append((index, to.long()))
+        """In a pass with a trace or a recorder: keep which rank answers for each choice, both [T, K].
+
+        Args:
+            index: the very tensor that the body was called with.
+        """
+        now = self.shared.passes.now
+        if now.trace is not None:
+            now.trace[self.index].append((index, to.long()))
+        if now.recorder is not None:
+            now.recorder.answered(index, to)
 
 
 class Body(Protocol):

@@ -62,7 +62,9 @@ class RankActor:
         """Host, Ray node and process of this rank, as its system and as Ray's table of workers name it."""
         context = ray.get_runtime_context()
         who = {"rank": self.rank, "node": context.get_node_id(), "host": socket.gethostname(), "pid": os.getpid()}
-        return {**who, "oom_kills": oom_kills(), "worker": context.get_worker_id()}
+        given = context.get_accelerator_ids().get("GPU") or ["0"]
+        device = "cpu" if self.device.type == "cpu" else f"cuda:{given[0]}"  # as the node numbers it
+        return {**who, "device": device, "oom_kills": oom_kills(), "worker": context.get_worker_id()}
 
     @ray.method(concurrency_group="control")
     def ping(self) -> None:

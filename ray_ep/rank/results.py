@@ -1,4 +1,4 @@
-"""What a rank says of its work, as plain values that travel to the driver. Imports nothing of the package.
+"""What a rank says of its work, as plain values that travel to the driver. Imports recorded.py alone.
 
 L MoE layers, E experts, R ranks.
 """
@@ -10,6 +10,8 @@ from math import isfinite
 
 import numpy as np
 import torch
+
+from ray_ep.rank.recorded import Recorded
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one rank says about one step. All but `usage` is global and equal on every rank.
+    """What one rank says about one step. All but `usage` and `recorded` is global and equal on every rank.
 
     `note` is what there is to say of the balance inside the step, `warning` of random draws; seldom anything.
     """
@@ -49,6 +51,7 @@ class StepResult:
     peak_mib: int = 0  # memory that this rank's process has had at most; of its GPU, on one
     note: str = ""
     warning: str = ""
+    recorded: Recorded | None = None  # of this rank's sampled tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from ray_ep.rank.evaluation import evaluate
 from ray_ep.rank.memory import peak_mib
 from ray_ep.rank.model_rank import ModelRank
 from ray_ep.rank.pays import Pays, uneven_ranks
+from ray_ep.rank.recorded import Recorded
 from ray_ep.rank.results import RankState, Reduced, StepResult, Usage
 from ray_ep.rank.saved.checkpoint import Checkpoint, load_rank, save_rank
 from ray_ep.rank.saved.directory import Directory
@@ -55,11 +56,12 @@ class Trainer:
         self.optimizer = MasterOptimizer(self.model, self.cfg.optim, self.clock.enter)
         self.pays = self._fresh_pays()
         self._costs_told = False  # what balance costs
-        self.forward = Forward(rank)
+        self.forward = Forward(rank, corpus)
         self.draws, self.stop = self.forward.draws, self.forward.stop
         self._before: Before | None = None  # of a half step: state to go back to
         self._began = self.usage()  # of the last step: what had been spent at its begin
         self._ready: Reduced | None = None  # between the reductions of a step and its update
+        self._recorded: Recorded | None = None  # of the same step
         self._last: StepResult | None = None  # of the last step that was done in this process
         self._unpublished = self._torn = False  # see RankState
 
@@ -107,6 +109,7 @@ class Trainer:
         reduced = self._reduce(step, losses)
         if not reduced.finite:
             raise self._diverged(reduced, passes)
+        self._recorded = self.forward.recording.collect()
         self._ready = reduced
         self._all_are_ready(reduced)
         self.finish(step)
@@ -133,8 +136,10 @@ class Trainer:
         notes = self._balance(ready.seconds / self.group.size, load), self.draws.news()
         rate, peak = self.optimizer.learning_rate(step), peak_mib(self.device)
         figures = ready.main, ready.aux, ready.z, ready.norm, rate, tokens
-        self._last = StepResult(step, self.group.epoch, *figures, load, self.usage() - began, peak, *notes)
-        self._before = self._ready = None
+        self._last = StepResult(
+            step, self.group.epoch, *figures, load, self.usage() - began, peak, *notes, self._recorded
+        )
+        self._before = self._ready = self._recorded = None
         self._torn, self._unpublished = False, True
         return self._last
 
@@ -153,8 +158,9 @@ class Trainer:
         if self._before is None:
             return
         self.optimizer.discard()
+        self.forward.recording.forget()
         self._before.restore()
-        self._before = self._ready = None
+        self._before = self._ready = self._recorded = None
 
     def state(self) -> RankState:
         """Where this rank is. Not collective; between calls, or after one that failed."""

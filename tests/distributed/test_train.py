@@ -16,7 +16,7 @@ KEYS = {
 }  # fmt: skip
 FILES = {
     "config.yaml", "metrics.jsonl", "events.jsonl", "topology.json", "placements/0000.json", "statistics/routing.npz",
-    "exchange.json", "report.html", "checkpoints/step-000020/manifest.json", "provenance/step-000020.npz",
+    "exchange.json", "report.html", "checkpoints/step-000020/manifest.json", "held_out/step-000020.npz",
 }  # fmt: skip
 
 IN_ONE_PROCESS = """
@@ -207,14 +207,14 @@ def test_the_last_step_is_printed_as_one_json_line(run, lines):
     assert {k: said[k] for k in KEYS} == {k: lines(path / "metrics.jsonl")[-1][k] for k in KEYS}
 
 
-def test_statistics_and_provenance_count_every_token(run):
+def test_statistics_and_answers_to_held_out_text_count_every_token(run):
     statistics = np.load(run[1] / "statistics" / "routing.npz")
     load = next(v for k, v in statistics.items() if v.shape == (2, 8))
     assert load.sum(1).tolist() == [20 * 256 * 2] * 2  # steps x tokens x top_k in each layer
-    provenance = np.load(run[1] / "provenance" / "step-000020.npz")
-    assert provenance["experts"].shape == provenance["ranks"].shape
-    assert provenance["experts"].shape[::2] == (2, 2)
-    assert np.array_equal(provenance["ranks"], provenance["experts"] // 4)  # contiguous: four experts a rank
+    answers = np.load(run[1] / "held_out" / "step-000020.npz")
+    assert answers["experts"].shape == answers["ranks"].shape
+    assert answers["experts"].shape[::2] == (2, 2)
+    assert np.array_equal(answers["ranks"], answers["experts"] // 4)  # contiguous: four experts a rank
 
 
 def test_every_run_measures_its_links_and_shows_them(run, lines):

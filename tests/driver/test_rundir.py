@@ -160,14 +160,14 @@ def test_placements_are_kept_by_version():
     assert [p.name for p in path.parent.iterdir()] == ["0000.json"]  # no half-written file beside it
 
 
-def test_provenance_joins_the_ranks_tokens_in_order_and_skips_ranks_without_any():
+def test_answers_to_held_out_tokens_join_the_ranks_tokens_in_order_and_skips_ranks_without_any():
     run = made(NOW)
 
     def part(expert, rank, tokens):  # one layer of one rank, K = 2
         return {"experts": np.full((tokens, 2), expert), "ranks": np.full((tokens, 2), rank)}
 
-    run.provenance(3, [[part(1, 0, 2), part(2, 1, 2)], [], [part(3, 1, 1), part(4, 0, 1)]])
-    kept = np.load(run.path / "provenance" / "step-000003.npz")
+    run.held_out(3, [[part(1, 0, 2), part(2, 1, 2)], [], [part(3, 1, 1), part(4, 0, 1)]])
+    kept = np.load(run.path / "held_out" / "step-000003.npz")
     assert kept["experts"][:, :, 0].tolist() == [[1, 1, 3], [2, 2, 4]]
     assert kept["ranks"][:, :, 0].tolist() == [[0, 0, 1], [1, 1, 0]]
 

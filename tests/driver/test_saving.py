@@ -205,7 +205,7 @@ def test_a_record_that_cannot_be_written_ends_no_run_and_is_said_once(tmp_path):
     run.say = said.append
     run.create(load_config(None, []))
     run.step(record(1))
-    for name in ("metrics.jsonl", "events.jsonl", "statistics", "provenance"):
+    for name in ("metrics.jsonl", "events.jsonl", "statistics", "held_out"):
         path = tmp_path / "run" / name
         os.rename(path, path.with_suffix(".kept")) if path.exists() else None
     (tmp_path / "run" / "metrics.jsonl").mkdir()
@@ -213,7 +213,7 @@ def test_a_record_that_cannot_be_written_ends_no_run_and_is_said_once(tmp_path):
     run.step(record(2))
     run.event(Event("checkpoint", "x"))
     run.statistics(statistics())
-    run.provenance(2, [[{"experts": np.zeros((3, 2)), "ranks": np.zeros((3, 2))}]])
+    run.held_out(2, [[{"experts": np.zeros((3, 2)), "ranks": np.zeros((3, 2))}]])
     assert len(said) == 1
     assert f"{tmp_path}/run/metrics.jsonl cannot be written: Is a directory" in said[0]
 

@@ -29,7 +29,7 @@ from ray_ep.placement.placement import files_by_version
 from ray_ep.rank.saved.checkpoint import Checkpoint
 from ray_ep.rank.saved.directory import Directory
 
-_PARTS = ("placements", "statistics", "provenance")
+_PARTS = ("placements", "statistics", "held_out")
 
 
 class RunDir:
@@ -156,7 +156,7 @@ class RunDir:
             finally:
                 part.unlink(missing_ok=True)
 
-    def provenance(self, step: int, parts: list[list[dict[str, np.ndarray]]]) -> None:
+    def held_out(self, step: int, parts: list[list[dict[str, np.ndarray]]]) -> None:
         """Keep which expert on which rank answered for which held-out token: experts, ranks [L, T, K]."""
         if not any(parts):
             return
@@ -164,7 +164,7 @@ class RunDir:
         arrays = {
             k: np.stack([np.concatenate([r[k] for r in layer]) for layer in layers]) for k in ("experts", "ranks")
         }
-        name = f"provenance/step-{step:06d}.npz"
+        name = f"held_out/step-{step:06d}.npz"
         with self._spared(name):
             try:
                 np.savez_compressed(self.path / name, allow_pickle=False, **arrays)

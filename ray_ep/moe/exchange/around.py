@@ -30,7 +30,9 @@ class TwoLevelBody(SteppedBody):
         """See `SteppedBody.steps`."""
         site, traffic, meter = self.site, self.site.traffic, self.site.traffic.meter
         meter.enter("route")
-        wanted = Wanted.of(index, site.slots.served_by(index, site.slots.gateways), traffic.size)
+        to, recorder = site.slots.served_by(index, site.slots.gateways), site.shared.passes.now.recorder
+        sent = index if recorder is None else recorder.passes_on(index, to)
+        wanted = Wanted.of(sent, to, traffic.size)
         asked = swap(wanted, traffic)
         meter.enter("")
         answer = yield asked
@@ -38,9 +40,11 @@ class TwoLevelBody(SteppedBody):
         plan = plan_dispatch(wanted, weights, Sizes.of(*answer), traffic, site.exchange.float8)
         meter.enter("pack")
         rows, pair_weights = dispatch(hidden, weights, plan)
-        second = by_row(plan.received, pair_weights, len(rows), index.shape[1])
+        second, its_weights = by_row(plan.received, pair_weights, len(rows), index.shape[1])
+        if recorder is not None:
+            second = recorder.arrived(index, second, plan.sizes.rows_in)
         meter.enter("")
-        partial = yield from steps_of(self.inner, module, rows, *second)
+        partial = yield from steps_of(self.inner, module, rows, second, its_weights)
         meter.enter("combine")
         out = combine(partial, plan)
         meter.enter("")
@@ -60,6 +64,8 @@ class ChunkedBody:
     def compute(self, module: Any, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """See `Body.compute`."""
         inputs = list(zip(*(x.tensor_split(self.chunks) for x in (hidden, index, weights)), strict=True))
+        if (recorder := self.site.shared.passes.now.recorder) is not None:
+            recorder.parts(index, [part for _, part, _ in inputs])
         streams = self.site.shared.lanes.of(self.chunks, hidden.device)
         if streams[0] is not None:
             module = WithParameters.of_streams(module)

@@ -44,6 +44,8 @@ class BoundedBody:
         traffic.meter.enter("pack")
         everything, all_weights, all_index = self._gather(hidden, index, weights, bound)
         traffic.meter.enter("route")
+        if self.site.listened:
+            self.site.note(index, slots.served_by(index, slots.routes))
         rows, mine = self._rows(all_index)
         self.site.count_pairs(mine.sum())
         traffic.meter.enter("experts")

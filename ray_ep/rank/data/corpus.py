@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -31,6 +31,7 @@ class Corpus:
     vocab_size: int  # 256 for bytes, else one more than the tokenizer's highest id
     documents: int
     source: str  # one line for people
+    starts: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))  # [D] first token of each in `train`
 
 
 def load_corpus(cfg: DataConfig, length: int, seed: int = 0) -> Corpus:
@@ -52,13 +53,14 @@ def load_corpus(cfg: DataConfig, length: int, seed: int = 0) -> Corpus:
         size += len(document)
     if not tokens:
         raise DataError(f"{origin}: no text there; data.files or data.dataset must name a non-empty document")
-    train, held_out = _split(tokens, held, cfg.held_out, length)
+    train, held_out, starts = _split(tokens, held, cfg.held_out, length)
     if len(train) <= length:
         raise DataError(
             f"{origin}: {len(train) + len(held_out)} tokens (data.max_bytes={cfg.max_bytes}); one sequence needs "
             f"{length + 1} (batch.length + 1), and the held-out split as many (data.held_out={cfg.held_out}; 0: none)"
         )
-    return Corpus(train, held_out, vocab_size, len(held), f"{size:,} bytes of {origin} ({source.counted(len(held))})")
+    words = f"{size:,} bytes of {origin} ({source.counted(len(held))})"
+    return Corpus(train, held_out, vocab_size, len(held), words, starts)
 
 
 def global_batch(tokens: np.ndarray, seed: int, step: int, sequences: int, length: int) -> np.ndarray:
@@ -66,8 +68,12 @@ def global_batch(tokens: np.ndarray, seed: int, step: int, sequences: int, lengt
 
     ``tokens`` [N] must hold at least length + 1 tokens, as `load_corpus` makes sure.
     """
-    starts = np.random.default_rng((seed, step)).integers(0, len(tokens) - length, size=sequences)
-    return _windows(tokens, starts, length)
+    return _windows(tokens, window_starts(len(tokens), seed, step, sequences, length), length)
+
+
+def window_starts(tokens: int, seed: int, step: int, sequences: int, length: int) -> np.ndarray:
+    """Where the windows of `global_batch` begin among so many tokens: int64 [sequences]."""
+    return np.random.default_rng((seed, step)).integers(0, tokens - length, size=sequences)
 
 
 def held_out_batch(tokens: np.ndarray, sequences: int, length: int) -> np.ndarray:
@@ -88,14 +94,23 @@ def _is_held_out(document: bytes, share: float, seed: int) -> bool:
     return int(digest.hexdigest(), 16) < share * 2**64
 
 
-def _split(tokens: list[np.ndarray], held: list[bool], share: float, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(train, held out): by document, or the tail of all tokens where that leaves a side without a sequence."""
-    everything = np.concatenate(tokens)
-    mask = np.repeat(held, [len(t) for t in tokens])
+def _split(
+    tokens: list[np.ndarray], held: list[bool], share: float, length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(train, held out, starts of documents in train).
+
+    By document, or the tail of all tokens where that leaves a side without a sequence.
+    """
+    everything, sizes = np.concatenate(tokens), np.array([len(t) for t in tokens])
+    mask = np.repeat(held, sizes)
     if share == 0 or min(mask.sum(), (~mask).sum()) > length:
-        return everything[~mask], everything[mask]
+        return everything[~mask], everything[mask], _starts(sizes[~np.array(held)])
     cut = max(0, len(everything) - max(length + 1, int(share * len(everything))))
-    return everything[:cut], everything[cut:]
+    return everything[:cut], everything[cut:], _starts(sizes)
+
+
+def _starts(sizes: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
 
 
 def _tokenizer(name: str) -> tuple[Callable[[bytes], np.ndarray], int]:

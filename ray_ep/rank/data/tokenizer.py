@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,21 @@ def load_tokenizer(name: str) -> tuple[Any, int]:
     except Exception as e:  # its loaders raise nearly anything: OSError, KeyError, ImportError, bare Exception
         raise DataError(f"{say}{_why(name, e)}") from e
     return tokenizer, max(len(tokenizer), max(ids, default=-1) + 1)
+
+
+def load_decoder(name: str) -> Callable[[Sequence[int]], str]:
+    """What turns ids of tokens that follow each other into their text; what is no whole character there becomes \ufffd.
+
+    Args:
+        name: as data.tokenizer has it.
+
+    Raises:
+        DataError: as `load_tokenizer`.
+    """
+    if name == "bytes":
+        return lambda ids: bytes(ids).decode("utf-8", "replace")
+    tokenizer, _ = load_tokenizer(name)
+    return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _check_directory(path: Path, say: str) -> None:

@@ -12,8 +12,10 @@ import torch
 
 from ray_ep.moe import Draws, router_losses
 from ray_ep.rank.balancing import balancing
+from ray_ep.rank.data.corpus import Corpus
 from ray_ep.rank.model_rank import ModelRank
 from ray_ep.rank.step.loss import summed_cross_entropy
+from ray_ep.rank.step.recording import Recording
 
 
 def shared(rows: int, ranks: int) -> list[tuple[int, int]]:
@@ -26,14 +28,16 @@ class Forward:
 
     Attributes:
         draws: random draws of training passes.
+        recording: who answers for sampled tokens of training passes.
         stop: set by another thread: leave at the next pass, once all ranks have agreed.
     """
 
-    def __init__(self, rank: ModelRank):
+    def __init__(self, rank: ModelRank, corpus: Corpus):
         self.rank, self.ep = rank, rank.ep
         self.accumulation = rank.cfg.batch.accumulation
         self.balancing = balancing(rank.cfg, rank.config)
         self.ep.routing.draws = self.draws = Draws(rank.cfg.seed, rank.device)
+        self.recording = Recording(rank, corpus)
         self.stop = threading.Event()
 
     def loss(self, part: np.ndarray, step: int, number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,7 +45,7 @@ class Forward:
         passes, balancing, routing = self.accumulation, self.balancing, self.ep.routing
         mine, count, length = self.share(part), part[:, 1:].size, part.shape[1] - 1
         first = number * len(part) + routing.first_token // length
-        with self.draws.forward(step, first, len(mine), length):
+        with self.draws.forward(step, first, len(mine), length), self.recording.of_pass(step, number, first, mine):
             main = self.cross_entropy(mine) / (count * passes)
         if not any(layer.calls for layer in self.ep.layers):
             raise self.rank.never_called()
