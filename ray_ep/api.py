@@ -149,9 +149,9 @@ def train(cfg: Config) -> Run:
                 with (
                     LivePage(plan.run.path, no_page) as page,
                     Control(cfg.control, plan.run, requests, lambda event: publisher.event(event)) as control,
-                    Publisher(
-                        [plan.run, progress, page, control]
-                    ) as publisher,  # ends first: nobody starts a page then
+                    ProvenanceFiles(plan.run.path, cfg.provenance, decoder, lambda e: publisher.event(e)) as records,
+                    # ends first: nobody starts a page then
+                    Publisher([plan.run, progress, page, records, control]) as publisher,
                 ):
                     status = drive(cfg, plan, publisher, requests, interrupt, phase)
         finally:
