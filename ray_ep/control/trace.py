@@ -18,10 +18,10 @@ _LAST = 2**62  # no run makes so many steps, and Parquet's numbers end not far f
 
 def trace(run: Path, request: pb.TraceRequest) -> pb.TraceResponse:
     """What was recorded of a step or a request, or of one token of it. Raises BadInput: nothing was."""
-    step = min(request.step, _LAST)
-    which = (step, None) if request.WhichOneof("of") == "step" else (None, request.request_id)
+    of_step = request.WhichOneof("of") == "step"
+    step, name = (min(request.step, _LAST), None) if of_step else (None, request.request_id)
     records = Records(run)
-    tokens = records.tokens(*which)
+    tokens = records.tokens(step, name)
     if not request.HasField("position"):
         return pb.TraceResponse(tokens=[_token(t) for t in tokens[:TOKENS]])
     chosen = [t for t in tokens if t.position == request.position]
@@ -30,7 +30,7 @@ def trace(run: Path, request: pb.TraceRequest) -> pb.TraceResponse:
     state = RunState(run)
     newest = state.placements.newest
     version = 0 if newest is None else newest.version
-    path = path_of(records.of_token(*which, request.position), state.why, version)
+    path = path_of(records.of_token(step, name, request.position), state.why, version)
     return pb.TraceResponse(
         tokens=[_token(chosen[0])],
         hops=[_hop(layer, hop) for layer, hops in path.layers.items() for hop in hops],
