@@ -23,11 +23,13 @@ from ray_ep.driver.requests import Requests
 from ray_ep.driver.run.rundir import RunDir, find_checkpoint
 from ray_ep.driver.start import check_run
 from ray_ep.errors import BadInput, CheckpointError
+from ray_ep.observe.dashboard.placement_log import PlacementLog
+from ray_ep.observe.dashboard.reach import shown
 from ray_ep.observe.live import LivePage
+from ray_ep.observe.page.report import write_report
 from ray_ep.observe.phases import Phases
 from ray_ep.observe.progress import Progress
 from ray_ep.observe.provenance.files import ProvenanceFiles
-from ray_ep.observe.report import write_report
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.rank.data.tokenizer import load_decoder
 from ray_ep.rank.saved.export import export_checkpoint
@@ -141,19 +143,20 @@ def train(cfg: Config) -> Run:
                     progress.event(Event("resume", plan.nothing_to_do))
                     return Run(plan.run.path, "done", prefix)
 
-                def no_page(why: str) -> None:
-                    publisher.event(Event("report", why))
+                def no_page(why: str, kind: str = "report") -> None:
+                    publisher.event(Event(kind, why))
 
-                requests = Requests(interrupt)
+                requests, log = Requests(interrupt), PlacementLog(plan.run.path)
                 decoder = partial(load_decoder, cfg.data.tokenizer)
                 with (
                     LivePage(plan.run.path, no_page) as page,
                     Control(cfg.control, plan.run, requests, lambda event: publisher.event(event)) as control,
                     ProvenanceFiles(plan.run.path, cfg.provenance, decoder, lambda e: publisher.event(e)) as records,
                     # ends first: nobody starts a page then
-                    Publisher([plan.run, progress, page, records, control]) as publisher,
+                    Publisher([plan.run, progress, page, log, records, control]) as publisher,
+                    shown(cfg, plan.run.path, lambda why: no_page(why, "page")) as seen,
                 ):
-                    status = drive(cfg, plan, publisher, requests, interrupt, phase)
+                    status = drive(cfg, plan, publisher, requests, interrupt, phase, seen)
         finally:
             if (plan.run.path / "config.yaml").exists() and not plan.nothing_to_do:
                 _report(plan.run, prefix)

@@ -32,7 +32,13 @@ NINE_PARAMETERS = {"plan"}  # the public contract of the planner
 
 MODULE_OF = {"pyyaml": "yaml", "cupy-cuda12x": "cupy", "nvidia-ml-py": "pynvml", "grpcio": "grpc"}
 MODULE_OF |= {"grpcio-health-checking": "grpc_health", "grpcio-reflection": "grpc_reflection", "protobuf": "google"}
-COMES_WITH = {"tokenizers": "transformers", "markupsafe": "jinja2", "yaml": "omegaconf", "jsonschema": "ray"}
+COMES_WITH = {
+    "aiohttp": "ray",
+    "tokenizers": "transformers",
+    "markupsafe": "jinja2",
+    "yaml": "omegaconf",
+    "jsonschema": "ray",
+}
 OURS = {"ray_ep", "tests", "lab", "network", "nodes"}  # the last three: cluster/netlab
 FROM_SOURCE = {"llep", "deep_ep"}  # optional, and in no registry under its own name
 

@@ -47,6 +47,8 @@ start() {
     ip=$(python -c 'import ray; print(ray.util.get_node_ip_address())')
     echo "$ip:$port" > "$dir/address"
     sed "s/gcs_address: ADDRESS/gcs_address: $ip:$port/" "$here/autoscaler.yaml" > "$dir/autoscaler.yaml"
+    # What the dashboard asks first: it has the pages of runs, at /ray_ep/.
+    env "$mark" ray-ep dashboards proxy --address="$ip:$port" --port=$((port + 4)) > "$dir/proxy.log" 2>&1 < /dev/null &
     # The first two say which node of the autoscaler's the head is.
     env "$mark" RAY_CLOUD_INSTANCE_ID=$head_id RAY_OVERRIDE_NODE_ID_FOR_TESTING=$head_id RAY_FAKE_CLUSTER=1 \
         RAY_enable_autoscaler_v2=1 AUTOSCALER_UPDATE_INTERVAL_S=1 \
@@ -54,7 +56,8 @@ start() {
         ray start --head --port="$port" --num-cpus=0 --num-gpus=0 --temp-dir="$dir" \
         --dashboard-port=$((port + 1)) --dashboard-agent-listen-port=$((port + 2)) \
         --ray-client-server-port=$((port + 3)) --min-worker-port=0 --max-worker-port=0 \
-        --object-store-memory=100000000 --disable-usage-stats --autoscaling-config="$dir/autoscaler.yaml"
+        --object-store-memory=100000000 --disable-usage-stats --autoscaling-config="$dir/autoscaler.yaml" \
+        --proxy-server-url=http://127.0.0.1:$((port + 4))
 }
 
 print_env() {
@@ -82,7 +85,7 @@ stop() {
             sleep 0.2
         done
     done
-    rm -rf "$dir"/{address,auth_token,autoscaler.yaml,gcs,prom_metrics_*,ray_current_cluster,session_20*,session_latest}
+    rm -rf "$dir"/{address,auth_token,autoscaler.yaml,gcs,proxy.log,prom_metrics_*,ray_current_cluster,session_20*,session_latest}
     rmdir --ignore-fail-on-non-empty "$dir"
 }
 

@@ -1,21 +1,13 @@
-"""The page of a disturbed run, and its figures in words. Imports matplotlib, and the pages' common layout."""
+"""The page of a disturbed run, and its figures in words. Imports the pages' common layout."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from ray_ep.chaos.report import Injected, Report, Spread, answer
 from ray_ep.chaos.run import Found
-from ray_ep.chaos.schedule import Kind
-from ray_ep.observe.figures import BLUE, GREEN, GREY, ORANGE, _figure, _finish
-from ray_ep.observe.plan_page import page
+from ray_ep.observe.page.sheet import Lines, sheet_page
 
-_COLOURS = {
-    Kind.KILL: "#d1495b", Kind.NODE: "#7b2d8b", Kind.STOP: ORANGE, Kind.CUT: "#1b2128", Kind.SLOW: "#b58900",
-    Kind.DRAIN: "#0f8b8d", Kind.ADD: GREEN,
-}  # fmt: skip
 HEAD = ("seconds", "median", "maximum", "of")
 """Heads of the table of clocks."""
 LEGEND = (
@@ -30,12 +22,9 @@ LEGEND = (
 def html(found: Found) -> str:
     """The page."""
     table = [HEAD, *rows(found.report)]
-    maps = [
-        ("timeline", "Steps over time, with faults; a drop is where steps were made again", _time_line(found)),
-        ("loss", "Loss, disturbed and not", _losses(found)),
-    ]
-    verdict = verdict_of(found.report)
-    return page(facts(found.report), table, LEGEND, verdict, maps, "A disturbed run", "Verdict")
+    charts = [_time_line(found), _ranks(found), _losses(found)]
+    verdict = ("Verdict", verdict_of(found.report))
+    return sheet_page("A disturbed run", facts(found.report), table, LEGEND, verdict, charts)
 
 
 def facts(counted: Report) -> list[str]:
@@ -73,29 +62,25 @@ def _cells(spread: Spread) -> tuple[str, str, str]:
     return f"{spread.median:.2f}", f"{spread.most:.2f}", str(spread.count)
 
 
-def _time_line(found: Found) -> str:
-    """Step over seconds; a line for each fault, a band from it to the next finished step where ranks were lost."""
+def _time_line(found: Found) -> Lines:
+    """Step over seconds, and the number of ranks; a mark for each fault, until the next finished step where ranks were
+    lost."""
     steps = found.disturbed.seen.steps
-    figure, axes = _figure((12.4, 4.2))
     began = steps[0].at if steps else 0.0
-    axes.plot([s.at - began for s in steps], [s.number for s in steps], color=BLUE, linewidth=1.4, label="steps")
-    told: set[Kind] = set()
-    for fault, end in _answers(found):
-        kind = fault.fault.kind
-        axes.axvline(
-            fault.at - began, color=_COLOURS[kind], linewidth=1.0, label="" if kind in told else kind.value, alpha=0.9
-        )
-        told.add(kind)
-        if end is not None:
-            axes.axvspan(fault.at - began, fault.at - began + end, color=_COLOURS[kind], alpha=0.18, linewidth=0)
-    ranks = axes.twinx()
-    ranks.step([s.at - began for s in steps], [s.ranks for s in steps], where="post", color=GREY, linewidth=0.9)
-    ranks.set_ylim(0, 1.0 + max((s.ranks for s in steps), default=1))
-    ranks.set_ylabel("ranks", color=GREY)
-    ranks.tick_params(colors=GREY, labelcolor=GREY)
-    for spine in ranks.spines.values():
-        spine.set_visible(False)
-    return _finish(figure, axes, "timeline", "step", x="seconds", legend="upper left")
+    marks = [
+        (fault.at - began, fault.fault.kind.value, None if end is None else fault.at - began + end)
+        for fault, end in _answers(found)
+    ]
+    title = "Steps over time, with faults; a drop is where steps were made again"
+    return Lines(title, {"step": [(s.at - began, float(s.number)) for s in steps]}, "seconds", "step", marks=marks)
+
+
+def _ranks(found: Found) -> Lines:
+    """Ranks over seconds."""
+    steps = found.disturbed.seen.steps
+    began = steps[0].at if steps else 0.0
+    points = {"ranks": [(s.at - began, float(s.ranks)) for s in steps]}
+    return Lines("Ranks over time", points, "seconds", "ranks", low=0.0, stairs=("ranks",))
 
 
 def _answers(found: Found) -> Sequence[tuple[Injected, float | None]]:
@@ -103,12 +88,10 @@ def _answers(found: Found) -> Sequence[tuple[Injected, float | None]]:
     return [(f, answer(f, found.disturbed.seen) if f.fault.deadly else None) for f in done]
 
 
-def _losses(found: Found) -> str:
+def _losses(found: Found) -> Lines:
     counts = {s.number: s.loss for s in found.disturbed.seen.steps}
-    figure, axes = _figure((12.4, 3.0))
-    for label, curve, color, width in (
-        ("undisturbed", found.undisturbed.loss, ORANGE, 2.6), ("disturbed", counts, BLUE, 1.0),
-    ):  # fmt: skip
-        x = sorted(n for n in curve if n in counts)
-        axes.plot(x, np.array([curve[n] for n in x]), color=color, linewidth=width, label=label)
-    return _finish(figure, axes, "loss", "nats per token")
+    curves = {
+        name: [(float(n), curve[n]) for n in sorted(curve) if n in counts]
+        for name, curve in (("undisturbed", found.undisturbed.loss), ("disturbed", counts))
+    }
+    return Lines("Loss, disturbed and not", curves, "step", "nats per token")

@@ -2,9 +2,59 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import click
+
+PORT = 8264
+"""Of the proxy on a cluster's head, as the files in cluster/ have it: beside that of Ray's dashboard, 8265."""
 
 
 @click.group()
 def dashboards() -> None:
     """Show runs in Ray's dashboard and in Grafana."""
+
+
+@dashboards.command("open")
+@click.argument("run", type=click.Path(path_type=Path), required=False)
+@click.option("--print", "only_print", is_flag=True, help="Print the address, and open no browser.")
+def open_page(run: Path | None, only_print: bool) -> None:
+    """Open the page of the run in the directory RUN: of one that goes its live page, else its report.html.
+
+    Without RUN it is the run that was started last from this directory. Prints the address, and opens it in a browser
+    where the output is a terminal.
+
+    \b
+      ray-ep dashboards open
+      ray-ep dashboards open runs/20260701-123005 --print
+    """
+    from ray_ep.config.runs import newest
+    from ray_ep.errors import BadInput
+    from ray_ep.observe.dashboard.address import address_of
+
+    if run is None and (run := newest()) is None:
+        raise BadInput("no run was started from here: give RUN, a run directory")
+    address, words = address_of(run)
+    if words:
+        click.echo(words, err=True)
+    click.echo(address)
+    if sys.stdout.isatty() and not only_print:
+        click.launch(address)
+
+
+@dashboards.command()
+@click.option("--address", default="127.0.0.1:6379", show_default=True, help="HOST:PORT of Ray's head.")
+@click.option("--port", default=PORT, show_default=True, type=click.IntRange(1, 65535), help="To listen at.")
+def proxy(address: str, port: int) -> None:
+    """Put the pages of a cluster's runs into Ray's dashboard, on the head: what the dashboard asks first.
+
+    Start it before the head, and name it there; it ends with SIGINT or SIGTERM. It listens on 127.0.0.1 alone.
+
+    \b
+      ray-ep dashboards proxy &
+      ray start --head --proxy-server-url=http://127.0.0.1:8264
+    """
+    from ray_ep.observe.dashboard.serving import serve
+
+    serve(port, address)

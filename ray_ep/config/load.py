@@ -199,6 +199,8 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(
             f"batch.sequences={cfg.batch.sequences} is not a multiple of batch.accumulation={cfg.batch.accumulation}"
         )
+    if cfg.observe.port > 65535:
+        raise ConfigError(f"observe.port={cfg.observe.port}: allowed are 0 (a free one) to 65535")
     if cfg.data.files and cfg.data.dataset:
         raise ConfigError("data.files and data.dataset are both set: give one of them")
     if 0 < cfg.placement.imbalance <= 1:
@@ -280,6 +282,7 @@ _AT_LEAST: dict[str, float] = {
     "eval.sequences": 1,
     "statistics.sample": 0,
     "provenance.disk_mb": 1,
+    "observe.port": 0,
 }
 
 

@@ -331,6 +331,17 @@ class TopologyConfig:
 
 
 @dataclass
+class ObserveConfig:
+    """The page of a run, served by the driver while it goes."""
+
+    page: bool = _opt(True, "serve it; its address is said at the start")
+    host: str = _opt(
+        "127.0.0.1", "address to listen on; the page has no password: on any other, who reaches it may read it"
+    )
+    port: int = _opt(0, "port to listen on; 0: a free one")
+
+
+@dataclass
 class Config:
     """One run."""
 
@@ -360,3 +371,4 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
     provenance: ProvenanceConfig = field(default_factory=ProvenanceConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)

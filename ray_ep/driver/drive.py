@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from ray_ep.config.schema import Config
 from ray_ep.driver.actors.placed import placed
+from ray_ep.driver.actors.shown import NOT_SHOWN, Shown
 from ray_ep.driver.interrupt import Interrupt
 from ray_ep.driver.loop import Driver
 from ray_ep.driver.publisher import Publisher
@@ -21,6 +22,7 @@ def drive(
     requests: Requests,
     interrupt: Interrupt,
     phase: Callable[[str], None] = lambda name: None,
+    shown: Shown = NOT_SHOWN,
 ) -> str:
     """Run to the end or to an interruption; returns done or interrupted.
 
@@ -28,6 +30,7 @@ def drive(
         publisher: its first listener is the run's directory.
         requests: what is asked of the run, which looks at `interrupt`; it is closed at the end.
         phase: told what a start is at; empty: it has ended.
+        shown: where the run's page is.
 
     Raises:
         ClusterError: the cluster has no room, or its nodes cannot reach what the run needs; nothing was written.
@@ -36,9 +39,14 @@ def drive(
         SaveError: the last checkpoint could not be written.
     """
     plan.run.say = lambda words: publisher.event(Event("not-written", words))
-    with placed(cfg.cluster, plan.run.path.name, interrupt, phase, cfg.elastic.max_ranks) as (ranks, ray):
+    most, name = cfg.elastic.max_ranks, plan.run.path.name
+    with placed(cfg.cluster, name, interrupt, phase, most, shown) as (ranks, ray):
         driver = Driver(cfg, plan, ranks, publisher, requests)
         with driver.told():
-            driver.form(ray, phase)
+            driver.form(ray.words, phase)
+            if shown.link:
+                also = f" and in Ray's dashboard at {ray.page}" if ray.page else ""
+                fields = {"address": shown.link, "dashboard": ray.page}
+                publisher.event(Event("page", f"shown at {shown.link}{also}", fields))
             interrupt.tell = driver.signalled
             return driver.run()

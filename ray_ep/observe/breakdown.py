@@ -1,7 +1,7 @@
 """Where the time of a step goes: the medians of its phases, with their colours and what they are in plain words.
 
 The phases are those that the driver writes to metrics.jsonl as `phase_seconds`; one that this file does not know keeps
-its name. Drawing them is in figures.py. Imports NumPy and the run's figures.
+its name. Imports NumPy and the run's figures.
 """
 
 from __future__ import annotations

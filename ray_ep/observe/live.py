@@ -19,7 +19,7 @@ from pathlib import Path
 from ray_ep.driver.records import Event, StepRecord
 
 EVERY_S = 90.0
-"""Seconds at least between two pages: each takes 1.7 s of CPU, which ranks that fill the machine miss."""
+"""Seconds at least between two pages: each takes a second of CPU, which ranks that fill the machine miss."""
 NEWS_S = 45.0
 """Seconds between two pages where an evaluation or an event is to be shown."""
 
@@ -108,6 +108,6 @@ def write(run_dir: str, nice: str, parent: str) -> None:
     if int(nice) == 19 and hasattr(os, "SCHED_IDLE"):  # Linux: runs only where nobody else wants to
         with suppress(OSError):
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    from ray_ep.observe.report import write_report
+    from ray_ep.observe.page.report import write_report
 
     write_report(Path(run_dir), running=True)

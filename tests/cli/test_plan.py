@@ -16,6 +16,7 @@ from ray_ep.cli.plan import inputs as plan_inputs
 from ray_ep.placement import Placement, RoutingStatistics, StepCosts, Topology, contiguous, plan, predict
 from ray_ep.placement.planner.survive import survives
 from ray_ep.placement.planner.verdict import Question, decide
+from tests.browser import data_of
 from tests.placement.traces import statistics, trace
 
 LAYERS, EXPERTS, TOP_K = 3, 16, 4
@@ -261,12 +262,13 @@ def test_heat_maps_and_page_are_whole(place):
     assert files == ["load-current.svg", "load-plan.svg", "traffic-current.svg", "traffic-plan.svg"]
     for file in files:
         ElementTree.parse(place / "maps" / "of" / file)
-    page = (place / "p.html").read_text()
-    assert page.count("<svg ") == 4
-    assert "Traffic, plan: " in page
-    assert "<td>load-only</td>" in page
-    ids = [x.split('"')[0] for x in page.split(' id="')[1:]]
-    assert len(ids) == len(set(ids))
+        assert "of the mean" in (text := (place / "maps" / "of" / file).read_text()) or "MB a step" in text
+    page = data_of((place / "p.html").read_text())
+    assert [chart["title"].split(":")[0] for chart in page["charts"]] == [
+        "Load of ranks, current", "Load of ranks, plan", "Traffic, current", "Traffic, plan",
+    ]  # fmt: skip
+    assert len({chart["top"] for chart in page["charts"]}) == 2  # colours of a kind mean the same
+    assert "load-only" in [row[0] for row in page["rows"]]
 
 
 def nan_topology(place):

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from ray_ep.cli import main
 from ray_ep.cli.simulate.run import LINKS_IN_A_MINUTE
 from ray_ep.placement import StepCosts, Topology, plan, predict
+from tests.browser import data_of
 from tests.placement.traces import statistics, trace
 
 SMALL = ("--synthetic", "layers=2,experts=16,top_k=4,tokens=512")
@@ -186,11 +187,13 @@ def test_combinations_without_room_are_left_out_and_named():
 
 def test_the_page_holds_table_answer_and_plot(place):
     words = told(*SMALL, "--nodes", "1,2", "--gpu", "h100", "--gpu", "l4", "--html", "p.html")
-    page = (place / "p.html").read_text()
-    assert page.count("<svg ") == 1
-    assert "<h1>Clusters compared</h1>" in page
-    assert words.splitlines()[-1] in page
-    assert "<td>2 x 8 l4</td>" in page
+    text = (place / "p.html").read_text()
+    page = data_of(text)
+    assert '<h1 id="name">Clusters compared</h1>' in text
+    assert page["words"] == [words.splitlines()[-1]]
+    assert "2 x 8 l4" in [row[0] for row in page["rows"]]
+    (growth,) = page["charts"]
+    assert all(curve["x"] == [8, 16] and min(curve["y"]) > 0 for curve in growth["curves"])
 
 
 def bad_topology(place):

@@ -13,6 +13,7 @@ import click
 import ray
 from ray.scripts.scripts import cli as ray_cli
 
+from ray_ep.cli import main as ray_ep_cli
 from ray_ep.config import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +64,10 @@ def script(name):
 
 def parse_ray(words):
     """Take `ray …` apart as Ray does; the parameters. Raises click.ClickException."""
-    command, words = ray_cli, words[1:]
+    return _parse(ray_cli, words[1:])
+
+
+def _parse(command, words):
     while isinstance(command, click.Group):
         name, words = words[0], words[1:]
         if name not in command.commands:
@@ -78,8 +82,7 @@ def check(words):
     if program == "ray":
         parse_ray(words)
     elif program == "ray-ep":
-        assert rest[0] == "train", words
-        load_config(None, rest[1:])
+        load_config(None, rest[1:]) if rest[0] == "train" else _parse(ray_ep_cli, rest)
     elif program == "python" and (own := re.fullmatch(r"(?:~|/opt)/ray_ep/cluster/(\w+)\.py", rest[0])):
         with contextlib.redirect_stderr(io.StringIO()) as said:
             try:

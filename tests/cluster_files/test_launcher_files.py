@@ -13,6 +13,7 @@ from ray._private.label_utils import validate_node_label_syntax
 from ray.autoscaler._private.providers import _get_default_config
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from ray_ep.cli.dashboards import PORT
 from tests.cluster_files.autoscaling import launches
 from tests.cluster_files.shell import CLUSTER, ROOT, check, ray_knows, script, split
 
@@ -185,6 +186,15 @@ def test_every_setting_of_rays_is_one_that_ray_reads(cloud):
     assert {"RAY_gcs_storage", "RAY_gcs_storage_path"} <= {*names}
     assert [name for name in names if not ray_knows(name)] == []
     assert not ray_knows("RAY_gcs_storage_pth")
+
+
+def test_rays_dashboard_asks_a_server_first_that_is_started_before_the_head_and_ended_with_it(cloud):
+    calls = [words for line in read(cloud)["head_start_ray_commands"] for words in split(line)[0]]
+    proxy = calls.index(["ray-ep", "dashboards", "proxy"])
+    (head,) = (i for i, words in enumerate(calls) if words[:3] == ["ray", "start", "--head"])
+    assert proxy < head
+    assert f"--proxy-server-url=http://127.0.0.1:{PORT}" in calls[head]
+    assert ["pkill", "-f", "ray-ep dashboards proxy"] in calls[:proxy]
 
 
 def test_the_head_alone_keeps_tables_and_every_node_has_the_settings_of_ray_env(cloud):

@@ -7,6 +7,7 @@ import re
 import pytest
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
+from ray_ep.cli.dashboards import PORT
 from ray_ep.config import load_config
 from tests.cluster_files.autoscaling import launches
 from tests.cluster_files.manifests import claim, cluster, containers, groups, problems, read
@@ -90,13 +91,24 @@ def test_parameters_of_ray_start_are_parameters(manifest):
         parse_ray(["ray", "start", *(f"--{key}={value}" for key, value in params.items())])
 
 
+def test_rays_dashboard_asks_a_server_first_that_the_heads_pod_starts(manifest):
+    head = groups(manifest)[0]
+    (container,) = head["template"]["spec"]["containers"]
+    *_, line = container["lifecycle"]["postStart"]["exec"]["command"]
+    (words,) = split(line)[0]
+    check(words)
+    assert words == ["ray-ep", "dashboards", "proxy"]
+    assert head["rayStartParams"]["proxy-server-url"] == f"http://127.0.0.1:{PORT}"
+
+
 def test_a_pod_is_not_killed_before_its_ranks_have_left_or_its_driver_has_saved(manifest):
     for one in groups(manifest):
         spec = one["template"]["spec"]
         (container,) = spec["containers"]
         stop = int(next(e["value"] for e in container["env"] if e["name"] == "RAY_JOB_STOP_WAIT_TIME_S"))
         assert spec["terminationGracePeriodSeconds"] > stop
-    ends = [c["lifecycle"]["preStop"]["exec"]["command"] for c in containers(manifest) if "lifecycle" in c]
+    hooks = [c.get("lifecycle", {}) for c in containers(manifest)]
+    ends = [hook["preStop"]["exec"]["command"] for hook in hooks if "preStop" in hook]
     assert len(ends) == 2
     for shell, option, line in ends:
         assert (shell, option) == ("/bin/sh", "-c")

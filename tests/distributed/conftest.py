@@ -162,21 +162,24 @@ def free_ports(count):
 def cluster(tmp_path_factory):
     """A Ray of four CPUs on ports of its own, for all tests that are not about starting Ray; at the end it is gone."""
     ports = ("port", "dashboard-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port")
-    ports += ("ray-client-server-port",)
+    ports += ("ray-client-server-port", "proxy")
     numbers = dict(zip(ports, free_ports(len(ports)), strict=True))
     its = Place(tmp_path_factory.mktemp("cluster"))
     # Short, as in tests/conftest.py.
     with tempfile.TemporaryDirectory(prefix="ray_ep-", dir="/tmp", ignore_cleanup_errors=True) as short:
+        proxy, head_port = numbers.pop("proxy"), numbers["port"]
         options = [f"--{k}={v}" for k, v in numbers.items()]
+        first = its.start("ray-ep", "dashboards", "proxy", f"--address=127.0.0.1:{head_port}", f"--port={proxy}")
         head = its.start(
             "ray", "start", "--head", "--block", "--include-dashboard=true", "--num-cpus=4", f"--temp-dir={short}",
-            "--disable-usage-stats", *options,
+            "--disable-usage-stats", f"--proxy-server-url=http://127.0.0.1:{proxy}", *options,
         )  # fmt: skip
         try:
             head.until(lambda: "Ray runtime started" in head.out, 60, "the cluster")
             yield Cluster(f"127.0.0.1:{numbers['port']}", f"http://127.0.0.1:{numbers['dashboard-port']}")
         finally:
             head.end()
+            first.end()
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pytest
 
 from ray_ep.rank.saved.checkpoint import Checkpoint
 from ray_ep.rank.saved.directory import Directory
+from tests.browser import data_of
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def check_interrupted(here, lines, command):
     directory = Directory(str(here.path / "run" / "checkpoints"))
     assert directory.steps() == [done]
     Checkpoint(directory, done).verify()
-    assert "In progress" not in (here.path / "run" / "report.html").read_text()
+    assert data_of((here.path / "run" / "report.html").read_text())["state"]["run"]["alive"] is False
     assert "interrupted" in [e["kind"] for e in lines(here.path / "run" / "events.jsonl")]
     return done
 

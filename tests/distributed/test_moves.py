@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import ray_ep
+from tests.browser import data_of
 
 PACKAGE = str(Path(ray_ep.__file__).parent.parent)
 COMPUTE = (
@@ -131,9 +132,11 @@ def test_a_decision_that_is_late_raises_an_alert_and_the_run_goes_on(said, lines
 
 
 def test_the_report_shows_why(runs, said):
-    page = (runs / "moving" / "report.html").read_text()
-    assert "predicted step" in page
-    assert "measured after the move" in page
+    page = data_of((runs / "moving" / "report.html").read_text())["state"]["placement"]
+    version = next(v for v in page["versions"] if v["cause"] == "rebalance")
+    assert "predicted step" in version["words"]
+    assert version["gain_predicted"] > 0
+    assert version["gain_measured"] is not None
 
 
 def test_a_run_is_asked_by_the_command_and_answers(runs, said):

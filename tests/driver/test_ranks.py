@@ -18,6 +18,7 @@ from ray_ep.driver.actors.newcomers import Stage
 from ray_ep.driver.actors.placing import Places
 from ray_ep.driver.actors.ranks import Ranks
 from ray_ep.errors import ClusterError, PlacementError, RankError
+from ray_ep.placement import contiguous
 from tests.conftest import slow
 
 from .light_rank import LightRank
@@ -112,7 +113,7 @@ def test_a_rank_that_is_stopped_while_it_starts_is_named_with_its_node_and_nothi
         while not stopped:
             time.sleep(0.1)
             try:
-                process = process_of(ray.get_actor(f"{request.node.name}-rank-1"))
+                process = process_of(ray.get_actor(f"ep/{request.node.name}/rank1"))
             except ValueError:  # not placed yet
                 continue
             if process and process.pid:  # Ray may know the address first; 0 would stop all that runs this test
@@ -175,7 +176,7 @@ def test_ranks_of_a_node_that_does_not_answer_are_killed_without_waiting_for_it_
 
 def test_what_every_rank_refuses_ends_nobodys_group(ranks):
     with pytest.raises(PlacementError, match="does not fit"):
-        ranks.migrate(None, 1)
+        ranks.migrate(contiguous(1, 2, 2), 1)
     assert aborts(ranks, (0, 1, 2)) == [0, 0, 0]
     assert ranks.save("", NOBODY) == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
 

@@ -9,7 +9,7 @@ from ray_ep.driver.records import Event
 from ray_ep.driver.run.rundir import RunDir
 from ray_ep.observe import live
 from ray_ep.observe.live import EVERY_S, NEWS_S, LivePage
-from ray_ep.observe.report import write_report
+from tests.browser import data_of
 from tests.records import record
 
 
@@ -44,7 +44,7 @@ def test_a_page_is_written_at_the_start_then_seldom_and_sooner_after_an_evaluati
     with it.page:
         it.page.start(Event("start", "a model"))
         it.page._writer.wait(60)
-        assert "In progress at" in (run.path / "report.html").read_text()
+        assert data_of((run.path / "report.html").read_text())["state"]["run"]["alive"] is True
         monkeypatch.setattr(live, "_CHILD", "")  # when is the question now: writers of nothing end at once
         assert not it.step(1, 1.0)
         assert not it.step(2, NEWS_S)  # no news
@@ -55,17 +55,6 @@ def test_a_page_is_written_at_the_start_then_seldom_and_sooner_after_an_evaluati
         assert it.step(6, NEWS_S, eval_loss=2.0)
         assert not it.step(7, NEWS_S)
     assert it.told == []
-
-
-def test_the_page_of_a_run_in_progress_says_so_and_loads_itself_again_that_of_an_ended_one_does_not(run):
-    run.step(record(1, loss=2.0))
-    text = write_report(run.path, running=True).read_text()
-    assert '<meta http-equiv="refresh" content="30">' in text
-    assert "Final loss" not in text
-    text = write_report(run.path).read_text()
-    assert "refresh" not in text
-    assert "In progress" not in text
-    assert "Final loss" in text
 
 
 def test_a_page_that_cannot_be_written_is_told_once_with_its_reason(run):

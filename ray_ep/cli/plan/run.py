@@ -219,17 +219,21 @@ def _figures(c: Candidate, old: Prediction) -> dict[str, Any]:
 
 def draw(planned: Planned, html: Path | None, plots: Path | None) -> None:
     """Write the page, the heat maps, or both; raises PlacementError where a path cannot be written."""
-    from ray_ep.observe.plan_page import heat_maps, page
+    from ray_ep.observe.page.plans import heat_maps
+    from ray_ep.observe.page.sheet import sheet_page
+    from ray_ep.observe.page.svg import heat_svg
 
     maps = heat_maps(planned.case, planned.found, planned.now)
     try:
         if plots is not None:
             plots.mkdir(parents=True, exist_ok=True)
-            for name, _, svg in maps:
-                (plots / f"{name}.svg").write_text(svg, encoding="utf-8")
+            for heat in maps:
+                (plots / f"{heat.name}.svg").write_text(heat_svg(heat), encoding="utf-8")
         if html is not None:
             by_name = {c.name: c for c in planned.found}
             rows = [_row(c, by_name[planned.now].prediction) for c in planned.found]
-            html.write_text(page(planned.notes, (HEAD, *rows), LEGEND, planned.words, maps), encoding="utf-8")
+            words = ("Advice", planned.words)
+            page = sheet_page("Placements compared", planned.notes, (HEAD, *rows), LEGEND, words, maps)
+            html.write_text(page, encoding="utf-8")
     except OSError as e:
         raise PlacementError(f"{e.filename}: {e.strerror or e}") from None

@@ -119,7 +119,8 @@ def lines(found: Simulated) -> list[str]:
 
 def draw(found: Simulated, html: Path) -> None:
     """Write the page; raises PlacementError where it cannot be written."""
-    from ray_ep.observe.plan_page import growth, page
+    from ray_ep.observe.page.plans import growth
+    from ray_ep.observe.page.sheet import sheet_page
 
     named: dict[str, list[tuple[int, float]]] = {}
     for o in found.options:
@@ -130,11 +131,10 @@ def draw(found: Simulated, html: Path) -> None:
         named.setdefault(name, []).append((o.row.cluster.ranks, o.tokens_per_gpu))
     priced = _priced(found)
     table_rows = [_head(priced), *(_cells(o, priced) for o in found.options)]
-    maps = [growth(named)]
+    words = ("Answer", [found.answer])
     try:
-        html.write_text(
-            page(found.notes, table_rows, LEGEND, [found.answer], maps, "Clusters compared", "Answer"), encoding="utf-8"
-        )
+        page = sheet_page("Clusters compared", found.notes, table_rows, LEGEND, words, [growth(named)])
+        html.write_text(page, encoding="utf-8")
     except OSError as e:
         raise PlacementError(f"{e.filename}: {e.strerror or e}") from None
 

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.job_config import JobConfig
 
 from ray_ep.config.schema import ClusterConfig
 from ray_ep.driver.actors.joining import check_head, check_temporary, refusal
+from ray_ep.driver.actors.shown import NOT_SHOWN, Shown
 from ray_ep.errors import ClusterError
 
 SLICE_S = 0.2
@@ -25,15 +27,25 @@ _KILL_MS = 500
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """The Ray that a run uses: whether it was started for it, and what an operator should read of it."""
+    """The Ray that a run uses: whether it was started for it, and what an operator should read of it.
+
+    Args:
+        page: of the run in Ray's dashboard; "": it is not there.
+    """
 
     local: bool
     words: str
+    page: str = ""
 
 
 def starting(cfg: ClusterConfig) -> str:
     """What `connected` is about to do, in words."""
-    return "starting Ray" if _address(cfg) in ("", "local") else "joining the cluster"
+    return "starting Ray" if starts(cfg) else "joining the cluster"
+
+
+def starts(cfg: ClusterConfig) -> bool:
+    """Whether `connected` starts a Ray of this machine alone."""
+    return not ray.is_initialized() and _address(cfg) in ("", "local")
 
 
 def _address(cfg: ClusterConfig) -> str:
@@ -41,11 +53,12 @@ def _address(cfg: ClusterConfig) -> str:
 
 
 @contextmanager
-def connected(cfg: ClusterConfig, interrupted: Callable[[], bool] = bool) -> Iterator[Joined]:
+def connected(cfg: ClusterConfig, interrupted: Callable[[], bool] = bool, shown: Shown = NOT_SHOWN) -> Iterator[Joined]:
     """Join the cluster that cfg or RAY_ADDRESS names, else start a local Ray, whatever else runs on the machine.
 
     Args:
         interrupted: asked while Ray starts, which is not broken off: half a cluster would be left behind.
+        shown: what the job's metadata say, and what the dashboard of a local Ray asks first.
 
     Raises:
         ClusterError: no cluster answers at the address, or Ray cannot start; the message names key or variable.
@@ -60,8 +73,10 @@ def connected(cfg: ClusterConfig, interrupted: Callable[[], bool] = bool) -> Ite
         check_temporary(os.environ)
     else:
         check_head(address, f"{source}={address!r}", os.environ)
-    own = {"include_dashboard": cfg.dashboard, "_system_config": {"kill_worker_timeout_milliseconds": _KILL_MS}}
-    options: dict[str, Any] = own if local else {}
+    options: dict[str, Any] = {"job_config": JobConfig(metadata=shown.metadata())}
+    if local:
+        options |= {"include_dashboard": cfg.dashboard, "proxy_server_url": shown.proxy or None}
+        options |= {"_system_config": {"kill_worker_timeout_milliseconds": _KILL_MS}}
     logging.getLogger("ray").setLevel(logging.ERROR)
     options |= {"logging_level": "ERROR", "log_to_driver": False}
     started = _started("local" if local else address, options)

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from ray_ep.config.schema import ClusterConfig
-from ray_ep.driver.actors.cluster import connected, starting
+from ray_ep.driver.actors.cluster import Joined, connected, starting
 from ray_ep.driver.actors.placing import check_growth
 from ray_ep.driver.actors.ranks import Ranks
+from ray_ep.driver.actors.shown import NOT_SHOWN, Shown, announced
 from ray_ep.driver.interrupt import Interrupt
 
 
 @contextmanager
 def placed(
-    cfg: ClusterConfig, name: str, interrupt: Interrupt, phase: Callable[[str], None], most: int = 0
-) -> Iterator[tuple[Ranks, str]]:
-    """Inside: ranks that have been placed and have not joined a group yet, and which Ray they are on, in words.
+    cfg: ClusterConfig,
+    name: str,
+    interrupt: Interrupt,
+    phase: Callable[[str], None],
+    most: int = 0,
+    shown: Shown = NOT_SHOWN,
+) -> Iterator[tuple[Ranks, Joined]]:
+    """Inside: ranks that have been placed and have not joined a group yet, and which Ray they are on.
 
     Args:
-        name: of the placement group, to begin with.
+        name: of the run; names of its actors and placement groups begin with it.
         interrupt: looked at in every wait; what was started is taken away first.
         phase: told what it is at.
         most: ranks that there may be later.
+        shown: how whoever looks from the cluster finds the run's page.
 
     Raises:
         ClusterError: Ray cannot be started or joined, or has no room for the ranks, or never for `most`.
@@ -31,14 +38,14 @@ def placed(
     """
     interrupt.hold()
     phase(starting(cfg))
-    with connected(cfg, interrupt) as joined:
+    with connected(cfg, interrupt, shown) as joined, announced(shown) as seen:
         interrupt.hold()
         if interrupt():
             raise KeyboardInterrupt
         check_growth(cfg, most, joined.local)
         phase(f"placing {cfg.ranks} ranks")
-        ranks = Ranks(cfg, f"ray_ep-{name}-{time.time_ns() % 10**9}", joined.local, interrupt)
+        ranks = Ranks(cfg, name, joined.local, interrupt)
         try:
-            yield ranks, joined.words
+            yield ranks, replace(joined, page=seen)
         finally:
             ranks.kill()

@@ -25,6 +25,7 @@ class Starter:
     """Starts the rank actors of one run.
 
     Args:
+        name: of the run.
         device: cpu or cuda. actor: class of the actors, made with rank, number of ranks, threads and device.
     """
 
@@ -38,12 +39,13 @@ class Starter:
             "num_gpus": int(self.device == "cuda"),
             "runtime_env": {"env_vars": _environment()},
             "scheduling_strategy": PlacementGroupSchedulingStrategy(place.group, placement_group_bundle_index=0),
-            "name": f"{self.name}-{member}",
         }
-        threads = max(1, int(self.cfg.cpus_per_rank))
-        return self.actor.options(**options).remote(
-            int(member.rpartition("-")[2]), self.cfg.ranks, threads, self.device
-        )
+        number, threads = int(member.rpartition("-")[2]), max(1, int(self.cfg.cpus_per_rank))
+        given = number, self.cfg.ranks, threads, self.device
+        try:
+            return self.actor.options(name=f"ep/{self.name}/rank{number}", **options).remote(*given)
+        except ValueError:  # another run of this job has the name, such as one before that the head has not buried yet
+            return self.actor.options(**options).remote(*given)
 
 
 def _environment() -> dict[str, str]:

@@ -63,6 +63,7 @@ class Ranks:
         """Place one actor a rank.
 
         Args:
+            name: of the run, which names of actors and groups tell.
             interrupted: asked every moment of every wait; may raise KeyboardInterrupt to leave it.
             actor: class of the actors, made with rank, number of ranks, threads and device.
 
@@ -70,14 +71,15 @@ class Ranks:
             ClusterError: the cluster has no room for them; the message says what it has.
             RankError: a rank died or went silent while it started.
         """
-        self.cfg, self.name, self._interrupted = cfg, name, interrupted
+        self.cfg, self._interrupted = cfg, interrupted
+        self.name = f"ray_ep-{name}-{time.time_ns() % 10**9}"  # of groups: used once
         built = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]
         found = device_of(cfg, resources(), built, local)
         self.device, self.note = found.kind, found.note
         if self.note:
             log.warning(self.note)
         check_cpus(cfg, local)
-        self._room = Places(cfg, name, self.device == "cuda", interrupted)
+        self._room = Places(cfg, self.name, self.device == "cuda", interrupted)
         self._places: list[Place] = []
         self.actors: list[Any] = []
         self.where: list[dict[str, Any]] = []
@@ -150,11 +152,14 @@ class Ranks:
         """How many ranks more each node has room for now."""
         return self._room.room()
 
-    def _call(self, method: str, *args: Any, each: Sequence[tuple[Any, ...]] | None = None) -> list[Any]:
+    def _call(
+        self, method: str, *args: Any, each: Sequence[tuple[Any, ...]] | None = None, title: str = ""
+    ) -> list[Any]:
         """Call a method on all ranks; results in rank order.
 
         Args:
             each: [R] arguments of each rank, behind the common ones.
+            title: by which Ray's dashboard lists the calls; "": the method's name.
 
         Raises:
             LostError: ranks died or went silent; they are named. The others were aborted, which ends the life of their
@@ -164,7 +169,9 @@ class Ranks:
             SaveError: a rank could not write; all have answered.
         """
         own = each or [()] * len(self.actors)
-        calls = {getattr(a, method).remote(*args, *own[r]): r for r, a in enumerate(self.actors)}
+        methods = [getattr(actor, method) for actor in self.actors]
+        methods = [m.options(name=title) for m in methods] if title else methods
+        calls = {method.remote(*args, *own[r]): r for r, method in enumerate(methods)}
         results: list[Any] = [None] * len(self.actors)
         failed: dict[int, Exception] = {}  # in the order in which they failed
         silent: dict[int, str] = {}
@@ -360,7 +367,7 @@ class Ranks:
 
     def migrate(self, placement: Placement, buffer_mb: float) -> None:
         """Have the experts moved. Raises BadInput: every rank has refused, nothing has changed."""
-        self._call("migrate", placement, buffer_mb)
+        self._call("migrate", placement, buffer_mb, title=f"move to placement {placement.version}")
 
     def beat(self) -> None:
         """Nothing is to be done: hear from every rank that it is there. Raises LostError."""

@@ -53,9 +53,9 @@ class Steps:
             self._again += self._first is not None and step <= self._last
             self._first = step if self._first is None else min(self._first, step)
             self._last = max(self._last, step)
-        for step, line in told:
+        for step, what in told:
             if self._kept(step):
-                rows = objects([line]) if isinstance(line, bytes) else [line]
+                rows = objects([what]) if isinstance(what, bytes) else [what]
                 for row in rows:
                     self._rows[step] = {**row, "step": step}
         if len(self._rows) > 2 * NEWEST + 2:

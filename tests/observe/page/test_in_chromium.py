@@ -1,0 +1,142 @@
+"""The page in a real browser: figures as in the run, keys that reach everything, a content accessibility checker."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from ray_ep.observe.page.report import write_report
+from ray_ep.observe.state import RunState
+from tests.observe.page.runs import BIG, write_run
+
+pytestmark = pytest.mark.slow
+DRAWN = "() => page.charts.every((chart) => chart.view)"
+SEEN = """async () => {
+  for (const chart of page.charts) {
+    chart.host.scrollIntoView();
+    await new Promise((done) => setTimeout(done, 60));
+  }
+  scrollTo(0, 0);
+}"""
+AXE = """() => axe.run(document, { resultTypes: ["violations"] }).then((found) => found.violations
+  .filter((v) => ["serious", "critical"].includes(v.impact))
+  .map((v) => `${v.id}: ${v.nodes.map((n) => n.target).join(" ")}`))"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    write_run(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(run):
+    return write_report(run).as_uri()
+
+
+def show(opened, url, whole=False, **how):
+    """The page, its first charts drawn; or the whole of it, scrolled through."""
+    tab = opened(url, **how)
+    tab.wait_for_function("() => window.page && page.cluster.chart.view")
+    if whole:
+        tab.evaluate(SEEN)
+        tab.wait_for_function(DRAWN)
+    return tab
+
+
+def test_the_figures_are_those_of_the_run_and_every_chart_is_drawn(opened, report, run):
+    tab = show(opened, report, whole=True)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert tab.evaluate("page.view.state.steps.columns.loss") == [line["loss"] for line in lines]
+    assert f"{lines[-1]['loss']:.4f}" in tab.inner_text(".headlines")
+    assert tab.inner_text("#status") == "done, step 240 of 240"
+    painted = """() => page.charts.map((chart) => {
+      const canvas = chart.view.canvas_view.primary.canvas;
+      const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+      return new Set(new Uint32Array(data.buffer)).size;
+    })"""
+    assert min(tab.evaluate(painted)) > 3  # colours, of each chart
+
+
+def test_keys_walk_over_slots_and_tell_expert_load_and_why_it_sits_there(opened, report, run):
+    tab, state = show(opened, report), RunState(run)
+    placement = state.placements.newest
+    tab.focus(".chart")
+    tab.keyboard.press("ArrowRight")  # the first slot of layer 0
+    words = tab.inner_text("#tip")
+    expert = int(placement.slots[0, 0, 0])
+    assert words.startswith(f"Expert {expert}\nrank 0 on host-0, slot 0, layer 0")
+    assert state.why(0, expert).split(": ", 1)[1] in words
+    tab.keyboard.press("ArrowDown")
+    assert "layer 1" in tab.inner_text("#tip")
+    tab.keyboard.press("Enter")
+    assert tab.input_value("#layer") == "1"
+    assert tab.evaluate("page.view.expert") == int(placement.slots[1, 0, 0])
+    tab.keyboard.press("Escape")
+    assert tab.is_hidden("#tip")
+
+
+def test_the_slider_goes_back_to_any_placement_and_shows_what_it_moved(opened, report, run):
+    tab, state = show(opened, report), RunState(run)
+    assert tab.inner_text("output") == "3 (4 of 4)"
+    tab.focus("#version")
+    tab.keyboard.press("ArrowLeft")
+    assert tab.evaluate("page.view.version") == 2
+    moved = {(m.layer, m.expert) for m in state.moved(1, 2) if set(m.after) - set(m.before)}
+    shown = tab.evaluate("page.source.placements.moved(2).map((m) => [m.layer, m.expert])")
+    assert {tuple(m) for m in shown} == moved
+    assert "ms a step predicted" in tab.inner_text("#story")
+    slots = tab.evaluate("[...page.view.placement.slots]")
+    assert slots == state.placements.read(2).slots.reshape(-1).tolist()
+    tab.keyboard.press("Home")
+    assert "the first that is kept" in tab.inner_text("#story")
+    tab.check("#moves")
+    tab.click("text=Newest")
+    assert tab.evaluate("page.view.version") == 3
+
+
+def test_pairs_and_flows_of_a_layer_are_its_own(opened, report, run):
+    tab, state = show(opened, report), RunState(run)
+    tab.select_option("#layer", "2")
+    tab.wait_for_function("() => page.flows.found && page.company.pairs && page.flows.caption.includes('layer 2')")
+    pairs, flows = state.pairs("coactivation", 2), state.pairs("transitions", 2)
+    ratio = tab.evaluate("page.company.pairs[0 * 16 + 1]")
+    loads = pairs.sum(1) - pairs.diagonal()
+    assert ratio == pytest.approx(pairs[0, 1] * loads.sum() / (loads[0] * loads[1]), rel=0.15)  # but for the diagonal
+    assert tab.evaluate("page.flows.found.flows[0][2]") == flows.max()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_checker_of_accessibility_finds_nothing_serious(opened, report, theme):
+    axe = find_spec("axe_playwright_python")
+    if axe is None:
+        pytest.skip("axe-playwright-python, which carries axe-core, is not installed")
+    tab = show(opened, report, whole=True, theme=theme)
+    for details in tab.query_selector_all("details"):
+        details.evaluate("(it) => { it.open = true; }")
+    tab.wait_for_timeout(300)
+    tab.add_script_tag(path=str(Path(axe.submodule_search_locations[0]) / "axe.min.js"))
+    assert tab.evaluate(AXE) == []
+    tab.evaluate("document.body.append(new Image())")
+    assert any("image-alt" in found for found in tab.evaluate(AXE))  # it looks
+
+
+def test_a_theme_is_chosen_and_charts_follow(opened, report):
+    tab = show(opened, report)
+    assert tab.evaluate("document.documentElement.dataset.theme") == "light"
+    tab.click("#theme")
+    tab.click("#theme")
+    assert tab.inner_text("#theme") == "Theme: dark"
+    assert tab.evaluate("document.documentElement.dataset.theme") == "dark"
+
+
+def test_a_run_of_58_layers_256_experts_and_64_ranks_is_shown_whole(opened, tmp_path):
+    placements = write_run(tmp_path, BIG)
+    tab = show(opened, write_report(tmp_path).as_uri())
+    assert tab.evaluate("new Set(page.overview.grid.of.filter(Boolean).map(String)).size") == 64 * 5
+    assert tab.evaluate("[...page.view.placement.slots]") == placements[-1].slots.reshape(-1).tolist()
+    tab.focus("#version")
+    tab.keyboard.press("Home")
+    assert tab.evaluate("[...page.view.placement.slots]") == placements[0].slots.reshape(-1).tolist()
