@@ -24,14 +24,18 @@ def browser():
 
 @pytest.fixture
 def opened(browser):
-    """`opened(url, theme=…)`: a tab that shows a page, which must not have complained at the end."""
+    """`opened(url, theme=…)`: a tab that shows a page, which must not have complained at the end.
+
+    Addresses that are `missing` answer 404."""
     contexts, complaints = [], []
 
-    def go(url, theme="light", width=1360, height=900):
+    def go(url, theme="light", height=900, missing=()):
         context = browser.new_context(
-            color_scheme=theme, viewport={"width": width, "height": height}, reduced_motion="reduce"
+            color_scheme=theme, viewport={"width": 1360, "height": height}, reduced_motion="reduce"
         )
         contexts.append(context)
+        for address in missing:
+            context.route(address, lambda route: route.fulfill(status=404))
         tab = context.new_page()
         tab.set_default_timeout(MOST_MS)
         tab.on("pageerror", lambda error: complaints.append(str(error)))

@@ -18,7 +18,7 @@ from ray_ep.rank.recorded import StepProvenance
 STANDING = ("state", "members", "placement")
 """Kinds of events that say where a run stands (run/standing.py): what is true from then on, not what passes by."""
 
-_ARRAYS = ("load", "rank_load", "sent", "provenance")  # of a step's record; too long for a line
+_ARRAYS = ("load", "rank_load", "sent", "sample", "provenance")  # of a step's record; too long for a line
 
 
 def now() -> datetime:
@@ -63,7 +63,7 @@ class StepRecord:
         bytes_intra_node, bytes_inter_node: sent by all ranks.
         load: [L, E] tokens that each expert received; too long for a line of metrics.jsonl.
         rank_load: [L, R] (token, expert) pairs that each rank computed; too long for it, too.
-        sent: [R, R] bytes from rank to rank; likewise.
+        sent: [R, R] bytes from rank to rank; likewise. sample: [L, N, K] expert sets of recent tokens, now and then.
         max_expert_load: [L] of the hottest expert of each layer, in multiples of the layer's mean.
         migration_seconds, rebalance_seconds: that the job stood still for a move, and for all that rebalancing asks
             between two steps, the move included; None: it was skipped.
@@ -104,6 +104,7 @@ class StepRecord:
     migration_seconds: float | None = None
     rebalance_seconds: float | None = None
     eval_loss: float | None = None
+    sample: np.ndarray[Any, Any] | None = field(default=None, compare=False, repr=False)
     provenance: StepProvenance | None = field(default=None, compare=False, repr=False)
 
     def line(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from ray_ep.driver.recovery.departures import Departures
 from ray_ep.driver.recovery.recover import Recovery
 from ray_ep.driver.requests import RequestKind, Requests, Where, Why
 from ray_ep.driver.run.asked import Asked
+from ray_ep.driver.run.sampling import Sampling
 from ray_ep.driver.run.saving import Saver
 from ray_ep.driver.run.standing import Cause, placement_event, state_event
 from ray_ep.driver.start import Plan
@@ -71,6 +72,7 @@ class Stepping:
         held_out, keep, tell = len(plan.corpus.held_out), plan.run.held_out, publisher.event
         self.evaluator = Evaluator(cfg.eval, cfg.optim.steps, held_out, ranks, keep, tell)
         self.alarm = Alarm(cfg.router, tell)
+        self.sampling = Sampling(ranks.sample, clock) if cfg.statistics.sample >= cfg.cluster.ranks else None
         leaving, placement = Leaving(), plan.placement
         departures = Departures(leaving.planned)
         self.recovery = Recovery(cfg, plan, ranks, self.saver.newest_there, tell, clock, departures)
@@ -121,6 +123,8 @@ class Stepping:
         if self.evaluator.due(self.done) and not self.stopping():
             with self.activity("evaluation"):
                 record = replace(record, eval_loss=self.evaluator.evaluate(self.done))
+        if self.sampling is not None:
+            record = replace(record, sample=self.sampling.take())
         self.publisher.step(record)
         self.unfinished = None
         self.alarm.watch(self.done, record.load)

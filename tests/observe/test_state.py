@@ -36,12 +36,15 @@ def swapped(placement, layer, one, other, version):
     return Placement(slots, placement.num_experts, version)
 
 
+SETS = np.array([[[0, 1], [0, 2]], [[3, 4], [4, 5]]], np.int32)  # of two tokens in each of two layers
+
+
 def step(number, ranks, version):
     load = np.full((LAYERS, EXPERTS), 10.0) + number
     figures = {"phase_seconds": {"forward": 0.02, "driver": 0.01}, "max_expert_load": [1.5, 1.0], "epoch": 3 - ranks}
     return record(
         number, load=load, placement_version=version, world_size=ranks, loss=4.0 - 0.1 * number,
-        rank_load=np.ones((LAYERS, ranks)), sent=np.full((ranks, ranks), 1000.0), **figures,
+        rank_load=np.ones((LAYERS, ranks)), sent=np.full((ranks, ranks), 1000.0), sample=SETS, **figures,
     )  # fmt: skip
 
 
@@ -159,6 +162,29 @@ def test_each_placement_has_its_cause_its_gain_and_what_moved(whole):
     assert state.moved(0, 9) == []
 
 
+def test_a_move_that_was_broken_off_lends_its_gain_to_no_placement_of_that_number(tmp_path):
+    run = RunDir(tmp_path)
+    (tmp_path / "placements").mkdir()
+    figures = {"moves": True, "placement_version": 1, "gain_predicted": 0.01, "move_predicted": 0.5}
+    run.event(Event("rebalance", "move 2 experts", figures, 2))
+    first = contiguous(LAYERS, EXPERTS, 2)
+    for placement, cause in ((first, Cause.START), (swapped(first, 0, 1, 5, 1), Cause.LOSS)):
+        run.placement(placement)
+        run.event(placement_event(placement, cause, "words"))
+    assert [v["gain_predicted"] for v in told(RunState(tmp_path))["placement"]["versions"]] == [None, None]
+
+
+def test_a_placement_that_cannot_be_read_is_not_among_the_versions(tmp_path):
+    run = RunDir(tmp_path)
+    (tmp_path / "placements").mkdir()
+    for version in range(3):
+        run.placement(swapped(contiguous(LAYERS, EXPERTS, 2), 0, version, 5, version))
+    (tmp_path / "placements" / "0001.json").write_text("{")
+    state = RunState(tmp_path)
+    assert state.placements.numbers == [0, 2]
+    assert state.placement(1) is None
+
+
 def test_why_an_expert_sits_where_it_does_is_the_sentence_of_the_change_that_put_it_there(whole):
     state = RunState(whole)
     assert state.why(0, 0) == "placement 0, after step 0: the run began with it"
@@ -183,12 +209,28 @@ def test_an_earlier_placement_can_be_read_with_the_ranks_and_loads_of_its_time(w
 def test_loads_links_and_pairs_are_those_of_the_present(whole):
     state = RunState(whole)
     load, links = told(state)["load"], told(state)["links"]
-    assert (load["version"], load["versions"], load["recent_steps"]) == (2, [0, 1, 2], [4, 7])
+    assert (load["version"], load["versions"], json.dumps(load["recent_steps"])) == (2, [0, 1, 2], "[4, 7]")
     assert load["run"] == np.arange(16).reshape(2, 8).tolist()
     assert links["sent"] == [[1000.0] * 2] * 2
     assert links["bandwidth"] == [[None] * 2] * 2  # not measured
     assert state.pairs("coactivation", 1).shape == state.pairs("transitions", 0).shape == (EXPERTS, EXPERTS)
     assert state.pairs("transitions", 1) is None
+
+
+def test_before_the_first_checkpoint_pairs_are_those_of_a_sample_of_recent_tokens(tmp_path):
+    for run in story(tmp_path / "run"):
+        if len(run.metrics()) == 2:
+            break
+    state = RunState(tmp_path / "run")
+    assert told(state)["load"]["pairs"] == "recent"
+    together, onward = state.pairs("coactivation", 0), state.pairs("transitions", 0)
+    assert {(i, j): n for (i, j), n in np.ndenumerate(together) if n} == {
+        (0, 0): 2, (1, 1): 1, (2, 2): 1, (0, 1): 1, (1, 0): 1, (0, 2): 1, (2, 0): 1,
+    }  # fmt: skip
+    assert {(i, j): n for (i, j), n in np.ndenumerate(onward) if n} == {
+        (0, 3): 1, (0, 4): 2, (1, 3): 1, (1, 4): 1, (0, 5): 1, (2, 4): 1, (2, 5): 1,
+    }  # fmt: skip
+    assert state.pairs("transitions", 1) is state.pairs("coactivation", 2) is state.pairs("coactivation", -1) is None
 
 
 def test_a_reader_that_has_seen_a_version_is_given_what_has_changed_since(tmp_path):

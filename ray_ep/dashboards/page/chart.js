@@ -3,7 +3,7 @@
 import { element } from "ray_ep/dom.js";
 import { property } from "ray_ep/colour.js";
 
-const { Plotting, Range1d, FixedTicker, BoxZoomTool } = Bokeh;
+const { Plotting, Range1d, FixedTicker, BoxZoomTool, NumeralTickFormatter } = Bokeh;
 const { ndarray } = Bokeh.require("core/util/ndarray");
 
 const FONT = "system-ui, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif";
@@ -185,6 +185,11 @@ export const IMAGE = { image: { field: "image" }, x: { field: "x" }, y: { field:
 export function label(axis, marks) {
   axis.ticker = new FixedTicker({ ticks: marks.map(({ at }) => at) });
   axis.major_label_overrides = new Map(marks.map(({ at, text }) => [at, String(text)]));
+}
+
+// Numbers on an axis as people write them; form: such as "0,0", "0.[0]b" for bytes.
+export function plainNumbers(axis, form = "0,0.[00]") {
+  axis.formatter = new NumeralTickFormatter({ format: form });
 }
 
 // Every so many, so that at most `most` are left.

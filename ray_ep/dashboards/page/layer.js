@@ -211,7 +211,7 @@ export class Flows {
 
   get caption() {
     const { found, view } = this;
-    if (!found) return "Transitions are not known: they are counted, and written with each checkpoint; the last layer has none.";
+    if (!found) return "Transitions are not known yet, or this is the last layer, which has none.";
     const drawn = Math.min(found.flows.length, FLOWS);
     return `The ${many(drawn, "strongest flow")} of tokens from layer ${view.layer} to ${view.layer + 1}; those in stronger colour stay on their node.`;
   }

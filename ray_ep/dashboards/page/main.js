@@ -192,7 +192,7 @@ class Page {
     const { run, membership } = this.view.state;
     const ranks = membership.active ? ` on ${many(membership.active, "rank")}, epoch ${membership.epoch ?? 0}` : "";
     const of = run.steps ? `step ${run.done} of ${run.steps}` : `step ${run.done}`;
-    if (this.source.lost) return `The driver does not answer: shown is what it said last, ${of}.`;
+    if (!run.outcome && this.source.lost) return `The driver does not answer: shown is what it said last, ${of}.`;
     if (run.outcome) return `${run.outcome}, ${of}${run.error ? `: ${run.error}` : ""}`;
     if (!this.source.live && run.alive !== false) return `In progress at ${clock(run.seen)} UTC, when this page was written: ${of}${ranks}`;
     return `${run.state || "running"}, ${of}${ranks}${run.why && run.state !== "stepping" ? ` (${run.why})` : ""}`;
@@ -215,8 +215,9 @@ class Page {
     if (layer !== this.view.layer) return;
     this.company.take(found?.ratios ? unpacked(found.ratios, this.view.experts) : null);
     this.flows.take(found?.flows ? found : null);
-    this.pairCaption.textContent = found?.ratios ? "How often two experts serve the same token, over what their loads alone would give; lines part ranks, strong ones nodes."
-      : "Not known: co-activation is counted, and written with each checkpoint.";
+    const over = { run: "Counted until the newest checkpoint.", recent: "Of a sample of recent tokens." }[this.view.state.load.pairs] ?? "";
+    this.pairCaption.textContent = found?.ratios ? `How often two experts serve the same token, over what their loads alone would give; lines part ranks, strong ones nodes. ${over}`
+      : "Not known: of very many layers a file holds the first ones; before its first steps a run knows none.";
     this.flowCaption.textContent = this.flows.caption;
     this.drawTables();
   }

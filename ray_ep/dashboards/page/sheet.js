@@ -1,6 +1,6 @@
 // Pages that compare: notes, a table, sentences and charts, as sheet.py gives them.
 
-import { Chart, IMAGE, arrows, label, thinned } from "ray_ep/chart.js";
+import { Chart, IMAGE, arrows, label, plainNumbers, thinned } from "ray_ep/chart.js";
 import { amounts, group, property, spread } from "ray_ep/colour.js";
 import { card, element, folded, table } from "ray_ep/dom.js";
 import { figure as number } from "ray_ep/format.js";
@@ -10,11 +10,11 @@ const MOST_ROWS = 400; // of a chart's table
 
 export function sheet(main, data) {
   followTheme(() => main.replaceChildren(
-    ...data.notes.map((note) => element("p", { class: "muted" }, note)),
+    element("div", { class: "notes" }, ...data.notes.map((note) => element("p", { class: "muted" }, note))),
     element("section", { class: "card" }, table(data.head.map((name, i) => (i ? `#${name}` : name)), data.rows, "What was compared"),
       element("p", { class: "muted" }, data.legend)),
     card(data.words_title, "", ...data.words.map((words, i) => element("p", { class: i === 0 || i === data.words.length - 1 ? "verdict" : null }, words))),
-    element("div", { class: data.charts.length > 1 ? "grid" : "" }, ...data.charts.map((chart) => (chart.kind === "heat" ? heat(chart) : lines(chart)))),
+    element("div", { class: data.charts.length > 1 && data.charts[0].kind === "heat" ? "grid" : "" }, ...data.charts.map((chart) => (chart.kind === "heat" ? heat(chart) : lines(chart)))),
   ));
 }
 
@@ -83,6 +83,7 @@ function lines({ title, curves, x, y, log, low, marks }) {
     build: (self) => {
       const made = self.start({ x: [left - wide, right + wide], y: [low === null ? bottom - high : low, top + high], left: y, below: x, zoom: !log });
       made.xgrids.forEach((grid) => { grid.visible = false; });
+      plainNumbers(made.yaxis);
       if (log) label(made.xaxis, [...new Set(xs)].map((at) => ({ at, text: 2 ** at })));
       const band = { left: { field: "l" }, right: { field: "r" }, bottom: { field: "b" }, top: { field: "t" } };
       self.glyph(made, "quad", "bands", { ...band, fill_color: { field: "c" }, fill_alpha: 0.2, line_color: null });

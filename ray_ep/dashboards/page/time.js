@@ -1,10 +1,10 @@
 // The run over its steps: where a step's time goes, the curves, and on lanes what happened; all share one span of steps.
 
-import { Chart, label } from "ray_ep/chart.js";
+import { Chart, label, plainNumbers } from "ray_ep/chart.js";
 import { property } from "ray_ep/colour.js";
 import { clock, figure as number, known, seconds, share } from "ray_ep/format.js";
 
-const { NumeralTickFormatter, Range1d } = Bokeh;
+const { Range1d } = Bokeh;
 
 export const LANES = [ // what is on each lane, from the top: its name, entries of the time line, a colour
   ["moves", ["move", "gain", "placement"], "#2aa876"],
@@ -175,7 +175,7 @@ class Curves {
   build(chart) {
     const figure = chart.start({ x: this.time.range(chart), y: [0, 1], zoom: true, left: this.options.left });
     figure.xgrids.forEach((grid) => { grid.visible = false; });
-    if (this.options.form) figure.yaxis.formatter = new NumeralTickFormatter({ format: this.options.form });
+    if (this.options.form) plainNumbers(figure.yaxis, this.options.form);
     for (const [name, , colour] of this.lines) {
       chart.glyph(figure, "line", name, { x: { field: "x" }, y: { field: "y" }, line_color: colour, line_width: 1.7 });
       chart.glyph(figure, "scatter", `${name} points`, { x: { field: "x" }, y: { field: "y" }, fill_color: colour, line_color: null, size: 5 });

@@ -112,12 +112,24 @@ class RunDir:
         if self._window.due(record):
             self._keep_window()
         self._window.add(record)
+        if record.sample is not None:
+            self._keep_sample(record.sample)
 
     def event(self, event: Event) -> None:
         """Listener: one line of events.jsonl."""
         if event.kind == "state" and event.fields.get("to") == State.STOPPED.value:
             self._keep_window()
         self._append("events.jsonl", event.line())
+
+    def _keep_sample(self, sample: np.ndarray) -> None:
+        """Replace that of before; the experts of a layer are few enough for 16 bits."""
+        part, name = self.path / "statistics" / "sample.part.npz", "statistics/sample.npz"
+        with self._spared(name):
+            try:
+                np.savez(part, allow_pickle=False, sample=sample.astype(np.int16))
+                os.replace(part, self.path / name)
+            finally:
+                part.unlink(missing_ok=True)
 
     def _keep_window(self) -> None:
         with self._spared("statistics"):

@@ -1,7 +1,8 @@
 """Where the tokens of a run went: loads of experts and ranks, bytes between ranks, co-activation and transitions.
 
 Loads come from `statistics/load-NNNN.npz`, one for each placement, which the driver keeps up to date; co-activation and
-transitions from `statistics/routing.npz`, written with each checkpoint. L MoE layers, E experts, R ranks. NumPy.
+transitions from `statistics/routing.npz`, written with each checkpoint, and before the first one from
+`statistics/sample.npz`, a sample of recent tokens. L MoE layers, E experts, R ranks. NumPy.
 """
 
 from __future__ import annotations
@@ -28,15 +29,20 @@ class Load:
         self.folder = folder
         self.load: np.ndarray | None = None
         self._routing: Mark | None = None
+        self._sample: Mark | None = None
+        self._sets: np.ndarray | None = None  # read when somebody asks
         self._pairs: dict[str, np.ndarray] | None = None  # read when somebody asks
         self._windows: dict[int, Mark] = {}
         self._newest: tuple[int, dict[str, np.ndarray]] | None = None
 
     def changed(self) -> bool:
         """Look again; whether there is anything else than before."""
-        routing, windows = mark_of(self.folder / "routing.npz"), self._there()
-        if (routing, windows) == (self._routing, self._windows):
+        routing, sample = (mark_of(self.folder / name) for name in ("routing.npz", "sample.npz"))
+        windows = self._there()
+        if (routing, sample, windows) == (self._routing, self._sample, self._windows):
             return False
+        if sample != self._sample:
+            self._sample, self._sets = sample, None
         if routing != self._routing:
             self._routing, self._pairs = routing, None
             load = read_arrays(self.folder / "routing.npz", ("load",)).get("load")
@@ -61,7 +67,8 @@ class Load:
         load, ranks, sent = (found.get(name, np.zeros(0)) for name in ("recent", "ranks", "sent"))
         fits = load.ndim == 2 and found.get("load", np.zeros(0)).shape == load.shape and ranks.ndim == 2
         fits = fits and sent.shape == (ranks.shape[1], ranks.shape[1]) and len(ranks) == len(load)
-        fits = fits and all(found.get(n, np.zeros(0)).shape == (2,) for n in ("steps", "recent_steps"))
+        numbers = [found.get(name, np.zeros(0)) for name in ("steps", "recent_steps")]
+        fits = fits and all(n.shape == (2,) and np.isfinite(n).all() for n in numbers)
         return found if fits and found.get("recent_seconds", np.zeros(1)).shape == () else {}
 
     def pairs(self, name: str) -> np.ndarray | None:
@@ -75,6 +82,34 @@ class Load:
         shape = (layers if name == "coactivation" else layers - 1, experts, experts)
         return found if found.shape == shape else None
 
+    def layer_pairs(self, name: str, layer: int) -> np.ndarray | None:
+        """[E, E] of `pairs` in one layer, before the first checkpoint of a sample of recent tokens; None: not known."""
+        whole = self.pairs(name)
+        if whole is not None:
+            return whole[layer] if 0 <= layer < len(whole) else None
+        experts, sets = self._experts, self._sampled()
+        other = layer + (name == "transitions")
+        if experts is None or sets is None or layer < 0 or other >= len(sets):
+            return None
+        fired = [_one_hot(sets[number], experts) for number in (layer, other)]
+        return np.asarray(fired[0].T @ fired[1])
+
+    @property
+    def pairs_of(self) -> str:
+        """What `layer_pairs` is counted over: run (until the last checkpoint), recent (a sample); "": nothing."""
+        return "run" if self.load is not None else "recent" if self._sample is not None else ""
+
+    @property
+    def _experts(self) -> int | None:
+        return None if self._newest is None else int(self._newest[1]["load"].shape[1])
+
+    def _sampled(self) -> np.ndarray | None:
+        """[L, N, K] expert sets; None: there are none that can be read."""
+        if self._sets is None:
+            found = read_arrays(self.folder / "sample.npz", ("sample",)).get("sample")
+            self._sets = np.zeros((0, 0, 0)) if found is None or found.ndim != 3 else found
+        return self._sets if self._sets.size else None
+
     @property
     def newest(self) -> tuple[int, dict[str, np.ndarray]] | None:
         """(version, `window`) of the newest placement under which anything was counted."""
@@ -85,6 +120,7 @@ class Load:
         return {
             "run": None if self.load is None else plain(self.load),
             "versions": sorted(self._windows),
+            "pairs": self.pairs_of,
             **({} if self._newest is None else window_of(*self._newest)),
         }
 
@@ -97,6 +133,14 @@ class Load:
         return found
 
 
+def _one_hot(sets: np.ndarray, experts: int) -> np.ndarray:
+    """[N, E] whether a token's set [N, K] has an expert; float32, for products of it are taken."""
+    out = np.zeros((len(sets), experts), np.float32)
+    tokens, places = np.nonzero((sets >= 0) & (sets < experts))
+    out[tokens, sets[tokens, places].astype(np.int64)] = 1.0
+    return out
+
+
 def window_of(version: int, window: dict[str, np.ndarray]) -> dict[str, Any]:
     """A window as JSON has it; {} for one without content."""
     if not window:
@@ -104,8 +148,8 @@ def window_of(version: int, window: dict[str, np.ndarray]) -> dict[str, Any]:
     steps, recent = window["steps"], window["recent_steps"]
     return {
         "version": version,
-        "steps": plain(steps),
-        "recent_steps": plain(recent),
+        "steps": [int(n) for n in steps],
+        "recent_steps": [int(n) for n in recent],
         "recent_seconds": float(window["recent_seconds"]),
         "experts": plain(window["recent"]),
         "experts_all": plain(window["load"]),

@@ -165,8 +165,7 @@ class RunState:
     def pairs(self, name: str, layer: int) -> np.ndarray | None:
         """[E, E] of one layer: `coactivation`, or `transitions` to the next; None: not known, or no such layer."""
         with self._lock:
-            found = self.load.pairs(name)
-            return None if found is None or not 0 <= layer < len(found) else found[layer]
+            return self.load.layer_pairs(name, layer)
 
     def setting(self, key: str, default: Any) -> Any:
         """The configuration's value for a dotted key, or `default` where the file lacks it."""

@@ -1,14 +1,19 @@
 """The page in a real browser: figures as in the run, keys that reach everything, a content accessibility checker."""
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from ray_ep.config.schema import ObserveConfig
 from ray_ep.observe.page.report import write_report
+from ray_ep.observe.page.serving import served
+from ray_ep.observe.page.sheet import Heat, Lines, sheet_page
 from ray_ep.observe.state import RunState
-from tests.observe.page.runs import BIG, write_run
+from tests.observe.page.runs import BIG, Size, write_run
 
 pytestmark = pytest.mark.slow
 DRAWN = "() => page.charts.every((chart) => chart.view)"
@@ -19,9 +24,10 @@ SEEN = """async () => {
   }
   scrollTo(0, 0);
 }"""
-AXE = """() => axe.run(document, { resultTypes: ["violations"] }).then((found) => found.violations
+AXE = """(rules) => axe.run(document, { resultTypes: ["violations"], ...rules }).then((found) => found.violations
   .filter((v) => ["serious", "critical"].includes(v.impact))
   .map((v) => `${v.id}: ${v.nodes.map((n) => n.target).join(" ")}`))"""
+RULES = {"light": {}, "dark": {"runOnly": ["color-contrast"]}}  # in the dark nothing but colours is another
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +124,9 @@ def test_a_checker_of_accessibility_finds_nothing_serious(opened, report, theme)
         details.evaluate("(it) => { it.open = true; }")
     tab.wait_for_timeout(300)
     tab.add_script_tag(path=str(Path(axe.submodule_search_locations[0]) / "axe.min.js"))
-    assert tab.evaluate(AXE) == []
-    tab.evaluate("document.body.append(new Image())")
-    assert any("image-alt" in found for found in tab.evaluate(AXE))  # it looks
+    assert tab.evaluate(AXE, RULES[theme]) == []
+    tab.evaluate("document.getElementById('story').style.color = getComputedStyle(document.body).backgroundColor")
+    assert any("color-contrast" in found for found in tab.evaluate(AXE, {"runOnly": ["color-contrast"]}))  # it looks
 
 
 def test_a_theme_is_chosen_and_charts_follow(opened, report):
@@ -133,10 +139,54 @@ def test_a_theme_is_chosen_and_charts_follow(opened, report):
 
 
 def test_a_run_of_58_layers_256_experts_and_64_ranks_is_shown_whole(opened, tmp_path):
-    placements = write_run(tmp_path, BIG)
+    placements = write_run(tmp_path, replace(BIG, steps=200, versions=4))
     tab = show(opened, write_report(tmp_path).as_uri())
     assert tab.evaluate("new Set(page.overview.grid.of.filter(Boolean).map(String)).size") == 64 * 5
     assert tab.evaluate("[...page.view.placement.slots]") == placements[-1].slots.reshape(-1).tolist()
     tab.focus("#version")
     tab.keyboard.press("Home")
     assert tab.evaluate("[...page.view.placement.slots]") == placements[0].slots.reshape(-1).tolist()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_page_that_compares_draws_its_charts_and_tells_each_field(opened, tmp_path, theme):
+    heat = Heat("load", "Load of ranks", np.array([[1.0, 2.0], [0.5, 1.0]]), "of the mean", True, "layer", "rank")
+    lines = Lines("Growth", {"a": [(2, 10.0), (4, 18.0)]}, "GPUs", "tokens/s", log=True, low=0.0)
+    html = sheet_page(
+        "Compared", ["a note"], [("name", "step"), ("plan", "9 ms")], "legend", ("Advice", ["stay"]), [heat, lines]
+    )
+    (tmp_path / "sheet.html").write_text(html)
+    tab = opened((tmp_path / "sheet.html").as_uri(), theme=theme, height=1600)
+    tab.wait_for_function(
+        "() => [...document.querySelectorAll('.chart')].every((host) => host.querySelector('div > *'))"
+    )
+    assert tab.inner_text("h1") == "Compared"
+    assert "plan\t9 ms" in tab.inner_text("table")
+    tab.focus(".chart")
+    tab.keyboard.press("ArrowRight")
+    tab.keyboard.press("ArrowRight")
+    assert tab.inner_text("#tip") == "layer 0, rank 1\n2 of the mean"
+    tab.focus(".chart >> nth=1")
+    tab.keyboard.press("ArrowRight")
+    assert tab.inner_text("#tip") == "GPUs 2\na: 10"
+
+
+@pytest.mark.parametrize("missing", [(), ("**/stream*",)], ids=["events", "asking"])
+def test_a_live_page_follows_its_run_by_events_and_where_they_cannot_pass_by_asking(opened, tmp_path, missing):
+    write_run(tmp_path, Size(layers=2, experts=8, steps=20), outcome="")
+    with served(tmp_path, ObserveConfig(), pytest.fail) as shown:
+        tab = opened(shown.address, missing=missing)
+        tab.wait_for_function("() => window.page")
+        assert tab.inner_text("#status").startswith("stepping, step 20 of 20")
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": 21, "loss": 0.5}) + "\n")
+        tab.wait_for_function("() => page.view.state.steps.step.at(-1) === 21")
+        assert tab.evaluate("page.view.state.steps.step") == list(range(1, 22))
+        assert tab.evaluate("page.view.state.steps.columns.tokens_per_second.at(-1)") is None
+        assert tab.inner_text(".headlines .value") == "0.5000"
+        with (tmp_path / "events.jsonl").open("a") as file:
+            file.write(json.dumps({"step": 21, "kind": "failed", "message": "rank 1 died", "fields": {}}) + "\n")
+    # The run has ended, and its server with it: who was told of it in time shows it, all keep what was said last.
+    said = "The driver does not answer" if missing else "failed, step 21 of 20: rank 1 died"
+    tab.wait_for_function("(said) => document.getElementById('status').textContent.startsWith(said)", arg=said)
+    opened.complaints.clear()  # of a browser whose server has gone
