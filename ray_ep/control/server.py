@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import grpc
@@ -30,6 +31,7 @@ from ray_ep.control.board import Board
 from ray_ep.control.keys import cluster_token, keys_of, new_token
 from ray_ep.control.service import NO_TOKEN, SERVICE, Service
 from ray_ep.control.tls import server_credentials
+from ray_ep.control.trace import trace
 from ray_ep.driver.records import Event, StepRecord
 from ray_ep.driver.requests import Requests
 from ray_ep.driver.run.rundir import RunDir
@@ -132,7 +134,8 @@ class Control:
         self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
         board = Board(RunState(self.run.path), self.requests.where)
         audit = Audit(self.run.path, lambda words: self._tell(Event("not-written", words)))
-        service = Service(keys, self.requests, board, self._placement, audit)
+        traces = partial(trace, self.run.path)
+        service = Service(keys, self.requests, board, self._placement, traces, audit)
         server, healthy = await _server(service)
         at = self.cfg.address
         where = f"[{at}]:{self.cfg.port}" if ":" in at else f"{at}:{self.cfg.port}"

@@ -46,6 +46,8 @@ CODES = {
 """What a driver's refusal is called on the wire."""
 
 
+TRACES = 2
+"""Tokens that are looked up at once: each reads files."""
 NO_TOKEN = "expected `authorization: Bearer TOKEN` with a token of this run: there was none, or a wrong one"
 """What a caller without a right hears."""
 
@@ -83,6 +85,7 @@ class Service:
 
     Args:
         keys: that open it. requests: the driver's queue. board: the run's status. placements: reads one by version.
+        traces: reads a token's path; raises BadInput.
         audit: is told of every change that is asked for.
     """
 
@@ -92,10 +95,12 @@ class Service:
         requests: Requests,
         board: Board,
         placements: Callable[[int], Placement | None],
+        traces: Callable[[pb.TraceRequest], pb.TraceResponse],
         audit: Audit,
     ):
         self.keys, self.requests, self.board, self.audit = keys, requests, board, audit
-        self._placements, self._once = placements, Once()
+        self._placements, self._traces, self._once = placements, traces, Once()
+        self._tracing = asyncio.Semaphore(TRACES)
         self._planning: Future[Proposal] | None = None  # one at a time: it takes a processor
 
     def knows(self, metadata: Iterable[tuple[str, str | bytes]]) -> bool:
@@ -197,6 +202,16 @@ class Service:
         """What a placement, or the planner's, is predicted to bring."""
         found, where = await self._predicted(self._placement(request), caller)
         return proposal_message(found, where.epoch, where.version)
+
+    async def trace(self, request: pb.TraceRequest, caller: Caller) -> pb.TraceResponse:
+        """Which expert on which rank computed for a token."""
+        if request.WhichOneof("of") is None:
+            raise Denied(grpc.StatusCode.INVALID_ARGUMENT, "expected a step or a request_id")
+        async with self._tracing:
+            try:
+                return await asyncio.to_thread(self._traces, request)
+            except BadInput as e:
+                raise Denied(grpc.StatusCode.NOT_FOUND, str(e)) from None
 
     async def rebalance(self, request: pb.RebalanceRequest, caller: Caller) -> pb.RebalanceResponse:
         """Plan now; answered with the decision."""

@@ -141,7 +141,11 @@ def test_an_address_needs_a_token_and_takes_one(it, tmp_path):
     assert "can be read by others (mode 0644): chmod 600 it" in typed("status", where, "--token-file", token).stderr
     token.chmod(0o600)
     assert typed("status", where, "--token-file", token).exit_code == 0
+    by_env = CliRunner(env={"RAY_AUTH_TOKEN_PATH": str(token)})
+    assert by_env.invoke(main, ["status", where]).exit_code == 0
     token.write_text("wrong" * 8)
+    assert by_env.invoke(main, ["status", where]).exit_code == 2
+    assert by_env.invoke(main, ["status", str(it.path)]).exit_code == 0, "a run has a token of its own"
     wrong = typed("status", where, "--token-file", token)
     assert (wrong.exit_code, "there was none, or a wrong one" in wrong.stderr) == (2, True)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
@@ -20,7 +22,7 @@ _ACCESS = (
     click.argument("where", metavar="RUN_OR_ADDRESS"),
     click.option(
         "--token-file", default="", envvar="RAY_AUTH_TOKEN_PATH", metavar="FILE",
-        help="Token to show, in a file of mode 0600; RUN's own if not given. [env: RAY_AUTH_TOKEN_PATH]",
+        help="Token to show, in a file (0600); RUN's own if not given. For HOST:PORT also from RAY_AUTH_TOKEN_PATH.",
     ),
     click.option("--ca", default="", metavar="FILE", help="PEM file to know the run's certificate by: TLS."),
     click.option("--cert", default="", metavar="FILE", help="PEM certificate to show, where clients must (mTLS)."),
@@ -31,7 +33,14 @@ _CHANGE = (
     click.option("--request-id", default="", help="The same id again changes nothing; a new one if not given."),
     click.option("--if-epoch", type=click.IntRange(0), help="Only if the ranks are of this epoch."),
     click.option("--if-placement-version", type=click.IntRange(0), help="Only if the placement has this version."),
-    click.option("--wait", "limit_s", type=float, default=600.0, show_default=True, help="Seconds for the answer."),
+    click.option(
+        "--wait",
+        "limit_s",
+        type=click.FloatRange(0, min_open=True),
+        default=600.0,
+        show_default=True,
+        help="Seconds for the answer.",
+    ),
 )
 
 
@@ -54,7 +63,9 @@ def client(where: str, given: dict[str, Any]) -> Client:
     from ray_ep.control.address import target_of
     from ray_ep.control.client import Client
 
-    return Client(target_of(where, given["token_file"], given["ca"], given["cert"], given["key"]))
+    named = click.get_current_context().get_parameter_source("token_file") is not ParameterSource.ENVIRONMENT
+    token_file = given["token_file"] if named or not Path(where).is_dir() else ""  # a run has a token of its own
+    return Client(target_of(where, token_file, given["ca"], given["cert"], given["key"]))
 
 
 def mutation(given: dict[str, Any]) -> pb.Mutation:

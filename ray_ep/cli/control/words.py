@@ -20,7 +20,7 @@ def state_of(status: pb.RunStatus) -> str:
 
     name = pb.RunState.Name(status.state).removeprefix("RUN_STATE_").lower()
     said = status.outcome or ("running" if name == "unspecified" else name)
-    return f"{said} ({status.why})" if status.why and said != status.why else said
+    return f"{said} ({status.why})" if status.why not in ("", said) and said != "stepping" else said
 
 
 def figures(step: pb.Step) -> str:

@@ -240,6 +240,64 @@ class ProposePlacementResponse(_message.Message):
     placement_version: int
     def __init__(self, words: _Optional[str] = ..., pays: _Optional[bool] = ..., step_seconds: _Optional[float] = ..., predicted_step_seconds: _Optional[float] = ..., move_seconds: _Optional[float] = ..., moved_slots: _Optional[int] = ..., moved_primaries: _Optional[int] = ..., balancedness: _Optional[float] = ..., predicted_balancedness: _Optional[float] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., epoch: _Optional[int] = ..., placement_version: _Optional[int] = ...) -> None: ...
 
+class TraceRequest(_message.Message):
+    __slots__ = ("step", "request_id", "position")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    request_id: str
+    position: int
+    def __init__(self, step: _Optional[int] = ..., request_id: _Optional[str] = ..., position: _Optional[int] = ...) -> None: ...
+
+class Token(_message.Message):
+    __slots__ = ("position", "row", "column", "text")
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    ROW_FIELD_NUMBER: _ClassVar[int]
+    COLUMN_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    position: int
+    row: int
+    column: int
+    text: str
+    def __init__(self, position: _Optional[int] = ..., row: _Optional[int] = ..., column: _Optional[int] = ..., text: _Optional[str] = ...) -> None: ...
+
+class Hop(_message.Message):
+    __slots__ = ("layer", "choice", "expert", "weight", "kind", "rank", "node", "host", "device", "why")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    choice: int
+    expert: int
+    weight: float
+    kind: str
+    rank: int
+    node: str
+    host: str
+    device: str
+    why: str
+    def __init__(self, layer: _Optional[int] = ..., choice: _Optional[int] = ..., expert: _Optional[int] = ..., weight: _Optional[float] = ..., kind: _Optional[str] = ..., rank: _Optional[int] = ..., node: _Optional[str] = ..., host: _Optional[str] = ..., device: _Optional[str] = ..., why: _Optional[str] = ...) -> None: ...
+
+class TraceResponse(_message.Message):
+    __slots__ = ("tokens", "hops", "placement_version", "epoch")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HOPS_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_VERSION_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    tokens: _containers.RepeatedCompositeFieldContainer[Token]
+    hops: _containers.RepeatedCompositeFieldContainer[Hop]
+    placement_version: int
+    epoch: int
+    def __init__(self, tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., hops: _Optional[_Iterable[_Union[Hop, _Mapping]]] = ..., placement_version: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
+
 class RebalanceRequest(_message.Message):
     __slots__ = ("mutation",)
     MUTATION_FIELD_NUMBER: _ClassVar[int]

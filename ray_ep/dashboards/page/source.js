@@ -59,7 +59,8 @@ class Source extends EventTarget {
       if (!this.placements || state.placement) {
         const found = await this.#ask("placements", { after });
         const fits = this.placements && found.layers === this.placements.layers && found.experts === this.placements.experts;
-        if (fits) this.placements.add(found.kept);
+        const follow = fits && !(found.kept[0]?.version <= after); // else the run began anew, or much was left out
+        if (follow) this.placements.add(found.kept);
         else fresh = found;
       }
       this.#take(state, summary, fresh);

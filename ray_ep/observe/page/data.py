@@ -26,26 +26,57 @@ PAIR_BYTES = 4_000_000
 _REACH = 3.0  # doublings to each side of chance that a packed ratio can hold
 
 
-def placements(state: RunState, after: int = -1) -> dict[str, Any]:
-    """Placements newer than `after`: {layers, experts, kept}, of which placements.js says what is in it.
+class History:
+    """Every placement of a run, told as what changed since the one before; each is read once, when somebody asks.
 
-    Each is told as what changed since the one before; the first, and one whose ranks are others, is told whole.
+    The first, and one whose ranks are others, is told whole. Of very many the newest are kept. placements.js says what
+    is in an entry.
     """
-    numbers = [n for n in state.placements.numbers[-MOST_VERSIONS:] if n > after]
-    earlier = state.placements.read(after) if after >= 0 else None
-    members = state.placements.members(after) if earlier is not None else ()
-    kept: list[dict[str, Any]] = []
-    for number in numbers:
-        placement = state.placements.read(number)
-        if placement is None:
-            continue
-        here = state.placements.members(number)
-        kept.append({"version": number, "members": list(here), **_told(placement, earlier, members == here)})
-        earlier, members = placement, here
-    if after < 0:
-        kept = _bounded(state, kept)
-    layers, experts = (0, 0) if earlier is None else (earlier.num_layers, earlier.num_experts)
-    return {"layers": layers, "experts": experts, "kept": kept}
+
+    def __init__(self, state: RunState):
+        self._state = state
+        self._kept: list[dict[str, Any]] = []
+        self._seen = -1  # the newest version that was looked at
+        self._last: Placement | None = None
+
+    def after(self, version: int = -1) -> dict[str, Any]:
+        """{layers, experts, kept}: entries of placements newer than `version`; all of them, if that is none of them."""
+        self._look()
+        numbers = [entry["version"] for entry in self._kept]
+        first = numbers.index(version) + 1 if version in numbers else 0
+        last = self._last
+        layers, experts = (0, 0) if last is None else (last.num_layers, last.num_experts)
+        return {"layers": layers, "experts": experts, "kept": self._kept[first:]}
+
+    def _look(self) -> None:
+        numbers = self._state.placements.numbers[-MOST_VERSIONS:]
+        if self._seen not in numbers:  # the run began anew, or this does
+            self._kept, self._last, self._seen = [], None, -1
+        for number in (n for n in numbers if n > self._seen):
+            self._seen = number
+            placement = self._state.placements.read(number)
+            if placement is None:
+                continue
+            members = list(self._state.placements.members(number))
+            same = bool(self._kept) and self._kept[-1]["members"] == members
+            earlier = self._last if same else None
+            self._kept.append({"version": number, "members": members, **_told(placement, earlier)})
+            self._last = placement
+        self._forget()
+
+    def _forget(self) -> None:
+        """Of more than MOST_NUMBERS in all, or than MOST_VERSIONS, leave out the oldest; the first left is whole."""
+        sizes = [sum(len(value) for value in entry.values() if isinstance(value, list)) for entry in self._kept]
+        first = max(len(sizes) - MOST_VERSIONS, 0)
+        while first < len(sizes) - 1 and sum(sizes[first:]) > MOST_NUMBERS:
+            first += 1
+        if not first:
+            return
+        self._kept = self._kept[first:]
+        head = self._kept[0]
+        placement = None if "slots" in head else self._state.placements.read(head["version"])
+        if placement is not None:
+            self._kept[0] = {"version": head["version"], "members": head["members"], **_told(placement, None)}
 
 
 def layer(state: RunState, number: int) -> dict[str, Any] | None:
@@ -88,9 +119,9 @@ def packed(ratios: np.ndarray) -> str:
     return base64.b64encode(np.where(known, 1 + np.rint(254 * held), 0).astype(np.uint8).tobytes()).decode()
 
 
-def _told(placement: Placement, earlier: Placement | None, same_members: bool) -> dict[str, Any]:
+def _told(placement: Placement, earlier: Placement | None) -> dict[str, Any]:
     slots, owners = placement.slots, placement.owner
-    if earlier is None or not same_members or earlier.slots.shape != slots.shape:
+    if earlier is None or earlier.slots.shape != slots.shape:
         _, ranks, width = slots.shape
         return {
             "ranks": ranks, "width": width, "slots": slots.reshape(-1).tolist(),
@@ -101,20 +132,3 @@ def _told(placement: Placement, earlier: Placement | None, same_members: bool) -
         "at": at.tolist(), "to": slots.reshape(-1)[at].tolist(),
         "owner_at": owner_at.tolist(), "owner_to": owners.reshape(-1)[owner_at].tolist(),
     }  # fmt: skip
-
-
-def _bounded(state: RunState, kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The newest that fit into MOST_NUMBERS, the first of them whole."""
-    room, first = MOST_NUMBERS, len(kept)
-    while first > 0:
-        room -= sum(len(value) for value in kept[first - 1].values() if isinstance(value, list))
-        if room < 0 and first < len(kept):
-            break
-        first -= 1
-    if first == 0 or "slots" in kept[first]:
-        return kept[first:]
-    placement = state.placements.read(kept[first]["version"])
-    if placement is None:
-        return kept[first + 1 :]
-    head = {key: kept[first][key] for key in ("version", "members")}
-    return [{**head, **_told(placement, None, False)}, *kept[first + 1 :]]

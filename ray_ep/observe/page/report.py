@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ray_ep.observe.page.data import layers, placements
+from ray_ep.observe.page.data import History, layers
 from ray_ep.observe.page.html import whole_page
 from ray_ep.observe.page.summary import summary
 from ray_ep.observe.state import RunState
@@ -28,7 +28,7 @@ def write_report(run_dir: Path, running: bool = False) -> Path:
     snapshot["run"]["alive"] = running
     snapshot["placement"] |= {"slots": [], "primary": [], "since": []}  # they are in `placements`
     data = {
-        "state": snapshot, "summary": summary(state, running), "placements": placements(state),
+        "state": snapshot, "summary": summary(state, running), "placements": History(state).after(),
         "layers": layers(state),
     }  # fmt: skip
     path = run_dir / "report.html"

@@ -25,7 +25,7 @@ from typing import Any
 from aiohttp import web
 
 from ray_ep.observe.page.assets import FOLDER, library, modules
-from ray_ep.observe.page.data import layer, placements
+from ray_ep.observe.page.data import History, layer
 from ray_ep.observe.page.html import as_json, served_page
 from ray_ep.observe.page.summary import summary
 from ray_ep.observe.state import RunState
@@ -57,6 +57,7 @@ class PageServer:
     def __init__(self, state: RunState, hosts: Collection[str], relayed: tuple[str, int] | None = None, key: str = ""):
         self.state, self._hosts = state, frozenset(h.lower() for h in hosts)
         self._relayed, self._key = relayed, key.encode()
+        self._history = History(state)  # for the pool's one thread
         self._looked = 0.0
         self._changed = asyncio.Event()
         self._watchers = 0
@@ -130,7 +131,7 @@ class PageServer:
 
     async def _placements(self, request: web.Request) -> web.StreamResponse:
         after = _whole(request, "after", -1)
-        return await self._json(("placements", after), lambda: placements(self.state, after))
+        return await self._json(("placements", after), lambda: self._history.after(after))
 
     async def _layer(self, request: web.Request) -> web.StreamResponse:
         number = request.match_info["layer"]

@@ -67,7 +67,8 @@ class Load:
         load, ranks, sent = (found.get(name, np.zeros(0)) for name in ("recent", "ranks", "sent"))
         fits = load.ndim == 2 and found.get("load", np.zeros(0)).shape == load.shape and ranks.ndim == 2
         fits = fits and sent.shape == (ranks.shape[1], ranks.shape[1]) and len(ranks) == len(load)
-        fits = fits and all(found.get(n, np.zeros(0)).shape == (2,) for n in ("steps", "recent_steps"))
+        numbers = [found.get(name, np.zeros(0)) for name in ("steps", "recent_steps")]
+        fits = fits and all(n.shape == (2,) and np.isfinite(n).all() for n in numbers)
         return found if fits and found.get("recent_seconds", np.zeros(1)).shape == () else {}
 
     def pairs(self, name: str) -> np.ndarray | None:
@@ -147,8 +148,8 @@ def window_of(version: int, window: dict[str, np.ndarray]) -> dict[str, Any]:
     steps, recent = window["steps"], window["recent_steps"]
     return {
         "version": version,
-        "steps": plain(steps),
-        "recent_steps": plain(recent),
+        "steps": [int(n) for n in steps],
+        "recent_steps": [int(n) for n in recent],
         "recent_seconds": float(window["recent_seconds"]),
         "experts": plain(window["recent"]),
         "experts_all": plain(window["load"]),

@@ -111,8 +111,8 @@ class Placements:
 
     @property
     def numbers(self) -> list[int]:
-        """Versions that can be asked for, ascending; the newest of very many."""
-        return [version.number for version in self._folded[-MOST_VERSIONS:]]
+        """Versions that can be read, ascending; the newest of very many."""
+        return [version.number for version in self._folded if version.number in self.moved][-MOST_VERSIONS:]
 
     def read(self, number: int) -> Placement | None:
         """A version; None: it is not there, or cannot be read."""

@@ -103,7 +103,8 @@ class Standing:
         version = _whole(fields.get("placement_version"))
         if version is None:
             return
-        decided = self._decided if self._decided.get("placement_version") == version else {}
+        ours = fields.get("cause") == "rebalance" and self._decided.get("placement_version") == version
+        decided = self._decided if ours else {}  # one that was broken off may have had this number, too
         said = {"time": event["time"], "step": event["step"], "words": event["message"], "event": self.events - 1}
         said |= {"cause": str(fields.get("cause", "")), "ranks": self.members}
         said["epoch"] = self.epochs[-1]["epoch"] if self.epochs else None
