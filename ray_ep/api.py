@@ -23,6 +23,7 @@ from ray_ep.errors import BadInput, CheckpointError
 from ray_ep.observe.dashboard.placement_log import PlacementLog
 from ray_ep.observe.dashboard.reach import shown
 from ray_ep.observe.live import LivePage
+from ray_ep.observe.metrics.listener import Metrics
 from ray_ep.observe.page.report import write_report
 from ray_ep.observe.phases import Phases
 from ray_ep.observe.progress import Progress
@@ -141,10 +142,14 @@ def train(cfg: Config) -> Run:
                 def no_page(why: str, kind: str = "report") -> None:
                     publisher.event(Event(kind, why))
 
+                def no_metrics(why: str) -> None:
+                    publisher.event(Event("metrics", why))
+
                 log = PlacementLog(plan.run.path)
                 with (
                     LivePage(plan.run.path, no_page) as page,
-                    Publisher([plan.run, progress, page, log]) as publisher,  # ends first: then nobody starts a page
+                    Metrics(plan.run.path, cfg.optim.steps, no_metrics) as metrics,
+                    Publisher([plan.run, progress, page, metrics, log]) as publisher,  # ends first
                     shown(cfg, plan.run.path, lambda why: no_page(why, "page")) as seen,
                 ):
                     status = drive(cfg, plan, publisher, interrupt, phase, seen)

@@ -75,6 +75,7 @@ def main() -> None:
       ray-ep rebalance runs/NAME            ask a running job to consider that now
       ray-ep scale runs/NAME 4              ask a running job to go on with 4 ranks
       ray-ep drain runs/NAME NODE           ask a running job to leave a node
+      ray-ep dashboards install             graphs of runs in Ray's dashboard and Grafana
       ray-ep chaos --minutes 2              kill ranks and nodes of a run on purpose, and count what is lost
 
     Exit status: 0 done, 1 failed while running, 2 bad input, 130 interrupted.

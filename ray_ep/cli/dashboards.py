@@ -11,13 +11,16 @@ PORT = 8264
 """Of the proxy on a cluster's head, as the files in cluster/ have it: beside that of Ray's dashboard, 8265."""
 
 
+_FOLDER = click.Path(path_type=Path)
+
+
 @click.group()
 def dashboards() -> None:
     """Show runs in Ray's dashboard and in Grafana."""
 
 
 @dashboards.command("open")
-@click.argument("run", type=click.Path(path_type=Path), required=False)
+@click.argument("run", type=_FOLDER, required=False)
 @click.option("--print", "only_print", is_flag=True, help="Print the address, and open no browser.")
 def open_page(run: Path | None, only_print: bool) -> None:
     """Open the page of the run in the directory RUN: of one that goes its live page, else its report.html.
@@ -58,3 +61,29 @@ def proxy(address: str, port: int) -> None:
     from ray_ep.observe.dashboard.serving import serve
 
     serve(port, address)
+
+
+@dashboards.command()
+@click.option("--session", type=_FOLDER, default="/tmp/ray/session_latest", show_default=True, help="Of a running Ray.")
+@click.option("--grafana", type=_FOLDER, help="The folder of dashboards of your own Grafana, in place of Ray's.")
+def install(session: Path, grafana: Path | None) -> None:
+    """Add ray_ep's panels to the Metrics tab of Ray's dashboard, four dashboards to its Grafana, alerts to Prometheus.
+
+    On the head's machine: Ray has written configurations of Grafana and Prometheus into its session's directory, and
+    ours join them. Do it again after each start of a head. With --grafana the four dashboards are copied there, and
+    nothing else is done. What the panels show, and how Prometheus and Grafana are started: docs/metrics.md.
+
+    \b
+      ray-ep dashboards install
+      ray-ep dashboards install --session /mnt/ray/session_latest
+      ray-ep dashboards install --grafana /var/lib/grafana/dashboards
+    """
+    from ray_ep.observe import grafana as files
+
+    done = files.install(session, grafana)
+    for path in done.dashboards:
+        click.echo(f"dashboard: {path}")
+    if done.merged is not None:
+        click.echo(f"row of panels in Ray's dashboard: {done.merged}")
+    if done.prometheus is not None:
+        click.echo(f"alert rules, once Prometheus has read it again: {done.prometheus}")
