@@ -44,7 +44,7 @@ def install(session: Path, grafana: Path | None) -> None:
 
 
 @dashboards.command("open")
-@click.argument("run", type=click.Path(path_type=Path), required=False)
+@click.argument("run", type=_FOLDER, required=False)
 @click.option("--print", "only_print", is_flag=True, help="Print the address, and open no browser.")
 def open_page(run: Path | None, only_print: bool) -> None:
     """Open the page of the run in the directory RUN: of one that goes its live page, else its report.html.
