@@ -95,4 +95,5 @@ def test_the_page_follows_a_run_and_shows_a_move_when_it_comes(opened, here, clu
     tab.wait_for_function(
         "() => document.getElementById('status').textContent.startsWith('The driver does not answer')"
     )
+    tab.context.close()
     opened.complaints.clear()

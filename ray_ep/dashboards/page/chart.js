@@ -85,6 +85,17 @@ export class Chart {
     next();
   }
 
+  // Change a part of what is drawn when it is this chart's turn; one that is out of sight is drawn whole once it is seen.
+  change(part) {
+    if (!this.figure || !this.seen) {
+      this.dirty = true;
+      return;
+    }
+    if (waiting.has(this)) return; // it is drawn whole anyway, or changed so
+    waiting.set(this, part);
+    next();
+  }
+
   // Forget the figure: it is built anew at its next turn (another theme, another width, other axes).
   rebuild() {
     this.view?.remove();

@@ -88,6 +88,7 @@ export class TimeLine {
   mark(chart, figure, low, high) {
     chart.glyph(figure, "segment", "version", {
       x0: { field: "x" }, x1: { field: "x" }, y0: { field: "y0" }, y1: { field: "y1" }, line_color: property("text"), line_dash: "dashed", line_width: 1.5,
+      level: "overlay", // which is painted without what lies below it
     });
     chart.marks = [low, high];
   }
@@ -104,7 +105,7 @@ export class TimeLine {
   }
 
   redrawMarks() {
-    for (const chart of this.charts) if (chart.figure && chart.marks) this.drawMark(chart);
+    for (const chart of this.charts) chart.change(() => this.drawMark(chart));
   }
 }
 

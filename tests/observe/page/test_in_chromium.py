@@ -189,4 +189,5 @@ def test_a_live_page_follows_its_run_by_events_and_where_they_cannot_pass_by_ask
     # The run has ended, and its server with it: who was told of it in time shows it, all keep what was said last.
     said = "The driver does not answer" if missing else "failed, step 21 of 20: rank 1 died"
     tab.wait_for_function("(said) => document.getElementById('status').textContent.startsWith(said)", arg=said)
+    tab.context.close()
     opened.complaints.clear()  # of a browser whose server has gone
