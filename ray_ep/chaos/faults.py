@@ -163,8 +163,8 @@ class Faults:
 
 
 def _members(ranks: list[dict[str, Any]]) -> tuple[str, ...]:
-    """An actor's name ends with that of its member of the run: rank-N."""
-    return tuple(f"rank-{rank['name'].rpartition('-')[2]}" for rank in ranks)
+    """The name of a rank's actor is ep/RUN/rankN; its member of the run is rank-N."""
+    return tuple(f"rank-{rank['name'].rpartition('/rank')[2]}" for rank in ranks)
 
 
 def _named(rank: dict[str, Any]) -> str:

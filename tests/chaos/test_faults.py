@@ -28,7 +28,7 @@ class FakeCluster:
         if do == "ranks":
             assert told == {"session": 77}
             places = [(node, i) for node, count in self.ranks_of.items() for i in range(count)]
-            return [{"name": f"x-rank-{k}", "pid": 100 + k, "node": node} for k, (node, _) in enumerate(places)]
+            return [{"name": f"ep/x/rank{k}", "pid": 100 + k, "node": node} for k, (node, _) in enumerate(places)]
         self.done.append((do, *told.values()))
         return None
 
