@@ -51,6 +51,7 @@ def test_termination_in_a_long_step_is_answered_at_once_saves_and_leaves_nothing
 ):
     faults.slow(4, call=4)
     command = running()
+    command.until(lambda: faults.happened("slow"), 20, "the long step")
     command.process.terminate()  # as Kubernetes and Slurm do: to the command alone
     events = here.path / "run" / "events.jsonl"
     sent = time.monotonic()
