@@ -54,17 +54,17 @@ def test_a_step_asks_the_next_ones_go_on_and_a_later_one_moves(tmp_path):
 
 
 def test_a_rank_that_is_slow_gets_fewer_tokens_and_no_replica_that_would_hold_the_others_up(tmp_path):
-    m = mover(tmp_path, "placement.every=3", "placement.slots_per_rank=6")
+    m = mover(tmp_path, "placement.every=5", "placement.slots_per_rank=6")
     said = results(load=statistics(False).load)
     said = [
         replace(r, usage=replace(r.usage, expert_seconds=s, pairs=np.array([512, 512])))
         for r, s in zip(said, (0.02, 0.08), strict=True)
     ]
     m.ranks.meanwhile["sample", 1] = lambda: tokens(False)
-    for n in range(1, 4):
+    for n in range(1, 6):
         m.it.after_step(n, said, 0.2)
     m.shelf.make()
-    m.it.after_step(4, said, 0.2)
+    m.it.after_step(6, said, 0.2)
     held = (m.it.placement.slots >= 0).sum(2)  # [L, R]
     assert (held == [[6, 2], [6, 2]]).all(), m.said
     assert m.said[0].fields["gain_predicted"] > 0.02

@@ -133,6 +133,6 @@ class Recent:
         each[known] = np.nanmedian(of_pair[:, known], axis=0)
         usual = float(np.median(each[known]))
         ratio = np.where(known, each / usual, 1.0)
-        if ratio.max() < ALIKE * ratio.min():
+        if len(pairs) < NOW or ratio.max() < ALIKE * ratio.min():  # of a few steps one may be the first, or a slow one
             return usual, None
         return usual, tuple((1 / ratio).tolist())
