@@ -10,9 +10,11 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 MOST_MS = 20_000
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """A browser that is shared by all tests; each opens pages of its own."""
+    """A browser that tests of a module share; each opens pages of its own.
+
+    No longer: while it is there an event loop runs in this thread, which others and signals do not expect."""
     api = pytest.importorskip("playwright.sync_api", reason="Playwright for Python is not installed")
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from ray_ep.collective import SoloGroup, gloo
 from tests import least
+from tests.browser import browser, opened  # noqa: F401
 from tests.faults import Faults
 
 torch.set_num_threads(1)

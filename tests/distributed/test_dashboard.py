@@ -9,7 +9,6 @@ import urllib.request
 import pytest
 
 from ray_ep.observe.state import PARTS, RunState
-from tests.browser import browser  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
@@ -83,7 +82,7 @@ def test_a_run_on_a_cluster_is_found_by_its_dashboard_and_named_in_rays_own_view
     assert get(seen)[0] == 410
 
 
-def test_a_link_to_the_runs_stands_in_the_navigation_in_its_looks(cluster, browser):  # noqa: F811
+def test_a_link_to_the_runs_stands_in_the_navigation_in_its_looks(cluster, browser):
     context = browser.new_context(viewport={"width": 1400, "height": 500})
     context.add_cookies([{"name": "ray-authentication-token", "value": TOKEN, "url": cluster.job}])
     tab = context.new_page()

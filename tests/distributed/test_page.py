@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 import ray_ep
-from tests.browser import browser, opened  # noqa: F401
 
 pytestmark = pytest.mark.slow
 PACKAGE = str(Path(ray_ep.__file__).parent.parent)
@@ -52,7 +51,7 @@ ray.shutdown()
 
 
 @pytest.mark.usefixtures("browser")  # first: without one, no cluster is started
-def test_the_page_follows_a_run_and_shows_a_move_when_it_comes(opened, here, cluster, lines):  # noqa: F811
+def test_the_page_follows_a_run_and_shows_a_move_when_it_comes(opened, here, cluster, lines):
     command = here.start(
         "python",
         "-c",

@@ -1,3 +1,0 @@
-"""The browser of the page's tests."""
-
-from tests.browser import browser, opened  # noqa: F401
