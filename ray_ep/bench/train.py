@@ -9,9 +9,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
@@ -25,13 +22,13 @@ from omegaconf import OmegaConf
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from ray_ep.bench.layer import spawn
+from ray_ep.bench.own_run import own_run
 from ray_ep.bench.train_rows import OURS, TRAIN_PEERS, TrainCase, TrainResult
 from ray_ep.bench.trainers import Job, main
 from ray_ep.config import from_dict
 from ray_ep.config.schema import Config
-from ray_ep.driver.run.rundir import RunDir
 from ray_ep.driver.start import Plan, check_run
-from ray_ep.errors import BadInput, RayEPError, brief
+from ray_ep.errors import BadInput, brief
 from ray_ep.moe import find_experts
 from ray_ep.rank.data.corpus import global_batch
 from ray_ep.rank.model import draw_weights, meta_model
@@ -65,9 +62,6 @@ _FIXED = {
     "batch.accumulation": (1, "the peers make one pass a step"),
     "router.force": ("none", "the peers route as the model says"),
 }
-
-_STOP_S = 60.0
-"""How long a run that was told to stop may take for it."""
 
 
 def cases(
@@ -232,24 +226,7 @@ def _peer(result: TrainResult, name: str, tmp: str, experts: tuple[str, ...]) ->
 
 def _ours(result: TrainResult, tmp: str) -> None:
     """`ray-ep train` in a process of its own."""
-    with tempfile.TemporaryFile("w+") as said:
-        code = "from ray_ep.cli import main; main()"
-        command = [sys.executable, "-c", code, "train", "--config", f"{tmp}/config.yaml"]
-        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": said}
-        # elsewhere: where it starts, resume=auto would take it for the newest run
-        with subprocess.Popen(command, cwd=tmp, start_new_session=True, **quiet) as child:  # type: ignore[call-overload]
-            try:
-                status = child.wait()
-            except BaseException:
-                _stop(child)
-                raise
-        said.seek(0)
-        lines = [line for line in said.read().splitlines() if line.strip()]
-    if status:
-        kind = BadInput if status == 2 else RayEPError
-        raise kind("bench train: ray-ep train failed:\n  " + "\n  ".join(lines[-12:]))
-    with tempfile.TemporaryDirectory(dir=tmp) as rest:  # the next round begins anew, and a checkpoint is large
-        metrics = RunDir(Path(f"{tmp}/run").rename(f"{rest}/run")).metrics()
+    metrics = own_run(Path(tmp, "config.yaml"), "bench train").metrics
     counted = metrics[WARM_OURS:]
     for phases in (m.get("phase_seconds") or {} for m in counted):
         for name, seconds in phases.items():
@@ -263,18 +240,6 @@ def _add(result: TrainResult, name: str, seconds: list[float], losses: list[floa
     result.losses.setdefault(name, losses)
     if peak is not None:
         result.peak_mib[name] = max(result.peak_mib.get(name, 0), round(peak))
-
-
-def _stop(child: subprocess.Popen[bytes]) -> None:
-    """Have a run end at once, and take its ranks and Ray along: a second signal stops it without saving."""
-    for patience in (1.0, _STOP_S):
-        child.send_signal(signal.SIGTERM)
-        try:
-            child.wait(patience)
-            return
-        except subprocess.TimeoutExpired:
-            continue
-    child.kill()
 
 
 def _installed(peer: str) -> bool:

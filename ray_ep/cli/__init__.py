@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 import ray_ep
+from ray_ep.cli.bench_options import bench_options
 from ray_ep.cli.bench_placement import bench_placement
 from ray_ep.cli.bench_train import bench_train
 from ray_ep.cli.chaos import chaos
@@ -155,6 +156,7 @@ def bench() -> None:
     """Measure: side by side in one run, with ratios."""
 
 
+bench.add_command(bench_options)
 bench.add_command(bench_placement)
 bench.add_command(bench_train)
 
