@@ -71,7 +71,7 @@ class OptionsResult:
             ratios = self.ratios(name)
             each = " ".join(f"{r:.3f}" for r in ratios)
             yield f"{name:{wide}} {statistics.median(rounds) * 1e3:10.1f} {statistics.median(ratios):7.3f}  {each}"
-        yield f"ms a step: all that happens between two steps is in it; ratio: over the run {AS_IT_IS}; medians of rounds"
+        yield f"ms a step: with all between two steps; ratio: over the run {AS_IT_IS}; medians of rounds"
 
 
 def options_case(
