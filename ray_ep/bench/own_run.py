@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,18 @@ class OwnRun:
     metrics: list[dict[str, Any]]
     told_at: list[tuple[int, float]]
 
-    def seconds(self, after: int) -> float:
-        """Mean seconds of a step after the first `after` ones, all that happens between two steps included."""
-        first, last = next(told for told in self.told_at if told[0] >= after), self.told_at[-1]
-        return (last[1] - first[1]) / (last[0] - first[0])
+    def seconds(self, after: int, window: int) -> list[float]:
+        """Mean seconds of a step in each window of so many steps, after the first `after` ones.
+
+        All that happens between two steps is in it. What is left at the end is no window, unless it is the only one.
+        """
+        told = [t for t in self.told_at if t[0] >= after]
+        ends = [told[0]]
+        for now in told[1:]:
+            if now[0] >= ends[-1][0] + window:
+                ends.append(now)
+        ends = ends if len(ends) > 1 else [told[0], told[-1]]
+        return [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(ends)]
 
 
 def own_run(config: Path, what: str) -> OwnRun:

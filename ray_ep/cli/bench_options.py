@@ -15,7 +15,7 @@ from ray_ep.cli.loading import loading
     help="Options of another run, such as --try snapshot.every=0; several of one run with spaces between them. "
     "Give it once for each run.",
 )  # fmt: skip
-@click.option("--steps", type=click.IntRange(2), default=200, show_default=True, help="Steps of a run that count.")
+@click.option("--steps", type=click.IntRange(20), default=200, show_default=True, help="Steps of a run that count.")
 @click.option("--rounds", type=click.IntRange(1), default=4, show_default=True, help="Turns of each run.")
 @click.option("--config", "-c", type=click.Path(), help="YAML file with any subset of the configuration's keys.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON line, with every round.")
