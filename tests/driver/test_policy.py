@@ -101,6 +101,8 @@ def test_throughput_says_what_it_goes_by_and_wishes_nothing_before_it_knows():
     assert shrinks.ranks == 1
     assert "brings (step 200 -> 180 ms), less than 0.7 times elastic.efficiency=0.5" in shrinks.words
     assert wish(cfg, 1, 8, Standing(2, 4, step_seconds={1: 0.2, 2: 0.14, 3: 0.14})).ranks == 2
+    disappointed = wish(cfg, 1, 8, Standing(2, 4, step_seconds={1: 0.2, 2: 0.3, 3: 0.2}))
+    assert disappointed.ranks == 1  # however much a third one promises
 
 
 def test_after_a_loss_nobody_is_asked_for_beyond_wait_s_even_under_what_a_run_is_asked_down_to():

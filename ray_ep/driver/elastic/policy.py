@@ -90,17 +90,20 @@ def _all_room(s: Standing) -> Wish:
 
 
 def _by_throughput(cfg: ElasticConfig, s: Standing) -> Wish:
-    """One more or one fewer, as the predicted step says."""
+    """One fewer or one more, as the predicted step says.
+
+    The last rank comes first: where it was measured to bring little, nobody is asked for on a promise.
+    """
     n, steps = s.staying, s.step_seconds
     more, last = brings(steps, n + 1), brings(steps, n)
-    if more is not None and more >= cfg.efficiency:
-        return Wish(n + 1, f"one rank more {_words(steps, n, n + 1, more)}, elastic.efficiency={cfg.efficiency:g}")
     if last is not None and last < BACK * cfg.efficiency:
         return Wish(
             n - 1,
             f"the last rank {_words(steps, n - 1, n, last)}, less than {BACK:g} times elastic.efficiency="
             f"{cfg.efficiency:g}",
         )
+    if more is not None and more >= cfg.efficiency:
+        return Wish(n + 1, f"one rank more {_words(steps, n, n + 1, more)}, elastic.efficiency={cfg.efficiency:g}")
     if more is None and last is None:
         return Wish(s.placed + s.waiting, "no step is predicted yet (elastic.policy=throughput)")
     return Wish(n, "neither a rank more nor one fewer should pay (elastic.policy=throughput)")
