@@ -30,6 +30,8 @@ LOOK_S = 0.2
 """Seconds between two looks at who has answered."""
 HANGS = 12
 """A rank whose process answers is lost after this many times `cluster.silence_s`: a long call may keep the GIL."""
+_LATE = 1.5
+"""An actor that has not answered for so many times PERIOD_S is late: nobody waits for what it says."""
 _PAUSE_S = 1.0
 """Between two looks that are further apart nobody listened: such a time counts against no rank, at any silence_s."""
 _HEAD_S = 0.02
@@ -94,6 +96,10 @@ class Pulse:
         heard.at, heard.up = now, heard.up or up
         heard.beat = now if up else heard.beat
 
+    def late(self, now: float) -> set[int]:
+        """Ranks whose actor does not answer now, lost or not."""
+        return {r for r, heard in enumerate(self.heard) if not heard.up or now - heard.beat > _LATE * PERIOD_S}
+
     def lost(self, now: float) -> dict[int, str]:
         """{rank: why} of the lost ones."""
         found = {}
@@ -144,6 +150,10 @@ class Heartbeat:
             self._ask(rank, now)
         return self._pulse.lost(now), dead
 
+    def late(self) -> set[int]:
+        """Ranks whose actor does not answer at the moment, lost or not."""
+        return self._pulse.late(self._clock())
+
     def silent_s(self, ranks: Iterable[int]) -> float:
         """Seconds since the last sign of life of the one of them that was heard first; 0 if none was ever heard."""
         heard = [at for at in (self._pulse.heard[rank].at for rank in ranks) if at is not None]
@@ -174,7 +184,7 @@ class Heartbeat:
         if rank not in self._pings:
             self._pings[rank] = self._actors[rank].ping.remote()
         heard = self._pulse.heard[rank]
-        late = now - heard.beat > 1.5 * PERIOD_S
+        late = now - heard.beat > _LATE * PERIOD_S
         if (heard.up and not late) or rank in self._knocks:
             return
         if process := self._process(rank):

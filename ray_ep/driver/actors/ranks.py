@@ -25,8 +25,9 @@ from ray_ep.driver.actors.heartbeat import Heartbeat
 from ray_ep.driver.actors.newcomers import Newcomer, Newcomers
 from ray_ep.driver.actors.placing import Place, Places, check_cpus, resources
 from ray_ep.driver.actors.processes import Starter, end, explained, kill, locate
+from ray_ep.driver.hang.keeping import Hangs
 from ray_ep.driver.recovery.decide import Survivor
-from ray_ep.errors import LostError, RankError, SaveError
+from ray_ep.errors import LateError, LostError, RankError, SaveError
 from ray_ep.moe import Choice
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.placement.links.gpu_links import GpuLinks
@@ -54,6 +55,7 @@ class Ranks:
 
     Attributes:
         membership: who they are, under the epoch of their group.
+        hangs: keeps what everybody was at when ranks hung; None: nobody wants to know, or the run is not there yet.
         device: cpu or cuda. note: what an operator should know of it; "": nothing.
     """
 
@@ -89,6 +91,7 @@ class Ranks:
         start_s = max(cfg.wait_s, _START_S)
         self._starter = Starter(cfg, name, self.device, actor)
         self.newcomers = Newcomers(self._room, self._starter.start, start_s)
+        self.hangs: Hangs | None = None
         self._shelf: Any = None  # of snapshots on disk, as Ray's store has it
         try:
             self._places = self._room.take(cfg.ranks)
@@ -175,7 +178,7 @@ class Ranks:
         results: list[Any] = [None] * len(self.actors)
         failed: dict[int, Exception] = {}  # in the order in which they failed
         silent: dict[int, str] = {}
-        pending, limit, began = list(calls), float("inf"), 0.0
+        pending, limit, began, stacks = list(calls), float("inf"), 0.0, ""
         while pending and (left := limit - time.monotonic()) > 0:
             self._interrupted()
             done, pending = ray.wait(pending, num_returns=1, timeout=min(left, SLICE_S))
@@ -185,7 +188,11 @@ class Ranks:
                 except Exception as e:
                     failed[calls[call]] = e
             found, dead = self._heartbeat.look()
-            silent |= self._killed({r: why for r, why in found.items() if r not in silent})
+            found = {r: why for r, why in found.items() if r not in silent}
+            late = not began and any(isinstance(e, LateError) for e in failed.values())
+            if (found or late) and not stacks:
+                stacks = self._stacks(found, failed)
+            silent |= self._killed(found)
             failed = {r: e for r, e in (dead | failed).items() if r not in silent}
             pending = [c for c in pending if calls[c] not in silent]
             kinds = {kind_of(e) for e in failed.values()}
@@ -198,13 +205,23 @@ class Ranks:
                 limit = min(limit, time.monotonic() + _SAID_S)
         if failed or silent:
             quiet = [calls[c] for c in pending if calls[c] not in failed]
+            if quiet and not stacks and lost_ranks(failed, quiet) is not None:
+                stacks = self._stacks({}, failed)
             if quiet and not began:
                 self._abort(failed.keys())
-            raise self._cause(failed, silent, quiet)
+            raise self._cause(failed, silent, quiet, stacks)
         return results
 
-    def _cause(self, failed: dict[int, Exception], silent: dict[int, str], quiet: list[int]) -> Exception:
-        """The error of a call that failed, given those that did not come back."""
+    def _stacks(self, silent: dict[int, str], failed: dict[int, Exception]) -> str:
+        """Where it is told what everybody is at, now that ranks are silent or late; "": nowhere."""
+        if self.hangs is None:
+            return ""
+        locate(self.where, self.actors)
+        late = {r: "its actor does not answer" for r in self._heartbeat.late() if r not in failed}
+        return self.hangs.keep(self.membership, self.actors, self.where, late | silent, failed)
+
+    def _cause(self, failed: dict[int, Exception], silent: dict[int, str], quiet: list[int], stacks: str) -> Exception:
+        """The error of a call that failed, given those that did not come back, and where it is told what all did."""
         gone = lost_ranks(failed, [*silent, *quiet])
         if silent and gone is not None:
             self._gone.ask(self.where[rank] for rank in silent)
@@ -215,7 +232,8 @@ class Ranks:
             cause = explained(root_cause(failed, quiet, self.where), self.where, self.actors, gone or ())
         if gone is None or not isinstance(cause, RankError):
             return cause
-        lost = LostError(cause.rank, str(cause), gone, self._heartbeat.silent_s(gone))
+        words = f"{cause}\nstacks of {len(self.actors)} ranks: {stacks}" if stacks else str(cause)
+        lost = LostError(cause.rank, words, gone, self._heartbeat.silent_s(gone), stacks)
         lost.__cause__ = cause.__cause__
         return lost
 
