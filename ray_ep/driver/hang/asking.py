@@ -21,8 +21,8 @@ from ray_ep.rank import stacks
 LIMIT_S = 1.0
 """Most seconds that a recovery is later for it; a rank that answers does so within some ten milliseconds."""
 
-NO_ANSWER = "It does not answer."
-NOBODY = "Neither the driver nor a rank that answers is on its node: it cannot be seen from outside."
+_NO_ANSWER = "It does not answer."
+_NOBODY = "Neither the driver nor a rank that answers is on its node: it cannot be seen from outside."
 
 
 def everybody(actors: Sequence[Any], where: Sequence[dict[str, Any]], silent: Collection[int]) -> list[str]:
@@ -42,8 +42,8 @@ def everybody(actors: Sequence[Any], where: Sequence[dict[str, Any]], silent: Co
         ray.wait(awaited, num_returns=len(awaited), timeout=max(limit - time.monotonic(), 0))
     told = _answers(asked)
     for rank in silent:
-        told[rank] = f"{told.get(rank, NO_ANSWER)}\n\nFrom outside:\n{_outside(outside, rank, limit)}"
-    return [told.get(rank, f"{NO_ANSWER} It was asked {LIMIT_S:g} s ago.") for rank in range(len(actors))]
+        told[rank] = f"{told.get(rank, _NO_ANSWER)}\n\nFrom outside:\n{_outside(outside, rank, limit)}"
+    return [told.get(rank, f"{_NO_ANSWER} It was asked {LIMIT_S:g} s ago.") for rank in range(len(actors))]
 
 
 def _from_outside(actors: Sequence[Any], where: Sequence[dict[str, Any]], silent: Collection[int]) -> dict[int, Any]:
@@ -66,10 +66,10 @@ def _outside(looks: dict[int, Any], rank: int, limit: float) -> str:
     """What is seen of a rank from outside."""
     look, left = looks.get(rank), max(limit - time.monotonic(), 0.01)
     if look is None:
-        return NOBODY
+        return _NOBODY
     if isinstance(look, ray.ObjectRef):
         ready, _ = ray.wait([look], timeout=left)
-        return _answers({rank: look}).get(rank, NO_ANSWER) if ready else "Whoever looks at it is not done."
+        return _answers({rank: look}).get(rank, _NO_ANSWER) if ready else "Whoever looks at it is not done."
     wait([look], left)
     return str(look.result()[0]) if look.done() else "The driver, which looks at it, is not done."
 
