@@ -1,76 +1,36 @@
-"""TensorBoard, MLflow and Weights & Biases: figures of each step and the configuration, each by its own library.
-
-A tracker is a listener of the run (driver/publisher.py). Its library is an extra of the package, looked for before
-anything starts and loaded when the run has begun. Where it sends to is set as that library says, by its own variables.
-"""
+"""TensorBoard, MLflow and Weights & Biases: figures of each step and the configuration, each by its own library."""
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from ray_ep.config.schema import Config
-from ray_ep.driver.ending import STATUS
 from ray_ep.driver.records import Event, StepRecord
-from ray_ep.errors import BadInput
-
-IDS = "tracking.json"
-"""File of the run directory: what the run is called there, so that it goes on with the same one after `resume=auto`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """What a tracker is made with.
-
-    Args:
-        project: experiment or project that the run belongs to.
-        run_dir: the run's; its last part is its name. config: plain, as config.yaml has it.
-        first: the first step that will be told.
-    """
-
-    project: str
-    run_dir: Path
-    config: dict[str, Any]
-    first: int
-
-    def known(self, tracker: str) -> str | None:
-        """The id of this run at a tracker, if it has one."""
-        return self._ids().get(tracker)
-
-    def keep(self, tracker: str, run_id: str) -> None:
-        """Remember the id."""
-        (self.run_dir / IDS).write_text(json.dumps({**self._ids(), tracker: run_id}), encoding="utf-8")
-
-    def _ids(self) -> dict[str, str]:
-        try:
-            ids: dict[str, str] = json.loads((self.run_dir / IDS).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return ids
+from ray_ep.observe.trackers.told import Told, figures, flat
 
 
 class TensorBoard:
     """Files under `run_dir`/tensorboard; events are among the texts."""
 
     def __init__(self, told: Told):
+        self._dir = told.run_dir / "tensorboard"
+        self._writer = self._opened(told.start.step + 1)
+        self._last = told.start.step
+
+    def _opened(self, first: int) -> Any:
+        """A writer of steps from `first` on: without purge_step, those that are made again would be drawn twice."""
         from torch.utils.tensorboard import SummaryWriter
 
-        # without purge_step, steps that are made again would be drawn twice
-        self._writer: Any = SummaryWriter(str(told.run_dir / "tensorboard"), purge_step=told.first)
+        writer: Any = SummaryWriter(str(self._dir), purge_step=first)
+        return writer
 
-    def step(self, step: int, figures: dict[str, float]) -> None:
+    def step(self, record: StepRecord) -> None:
         """Figures of one step."""
-        for name, value in figures.items():
-            self._writer.add_scalar(name, value, step)
+        if record.step <= self._last:  # survivors of a loss have gone back
+            self._writer.close()
+            self._writer = self._opened(record.step)
+        self._last = record.step
+        for name, value in figures(record).items():
+            self._writer.add_scalar(name, value, record.step, record.at.timestamp())
 
     def event(self, event: Event) -> None:
         """One event."""
@@ -88,24 +48,42 @@ class MLflow:
         from mlflow.entities import Metric, Param
         from mlflow.tracking import MlflowClient
 
-        self._metric, self._client = Metric, MlflowClient()
+        self._metric, self._param, self._client = Metric, Param, MlflowClient()
+        self._id = self._known(told) or self._new(told)
+
+    def _known(self, told: Told) -> str | None:
+        """The run that this one goes on with; None: it is new, or was deleted there, or that is another server."""
+        from mlflow.exceptions import MlflowException
+
         run_id = told.known("mlflow")
         if run_id is None:
-            found = self._client.get_experiment_by_name(told.project)
-            experiment = found.experiment_id if found else self._client.create_experiment(told.project)
-            run_id = self._client.create_run(experiment, run_name=told.run_dir.name).info.run_id
-            told.keep("mlflow", run_id)
-            params = [Param(key, str(value)[:500]) for key, value in flat(told.config).items()]
-            for start in range(0, len(params), 100):  # most that one call may bring
-                self._client.log_batch(run_id, params=params[start : start + 100])
-        else:
-            self._client.update_run(run_id, status="RUNNING")
-        self._id = run_id
+            return None
+        try:
+            if self._client.get_run(run_id).info.lifecycle_stage != "active":
+                return None
+        except MlflowException as e:
+            if e.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+        self._client.update_run(run_id, status="RUNNING")
+        return run_id
 
-    def step(self, step: int, figures: dict[str, float]) -> None:
+    def _new(self, told: Told) -> str:
+        """A run of the experiment, which is made where there is none."""
+        found = self._client.get_experiment_by_name(told.project)
+        experiment = found.experiment_id if found else self._client.create_experiment(told.project)
+        run_id: str = self._client.create_run(experiment, run_name=told.run_dir.name).info.run_id
+        told.keep("mlflow", run_id)
+        params = [self._param(key, str(value)[:500]) for key, value in flat(told.config).items()]
+        for start in range(0, len(params), 100):  # most that one call may bring
+            self._client.log_batch(run_id, params=params[start : start + 100])
+        return run_id
+
+    def step(self, record: StepRecord) -> None:
         """Figures of one step."""
-        now = int(time.time() * 1000)
-        self._client.log_batch(self._id, [self._metric(name, value, now, step) for name, value in figures.items()])
+        at = int(record.at.timestamp() * 1000)
+        metrics = [self._metric(name, value, at, record.step) for name, value in figures(record).items()]
+        self._client.log_batch(self._id, metrics)
 
     def event(self, event: Event) -> None:
         """MLflow has no place for events."""
@@ -130,9 +108,9 @@ class WandB:
         told.keep("wandb", self._run.id)
         self._run.define_metric("*", step_metric="step")  # its own count refuses a step that is made again
 
-    def step(self, step: int, figures: dict[str, float]) -> None:
+    def step(self, record: StepRecord) -> None:
         """Figures of one step."""
-        self._run.log({**figures, "step": step})
+        self._run.log({**figures(record), "step": record.step})
 
     def event(self, event: Event) -> None:
         """Events are not sent: each would need a table of its own."""
@@ -140,82 +118,3 @@ class WandB:
     def close(self, status: str) -> None:
         """The run has ended."""
         self._run.finish(exit_code=int(status == "failed"))
-
-
-TRACKERS: dict[str, tuple[str, Callable[[Told], Any]]] = {
-    "tensorboard": ("tensorboard", TensorBoard),
-    "mlflow": ("mlflow", MLflow),
-    "wandb": ("wandb", WandB),
-}
-"""{name, which is that of the extra, too: (module that must be there, tracker)}."""
-
-
-class Tracked:
-    """A listener that hands what it hears to one tracker, from the start of the run on."""
-
-    def __init__(self, name: str, cfg: Config, run_dir: Path):
-        self._name, self._cfg, self._run_dir = name, cfg, run_dir
-        self._tracker: Any = None
-        self._status = ""  # as an event says how it ended
-
-    def __enter__(self) -> Tracked:
-        """Nothing is loaded yet."""
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """What is left is written."""
-        if self._tracker is not None:
-            self._tracker.close(self._status or ("failed" if kind else "done"))
-
-    def start(self, event: Event) -> None:
-        """The run begins, or goes on."""
-        config: Any = OmegaConf.to_container(self._cfg)
-        told = Told(self._cfg.tracking.project, self._run_dir, config, event.step + 1)
-        self._tracker = TRACKERS[self._name][1](told)
-
-    def step(self, record: StepRecord) -> None:
-        """One step is done."""
-        if self._tracker is not None:
-            self._tracker.step(record.step, figures(record))
-
-    def event(self, event: Event) -> None:
-        """Something happened."""
-        self._status = STATUS.get(event.kind, self._status)
-        if self._tracker is not None:
-            self._tracker.event(event)
-
-
-def check_trackers(cfg: Config) -> None:
-    """Whether each library is there; raises BadInput."""
-    for name in cfg.tracking.to:
-        if name not in TRACKERS:
-            raise BadInput(f"tracking.to={name}: expected {', '.join(TRACKERS)}")
-        if find_spec(TRACKERS[name][0]) is None:
-            raise BadInput(f"tracking.to={name}: it is not installed: pip install 'ray_ep[{name}]'")
-
-
-@contextmanager
-def trackers(cfg: Config, run_dir: Path) -> Iterator[list[Tracked]]:
-    """Listeners for all that `tracking.to` names; closed at the end."""
-    with ExitStack() as stack:
-        yield [stack.enter_context(Tracked(name, cfg, run_dir)) for name in dict.fromkeys(cfg.tracking.to)]
-
-
-def figures(record: StepRecord) -> dict[str, float]:
-    """Numbers of a step by name, as metrics.jsonl has them; those of a list by its place, of a mapping by its key."""
-    line = record.line()
-    del line["step"]
-    return {name: float(value) for name, value in flat(line, "/").items() if isinstance(value, int | float)}
-
-
-def flat(tree: dict[str, Any], between: str = ".") -> dict[str, Any]:
-    """{path: value} of what is in mappings and lists of mappings' values."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found |= {f"{key}{between}{k}": v for k, v in flat(value, between).items()}
-        elif isinstance(value, list) and between == "/":
-            found |= {f"{key}{between}{place}": v for place, v in enumerate(value)}
-        else:
-            found[key] = value
-    return found
