@@ -98,7 +98,8 @@ class Pulse:
 
     def late(self, now: float) -> set[int]:
         """Ranks whose actor does not answer now, lost or not."""
-        return {r for r, heard in enumerate(self.heard) if not heard.up or now - heard.beat > _LATE * PERIOD_S}
+        since = [heard.beat if heard.up else heard.began for heard in self.heard]
+        return {rank for rank, at in enumerate(since) if now - at > _LATE * PERIOD_S}
 
     def lost(self, now: float) -> dict[int, str]:
         """{rank: why} of the lost ones."""
@@ -131,6 +132,7 @@ class Heartbeat:
         self._pulse = Pulse(len(actors), silence_s, start_s, self._looked)
         self._pings: dict[int, Any] = {}  # not answered yet
         self._knocks: dict[int, Any] = {}
+        self._dead: dict[int, Exception] = {}  # what Ray raised for them
         self._asked: dict[int, Future[Process | None]] = {}  # where a rank runs
         self._found: dict[int, Process] = {}  # for good: Ray starts none of them again
 
@@ -145,29 +147,30 @@ class Heartbeat:
             return {}, {}
         self._looked = now
         self._pulse.look(now)
-        dead = self._hear(now)
+        self._hear(now)
         for rank in self._pulse.due(now):
             self._ask(rank, now)
-        return self._pulse.lost(now), dead
+        return self._pulse.lost(now), dict(self._dead)
 
     def late(self) -> set[int]:
         """Ranks whose actor does not answer at the moment, lost or not."""
-        return self._pulse.late(self._clock())
+        now = self._clock()
+        self._hear(now)
+        return self._pulse.late(now)
 
     def silent_s(self, ranks: Iterable[int]) -> float:
         """Seconds since the last sign of life of the one of them that was heard first; 0 if none was ever heard."""
         heard = [at for at in (self._pulse.heard[rank].at for rank in ranks) if at is not None]
         return self._clock() - min(heard) if heard else 0.0
 
-    def _hear(self, now: float) -> dict[int, Exception]:
-        dead: dict[int, Exception] = {}
+    def _hear(self, now: float) -> None:
         for rank, knock in list(self._knocks.items()):
             if knock.done():
                 del self._knocks[rank]
                 if knock.code().name not in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
                     self._pulse.answered(rank, now, up=False)
         if not self._pings:
-            return dead
+            return
         rank_of = {ping: rank for rank, ping in self._pings.items()}
         for ping in ray.wait(list(rank_of), num_returns=len(rank_of), timeout=0)[0]:
             rank = rank_of[ping]
@@ -176,8 +179,7 @@ class Heartbeat:
                 ray.get(ping)
                 self._pulse.answered(rank, now, up=True)
             except RayError as e:
-                dead[rank] = e
-        return dead
+                self._dead[rank] = e
 
     def _ask(self, rank: int, now: float) -> None:
         self._pulse.asked(rank, now)

@@ -131,7 +131,8 @@ class Spans:
         try:
             version = int(str(self._version))
             files = [self._path / "placements" / f"{v:04d}.json" for v in (version - 1, version)]
-            return len(moves(*map(Placement.load, files)))
+            before, after = map(Placement.load, files)
+            return len(moves(before, after))
         except (OSError, PlacementError, ValueError):
             return None
 
