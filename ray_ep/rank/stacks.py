@@ -23,7 +23,7 @@ MOST = 1 << 16
 """Characters that are kept of one process: so few come with Ray's answer itself, from no store of another node."""
 NEWEST = 50
 """Entries of the flight recorder that are told, the newest."""
-SPY_S = 0.9
+SPY_S = 0.8
 """Seconds that py-spy may take: it took 0.03 to 0.1."""
 
 _RECORDERS = ("_dump_fr_trace_json", "_dump_nccl_trace_json")

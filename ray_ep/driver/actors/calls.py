@@ -26,6 +26,8 @@ _RELEASED_S = 1.0
 """How long to wait for the other ranks once one is lost: aborted, they come back within 0.2 s, and may say why."""
 _BACK = 2.0
 """After a loss, how many times cluster.silence_s ranks that answer may take to come back: at their next exchange."""
+_TOGETHER_S = 0.3
+"""Within so many seconds ranks that wait for the same peer say that it is late: they look every 0.01 or 0.2 s."""
 _SAID_S = 2.0
 """How long to wait for all ranks to say what each finds by itself, before those that have not are aborted."""
 
@@ -85,7 +87,7 @@ class Calls:
             found = {r: why for r, why in found.items() if r not in silent}
             late = not began and any(isinstance(e, LateError) for e in failed.values())
             if (found or late) and not stacks:
-                stacks = self._stacks(found, failed)
+                stacks = self._stacks(found, failed, {c: calls[c] for c in pending})
             silent |= self._killed(found)
             failed = {r: e for r, e in (dead | failed).items() if r not in silent}
             pending = [c for c in pending if calls[c] not in silent]
@@ -100,19 +102,27 @@ class Calls:
         if failed or silent:
             quiet = [calls[c] for c in pending if calls[c] not in failed]
             if quiet and not stacks and lost_ranks(failed, quiet) is not None:
-                stacks = self._stacks({}, failed)
+                stacks = self._stacks({}, failed, {})
             if quiet and not began:
                 self._abort(failed.keys())
             raise self._cause(failed, silent, quiet, stacks)
         return results
 
-    def _stacks(self, silent: dict[int, str], failed: dict[int, Exception]) -> str:
-        """Where it is told what everybody is at, now that ranks are silent or late; "": nowhere."""
+    def _stacks(self, silent: dict[int, str], failed: dict[int, Exception], pending: dict[Any, int]) -> str:
+        """Where it is told what everybody is at, now that ranks are silent or late; "": nowhere.
+
+        Args:
+            pending: {call: rank} of the others: of ranks that are late for a peer one is the first to say so.
+        """
         if self.hangs is None:
             return ""
         locate(self.where, self.actors)
         late = {r: "its actor does not answer" for r in self._heartbeat.late() if r not in failed}
-        return self.hangs.keep(self.membership, self.actors, self.where, late | silent, failed)
+
+        def raised() -> dict[int, Exception]:
+            return failed if silent else {**failed, **_raised(pending)}
+
+        return self.hangs.keep(self.membership, self.actors, self.where, late | silent, raised)
 
     def _cause(self, failed: dict[int, Exception], silent: dict[int, str], quiet: list[int], stacks: str) -> Exception:
         """The error of a call that failed, given those that did not come back, and where it is told what all did."""
@@ -143,3 +153,15 @@ class Calls:
         for rank, actor in enumerate(self.actors):
             if rank not in but:
                 actor.abort.remote(self.membership.epoch)
+
+
+def _raised(calls: dict[Any, int]) -> dict[int, Exception]:
+    """What ranks raise within _TOGETHER_S, of {call: rank}."""
+    found: dict[int, Exception] = {}
+    if calls:
+        for call in ray.wait(list(calls), num_returns=len(calls), timeout=_TOGETHER_S)[0]:
+            try:
+                ray.get(call)
+            except Exception as e:
+                found[calls[call]] = e
+    return found

@@ -18,8 +18,8 @@ from ray.exceptions import RayError
 from ray_ep.driver.actors.head import beside
 from ray_ep.rank import stacks
 
-LIMIT_S = 1.0
-"""Most seconds that a recovery is later for it; a rank that answers does so within some ten milliseconds."""
+LIMIT_S = 0.9
+"""Most seconds that are waited for answers; a rank that answers does so within some ten milliseconds."""
 
 _NO_ANSWER = "It does not answer."
 _NOBODY = "Neither the driver nor a rank that answers is on its node: it cannot be seen from outside."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -21,7 +22,7 @@ HANGS = "hangs"
 KEPT = 20
 """Hangs that are kept, the newest; of each rank a file of at most stacks.MOST characters and a few."""
 
-WRITE_S = 0.5
+WRITE_S = 0.3
 """Most seconds that are waited for the disk; what is not written by then is written beside the recovery."""
 
 log = logging.getLogger("ray_ep.driver")
@@ -44,23 +45,27 @@ class Hangs:
         actors: Sequence[Any],
         where: Sequence[dict[str, Any]],
         silent: Mapping[int, str],
-        failed: Mapping[int, Exception],
+        failed: Callable[[], Mapping[int, Exception]],
     ) -> str:
         """Ask everybody, and write it down; the directory, or "" where it could not be: that ends no run.
 
         Args:
             silent: {rank: how it is silent} of those that do not answer.
-            failed: {rank: what it raised} of those that have come back meanwhile.
+            failed: asked when everybody has answered: {rank: what it raised} of those that have come back by then.
         """
         try:
-            told = everybody(actors, where, silent)
+            told, raised = everybody(actors, where, silent), failed()
             step, at = self.done(), now().isoformat(timespec="milliseconds")
             head = f"{at}, {step} steps were done, epoch {membership.epoch}"
             files = {"driver.txt": f"The driver. {head}.\n\n{stacks.own(asking=True)}"}
             for rank, said in enumerate(told):
                 w = where[rank]
                 lines = [f"Rank {rank} ({membership.members[rank]}) on {w['host']}, process {w.get('pid', 'unknown')}."]
-                lines += [f"{head}.", silent.get(rank, ""), f"It raised:\n{failed[rank]}\n" if rank in failed else ""]
+                lines += [
+                    f"{head}.",
+                    silent.get(rank, ""),
+                    f"It raised:\n{_plain(raised[rank])}\n" if rank in raised else "",
+                ]
                 files[f"rank{rank}.txt"] = stacks.cut("\n".join(filter(None, lines)) + f"\n\n{said}\n")
             name = f"step-{step:06d}-epoch-{membership.epoch}"
             within(WRITE_S, partial(self._write, name, files))
@@ -81,3 +86,8 @@ class Hangs:
         kept = sorted((p for p in self.path.glob("step-*") if p.is_dir()), key=lambda p: p.stat().st_mtime_ns)
         for old in kept[:-KEPT]:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _plain(error: Exception) -> str:
+    """Its words without the colours that Ray gives them."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", str(error))

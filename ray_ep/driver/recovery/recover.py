@@ -294,7 +294,7 @@ class Recovery:
         gone = [m for m in node_of if m not in members.members]
         why, planned = self.departures.lost([node_of[m] for m in gone])
         what = f"; {again} steps are made again" if again > 1 else "; 1 step is made again" if again else ""
-        cause = str(error).splitlines()[0]
+        cause = str(error).splitlines()[0].removesuffix(":")  # a traceback may follow
         count = f"{members.size} ranks go" if members.size > 1 else "1 rank goes"
         plan = f", {'as planned' if planned else 'planned in part'}: {why}" if why else ""
         words = f"{cause.partition('. ')[0]}{plan}; {count} on in epoch {members.epoch}: {decision.words}{what}"
