@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from importlib.metadata import EntryPoint, entry_points
 from importlib.metadata import version as version_of
@@ -79,12 +79,17 @@ def check_exporters() -> None:
 
 
 class _Words(logging.Handler):
-    """The last warning of OpenTelemetry's own: why nothing arrives; without it these go to the terminal."""
+    """The last two warnings of OpenTelemetry's own: why nothing arrives; without it these go to the terminal."""
 
-    last = ""
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: deque[str] = deque(maxlen=2)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.last = " ".join(record.getMessage().split())
+        self._last.append(" ".join(record.getMessage().split()))
+
+    def __str__(self) -> str:
+        return " ".join(self._last) or "no reason given"
 
 
 class OpenTelemetry:
@@ -184,7 +189,7 @@ class OpenTelemetry:
         """Say once that what is sent does not arrive."""
         if any(self._failed) and not self._raised:
             self._raised = True
-            raise ConnectionError(f"spans do not arrive where OTEL_* variables say: {self._words.last or 'no reason'}")
+            raise ConnectionError(f"spans do not arrive where OTEL_* variables say: {self._words}")
 
 
 def _nowhere() -> Any:

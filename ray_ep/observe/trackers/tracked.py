@@ -114,7 +114,8 @@ class Tracked:
                 item()
             except Exception as e:  # each library has errors of its own
                 words = " ".join(str(e).split())
-                self._say(f"{type(e).__name__}: {words[:300]}" if words else type(e).__name__)
+                words = words if len(words) <= 300 else f"{words[:299]}…"
+                self._say(f"{type(e).__name__}: {words}" if words else type(e).__name__)
 
     def _make(self, told: Told) -> None:
         self._tracker = TRACKERS[self._name][1](told)
