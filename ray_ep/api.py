@@ -169,7 +169,7 @@ def _observed(cfg: Config, run: RunDir, progress: Progress, requests: Requests) 
     log, decoder = PlacementLog(run.path), partial(load_decoder, cfg.data.tokenizer)
     with (
         LivePage(run.path, tell("report")) as page,
-        trackers(cfg, run.path) as tracked,
+        trackers(cfg, run.path, tell("tracker")) as tracked,
         Metrics(run.path, cfg.optim.steps, tell("metrics")) as metrics,
         ProvenanceFiles(run.path, cfg.provenance, decoder, lambda e: publisher.event(e)) as records,
         Control(cfg.control, run, requests, lambda e: publisher.event(e)) as control,

@@ -12,6 +12,7 @@ RayEPError
 ├── SaveError            a checkpoint or an export cannot be written: disk full, no permission; exit status 1
 ├── DivergedError        training gave values that are not finite: stopped before they were applied or saved
 ├── GroupError           a collective failed: a peer died, timed out, or the group was aborted
+│   └── LateError        peers did not come within the limit, and nobody says that they are dead
 └── RankError            a rank raised or died; carries that rank's own traceback
     └── LostError        ranks are gone, or a collective failed and nobody says why; the others were released
 """
@@ -67,6 +68,10 @@ class GroupError(RayEPError):
     """A collective failed: a peer died, timed out, or the group was aborted."""
 
 
+class LateError(GroupError):
+    """A collective took longer than its limit: a peer hangs, or is very slow. That one died is not known."""
+
+
 class RankError(RayEPError):
     """A rank raised or died.
 
@@ -83,11 +88,12 @@ class LostError(RankError):
 
     ``lost`` are their numbers, ascending; none where a collective failed and every rank is still there. ``silent_s``:
     seconds from their last sign of life, at most one more than from their end, until the others were released.
+    ``stacks``: directory that tells what everybody was at; "": nobody hung.
     """
 
-    def __init__(self, rank: int, message: str, lost: tuple[int, ...], silent_s: float = 0.0):
+    def __init__(self, rank: int, message: str, lost: tuple[int, ...], silent_s: float = 0.0, stacks: str = ""):
         super().__init__(rank, message)
-        self.lost, self.silent_s = lost, silent_s
+        self.lost, self.silent_s, self.stacks = lost, silent_s, stacks
 
 
 _FOREIGN = ("trust_remote_code", "ignore_mismatched_sizes", "use_safetensors", "pip install", "http", "upgrade")

@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import numpy as np
 
-from ray_ep.driver.records import StepRecord
+from ray_ep.driver.records import StepRecord, now
 from ray_ep.rank.recorded import AFTER, BEFORE, Recorded, Seat, StepProvenance
 
 
@@ -13,7 +13,7 @@ def record(step=1, **figures):
     nothing = {f.name: 0 for f in fields(StepRecord)} | {
         "loss": 2.0, "step_seconds": 0.1, "phase_seconds": {}, "max_expert_load": [], "load": np.ones((1, 4)),
         "rank_load": np.ones((1, 2)), "sent": np.zeros((2, 2)), "migration_seconds": None, "rebalance_seconds": None,
-        "eval_loss": None, "provenance": None, "sample": None,
+        "eval_loss": None, "eval_seconds": None, "provenance": None, "sample": None, "at": now(),
     }  # fmt: skip
     return StepRecord(**nothing | {"step": step} | figures)
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import torch
 
-from ray_ep.errors import BadInput, GroupError
+from ray_ep.errors import BadInput, GroupError, LateError
 
 T = TypeVar("T")
 
@@ -42,6 +42,12 @@ class Limit:
         """Of a message to or from a partner."""
         what = f"rank {partner} did not take a message" if sent else f"no message from rank {partner}"
         return Limit(limit_s, f"{what} within {limit_s:g} s")
+
+
+def ended(rank: int, epoch: int, why: str, timeout_s: float) -> GroupError:
+    """The error of any call in a group that has ended for `why`; `timeout_s`: of its calls."""
+    kind = LateError if why == Limit.of_call(timeout_s).words else GroupError
+    return kind(f"rank {rank}: the group of epoch {epoch} is closed or aborted: {why}")
 
 
 def cuda_device(device: torch.device | str | int | None) -> torch.device:

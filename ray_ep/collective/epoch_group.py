@@ -140,6 +140,10 @@ class EpochGroup(Group):
     def wait(self) -> None:
         self.present.wait()
 
+    def standing(self) -> str:
+        present = self._present
+        return "" if present is None else present.standing()
+
     @property
     def seconds(self) -> float:  # type: ignore[override]
         """Of the present group, as it counts them."""

@@ -102,6 +102,12 @@ class GlooGroup(TorchGroup):
         else:
             self._watched(self._here.barrier)
 
+    def standing(self) -> str:
+        try:
+            return "" if self._here is None else self._here.standing()
+        except (AttributeError, KeyError):  # it is closed at this moment
+            return ""
+
     def take(self, *shape: int, like: torch.Tensor) -> torch.Tensor:
         size = prod(shape) * like.element_size()
         if self._mail is None or (size < SHARED_BYTES and self._here is None) or like.device.type != "cpu":

@@ -62,6 +62,10 @@ class Group(ABC):
         self.all_to_all(out, message, output_sizes, input_sizes)
         return lambda: list(out.split_with_sizes(list(output_sizes)))
 
+    def standing(self) -> str:
+        """How far each rank is, for people, where the group knows; "": it does not. Any thread may ask, at any time."""
+        return ""
+
     @abstractmethod
     def all_gather(self, input: torch.Tensor) -> torch.Tensor:
         """[...] of every rank (same shape) -> [size, ...]."""

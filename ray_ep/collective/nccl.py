@@ -20,7 +20,7 @@ import torch
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from ray_ep.collective.cupy_nccl import communicator, library, reduction_type
-from ray_ep.collective.device import ABORT_S, Limit, check_sizes, cuda_device, here, in_time, is_soon, writable
+from ray_ep.collective.device import ABORT_S, Limit, check_sizes, cuda_device, ended, here, in_time, is_soon, writable
 from ray_ep.collective.group import SLICE, SplittableGroup, check_partner, same_color, split_key
 from ray_ep.errors import GroupError
 
@@ -226,7 +226,7 @@ class NcclGroup(SplittableGroup):
 
     def _check(self) -> None:
         if self._why:
-            raise GroupError(f"rank {self.rank}: the group of epoch {self.epoch} is closed or aborted: {self._why}")
+            raise ended(self.rank, self.epoch, self._why, self.timeout_s)
 
     def _fail(self, why: str) -> None:
         """End the group, once; whoever waits in it is released."""

@@ -18,7 +18,7 @@ import torch
 
 from ray_ep.collective.group import SplittableGroup
 from ray_ep.collective.mailboxes import PLACES, Mailboxes
-from ray_ep.errors import GroupError
+from ray_ep.errors import GroupError, LateError
 
 ORDERED = platform.machine() in ("x86_64", "AMD64")
 """Whether other processes see what a rank writes in the order in which it was written; elsewhere gloo tells them."""
@@ -143,6 +143,11 @@ class OneHost:
 
         return end
 
+    def standing(self) -> str:
+        """How many calls and loans each rank has begun: who is behind is waited for. Any thread may ask."""
+        told = {r: self._mail.counters(-1 if r == self._rank else r) for r in range(self._size)}
+        return "".join(f"rank {r}: {int(c[CALLS])} calls, {int(c[LOANS])} loans begun\n" for r, c in told.items())
+
     def close(self) -> None:
         """Others that wait for this rank are told that it will not come."""
         self._mail.counters(-1)[CLOSED] = 1
@@ -192,19 +197,20 @@ class OneHost:
             trouble = self._trouble(rank, now > limit)
             if trouble and counters[counter] < number:  # what it told before it went counts
                 self._aborted.set()
-                raise GroupError(f"rank {self._rank}: {trouble}")
+                raise trouble
 
-    def _trouble(self, rank: int, late: bool) -> str:
-        epoch = self._group.epoch
+    def _trouble(self, rank: int, late: bool) -> GroupError | None:
+        me, epoch = f"rank {self._rank}:", self._group.epoch
         if self._aborted.is_set():
-            return f"the group of epoch {epoch} was aborted"
+            return GroupError(f"{me} the group of epoch {epoch} was aborted")
         if self._mail.counters(rank)[CLOSED]:
-            return f"a peer of epoch {epoch} is gone: rank {rank} closed its group"
+            return GroupError(f"{me} a peer of epoch {epoch} is gone: rank {rank} closed its group")
         if self._mail.gone(rank):
-            return f"a peer of epoch {epoch} is gone: rank {rank} died"
+            return GroupError(f"{me} a peer of epoch {epoch} is gone: rank {rank} died")
         if late:
-            return f"no answer from the peers of epoch {epoch} in {self._group.timeout_s:g} s, first rank {rank}"
-        return ""
+            limit_s = self._group.timeout_s
+            return LateError(f"{me} no answer from the peers of epoch {epoch} in {limit_s:g} s, first rank {rank}")
+        return None
 
 
 def _reduced(parts: list[torch.Tensor], reduce: Callable[..., torch.Tensor]) -> torch.Tensor:

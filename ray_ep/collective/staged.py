@@ -64,6 +64,9 @@ class StagedGroup(Group):
     def wait(self) -> None:
         self.inner.wait()
 
+    def standing(self) -> str:
+        return self.inner.standing()
+
     def abort(self) -> None:
         self.inner.abort()
 

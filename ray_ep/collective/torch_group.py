@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from ray_ep.collective.device import here, writable
 from ray_ep.collective.group import SLICE, SplittableGroup, check_partner
-from ray_ep.errors import GroupError
+from ray_ep.errors import GroupError, LateError
 
 
 class TorchGroup(SplittableGroup):
@@ -141,9 +141,9 @@ class TorchGroup(SplittableGroup):
         except RuntimeError as e:
             self._aborted.set()
             who = "" if partner is None else f"rank {partner}, by a message: "
-            raise GroupError(
-                f"rank {self.rank}: a peer of epoch {self.epoch} is gone: {who}{str(e).splitlines()[0]}"
-            ) from None
+            late = partner is None and "imed out" in str(e)  # gloo's own clock was first
+            gone = f"rank {self.rank}: a peer of epoch {self.epoch} is gone: {who}{str(e).splitlines()[0]}"
+            raise (LateError if late else GroupError)(gone) from None
 
     def _finish(self, work: Any) -> None:
         """Wait for a started collective in slices."""
@@ -162,7 +162,7 @@ class TorchGroup(SplittableGroup):
                 raise GroupError(f"rank {self.rank}: the group of epoch {self.epoch} was aborted")
             if time.monotonic() > limit:
                 self._aborted.set()
-                raise GroupError(
+                raise LateError(
                     f"rank {self.rank}: no answer from the peers of epoch {self.epoch} in {self.timeout_s:g} s"
                 )
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup, Store
 
-from ray_ep.collective.device import ABORT_S, Limit, cuda_device, here, in_time, is_soon, writable
+from ray_ep.collective.device import ABORT_S, Limit, cuda_device, ended, here, in_time, is_soon, writable
 from ray_ep.collective.group import SLICE, check_partner, same_color, split_key
 from ray_ep.collective.one_host import as_bytes
 from ray_ep.collective.torch_group import TorchGroup
@@ -149,7 +149,7 @@ class TorchNcclGroup(TorchGroup):
 
     def _check(self) -> None:
         if self._why:
-            raise GroupError(f"rank {self.rank}: the group of epoch {self.epoch} is closed or aborted: {self._why}")
+            raise ended(self.rank, self.epoch, self._why, self.timeout_s)
         super()._check()
 
     def abort(self) -> None:

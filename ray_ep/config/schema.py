@@ -332,10 +332,12 @@ class TopologyConfig:
 
 @dataclass
 class TrackingConfig:
-    """Experiment trackers that get the figures of each step."""
+    """Experiment trackers that get the figures of each step, and OpenTelemetry, which gets spans."""
 
     to: list[str] = _opt(
-        [], "tensorboard, mlflow, wandb: each is an extra of the package; where they send to, their own variables say"
+        [],
+        "tensorboard, mlflow, wandb: each is an extra of the package; otel: spans into spans.jsonl of the run "
+        "directory. Where they send to, their own variables say",
     )
     project: str = _opt("ray_ep", "experiment of MLflow, project of Weights & Biases that the run belongs to")
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 from ray_ep.driver.ending import cause_of, ended
 from ray_ep.driver.forming import Formed, form, mover_of
+from ray_ep.driver.hang.keeping import Hangs
 from ray_ep.driver.publisher import LAST_S
 from ray_ep.driver.records import Event
 from ray_ep.driver.requests import Request, RequestKind
@@ -35,6 +36,7 @@ class Driver(Stepping):
         """Have the ranks form; then the run is there: its directory is made, and listeners hear what runs."""
         formed = form(self.cfg, self.plan, self.ranks, phase)
         self.plan.run.create(self.cfg)
+        self.ranks.hangs = Hangs(self.plan.run.path, lambda: self.done)
         self.adopt(formed, Cause.START, first_words(self.cfg, self.plan))
         self.requests.where = self.where
         phase("")

@@ -18,7 +18,7 @@ from ray_ep.rank.recorded import StepProvenance
 STANDING = ("state", "members", "placement")
 """Kinds of events that say where a run stands (run/standing.py): what is true from then on, not what passes by."""
 
-_ARRAYS = ("load", "rank_load", "sent", "sample", "provenance")  # of a step's record; too long for a line
+_APART = ("load", "rank_load", "sent", "sample", "provenance", "at")  # of a step's record: not in its line
 
 
 def now() -> datetime:
@@ -67,8 +67,9 @@ class StepRecord:
         max_expert_load: [L] of the hottest expert of each layer, in multiples of the layer's mean.
         migration_seconds, rebalance_seconds: that the job stood still for a move, and for all that rebalancing asks
             between two steps, the move included; None: it was skipped.
-        eval_loss: on the held-out split; None: not evaluated after this step.
+        eval_loss: on the held-out split; None: not evaluated after this step. eval_seconds: that it took.
         provenance: of the sampled tokens; None: none were; too long for a line, too.
+        at: when the step had ended, UTC; not in a line.
     """
 
     step: int
@@ -104,12 +105,14 @@ class StepRecord:
     migration_seconds: float | None = None
     rebalance_seconds: float | None = None
     eval_loss: float | None = None
+    eval_seconds: float | None = None
     provenance: StepProvenance | None = field(default=None, compare=False, repr=False)
     sample: np.ndarray[Any, Any] | None = field(default=None, compare=False, repr=False)
+    at: datetime = field(default_factory=now, compare=False)
 
     def line(self) -> dict[str, Any]:
         """As a line of metrics.jsonl, without the figures that this step lacks."""
-        names = (f.name for f in fields(self) if f.name not in _ARRAYS)
+        names = (f.name for f in fields(self) if f.name not in _APART)
         return {name: _jsonable(value) for name in names if (value := getattr(self, name)) is not None}
 
 

@@ -121,8 +121,10 @@ class Stepping:
     def finish_step(self, record: StepRecord) -> None:
         """What is due after a step: evaluate, publish, watch the routing, save."""
         if self.evaluator.due(self.done) and not self.stopping():
+            began = time.perf_counter()
             with self.activity("evaluation"):
-                record = replace(record, eval_loss=self.evaluator.evaluate(self.done))
+                loss = self.evaluator.evaluate(self.done)
+            record = replace(record, eval_loss=loss, eval_seconds=time.perf_counter() - began)
         if self.sampling is not None:
             record = replace(record, sample=self.sampling.take())
         self.publisher.step(record)

@@ -28,6 +28,7 @@ from ray_ep.moe.exchange.ways import DEEPEP
 from ray_ep.placement import Placement, RoutingStatistics, Topology, contiguous
 from ray_ep.placement.links.gpu_links import GpuLinks
 from ray_ep.placement.links.groups import groups_of
+from ray_ep.rank import stacks
 from ray_ep.rank.data.corpus import Corpus
 from ray_ep.rank.handover import hand_over
 from ray_ep.rank.memory import oom_kills
@@ -74,6 +75,18 @@ class RankActor:
     def oom_kills(self) -> int:
         """`ray_ep.rank.memory.oom_kills` on this node."""
         return oom_kills()
+
+    @ray.method(concurrency_group="control")
+    def stacks(self) -> str:
+        """What this process is at: `ray_ep.rank.stacks.own`, how far each rank's calls are, torch's flight recorder."""
+        told = self.group.standing() or "not known\n"
+        recorder = stacks.flight_recorder()
+        return f"{stacks.own()}\nCalls of the group:\n{told}\nFlight recorder of torch:\n{recorder}"
+
+    @ray.method(concurrency_group="control")
+    def seen(self, pids: list[int]) -> list[str]:
+        """`ray_ep.rank.stacks.seen`: other processes of this machine from outside."""
+        return stacks.seen(pids)
 
     @ray.method(concurrency_group="control")
     def end(self) -> None:

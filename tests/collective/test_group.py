@@ -11,7 +11,7 @@ import torch
 
 from ray_ep.collective import from_torch
 from ray_ep.collective.group import SLICE
-from ray_ep.errors import GroupError
+from ray_ep.errors import GroupError, LateError
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
@@ -107,7 +107,7 @@ def test_a_peer_that_never_comes_ends_in_an_error_after_the_time_limit(ranks):
     def work(g):
         if g.rank == 0:
             g.timeout_s = 0.5
-            with pytest.raises(GroupError, match="no answer"):
+            with pytest.raises(LateError, match="no answer"):
                 g.all_reduce(torch.ones(1))
 
     ranks(2, work, timeout_s=10.0, groups={})

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from ray_ep.collective import one_host
 from ray_ep.collective.gloo_group import gloo
 from ray_ep.collective.mailboxes import PLACES
-from ray_ep.errors import GroupError
+from ray_ep.errors import GroupError, LateError
 
 SIZES = [0, 1, 7, one_host._SMALL, one_host._SMALL + 1, one_host._PIECE + 3]
 
@@ -97,8 +98,10 @@ def test_a_group_takes_the_time_limit_and_the_epoch_that_it_is_given_later(ranks
     def work(group):
         group.epoch, group.timeout_s = 7, 0.3
         if group.rank == 0:
-            with pytest.raises(GroupError, match=r"peers of epoch 7 in 0\.3 s, first rank 1"):
+            with pytest.raises(LateError, match=r"peers of epoch 7 in 0\.3 s, first rank 1"):
                 group.barrier()
+            mine, other = re.findall(r"rank \d: (\d+) calls", group.standing())
+            assert int(mine) == int(other) + 1  # the one that never came is behind
 
     ranks(2, work, groups={})
 

@@ -45,7 +45,8 @@ def ask():
         time.sleep(0.02)
     main(["rebalance", "moving"], standalone_mode=False)
 
-ray_ep.train(config("run_dir=moving", "placement.every=2", "placement.alert_s=1e-6"))  # no decision is as fast
+soon = "placement.alert_s=1e-6"  # no decision is as fast
+ray_ep.train(config("run_dir=moving", "placement.every=2", soon, "tracking.to=[otel]"))
 threading.Thread(target=ask).start()
 ray_ep.train(config("run_dir=moving", "placement.every=0", "resume=auto", "optim.steps=40"))
 
@@ -87,6 +88,29 @@ def said(runs, lines):
     return lambda name, kind="rebalance": [
         e["message"] for e in lines(runs / name / "events.jsonl") if e["kind"] == kind
     ]
+
+
+def test_each_move_is_a_span_with_how_many_experts_moved_linked_to_its_decision_and_to_what_it_brought(runs, lines):
+    trees = [line["resourceSpans"][0]["scopeSpans"][0]["spans"] for line in lines(runs / "moving" / "spans.jsonl")]
+    named = {name: [t[0] for t in trees if t[0]["name"] == name] for name in ("step", "rebalance", "migration")}
+    measured = [t[0] for t in trees if t[0]["name"] == "rebalance.measured"]
+
+    def attribute(span, name):
+        return next(next(iter(a["value"].values())) for a in span["attributes"] if a["key"] == f"ray_ep.{name}")
+
+    def linked(span):
+        return {k["spanId"] for k in span["links"]}
+
+    assert named["migration"]
+    assert measured
+    for move in named["migration"]:
+        assert int(attribute(move, "moved_experts")) > 0
+        (decision,) = [d for d in named["rebalance"] if d["spanId"] in linked(move)]
+        assert attribute(decision, "moves") is True
+        assert decision["endTimeUnixNano"] <= move["startTimeUnixNano"] < move["endTimeUnixNano"]
+        steps = [s for s in named["step"] if s["endTimeUnixNano"] <= move["startTimeUnixNano"]]
+        assert int(attribute(steps[-1], "step")) == int(attribute(move, "step"))
+    assert all(linked(m) & {move["spanId"] for move in named["migration"]} for m in measured)
 
 
 def test_experts_move_where_it_pays_and_what_it_brought_is_measured(runs, said, lines):

@@ -111,9 +111,9 @@ def test_a_killed_rank_is_named_and_the_other_goes_on_alone(here, lines, faults,
 IN_AN_EXCHANGE = "ray_ep.moe.exchange.meter:MeteredGroup.all_to_all"
 
 
-def stopped(command, faults):
-    """The process that has stopped itself as the script says."""
-    command.until(lambda: faults.happened("stop"), 200, "the fault")
+def stopped(command, faults, what="stop"):
+    """The process that has stopped itself, or sleeps, as the script says."""
+    command.until(lambda: faults.happened(what), 200, "the fault")
     return faults.lines()[-1]["pid"]
 
 
@@ -136,16 +136,39 @@ def test_a_rank_that_is_stopped_for_less_than_silence_s_costs_the_wait_alone(her
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_stopped_for_longer_is_lost_and_killed(here, lines, faults, cluster, undisturbed):
-    faults.stop(rank=1, at=IN_AN_EXCHANGE, call=60)
+@pytest.mark.parametrize("what", ["stop", "slow"])
+def test_a_rank_that_hangs_is_lost_once_it_is_told_what_everybody_was_at(
+    here, lines, faults, cluster, undisturbed, what
+):
+    """Stopped, it answers nothing; asleep in a call, it answers, and the others run into the limit of theirs."""
+    where = {"rank": 1, "at": IN_AN_EXCHANGE, "call": 60}
+    faults.stop(**where) if what == "stop" else faults.slow(600, **where)
     three = ["cluster.ranks=3", "cluster.cpus_per_rank=0.5", "cluster.silence_s=2", "run_dir=run"]
-    command = here.train(*OPTIONS, *three, faults=faults, RAY_ADDRESS=cluster.driver)
-    pid = stopped(command, faults)
+    limit = ["cluster.collective_timeout_s=8", "tracking.to=[otel]"]
+    command = here.train(*OPTIONS, *three, *limit, faults=faults, RAY_ADDRESS=cluster.driver)
+    pid = stopped(command, faults, what)
     command.until(lambda: "event kind=recovered" in command.err, 60, "the recovery")
-    command.until(lambda: not os.path.exists(f"/proc/{pid}"), 6, "the end of what was stopped")
+    command.until(lambda: not os.path.exists(f"/proc/{pid}"), 6, "the end of what hung")
     (event,) = lost_once(here, lines, command, undisturbed)
     assert (event["lost"], event["planned"], event["failures"]) == (["rank-1"], False, 1)
-    assert event["seconds"]["detect"] >= 2
+    assert event["seconds"]["detect"] >= 2 or what == "slow"
+    assert f"stacks of 3 ranks: {event['stacks']}" in command.err
+    told = {p.name: p.read_text() for p in Path(event["stacks"]).iterdir()}
+    assert sorted(told) == ["driver.txt", "rank0.txt", "rank1.txt", "rank2.txt"]
+    if what == "stop":
+        assert "state T (stopped)" in told["rank1.txt"]
+        assert re.search(r"happen \(.*(\n.*)*train_step|py-spy cannot read it", told["rank1.txt"])
+    else:
+        assert re.search(r"in train_step\n(.*\n)*.*in happen\n    time.sleep\(fault.value\)", told["rank1.txt"])
+    for name in ("rank0.txt", "rank2.txt"):
+        assert re.search(r"in all_to_all\n(.*\n)*.*in _sleep_until", told[name]), told[name]
+        mine, hung = (re.search(rf"rank {r}: (\d+) calls", told[name])[1] for r in (name[4], 1))
+        assert int(mine) == int(hung) + 1
+        assert "Flight recorder of torch:\n" in told[name]
+    spans = [line["resourceSpans"][0]["scopeSpans"][0]["spans"] for line in lines(here.path / "run" / "spans.jsonl")]
+    (recovery,) = [tree for tree in spans if tree[0]["name"] == "recovery"]
+    assert [s["name"] for s in recovery[1:]] == [f"recovery.{clock}" for clock in event["seconds"]]
+    assert len(recovery[0]["links"]) == 1 + event["repeated"]
 
 
 @pytest.mark.slow

@@ -6,7 +6,8 @@ import time
 
 import ray
 
-from ray_ep.errors import GroupError, ModelError, PlacementError
+from ray_ep.errors import GroupError, LateError, ModelError, PlacementError
+from ray_ep.rank import stacks
 
 
 @ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"control": 2})
@@ -33,6 +34,16 @@ class LightRank:
     def oom_kills(self):
         """None."""
         return 0
+
+    @ray.method(concurrency_group="control")
+    def stacks(self):
+        """As the real one, without a group."""
+        return stacks.own()
+
+    @ray.method(concurrency_group="control")
+    def seen(self, pids):
+        """As the real one."""
+        return stacks.seen(pids)
 
     @ray.method(concurrency_group="control")
     def abort(self, epoch=None):
@@ -63,7 +74,7 @@ class LightRank:
             time.sleep(600)
         if self.rank:
             self.aborted.wait()
-        raise GroupError("no answer from the peers")
+        raise LateError("no answer from the peers")
 
     def save(self, url, step):
         """Not collective: rank number `step` takes long over it."""

@@ -83,7 +83,7 @@ def test_files_hold_every_record_with_its_figures_and_metrics_have_the_keys_that
         "aux_loss z_loss imbalance_before imbalance_after guests guest_bytes balance_saved_predicted "
         "balance_saved_measured max_expert_load migration_seconds rebalance_seconds"
     )
-    assert [" ".join(m) for m in lines] == [usual, f"{usual} eval_loss"]
+    assert [" ".join(m) for m in lines] == [usual, f"{usual} eval_loss eval_seconds"]
     start = next(e for e in it.run.events() if e["kind"] == "start")
     assert list(start) == ["time", "step", "kind", "message", "fields"]
     assert (start["fields"]["ranks"], start["fields"]["experts"]) == (2, 8)

@@ -39,6 +39,7 @@ def test_a_rank_is_lost_once_it_was_silent_for_silence_s_and_no_sooner_and_it_al
     line = Line()
     line.pass_(20, answering=(0, 1, 2)).pass_(SILENCE_S - PERIOD_S - LOOK_S, answering=(0, 2))
     assert line.lost == {}
+    assert line.pulse.late(line.now) == {1}  # nobody waits for what it says
     line.pass_(2 * PERIOD_S, answering=(0, 2))
     assert list(line.lost) == [1]
     assert line.lost[1] == "has not answered for 5.2 s (cluster.silence_s=5)"  # seen at the next look

@@ -1,6 +1,7 @@
 """Rank actors in real processes on a Ray of three nodes: what each kind of fault ends with; where ranks are placed."""
 
 import os
+import re
 import signal
 import threading
 import time
@@ -17,6 +18,7 @@ from ray_ep.driver.actors.heartbeat import process_of
 from ray_ep.driver.actors.newcomers import Stage
 from ray_ep.driver.actors.placing import Places
 from ray_ep.driver.actors.ranks import Ranks
+from ray_ep.driver.hang.keeping import Hangs
 from ray_ep.errors import ClusterError, PlacementError, RankError
 from ray_ep.placement import contiguous
 from tests.conftest import slow
@@ -89,10 +91,22 @@ def aborts(ranks, of):
     return ray.get([ranks.actors[r].aborts_seen.remote() for r in of], timeout=5)
 
 
-def test_a_rank_that_is_stopped_in_a_collective_is_named_and_the_others_are_released(ranks):
+def test_a_rank_that_is_stopped_is_named_once_it_is_told_what_all_are_at_and_the_others_are_released(ranks, tmp_path):
+    ranks.hangs = Hangs(tmp_path, lambda: 7)
     e, seconds = fails(sends(ranks, signal.SIGSTOP), ranks.train_step, NOBODY)
     assert e.rank == 1
     assert f"rank 1 on beta (process {ranks.where[1]['pid']}) has not answered for 2." in str(e)
+    kept = tmp_path / "hangs" / "step-000007-epoch-0"
+    assert str(e).endswith(f"stacks of 3 ranks: {kept}")
+    told = {p.name: p.read_text() for p in kept.iterdir()}
+    assert sorted(told) == ["driver.txt", "rank0.txt", "rank1.txt", "rank2.txt"]
+    assert "has not answered for 2." in told["rank1.txt"]
+    assert "state T (stopped)" in told["rank1.txt"]
+    if "py-spy cannot read it" not in told["rank1.txt"]:  # it takes the right to trace processes
+        assert re.search(r"train_step \(.*light_rank\.py", told["rank1.txt"])
+    for name in ("rank0.txt", "rank2.txt"):
+        assert "in train_step\n    self.aborted.wait()" in told[name]
+    assert "in train_step" in told["driver.txt"]
     assert "its node answers, so its process is stopped or hangs" in str(e)
     assert seconds < SILENCE_S + 2
     assert aborts(ranks, (0, 2)) == [1, 1]
@@ -131,12 +145,14 @@ def test_a_rank_that_is_stopped_while_it_starts_is_named_with_its_node_and_nothi
     assert not running(pid)
 
 
-def test_a_killed_rank_is_named_as_dead_and_the_others_are_released(ranks):
+def test_a_killed_rank_is_named_as_dead_and_the_others_are_released(ranks, tmp_path):
+    ranks.hangs = Hangs(tmp_path, lambda: 7)
     e, seconds = fails(sends(ranks, signal.SIGKILL), ranks.train_step, NOBODY)
     assert e.rank == 1
     assert str(e).startswith("rank 1 on beta died: ")
     assert seconds < 1.5
     assert aborts(ranks, (0, 2)) == [1, 1]
+    assert list(tmp_path.iterdir()) == []  # nobody hung, nobody was asked
 
 
 def test_a_rank_that_raises_alone_is_named_with_its_traceback_and_the_others_are_released(ranks):
@@ -148,10 +164,15 @@ def test_a_rank_that_raises_alone_is_named_with_its_traceback_and_the_others_are
     assert aborts(ranks, (0, 1, 2)) == [1, 0, 1]
 
 
-def test_a_rank_that_answers_but_does_not_come_back_is_named_not_those_that_wait_for_it(ranks):
+def test_a_rank_that_answers_but_does_not_come_back_is_named_not_those_that_wait_for_it(ranks, tmp_path):
+    ranks.hangs = Hangs(tmp_path, lambda: 7)
     with pytest.raises(RankError, match=r"rank 2 on beta .* did not come back, while rank 0 raised") as e:
         ranks.load("", 2)
     assert e.value.rank == 2
+    told = {p.name: p.read_text() for p in (tmp_path / "hangs" / "step-000007-epoch-0").iterdir()}
+    assert "in load\n    time.sleep(600)" in told["rank2.txt"]
+    assert "in load\n    self.aborted.wait()" in told["rank1.txt"]  # before it was released
+    assert re.search(r"It raised:\n.*in load\n.*no answer from the peers", told["rank0.txt"], re.S)
 
 
 def test_ranks_of_a_node_that_does_not_answer_are_killed_without_waiting_for_it_and_that_is_said(request, cluster):

@@ -10,7 +10,7 @@ import torch
 
 import ray_ep
 from ray_ep.collective import SoloGroup
-from ray_ep.errors import BadInput, GroupError
+from ray_ep.errors import BadInput, LateError
 from ray_ep.moe.passes import recomputing
 from tests.conftest import slow
 from tests.fake_cuda import fake_cuda, host_syncs, nccl_ranks
@@ -240,7 +240,7 @@ def test_a_layer_whose_peer_does_not_come_ends_as_the_group_does_and_takes_no_si
             return None
         group.timeout_s = 0.3
         index = torch.arange(24).view(8, 3).cuda() % 8
-        with pytest.raises(GroupError, match=r"no answer from the peers in 0\.3 s"):
+        with pytest.raises(LateError, match=r"no answer from the peers in 0\.3 s"):
             ours.ray_ep.layers[0].compute(ours.ray_ep.modules[0], torch.ones(8, 32).cuda(), index, index.float())
         return True
 

@@ -30,6 +30,8 @@ LOOK_S = 0.2
 """Seconds between two looks at who has answered."""
 HANGS = 12
 """A rank whose process answers is lost after this many times `cluster.silence_s`: a long call may keep the GIL."""
+_LATE = 1.5
+"""An actor that has not answered for so many times PERIOD_S is late: nobody waits for what it says."""
 _PAUSE_S = 1.0
 """Between two looks that are further apart nobody listened: such a time counts against no rank, at any silence_s."""
 _HEAD_S = 0.02
@@ -94,6 +96,11 @@ class Pulse:
         heard.at, heard.up = now, heard.up or up
         heard.beat = now if up else heard.beat
 
+    def late(self, now: float) -> set[int]:
+        """Ranks whose actor does not answer now, lost or not."""
+        since = [heard.beat if heard.up else heard.began for heard in self.heard]
+        return {rank for rank, at in enumerate(since) if now - at > _LATE * PERIOD_S}
+
     def lost(self, now: float) -> dict[int, str]:
         """{rank: why} of the lost ones."""
         found = {}
@@ -125,6 +132,7 @@ class Heartbeat:
         self._pulse = Pulse(len(actors), silence_s, start_s, self._looked)
         self._pings: dict[int, Any] = {}  # not answered yet
         self._knocks: dict[int, Any] = {}
+        self._dead: dict[int, Exception] = {}  # what Ray raised for them
         self._asked: dict[int, Future[Process | None]] = {}  # where a rank runs
         self._found: dict[int, Process] = {}  # for good: Ray starts none of them again
 
@@ -139,25 +147,30 @@ class Heartbeat:
             return {}, {}
         self._looked = now
         self._pulse.look(now)
-        dead = self._hear(now)
+        self._hear(now)
         for rank in self._pulse.due(now):
             self._ask(rank, now)
-        return self._pulse.lost(now), dead
+        return self._pulse.lost(now), dict(self._dead)
+
+    def late(self) -> set[int]:
+        """Ranks whose actor does not answer at the moment, lost or not."""
+        now = self._clock()
+        self._hear(now)
+        return self._pulse.late(now)
 
     def silent_s(self, ranks: Iterable[int]) -> float:
         """Seconds since the last sign of life of the one of them that was heard first; 0 if none was ever heard."""
         heard = [at for at in (self._pulse.heard[rank].at for rank in ranks) if at is not None]
         return self._clock() - min(heard) if heard else 0.0
 
-    def _hear(self, now: float) -> dict[int, Exception]:
-        dead: dict[int, Exception] = {}
+    def _hear(self, now: float) -> None:
         for rank, knock in list(self._knocks.items()):
             if knock.done():
                 del self._knocks[rank]
                 if knock.code().name not in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
                     self._pulse.answered(rank, now, up=False)
         if not self._pings:
-            return dead
+            return
         rank_of = {ping: rank for rank, ping in self._pings.items()}
         for ping in ray.wait(list(rank_of), num_returns=len(rank_of), timeout=0)[0]:
             rank = rank_of[ping]
@@ -166,15 +179,14 @@ class Heartbeat:
                 ray.get(ping)
                 self._pulse.answered(rank, now, up=True)
             except RayError as e:
-                dead[rank] = e
-        return dead
+                self._dead[rank] = e
 
     def _ask(self, rank: int, now: float) -> None:
         self._pulse.asked(rank, now)
         if rank not in self._pings:
             self._pings[rank] = self._actors[rank].ping.remote()
         heard = self._pulse.heard[rank]
-        late = now - heard.beat > 1.5 * PERIOD_S
+        late = now - heard.beat > _LATE * PERIOD_S
         if (heard.up and not late) or rank in self._knocks:
             return
         if process := self._process(rank):

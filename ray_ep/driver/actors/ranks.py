@@ -17,16 +17,16 @@ from transformers import PreTrainedConfig
 from ray_ep.collective import Membership
 from ray_ep.collective.ray_backend import RENDEZVOUS_S
 from ray_ep.config.schema import ClusterConfig, Config
-from ray_ep.driver.actors.cause import Kind, kind_of, lost_ranks, root_cause, silent_cause
-from ray_ep.driver.actors.cluster import SLICE_S, device_of
+from ray_ep.driver.actors.calls import Calls
+from ray_ep.driver.actors.cluster import device_of
 from ray_ep.driver.actors.gone import Gone
 from ray_ep.driver.actors.head import HEAD_S, within
 from ray_ep.driver.actors.heartbeat import Heartbeat
 from ray_ep.driver.actors.newcomers import Newcomer, Newcomers
 from ray_ep.driver.actors.placing import Place, Places, check_cpus, resources
-from ray_ep.driver.actors.processes import Starter, end, explained, kill, locate
+from ray_ep.driver.actors.processes import Starter, end, kill, locate
 from ray_ep.driver.recovery.decide import Survivor
-from ray_ep.errors import LostError, RankError, SaveError
+from ray_ep.errors import SaveError
 from ray_ep.moe import Choice
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.placement.links.gpu_links import GpuLinks
@@ -39,21 +39,14 @@ from ray_ep.rank.snapshot.on_disk import Shelf
 
 log = logging.getLogger(__name__)
 
-_RELEASED_S = 1.0
-"""How long to wait for the other ranks once one is lost: aborted, they come back within 0.2 s, and may say why."""
-_BACK = 2.0
-"""After a loss, how many times cluster.silence_s ranks that answer may take to come back: at their next exchange."""
-_SAID_S = 2.0
-"""How long to wait for all ranks to say what each finds by itself, before those that have not are aborted."""
 _START_S = 300.0
 """Least time that a rank has to start: imports took 4 to 20 s, and over 60 s where 20 processes shared a core."""
 
 
-class Ranks:
+class Ranks(Calls):
     """The rank actors of a run.
 
     Attributes:
-        membership: who they are, under the epoch of their group.
         device: cpu or cuda. note: what an operator should know of it; "": nothing.
     """
 
@@ -151,86 +144,6 @@ class Ranks:
     def room(self) -> dict[str, int]:
         """How many ranks more each node has room for now."""
         return self._room.room()
-
-    def _call(
-        self, method: str, *args: Any, each: Sequence[tuple[Any, ...]] | None = None, title: str = ""
-    ) -> list[Any]:
-        """Call a method on all ranks; results in rank order.
-
-        Args:
-            each: [R] arguments of each rank, behind the common ones.
-            title: by which Ray's dashboard lists the calls; "": the method's name.
-
-        Raises:
-            LostError: ranks died or went silent; they are named. The others were aborted, which ends the life of their
-                group, and have come back.
-            RankError: a rank raised; it is named, with its own traceback. The others were aborted.
-            BadInput, DivergedError: a rank found the user's input wrong, or values that are not finite.
-            SaveError: a rank could not write; all have answered.
-        """
-        own = each or [()] * len(self.actors)
-        methods = [getattr(actor, method) for actor in self.actors]
-        methods = [m.options(name=title) for m in methods] if title else methods
-        calls = {method.remote(*args, *own[r]): r for r, method in enumerate(methods)}
-        results: list[Any] = [None] * len(self.actors)
-        failed: dict[int, Exception] = {}  # in the order in which they failed
-        silent: dict[int, str] = {}
-        pending, limit, began = list(calls), float("inf"), 0.0
-        while pending and (left := limit - time.monotonic()) > 0:
-            self._interrupted()
-            done, pending = ray.wait(pending, num_returns=1, timeout=min(left, SLICE_S))
-            for call in done:
-                try:
-                    results[calls[call]] = ray.get(call)
-                except Exception as e:
-                    failed[calls[call]] = e
-            found, dead = self._heartbeat.look()
-            silent |= self._killed({r: why for r, why in found.items() if r not in silent})
-            failed = {r: e for r, e in (dead | failed).items() if r not in silent}
-            pending = [c for c in pending if calls[c] not in silent]
-            kinds = {kind_of(e) for e in failed.values()}
-            if (silent or Kind.ALONE in kinds) and not began:
-                began = time.monotonic()
-                self._abort({*failed, *silent})
-            if began:
-                limit = began + (_RELEASED_S if lost_ranks(failed, ()) is None else _BACK * self.cfg.silence_s)
-            elif Kind.BY_ALL in kinds:
-                limit = min(limit, time.monotonic() + _SAID_S)
-        if failed or silent:
-            quiet = [calls[c] for c in pending if calls[c] not in failed]
-            if quiet and not began:
-                self._abort(failed.keys())
-            raise self._cause(failed, silent, quiet)
-        return results
-
-    def _cause(self, failed: dict[int, Exception], silent: dict[int, str], quiet: list[int]) -> Exception:
-        """The error of a call that failed, given those that did not come back."""
-        gone = lost_ranks(failed, [*silent, *quiet])
-        if silent and gone is not None:
-            self._gone.ask(self.where[rank] for rank in silent)
-            cause: Exception = silent_cause(
-                silent, [r for r in silent if self._places[r].node in self._gone.cut_off], self.where
-            )
-        else:
-            cause = explained(root_cause(failed, quiet, self.where), self.where, self.actors, gone or ())
-        if gone is None or not isinstance(cause, RankError):
-            return cause
-        lost = LostError(cause.rank, str(cause), gone, self._heartbeat.silent_s(gone))
-        lost.__cause__ = cause.__cause__
-        return lost
-
-    def _killed(self, silent: dict[int, str]) -> dict[int, str]:
-        """Kill ranks that are silent: should one wake up, it finds itself dead."""
-        if silent:
-            locate(self.where, self.actors)
-            kill([self.actors[rank] for rank in silent])
-        return silent
-
-    def _abort(self, but: Collection[int]) -> None:
-        """Release ranks from collectives, for whose end they would wait in vain."""
-        for rank, actor in enumerate(self.actors):
-            if rank not in but:
-                actor.abort.remote(self.membership.epoch)
 
     def reach(self, trial: DirectoryTrial) -> list[list[str]]:
         """What each rank's node cannot read or write of what the run needs there, in words."""

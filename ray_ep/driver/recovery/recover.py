@@ -294,15 +294,16 @@ class Recovery:
         gone = [m for m in node_of if m not in members.members]
         why, planned = self.departures.lost([node_of[m] for m in gone])
         what = f"; {again} steps are made again" if again > 1 else "; 1 step is made again" if again else ""
-        cause = str(error).splitlines()[0]
+        cause = str(error).splitlines()[0].removesuffix(":")  # a traceback may follow
         count = f"{members.size} ranks go" if members.size > 1 else "1 rank goes"
         plan = f", {'as planned' if planned else 'planned in part'}: {why}" if why else ""
         words = f"{cause.partition('. ')[0]}{plan}; {count} on in epoch {members.epoch}: {decision.words}{what}"
+        words += f"; stacks of {len(node_of)} ranks: {error.stacks}" if error.stacks else ""
         log.info("recovered lost=%s epoch=%d done=%d repeated=%d", gone, members.epoch, decision.done, again)
         fields = {
             "lost": gone, "cause": cause, "planned": planned, "why": why, "failures": self.departures.failures,
             "planned_leaves": self.departures.planned_leaves, "epoch": members.epoch, "ranks": members.size,
-            "done": decision.done, "repeated": again, "seconds": seconds,
+            "done": decision.done, "repeated": again, "seconds": seconds, "stacks": error.stacks,
         }  # fmt: skip
         self._told.append((words, fields))
         self._since = self.clock()
