@@ -83,6 +83,7 @@ def test_buf_finds_nothing():
 
 
 @with_buf
+@pytest.mark.slow
 def test_buf_agrees_about_what_breaks(tmp_path):
     for number, (text, instead, says) in enumerate(BREAKS):
         folder = edited(tmp_path / str(number), text, instead)
