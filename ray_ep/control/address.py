@@ -72,7 +72,8 @@ def target_of(where: str, token_file: str = "", ca: str = "", cert: str = "", ke
     """Of a run directory, or of HOST:PORT with the token in `token_file`.
 
     Args:
-        ca, cert, key: as of Target; with an address, any of them means TLS.
+        ca, cert, key: as of Target; with an address, any of them means TLS, and so does another machine's address: a
+            token never travels in the open.
 
     Raises:
         BadInput: neither, no right to read the file there, or a run that has ended.
@@ -84,7 +85,7 @@ def target_of(where: str, token_file: str = "", ca: str = "", cert: str = "", ke
         return Target(**(told | given))
     if not token_file:
         raise BadInput(f"{where}: give --token-file FILE, too: without a token nobody is let in")
-    return Target(where, secret(token_file, "--token-file"), tls=bool(given), **given)
+    return Target(where, secret(token_file, "--token-file"), tls=bool(given) or not is_loopback(_host(where)), **given)
 
 
 def _of_run(run: Path) -> dict[str, Any]:
@@ -100,18 +101,23 @@ def _of_run(run: Path) -> dict[str, Any]:
         if (run / FILE).exists():
             raise BadInput(str(e)) from None
         raise BadInput(
-            f"{str(run)!r}: this run has no control: it is forming still, or control.enabled=false, or its event "
-            "`control` says why"
+            f"{str(run)!r}: this run has no control: it is forming still, or ending, or control.enabled=false, or its "
+            "event `control` says why"
         ) from None
     except (ValueError, KeyError, TypeError):
         raise BadInput(f"{str(run / FILE)!r} is damaged: give HOST:PORT and --token-file instead") from None
     host, here = str(told["host"]), socket.gethostname()
-    if host != here and is_loopback(str(told["address"]).rpartition(":")[0].strip("[]")):
+    if host != here and is_loopback(_host(str(told["address"]))):
         raise BadInput(
             f"{str(run)!r}: its control listens on host {host} for that host alone: ask there, or start the run with "
             "control.address and TLS"
         )
     return {**told, "run": str(run)}
+
+
+def _host(address: str) -> str:
+    """Of HOST:PORT."""
+    return address.rpartition(":")[0].strip("[]")
 
 
 def ended(run: Path) -> str:

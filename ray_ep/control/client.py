@@ -85,7 +85,8 @@ class Client:
         try:
             raw = self._path(method)(request.SerializeToString(), limit_s, metadata=self._metadata)
         except grpc.RpcError as e:
-            self._raise(e, limit_s)
+            begun = "; if it was begun, it is carried out" if "mutation" in request.DESCRIPTOR.fields_by_name else ""
+            self._raise(e, f"no answer within {limit_s:g} s{begun}")
         return GetMessageClass(method.output_type).FromString(raw)
 
     def watch(self, every_s: float = 1.0) -> Iterator[pb.RunStatus]:
@@ -97,7 +98,7 @@ class Client:
             for raw in answers:
                 yield pb.WatchStatusResponse.FromString(raw).status
         except grpc.RpcError as e:
-            self._raise(e, LOOK_S)
+            self._raise(e)
         finally:
             answers.cancel()
 
@@ -105,15 +106,13 @@ class Client:
         kind = self._channel.unary_stream if method.server_streaming else self._channel.unary_unary
         return kind(f"/{method.containing_service.full_name}/{method.name}")
 
-    def _raise(self, e: Any, limit_s: float) -> NoReturn:
+    def _raise(self, e: Any, late: str = "") -> NoReturn:
         code, words = e.code(), " ".join(str(e.details()).split())
         run = Path(self.target.run) if self.target.run else None
         if code in _FOREIGN and run is not None and holder(run, unknown={}) is None:
             raise ControlError(ended(run)) from None
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            raise ControlError(
-                f"{self.target.said()}: no answer within {limit_s:g} s; if it was begun, it is carried out"
-            ) from None
+            raise ControlError(f"{self.target.said()}: {late or words}") from None
         if code is grpc.StatusCode.UNAVAILABLE and words.startswith("the run has ended"):
             raise ControlError(f"{self.target.said()}: {words}") from None
         if code in _FOREIGN:

@@ -3,23 +3,49 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import grpc
 
 from ray_ep.config.schema import ControlConfig
-from ray_ep.control.keys import private
+from ray_ep.control.keys import private, stamp
 from ray_ep.errors import BadInput, ConfigError
 
 
-def server_credentials(cfg: ControlConfig) -> grpc.ServerCredentials | None:
-    """What a server shows and asks for; None: no TLS.
+def server_credentials(cfg: ControlConfig, failed: Callable[[str], None]) -> grpc.ServerCredentials | None:
+    """What a server shows and asks for, as the files have it when somebody connects; None: no TLS.
+
+    Args:
+        failed: is told why files that have changed cannot be used; what they had before is shown then.
 
     Raises:
         ConfigError: a file cannot be read, its key can be read by others, or the certificate does not match its key.
     """
     if not cfg.tls_cert:
         return None
+    paths = [path for path in (cfg.tls_cert, cfg.tls_key, cfg.tls_client_ca) if path]
+    seen = list(map(stamp, paths))
+
+    def renewed() -> Any:
+        now = list(map(stamp, paths))
+        if now == seen:
+            return None  # as before
+        seen[:] = now
+        try:
+            return _shown(cfg)
+        except ConfigError as e:
+            failed(f"{e}; until that is mended, connections are made with the certificate of before")
+            return None
+
+    return grpc.dynamic_ssl_server_credentials(
+        _shown(cfg), renewed, require_client_authentication=bool(cfg.tls_client_ca)
+    )
+
+
+def _shown(cfg: ControlConfig) -> Any:
+    """Certificate, key and authorities. Raises ConfigError."""
     key, cert = private(cfg.tls_key, "control.tls_key"), _read(cfg.tls_cert, "control.tls_cert")
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cfg.tls_cert, cfg.tls_key, password=lambda: b"")
@@ -29,7 +55,7 @@ def server_credentials(cfg: ControlConfig) -> grpc.ServerCredentials | None:
             f"control.tls_cert={cfg.tls_cert!r} {what}: control.tls_key={cfg.tls_key!r}; expected PEM files of one pair"
         ) from None
     authorities = _authorities(cfg.tls_client_ca, "control.tls_client_ca") if cfg.tls_client_ca else None
-    return grpc.ssl_server_credentials([(key, cert)], authorities, require_client_auth=authorities is not None)
+    return grpc.ssl_server_certificate_configuration([(key, cert)], authorities)
 
 
 def channel_credentials(ca: str, cert: str, key: str) -> grpc.ChannelCredentials:

@@ -13,7 +13,10 @@ from ray_ep.config import load_config
 from ray_ep.control import address
 from ray_ep.control.address import target_of
 from ray_ep.control.client import Client
+from ray_ep.control.server import Control
 from ray_ep.control.v1 import control_pb2 as pb
+from ray_ep.driver.requests import Requests
+from ray_ep.driver.run.rundir import RunDir
 from ray_ep.errors import BadInput, ConfigError, ControlError
 from tests.control.certificates import DAY, Authority
 from tests.control.scene import code_of, raw, served, shows
@@ -43,6 +46,23 @@ def test_the_file_that_tells_where_it_listens_is_the_owners_alone_and_goes_with_
     assert not file.exists()
     with pytest.raises(BadInput, match="this run has ended"):
         target_of(str(tmp_path))
+
+
+def test_what_a_killed_driver_left_is_gone_before_the_next_one_has_formed(tmp_path):
+    address.write(tmp_path, address.Target("127.0.0.1:9", "t" * 32))
+    with Control(load_config(None, []).control, RunDir(tmp_path), Requests(), lambda event: None):
+        assert not (tmp_path / address.FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("where", "tls"),
+    [("127.0.0.1:7500", False), ("localhost:7500", False), ("[::1]:7500", False), ("10.0.3.17:7500", True)],
+)
+def test_a_token_goes_to_no_other_machine_in_the_open(tmp_path, where, tls):
+    file = tmp_path / "token"
+    file.write_text("t" * 32)
+    file.chmod(0o600)
+    assert target_of(where, str(file)).tls is tls
 
 
 def test_a_control_that_is_off_listens_nowhere(tmp_path):
@@ -139,6 +159,26 @@ def test_with_tls_the_certificate_must_be_known_and_in_date_and_plain_text_gets_
             ):
                 client.call(pb.StatusRequest(), 3)
         assert code_of(lambda: raw(target, "Status", b"", shows(target.token), 3)) == "UNAVAILABLE"
+
+
+def test_a_certificate_that_was_renewed_is_shown_and_one_that_cannot_be_is_not(tmp_path, authority):
+    (cert, key), other = authority.issue("renewed"), Authority(tmp_path, "another authority")
+    with served(tmp_path, *secured(cert, key)) as it:
+
+        def knows(ca):
+            with Client(replace(it.target(), ca=ca)) as client:
+                return client.call(pb.StatusRequest(), 5).status.run == tmp_path.name
+
+        assert knows(authority.ca)
+        for old, new in zip((cert, key), other.issue("renewed"), strict=True):
+            Path(old).write_bytes(Path(new).read_bytes())
+        assert knows(other.ca)
+        with pytest.raises(ControlError):
+            knows(authority.ca)
+        Path(cert).write_text("no certificate")
+        assert knows(other.ca)
+        said = it.until(lambda: it.said("control")[1:], "the event")
+        assert "until that is mended, connections are made with the certificate of before" in said[0]
 
 
 def test_a_certificate_that_is_out_of_date_is_not_trusted(tmp_path, authority):
