@@ -79,8 +79,8 @@ def target_of(where: str, token_file: str = "", ca: str = "", cert: str = "", ke
         BadInput: neither, no right to read the file there, or a run that has ended.
     """
     given: dict[str, Any] = {k: v for k, v in (("ca", ca), ("cert", cert), ("key", key)) if v}
-    if Path(where).is_dir() or not re.fullmatch(r"[^/\s]+:\d{1,5}", where):
-        told = _of_run(Path(where))
+    if is_run(where) or not re.fullmatch(r"[^/\s]+:\d{1,5}", where):
+        told = _of_run(where)
         given |= {"token": secret(token_file, "--token-file")} if token_file else {}
         return Target(**(told | given))
     if not token_file:
@@ -88,10 +88,21 @@ def target_of(where: str, token_file: str = "", ca: str = "", cert: str = "", ke
     return Target(where, secret(token_file, "--token-file"), tls=bool(given) or not is_loopback(_host(where)), **given)
 
 
-def _of_run(run: Path) -> dict[str, Any]:
+def is_run(where: str) -> bool:
+    """Whether that is a directory here, and no address."""
+    try:
+        return Path(where).is_dir()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def _of_run(where: str) -> dict[str, Any]:
     """The file of a living run."""
-    if not (run / "config.yaml").is_file():
-        raise BadInput(f"{str(run)!r}: expected a run directory, with its config.yaml, or HOST:PORT of a run's control")
+    run = Path(where)
+    if not is_run(where) or not (run / "config.yaml").is_file():
+        if is_run(where) and holder(run) is not None:
+            raise BadInput(f"{where!r}: this run is forming still: its control listens when its ranks are ready")
+        raise BadInput(f"{where!r}: expected a run directory, with its config.yaml, or HOST:PORT of a run's control")
     if holder(run, unknown={}) is None:
         raise BadInput(ended(run))
     try:

@@ -16,6 +16,7 @@ from ray_ep.cli import main
 from ray_ep.cli.control.top import View, bars
 from ray_ep.cli.control.words import event_of
 from ray_ep.control.v1 import control_pb2 as pb
+from ray_ep.driver.run.claim import Claim
 from ray_ep.placement import Placement
 from tests.control.scene import served
 
@@ -153,6 +154,19 @@ def test_top_draws_on_any_terminal(width, height):
     console = Console(record=True, width=width, height=height, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(View().drawn(status, height))
     assert console.export_text()
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "", "\udcff", "http://127.0.0.1:80"])
+def test_what_no_directory_can_be_called_is_refused_as_it_was_typed(name):
+    refused = typed("status", name)
+    assert (refused.exit_code, f"{name!r}: expected a run directory" in refused.stderr) == (2, True), refused.output
+
+
+def test_a_run_that_is_forming_is_said_to(tmp_path):
+    claim = Claim(tmp_path, datetime(2026, 7, 1))
+    assert "this run is forming still" in typed("status", tmp_path).stderr
+    claim.release()
+    assert "expected a run directory" in typed("status", tmp_path).stderr
 
 
 @pytest.mark.parametrize("words", [("status",), ("pause",), ("top",), ("scale", "4"), ("drain", "beta")])

@@ -45,7 +45,7 @@ def test_words_that_are_no_unicode_are_told_as_far_as_they_are(it):
 
 def test_pause_answers_when_the_run_rests_and_resume_when_it_goes_on(it):
     paused = it.call(change(pb.PauseRequest)).outcome
-    assert paused.words.startswith(f"paused after step {paused.step}, as control.json from ipv4:127.0.0.1:")
+    assert paused.words.startswith(f"paused after step {paused.step}, as control.json from 127.0.0.1 asked: 2 ranks")
     assert it.driver.done == paused.step
     it.until(lambda: it.status_now().state == pb.RUN_STATE_PAUSED, "the state")
     assert it.driver.done == paused.step

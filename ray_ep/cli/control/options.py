@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -91,11 +90,11 @@ def change(command: Command) -> Command:
 
 def client(where: str, given: dict[str, Any]) -> Client:
     """A client of the run that the options of `access` name. Raises BadInput."""
-    from ray_ep.control.address import target_of
+    from ray_ep.control.address import is_run, target_of
     from ray_ep.control.client import Client
 
     named = click.get_current_context().get_parameter_source("token_file") is not ParameterSource.ENVIRONMENT
-    token_file = given["token_file"] if named or not Path(where).is_dir() else ""  # a run has a token of its own
+    token_file = given["token_file"] if named or not is_run(where) else ""  # a run has a token of its own
     return Client(target_of(where, token_file, given["ca"], given["cert"], given["key"]))
 
 

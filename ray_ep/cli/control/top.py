@@ -77,7 +77,7 @@ class View:
         from rich.table import Table
         from rich.text import Text
 
-        from ray_ep.cli.control.words import counts, event_of, figures, state_of
+        from ray_ep.cli.control.words import counts, figures, newest_of, state_of
 
         head = Table.grid(expand=True)
         head.add_column()
@@ -101,7 +101,7 @@ class View:
             ranks.add_row(str(rank.rank), Text(rank.member), Text(rank.host), rank.node[:12], rank.device)
         if len(status.membership.ranks) > room:
             ranks.add_row("…", f"{len(status.membership.ranks) - room} more")
-        events = [Text(event_of(e), overflow="ellipsis") for e in status.events[-6:]]
+        events = [Text(words, overflow="ellipsis") for words in newest_of(status, 6)]
         for text in events:
             text.no_wrap = True
         return Panel(Group(*body, ranks, Text(""), *events), title=Text(status.run), border_style="dim")

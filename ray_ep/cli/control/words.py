@@ -47,6 +47,11 @@ def counts(members: pb.Membership) -> str:
     return ", ".join([said, *coming, *([f"leaves node {', '.join(members.drained)}"] if members.drained else [])])
 
 
+def newest_of(status: pb.RunStatus, most: int) -> list[str]:
+    """The newest events, a line each, without those that the state and the ranks above them tell."""
+    return [event_of(e) for e in status.events if e.kind not in ("state", "members")][-most:]
+
+
 def event_of(event: pb.Event) -> str:
     """An event in one line, with the time of here; what would steer a terminal is left out."""
     at = ""
@@ -67,8 +72,8 @@ def lines(status: pb.RunStatus) -> list[str]:
     if status.membership.ranks:
         rows = [(str(r.rank), r.member, r.host or "?", r.node[:12], r.device or "?") for r in status.membership.ranks]
         out += ["", table(("rank", "member", "host", "node", "device"), rows)]
-    newest = status.events[-SHOWN:]
-    return [*out, *([""] if newest else []), *map(event_of, newest)]
+    newest = newest_of(status, SHOWN)
+    return [*out, *([""] if newest else []), *newest]
 
 
 def placed(placement: pb.Placement) -> list[str]:
