@@ -103,20 +103,22 @@ def _of_run(where: str) -> dict[str, Any]:
         if is_run(where) and holder(run) is not None:
             raise BadInput(f"{where!r}: this run is forming still: its control listens when its ranks are ready")
         raise BadInput(f"{where!r}: expected a run directory, with its config.yaml, or HOST:PORT of a run's control")
-    if holder(run, unknown={}) is None:
+    who = holder(run, unknown={})
+    if who is None:
         raise BadInput(ended(run))
+    none = BadInput(
+        f"{where!r}: this run has no control: it is forming still, or ending, or control.enabled=false, or its event "
+        "`control` says why"
+    )
     try:
         tree = json.loads(private(str(run / FILE), "control"))
         told = {name: tree[name] for name in ("address", "token", "host", "pid", "tls", "ca")}
     except ConfigError as e:
-        if (run / FILE).exists():
-            raise BadInput(str(e)) from None
-        raise BadInput(
-            f"{str(run)!r}: this run has no control: it is forming still, or ending, or control.enabled=false, or its "
-            "event `control` says why"
-        ) from None
+        raise (BadInput(str(e)) if (run / FILE).exists() else none) from None
     except (ValueError, KeyError, TypeError):
         raise BadInput(f"{str(run / FILE)!r} is damaged: give HOST:PORT and --token-file instead") from None
+    if who.get("pid", told["pid"]) != told["pid"]:  # left by a driver that was killed
+        raise none
     host, here = str(told["host"]), socket.gethostname()
     if host != here and is_loopback(_host(str(told["address"]))):
         raise BadInput(

@@ -39,6 +39,10 @@ from ray_ep.errors import ConfigError, PlacementError
 from ray_ep.observe.state import RunState
 from ray_ep.placement import Placement
 
+CONNECTIONS = 400
+"""At once; more are closed: the driver's other files need their share of 1,024, which is what many systems allow."""
+GREETING_S = 10.0
+"""Seconds within which who connects must have spoken TLS and HTTP/2, and answers whether it is still there."""
 CALLS = 1024
 """Calls at once, watchers included; more are refused (RESOURCE_EXHAUSTED)."""
 CHECKS = 16
@@ -211,6 +215,11 @@ async def _server(service: Service) -> tuple[Any, Any]:
     """A server with the service, its health and its description, and the health to be told."""
     options = [
         ("grpc.so_reuseport", 0),  # else a second run would share the port
+        ("grpc.max_allowed_incoming_connections", CONNECTIONS),
+        ("grpc.server_handshake_timeout_ms", int(1000 * GREETING_S)),
+        ("grpc.http2.settings_timeout", int(1000 * GREETING_S)),
+        ("grpc.keepalive_time_ms", 60_000),  # of whose machine is gone nothing else is heard
+        ("grpc.keepalive_timeout_ms", int(1000 * GREETING_S)),
         ("grpc.max_receive_message_length", MESSAGE_BYTES),
         ("grpc.max_metadata_size", 16 << 10),
         ("grpc.keepalive_permit_without_calls", 1),

@@ -2,8 +2,10 @@
 
 import re
 import socket
+import threading
+from contextlib import suppress
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import grpc
@@ -16,6 +18,7 @@ from ray_ep.control.client import Client
 from ray_ep.control.server import Control
 from ray_ep.control.v1 import control_pb2 as pb
 from ray_ep.driver.requests import Requests
+from ray_ep.driver.run.claim import Claim
 from ray_ep.driver.run.rundir import RunDir
 from ray_ep.errors import BadInput, ConfigError, ControlError
 from tests.control.certificates import DAY, Authority
@@ -49,7 +52,12 @@ def test_the_file_that_tells_where_it_listens_is_the_owners_alone_and_goes_with_
 
 
 def test_what_a_killed_driver_left_is_gone_before_the_next_one_has_formed(tmp_path):
-    address.write(tmp_path, address.Target("127.0.0.1:9", "t" * 32))
+    address.write(tmp_path, address.Target("127.0.0.1:9", "t" * 32, pid=1))
+    (tmp_path / "config.yaml").touch()
+    claim = Claim(tmp_path, datetime(2026, 7, 1))
+    with pytest.raises(BadInput, match="this run has no control: it is forming still"):
+        target_of(str(tmp_path))
+    claim.release()
     with Control(load_config(None, []).control, RunDir(tmp_path), Requests(), lambda event: None):
         assert not (tmp_path / address.FILE).exists()
 
@@ -179,6 +187,32 @@ def test_a_certificate_that_was_renewed_is_shown_and_one_that_cannot_be_is_not(t
         assert knows(other.ca)
         said = it.until(lambda: it.said("control")[1:], "the event")
         assert "until that is mended, connections are made with the certificate of before" in said[0]
+
+
+def test_a_connection_that_is_lost_is_said_to_be(tmp_path):
+    with served(tmp_path) as it, socket.create_server(("127.0.0.1", 0)) as door:
+        host, port = it.target().address.rsplit(":", 1)
+        ends = []
+
+        def carry(one, other):
+            with suppress(OSError):
+                while some := one.recv(1 << 16):
+                    other.sendall(some)
+
+        def accept():
+            ends.extend((door.accept()[0], socket.create_connection((host, int(port)))))
+            threading.Thread(target=carry, args=ends, daemon=True).start()
+            carry(*ends[::-1])
+
+        threading.Thread(target=accept, daemon=True).start()
+        through = replace(it.target(), address=f"127.0.0.1:{door.getsockname()[1]}", run="")
+        with Client(through) as client:
+            watching = client.watch(0.2)
+            assert next(watching).run == tmp_path.name
+            for end in ends:
+                end.shutdown(socket.SHUT_RDWR)
+            with pytest.raises(ControlError, match="the connection is lost"):
+                list(watching)
 
 
 def test_a_certificate_that_is_out_of_date_is_not_trusted(tmp_path, authority):

@@ -1,7 +1,9 @@
 """Who may do what over the control of a run, and what strangers reach: nothing."""
 
 import json
+import socket
 import threading
+from contextlib import ExitStack
 
 import grpc
 import pytest
@@ -141,6 +143,35 @@ def test_calls_that_send_no_message_hold_no_place(tmp_path, monkeypatch):
             never.set()
             codes = {call.code().name for call in held}
         assert codes <= {"UNAUTHENTICATED", "RESOURCE_EXHAUSTED", "INVALID_ARGUMENT"}, codes
+
+
+def test_connections_that_say_nothing_take_few_files_of_the_driver_and_not_for_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "CONNECTIONS", 8)
+    monkeypatch.setattr(server, "GREETING_S", 1.0)
+    with served(tmp_path) as it, ExitStack() as opened:
+        host, port = it.target().address.rsplit(":", 1)
+        strangers = [opened.enter_context(socket.create_connection((host, int(port)))) for _ in range(40)]
+
+        def still_open():
+            return sum(map(hears, strangers))
+
+        it.until(lambda: still_open() <= 8, "those over the limit closed", 5)
+        assert it.alive()
+        it.until(lambda: not still_open(), "the others closed", 10)
+        assert it.status_now().done
+
+
+def hears(stranger):
+    """Whether the other end has not closed a connection."""
+    stranger.setblocking(False)
+    try:
+        while stranger.recv(1 << 12):
+            pass
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def silent(never):

@@ -110,8 +110,12 @@ def mutation(given: dict[str, Any]) -> pb.Mutation:
 
 def carry_out(where: str, given: dict[str, Any], request: Message) -> None:
     """Ask for a change, and print what came of it. Raises BadInput, ControlError."""
-    with client(where, given) as it:
-        answer = it.call(request, given["limit_s"])
+    try:
+        with client(where, given) as it:
+            answer = it.call(request, given["limit_s"])
+    except KeyboardInterrupt:
+        click.echo("ray-ep: the request is taken back, unless it was begun", err=True)
+        raise
     click.echo(as_json(answer) if given["as_json"] else answer.outcome.words)
 
 
