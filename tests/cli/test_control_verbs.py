@@ -162,6 +162,16 @@ def test_what_no_directory_can_be_called_is_refused_as_it_was_typed(name):
     assert (refused.exit_code, f"{name!r}: expected a run directory" in refused.stderr) == (2, True), refused.output
 
 
+@pytest.mark.parametrize(
+    "words",
+    [("export", "x" * 5000, "out"), ("plan", "x" * 5000), ("trace", "x" * 5000), ("dashboards", "open", "x" * 5000)],
+)
+def test_a_path_that_is_too_long_is_refused_by_every_verb(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused = typed(*words)
+    assert (refused.exit_code, refused.stderr.splitlines()[-1].endswith("...: File name too long")) == (2, True)
+
+
 def test_a_run_that_is_forming_is_said_to(tmp_path):
     claim = Claim(tmp_path, datetime(2026, 7, 1))
     assert "this run is forming still" in typed("status", tmp_path).stderr

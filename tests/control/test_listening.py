@@ -231,6 +231,8 @@ def test_with_mtls_clients_show_a_certificate_that_is_known_and_in_date(tmp_path
     stranger = Authority(tmp_path, "a stranger").issue("mallory")
     with served(tmp_path, *secured(cert, key, f"control.tls_client_ca={authority.ca}")) as it:
         known = replace(it.target(), ca=authority.ca)
+        with pytest.raises(BadInput, match=r"--cert='.*' does not match its key: --key="):
+            Client(replace(known, cert=good[0], key=late[1]))
         for shown in (("", ""), late, stranger):
             with Client(replace(known, cert=shown[0], key=shown[1])) as client, pytest.raises(ControlError):
                 client.call(pb.StatusRequest(), 3)
