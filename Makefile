@@ -45,9 +45,12 @@ netlab: setup  # needs root and iproute2: skipped, with the reason, where they a
 gpu:  # everything on a machine with a GPU, about six minutes; installs nothing: PYTHON if it is given, else .venv
 	$(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON)) -m tests.gpu
 
-proto: setup  # what is generated from control.proto; buf lints it where it is installed
+proto: setup  # what is generated from control.proto, and whether it breaks what was released; by buf, too, where it is
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. ray_ep/control/v1/control.proto
-	@if command -v buf >/dev/null; then buf lint; fi
+	$(BIN)/python -m tests.control.breaking
+	@PATH="$(BIN):$$PATH"; if command -v buf >/dev/null; then \
+		buf lint && buf breaking --against ray_ep/control/v1/released.binpb; \
+	else echo "buf is not installed: neither its lint nor its breaking check was made"; fi
 
 docs: setup
 	$(BIN)/python -m ray_ep.config.docs > docs/configuration.md

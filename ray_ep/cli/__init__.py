@@ -6,6 +6,7 @@ Exit status: 0 done, 1 failed while running, 2 bad input, 130 interrupted.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -49,6 +50,11 @@ class Cli(click.Group):
             for line in (e, *getattr(e, "__notes__", ())):  # a note says what is lost, and how to go on
                 click.echo(f"ray-ep: {line}", err=True)
             sys.exit(BAD_INPUT if isinstance(e, BadInput) else FAILED)
+        except OSError as e:
+            if e.errno != errno.ENAMETOOLONG:  # every question about such a path raises it, whoever asks
+                raise
+            click.echo(f"ray-ep: {str(e.filename)[:80]!r}...: {e.strerror}", err=True)
+            sys.exit(BAD_INPUT)
         except KeyboardInterrupt:
             click.echo("ray-ep: interrupted", err=True)
             sys.exit(INTERRUPTED)

@@ -72,46 +72,65 @@ def target_of(where: str, token_file: str = "", ca: str = "", cert: str = "", ke
     """Of a run directory, or of HOST:PORT with the token in `token_file`.
 
     Args:
-        ca, cert, key: as of Target; with an address, any of them means TLS.
+        ca, cert, key: as of Target; with an address, any of them means TLS, and so does another machine's address: a
+            token never travels in the open.
 
     Raises:
         BadInput: neither, no right to read the file there, or a run that has ended.
     """
     given: dict[str, Any] = {k: v for k, v in (("ca", ca), ("cert", cert), ("key", key)) if v}
-    if Path(where).is_dir() or not re.fullmatch(r"[^/\s]+:\d{1,5}", where):
-        told = _of_run(Path(where))
+    if is_run(where) or not re.fullmatch(r"[^/\s]+:\d{1,5}", where):
+        told = _of_run(where)
         given |= {"token": secret(token_file, "--token-file")} if token_file else {}
         return Target(**(told | given))
     if not token_file:
         raise BadInput(f"{where}: give --token-file FILE, too: without a token nobody is let in")
-    return Target(where, secret(token_file, "--token-file"), tls=bool(given), **given)
+    return Target(where, secret(token_file, "--token-file"), tls=bool(given) or not is_loopback(_host(where)), **given)
 
 
-def _of_run(run: Path) -> dict[str, Any]:
+def is_run(where: str) -> bool:
+    """Whether that is a directory here, and no address."""
+    try:
+        return Path(where).is_dir()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def _of_run(where: str) -> dict[str, Any]:
     """The file of a living run."""
-    if not (run / "config.yaml").is_file():
-        raise BadInput(f"{str(run)!r}: expected a run directory, with its config.yaml, or HOST:PORT of a run's control")
-    if holder(run, unknown={}) is None:
+    run = Path(where)
+    if not is_run(where) or not (run / "config.yaml").is_file():
+        if is_run(where) and holder(run) is not None:
+            raise BadInput(f"{where!r}: this run is forming still: its control listens when its ranks are ready")
+        raise BadInput(f"{where!r}: expected a run directory, with its config.yaml, or HOST:PORT of a run's control")
+    who = holder(run, unknown={})
+    if who is None:
         raise BadInput(ended(run))
+    none = BadInput(
+        f"{where!r}: this run has no control: it is forming still, or ending, or control.enabled=false, or its event "
+        "`control` says why"
+    )
     try:
         tree = json.loads(private(str(run / FILE), "control"))
         told = {name: tree[name] for name in ("address", "token", "host", "pid", "tls", "ca")}
     except ConfigError as e:
-        if (run / FILE).exists():
-            raise BadInput(str(e)) from None
-        raise BadInput(
-            f"{str(run)!r}: this run has no control: it is forming still, or control.enabled=false, or its event "
-            "`control` says why"
-        ) from None
+        raise (BadInput(str(e)) if (run / FILE).exists() else none) from None
     except (ValueError, KeyError, TypeError):
         raise BadInput(f"{str(run / FILE)!r} is damaged: give HOST:PORT and --token-file instead") from None
+    if who.get("pid", told["pid"]) != told["pid"]:  # left by a driver that was killed
+        raise none
     host, here = str(told["host"]), socket.gethostname()
-    if host != here and is_loopback(str(told["address"]).rpartition(":")[0].strip("[]")):
+    if host != here and is_loopback(_host(str(told["address"]))):
         raise BadInput(
             f"{str(run)!r}: its control listens on host {host} for that host alone: ask there, or start the run with "
             "control.address and TLS"
         )
     return {**told, "run": str(run)}
+
+
+def _host(address: str) -> str:
+    """Of HOST:PORT."""
+    return address.rpartition(":")[0].strip("[]")
 
 
 def ended(run: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,8 @@ WAIT_S = 600.0
 """Seconds that a change is waited for: steps and saves of large models take minutes."""
 LOOK_S = 30.0
 """Seconds that an answer is waited for that needs no step."""
+GONE_S = 1.0
+"""Seconds within which a process that was killed is gone."""
 MESSAGE_BYTES = 64 << 20
 """Of an answer that is taken."""
 
@@ -85,19 +88,21 @@ class Client:
         try:
             raw = self._path(method)(request.SerializeToString(), limit_s, metadata=self._metadata)
         except grpc.RpcError as e:
-            self._raise(e, limit_s)
+            begun = "; if it was begun, it is carried out" if "mutation" in request.DESCRIPTOR.fields_by_name else ""
+            self._raise(e, f"no answer within {limit_s:g} s{begun}")
         return GetMessageClass(method.output_type).FromString(raw)
 
     def watch(self, every_s: float = 1.0) -> Iterator[pb.RunStatus]:
         """The run's status, now and after each change, until it has ended; errors as of `call`."""
         request = pb.WatchStatusRequest(every_seconds=every_s)
         method = _METHODS[request.DESCRIPTOR.name]
-        answers = self._path(method)(request.SerializeToString(), metadata=self._metadata)
+        answers, heard = self._path(method)(request.SerializeToString(), metadata=self._metadata), False
         try:
             for raw in answers:
+                heard = True
                 yield pb.WatchStatusResponse.FromString(raw).status
         except grpc.RpcError as e:
-            self._raise(e, LOOK_S)
+            self._raise(e, heard=heard)
         finally:
             answers.cancel()
 
@@ -105,17 +110,22 @@ class Client:
         kind = self._channel.unary_stream if method.server_streaming else self._channel.unary_unary
         return kind(f"/{method.containing_service.full_name}/{method.name}")
 
-    def _raise(self, e: Any, limit_s: float) -> NoReturn:
+    def _raise(self, e: Any, late: str = "", heard: bool = False) -> NoReturn:
+        """As an error of ours.
+
+        Args:
+            late: what to say of a deadline. heard: whether it was the run that has answered before.
+        """
         code, words = e.code(), " ".join(str(e.details()).split())
         run = Path(self.target.run) if self.target.run else None
-        if code in _FOREIGN and run is not None and holder(run, unknown={}) is None:
+        if code in _FOREIGN and run is not None and gone(run):
             raise ControlError(ended(run)) from None
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            raise ControlError(
-                f"{self.target.said()}: no answer within {limit_s:g} s; if it was begun, it is carried out"
-            ) from None
+            raise ControlError(f"{self.target.said()}: {late or words}") from None
         if code is grpc.StatusCode.UNAVAILABLE and words.startswith("the run has ended"):
             raise ControlError(f"{self.target.said()}: {words}") from None
+        if code in _FOREIGN and heard:
+            raise ControlError(f"{self.target.said()}: the connection is lost ({words}): has the run ended?") from None
         if code in _FOREIGN:
             raise ControlError(f"{self.target.address}: {self._who(words)}") from None
         error = BadInput if code in _BAD else ControlError
@@ -134,3 +144,13 @@ class Client:
             "control with TLS where none was asked for (--ca), or a certificate that is out of date, of another host, "
             "or unknown here"
         )
+
+
+def gone(run: Path) -> bool:
+    """Whether nobody runs there any more: a process that is killed gives its connections up first, then its lock."""
+    limit = time.monotonic() + GONE_S
+    while holder(run, unknown={}) is not None:
+        if time.monotonic() > limit:
+            return False
+        time.sleep(0.05)
+    return True

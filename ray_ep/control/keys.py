@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -51,6 +51,47 @@ def cluster_token() -> str:
         return ""
     shown = str(AuthenticationTokenLoader.instance().get_token_for_http_header().get("authorization", ""))
     return shown[len(_SCHEME) :] if shown.lower().startswith(_SCHEME) else ""
+
+
+class Keys:
+    """The tokens that open a run, as their files have them now: one that is taken back opens no more.
+
+    Args:
+        own, ray: as of `keys_of`.
+        failed: is told why a file that has changed cannot be used; the run's own token and the cluster's open then.
+
+    Raises:
+        ConfigError: as `keys_of`.
+    """
+
+    def __init__(self, cfg: ControlConfig, own: str, ray: str, failed: Callable[[str], None]):
+        self._cfg, self._own, self._ray, self._failed = cfg, own, ray, failed
+        self._seen = self._stamps()
+        self._keys = keys_of(cfg, own, ray)
+
+    def __iter__(self) -> Iterator[Key]:
+        """Looks at the files first."""
+        now = self._stamps()
+        if now != self._seen:
+            self._seen = now
+            try:
+                self._keys = keys_of(self._cfg, self._own, self._ray)
+            except ConfigError as e:
+                self._keys = keys_of(ControlConfig(), self._own, self._ray)
+                self._failed(f"{e}; until that is mended, no token of control.*_token_file opens")
+        return iter(self._keys)
+
+    def _stamps(self) -> list[tuple[int, ...]]:
+        return [stamp(path) for path in (self._cfg.operator_token_file, self._cfg.viewer_token_file) if path]
+
+
+def stamp(path: str) -> tuple[int, ...]:
+    """Another one whenever what a file holds, or who may read it, has changed; () where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ()
+    return found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size
 
 
 def keys_of(cfg: ControlConfig, own: str, ray: str) -> list[Key]:

@@ -32,6 +32,11 @@ def proper_id(text: str) -> bool:
     return _REQUEST_ID.fullmatch(text) is not None
 
 
+def text(value: object) -> str:
+    """As a message can carry it: of a file's name that is not UTF-8, what is."""
+    return str(value).encode("utf-8", "replace").decode()
+
+
 def placement_message(placement: Placement) -> pb.Placement:
     """A placement, whole."""
     layers, ranks, slots = placement.slots.shape
@@ -96,7 +101,7 @@ def status_message(
     if where is not None:
         done, version, drained, counts["epoch"] = where.done, where.version, where.drained, where.epoch
     return pb.RunStatus(
-        run=run["name"], run_dir=run["path"], state=_state(str(run["state"])), why=str(run["why"])[:WORDS],
+        run=text(run["name"]), run_dir=text(run["path"]), state=_state(str(run["state"])), why=text(run["why"])[:WORDS],
         done=done, steps=int(run["steps"] or 0), placement_version=version, outcome=str(run["outcome"]),
         membership=pb.Membership(**counts, ranks=list(map(_rank, count(), members["ranks"])), drained=drained),
         step=_step(step, evaluated), events=[_event(e) for e in tree["events"]["newest"][-EVENTS:]],
@@ -111,8 +116,8 @@ _STATES = {name.removeprefix("RUN_STATE_").lower() for name in pb.RunState.keys(
 
 
 def _rank(number: int, said: Mapping[str, Any]) -> pb.Rank:
-    texts = {k: str(said.get(k) or "") for k in ("member", "host", "address", "device")}
-    return pb.Rank(rank=number, node=str(said.get("node_id") or ""), **texts)
+    texts = {k: text(said.get(k) or "") for k in ("member", "host", "address", "device")}
+    return pb.Rank(rank=number, node=text(said.get("node_id") or ""), **texts)
 
 
 def _step(said: Mapping[str, Any], evaluated: float | None) -> pb.Step:
@@ -129,6 +134,6 @@ def _step(said: Mapping[str, Any], evaluated: float | None) -> pb.Step:
 
 def _event(said: Mapping[str, Any]) -> pb.Event:
     return pb.Event(
-        time=str(said["time"] or ""), step=int(said["step"] or 0), kind=str(said["kind"]),
-        message=str(said["message"])[:WORDS],
+        time=text(said["time"] or ""), step=int(said["step"] or 0), kind=text(said["kind"]),
+        message=text(said["message"])[:WORDS],
     )  # fmt: skip

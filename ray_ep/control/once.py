@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
+from concurrent.futures import Future
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -25,13 +26,13 @@ class TooMany(Exception):
 
 @dataclass(slots=True)
 class Known:
-    """A request, and how many calls wait for its answer.
+    """A request's answer, and how many calls wait for it.
 
     Args:
         digest: of its content. where: the run was when it was answered; None: it is not, or was not formed.
     """
 
-    request: Request
+    answer: Future[Answer]
     digest: bytes
     waiting: int = 0
     where: Where | None = None
@@ -52,12 +53,12 @@ class Once:
 
     def begin(self, number: str, content: bytes, request: Request) -> Known:
         """A request of a new id. Raises TooMany."""
-        answered = [n for n, k in self._known.items() if k.request.answer.done()]
+        answered = [n for n, k in self._known.items() if k.answer.done()]
         if len(self._known) - len(answered) >= WAITING:
             raise TooMany
         for old in answered[: max(len(self._known) - REMEMBERED + 1, 0)]:
             del self._known[old]
-        self._known[number] = Known(request, sha256(content).digest())
+        self._known[number] = Known(request.answer, sha256(content).digest())
         return self._known[number]
 
     async def answer(self, number: str, known: Known) -> Answer:
@@ -68,9 +69,9 @@ class Once:
         """
         known.waiting += 1
         try:
-            return await asyncio.shield(asyncio.wrap_future(known.request.answer))
+            return await asyncio.shield(asyncio.wrap_future(known.answer))
         except asyncio.CancelledError:
-            if known.waiting == 1 and known.request.answer.cancel():
+            if known.waiting == 1 and known.answer.cancel():
                 self._known.pop(number, None)
             raise
         finally:

@@ -28,8 +28,8 @@ from ray_ep.control import address
 from ray_ep.control.address import Target
 from ray_ep.control.audit import Audit
 from ray_ep.control.board import Board
-from ray_ep.control.keys import cluster_token, keys_of, new_token
-from ray_ep.control.service import NO_TOKEN, SERVICE, Service
+from ray_ep.control.keys import Keys, cluster_token, new_token
+from ray_ep.control.service import NO_TOKEN, SERVICE, Denied, Service, only
 from ray_ep.control.tls import server_credentials
 from ray_ep.control.trace import trace
 from ray_ep.driver.records import Event, StepRecord
@@ -39,8 +39,14 @@ from ray_ep.errors import ConfigError, PlacementError
 from ray_ep.observe.state import RunState
 from ray_ep.placement import Placement
 
+CONNECTIONS = 400
+"""At once; more are closed: the driver's other files need their share of 1,024, which is what many systems allow."""
+GREETING_S = 10.0
+"""Seconds within which who connects must have spoken TLS and HTTP/2, and answers whether it is still there."""
 CALLS = 1024
 """Calls at once, watchers included; more are refused (RESOURCE_EXHAUSTED)."""
+CHECKS = 16
+"""Of these at most that ask without a token whether the server is healthy."""
 MESSAGE_BYTES = 4 << 20
 """Of a message that is taken: a placement of 61 layers x 320 ranks x 8 slots is a tenth of it."""
 START_S = 30.0
@@ -74,7 +80,8 @@ class Control:
         self._end: asyncio.Event | None = None
 
     def __enter__(self) -> Control:
-        """Nobody is served before `start`."""
+        """Nobody is served before `start`; what a driver left that was killed leads nowhere."""
+        address.remove(self.run.path)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -125,9 +132,9 @@ class Control:
                 up.set_exception(e)
 
     async def _main(self, up: Future[Target]) -> None:
-        token = new_token()
+        token, ray = new_token(), self._ray_token()
         try:
-            keys, credentials = keys_of(self.cfg, token, self._ray_token()), server_credentials(self.cfg)
+            keys, credentials = Keys(self.cfg, token, ray, self._failed), server_credentials(self.cfg, self._failed)
         except ConfigError as e:
             up.set_exception(e)
             return
@@ -154,6 +161,10 @@ class Control:
         await server.stop(GRACE_S)
         await keeping
 
+    def _failed(self, words: str) -> None:
+        """Tell an operator what cannot be used any more."""
+        self._tell(Event("control", words))
+
     def _target(self, port: int, token: str) -> Target:
         """How to reach it, for the run's directory."""
         at, host = self.cfg.address, socket.gethostname()
@@ -172,26 +183,43 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Lets nobody without a token past it but who asks whether the server is healthy."""
 
     def __init__(self, service: Service):
-        self._service = service
+        self._service, self._checks = service, asyncio.Semaphore(CHECKS)
 
     async def intercept_service(self, continuation: Any, details: Any) -> Any:
         """The handler of a call."""
-        own, healthy = f"/{SERVICE.full_name}/", "/grpc.health.v1.Health/Check"
-        if details.method.startswith(own) or details.method == healthy:  # the service's own calls are audited there
+        own = details.method.startswith(f"/{SERVICE.full_name}/")  # the service looks itself, and keeps records
+        if own or self._service.knows(details.invocation_metadata):
             return await continuation(details)
-        if self._service.knows(details.invocation_metadata):
-            return await continuation(details)
-        return grpc.unary_unary_rpc_method_handler(self._refuse)
+        if details.method != "/grpc.health.v1.Health/Check":
+            return grpc.stream_unary_rpc_method_handler(self._refuse)
+        handler = await continuation(details)
+        return grpc.stream_unary_rpc_method_handler(
+            partial(self._check, handler.unary_unary), handler.request_deserializer, handler.response_serializer
+        )
 
     @staticmethod
-    async def _refuse(request: bytes, context: Any) -> None:
+    async def _refuse(messages: Any, context: Any) -> None:
         await context.abort(grpc.StatusCode.UNAUTHENTICATED, NO_TOKEN)
+
+    async def _check(self, check: Any, messages: Any, context: Any) -> Any:
+        if self._checks.locked():
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many ask without a token: ask later")
+        try:
+            async with self._checks:
+                return await check(await only(messages), context)
+        except Denied as e:
+            await context.abort(e.code, e.words)
 
 
 async def _server(service: Service) -> tuple[Any, Any]:
     """A server with the service, its health and its description, and the health to be told."""
     options = [
         ("grpc.so_reuseport", 0),  # else a second run would share the port
+        ("grpc.max_allowed_incoming_connections", CONNECTIONS),
+        ("grpc.server_handshake_timeout_ms", int(1000 * GREETING_S)),
+        ("grpc.http2.settings_timeout", int(1000 * GREETING_S)),
+        ("grpc.keepalive_time_ms", 60_000),  # of whose machine is gone nothing else is heard
+        ("grpc.keepalive_timeout_ms", int(1000 * GREETING_S)),
         ("grpc.max_receive_message_length", MESSAGE_BYTES),
         ("grpc.max_metadata_size", 16 << 10),
         ("grpc.keepalive_permit_without_calls", 1),

@@ -9,20 +9,21 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import unquote
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
-from ray_ep.control.audit import Audit, Entry
+from ray_ep.control.audit import ASKED, Audit, Entry
 from ray_ep.control.board import Board
 from ray_ep.control.keys import Key, Role, opened_by
-from ray_ep.control.messages import placement_message, placement_of, proper_id, proposal_message
+from ray_ep.control.messages import placement_message, placement_of, proper_id, proposal_message, text
 from ray_ep.control.once import Known, Once, Other, TooMany
 from ray_ep.control.v1 import control_pb2 as pb
 from ray_ep.driver.rebalance.rebalancer import beside
@@ -46,10 +47,14 @@ CODES = {
 """What a driver's refusal is called on the wire."""
 
 
+MESSAGE_S = 10.0
+"""Seconds within which the message of a call must have come."""
 TRACES = 2
 """Tokens that are looked up at once: each reads files."""
 NO_TOKEN = "expected `authorization: Bearer TOKEN` with a token of this run: there was none, or a wrong one"
 """What a caller without a right hears."""
+
+M = TypeVar("M")
 
 log = logging.getLogger("ray_ep.control")
 
@@ -77,7 +82,7 @@ class Caller:
         return f"{self.key.name}{shown}" if self.key else ""
 
     def __str__(self) -> str:
-        return f"{self.name} from {self.where}"
+        return f"{self.name} from {host_of(self.where)}"
 
 
 class Service:
@@ -91,7 +96,7 @@ class Service:
 
     def __init__(
         self,
-        keys: Sequence[Key],
+        keys: Iterable[Key],
         requests: Requests,
         board: Board,
         placements: Callable[[int], Placement | None],
@@ -101,36 +106,41 @@ class Service:
         self.keys, self.requests, self.board, self.audit = keys, requests, board, audit
         self._placements, self._traces, self._once = placements, traces, Once()
         self._tracing = asyncio.Semaphore(TRACES)
-        self._planning: Future[Proposal] | None = None  # one at a time: it takes a processor
+        self._predicting = asyncio.Lock()
+        self._planning: Future[Proposal] | None = None  # one at a time: it takes a processor, also when nobody waits
 
     def knows(self, metadata: Iterable[tuple[str, str | bytes]]) -> bool:
         """Whether a caller shows a token of this run."""
         return opened_by(self.keys, metadata) is not None
 
     def handler(self) -> grpc.GenericRpcHandler:
-        """For a server: every call of the service. Messages come as bytes: who has no right has none parsed."""
+        """For a server: every call of the service.
+
+        Messages come as streams of bytes, each of one: who has no right is refused before any has come.
+        """
         made: dict[str, grpc.RpcMethodHandler] = {}
         for method in SERVICE.methods:
             work = getattr(self, re.sub(r"(?<=[a-z])(?=[A-Z])", "_", method.name).lower())
             if method.server_streaming:
-                made[method.name] = grpc.unary_stream_rpc_method_handler(partial(self._stream, method, work))
+                made[method.name] = grpc.stream_stream_rpc_method_handler(partial(self._stream, method, work))
             else:
-                made[method.name] = grpc.unary_unary_rpc_method_handler(partial(self._call, method, work))
+                made[method.name] = grpc.stream_unary_rpc_method_handler(partial(self._call, method, work))
         return grpc.method_handlers_generic_handler(SERVICE.full_name, made)
 
-    async def _call(self, method: Any, work: Any, raw: bytes, context: Any) -> bytes:
+    async def _call(self, method: Any, work: Any, messages: AsyncIterator[bytes], context: Any) -> bytes:
         began, caller, asked = time.monotonic(), self._caller(context), ""
         changes = "mutation" in method.input_type.fields_by_name
         entry = partial(self._entry, method.name, caller, began)
         try:
             self._admit(caller, Role.OPERATOR if changes else Role.VIEWER)
-            request = parsed(method, raw)
-            asked = request
+            asked = request = parsed(method, await only(messages))
+            if changes and (why := self.audit.write(entry(request, ASKED, ""))):
+                raise Denied(grpc.StatusCode.FAILED_PRECONDITION, f"no change is made without its record: {why}")
             answer: Message = await work(request, caller)
         except Denied as e:
             if changes:
                 self.audit.write(entry(asked, e.code.name, e.words))
-            await context.abort(e.code, e.words)
+            await context.abort(e.code, text(e.words))
         except asyncio.CancelledError:
             if changes:
                 self.audit.write(entry(asked, "CANCELLED", "the caller gave it up; if it was begun, it is carried out"))
@@ -144,20 +154,20 @@ class Service:
             self.audit.write(entry(asked, "OK", answer.outcome.words))  # type: ignore[attr-defined]
         return answer.SerializeToString()
 
-    async def _stream(self, method: Any, work: Any, raw: bytes, context: Any) -> AsyncIterator[bytes]:
+    async def _stream(
+        self, method: Any, work: Any, messages: AsyncIterator[bytes], context: Any
+    ) -> AsyncIterator[bytes]:
         try:
             self._admit(self._caller(context), Role.VIEWER)
-            async for answer in work(parsed(method, raw)):
+            async for answer in work(parsed(method, await only(messages))):
                 yield answer
         except Denied as e:
-            await context.abort(e.code, e.words)
+            await context.abort(e.code, text(e.words))
 
     def _caller(self, context: Any) -> Caller:
         names = context.auth_context().get("x509_common_name") or [b""]
-        return Caller(
-            opened_by(self.keys, context.invocation_metadata() or ()), names[0].decode("utf-8", "replace")[:200],
-            context.peer(),
-        )  # fmt: skip
+        shown = "".join(c if c.isprintable() else "?" for c in names[0].decode("utf-8", "replace")[:200])
+        return Caller(opened_by(self.keys, context.invocation_metadata() or ()), shown, context.peer())
 
     @staticmethod
     def _admit(caller: Caller, least: Role) -> None:
@@ -252,7 +262,7 @@ class Service:
     async def checkpoint(self, request: pb.CheckpointRequest, caller: Caller) -> pb.CheckpointResponse:
         """Write a checkpoint."""
         outcome, url = await self._change(RequestKind.CHECKPOINT, request, caller, with_fields())
-        return pb.CheckpointResponse(outcome=outcome, url=url or "")
+        return pb.CheckpointResponse(outcome=outcome, url=text(url or ""))
 
     async def pause(self, request: pb.PauseRequest, caller: Caller) -> pb.PauseResponse:
         """Make no further step."""
@@ -300,8 +310,9 @@ class Service:
             if known is None:
                 epoch = said.if_epoch if said.HasField("if_epoch") else None
                 version = said.if_placement_version if said.HasField("if_placement_version") else None
-                known = self._once.begin(number, content, Request(kind, str(caller), fields, epoch, version))
-                self._send(known)
+                asked = Request(kind, str(caller), fields, epoch, version)
+                known = self._once.begin(number, content, asked)
+                self._send(asked, known)
         except Other:
             words = f"mutation.request_id={number!r} was given to another request: each has its own"
             raise Denied(grpc.StatusCode.INVALID_ARGUMENT, words) from None
@@ -311,36 +322,45 @@ class Service:
         self.board.outdated()
         check(answer)
         where = known.where or self.requests.where()
-        outcome = pb.Outcome(words=answer.words, step=where.done, epoch=where.epoch, placement_version=where.version)
+        words = text(answer.words)
+        outcome = pb.Outcome(words=words, step=where.done, epoch=where.epoch, placement_version=where.version)
         return outcome, answer.value
 
-    def _send(self, known: Known) -> None:
+    def _send(self, request: Request, known: Known) -> None:
         """Put a request into the queue, and note where the run is at the moment of its answer."""
 
         def answered(_: object) -> None:
             known.where = self.requests.where()
 
-        known.request.answer.add_done_callback(answered)
-        self.requests.put(known.request)
+        request.answer.add_done_callback(answered)
+        self.requests.put(request)
 
     async def _predicted(self, placement: Placement | None, caller: Caller) -> tuple[Proposal, Where]:
         """What a placement, or the planner's, would bring, and to where."""
-        if self._planning is not None and not self._planning.done():
+        if self._predicting.locked() or (self._planning is not None and not self._planning.done()):
             words = "another placement is being predicted: ask again soon"
             raise Denied(grpc.StatusCode.RESOURCE_EXHAUSTED, words)
-        known = Known(Request(RequestKind.QUESTION, str(caller)), b"")
-        self._send(known)
-        answer = await asyncio.wrap_future(known.request.answer)
-        check(answer)
-        question: Question = answer.value
-        if placement is not None and (why := misfit(placement, question.current, question.slots)):
-            raise Denied(grpc.StatusCode.INVALID_ARGUMENT, why)
-        self._planning = beside(partial(propose, question, placement))
-        try:
-            found = await asyncio.shield(asyncio.wrap_future(self._planning))
-        except BadInput as e:
-            raise Denied(grpc.StatusCode.INVALID_ARGUMENT, str(e)) from None
-        return found, known.where or self.requests.where()
+        async with self._predicting:  # free, so nobody comes between
+            asked = Request(RequestKind.QUESTION, str(caller))
+            known = Known(asked.answer, b"")
+            self._send(asked, known)
+            answer = await asyncio.wrap_future(known.answer)
+            check(answer)
+            question: Question = answer.value
+            if placement is not None and (why := misfit(placement, question.current, question.slots)):
+                raise Denied(grpc.StatusCode.INVALID_ARGUMENT, why)
+            self._planning = beside(partial(propose, question, placement))
+            try:
+                found = await asyncio.shield(asyncio.wrap_future(self._planning))
+            except BadInput as e:
+                raise Denied(grpc.StatusCode.INVALID_ARGUMENT, str(e)) from None
+            return found, known.where or self.requests.where()
+
+
+def host_of(peer: str) -> str:
+    """The address of a peer without its port, which tells people nothing: of ipv4:10.0.3.17:40100, 10.0.3.17."""
+    found = re.fullmatch(r"ipv[46]:(.+):\d+", unquote(peer))
+    return found[1] if found else peer
 
 
 def with_fields(**fields: Any) -> Callable[[], Awaitable[dict[str, Any]]]:
@@ -350,6 +370,20 @@ def with_fields(**fields: Any) -> Callable[[], Awaitable[dict[str, Any]]]:
         return fields
 
     return known
+
+
+async def only(messages: AsyncIterator[M]) -> M:
+    """The message of a call, which takes its place among others until it has come. Raises Denied."""
+
+    async def first() -> M:
+        async for message in messages:
+            return message
+        raise Denied(grpc.StatusCode.INVALID_ARGUMENT, "expected a message")
+
+    try:
+        return await asyncio.wait_for(first(), MESSAGE_S)
+    except asyncio.TimeoutError:
+        raise Denied(grpc.StatusCode.DEADLINE_EXCEEDED, f"no message came within {MESSAGE_S:g} s") from None
 
 
 def parsed(method: Any, raw: bytes) -> Any:

@@ -3,33 +3,65 @@
 from __future__ import annotations
 
 import ssl
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import grpc
 
 from ray_ep.config.schema import ControlConfig
-from ray_ep.control.keys import private
+from ray_ep.control.keys import private, stamp
 from ray_ep.errors import BadInput, ConfigError
 
 
-def server_credentials(cfg: ControlConfig) -> grpc.ServerCredentials | None:
-    """What a server shows and asks for; None: no TLS.
+def server_credentials(cfg: ControlConfig, failed: Callable[[str], None]) -> grpc.ServerCredentials | None:
+    """What a server shows and asks for, as the files have it when somebody connects; None: no TLS.
+
+    Args:
+        failed: is told why files that have changed cannot be used; what they had before is shown then.
 
     Raises:
         ConfigError: a file cannot be read, its key can be read by others, or the certificate does not match its key.
     """
     if not cfg.tls_cert:
         return None
-    key, cert = private(cfg.tls_key, "control.tls_key"), _read(cfg.tls_cert, "control.tls_cert")
+    paths = [path for path in (cfg.tls_cert, cfg.tls_key, cfg.tls_client_ca) if path]
+    seen = list(map(stamp, paths))
+
+    def renewed() -> Any:
+        now = list(map(stamp, paths))
+        if now == seen:
+            return None  # as before
+        seen[:] = now
+        try:
+            return _shown(cfg)
+        except ConfigError as e:
+            failed(f"{e}; until that is mended, connections are made with the certificate of before")
+            return None
+
+    return grpc.dynamic_ssl_server_credentials(
+        _shown(cfg), renewed, require_client_authentication=bool(cfg.tls_client_ca)
+    )
+
+
+def _shown(cfg: ControlConfig) -> Any:
+    """Certificate, key and authorities. Raises ConfigError."""
+    key, cert = _pair(("control.tls_key", cfg.tls_key), ("control.tls_cert", cfg.tls_cert))
+    authorities = _authorities(cfg.tls_client_ca, "control.tls_client_ca") if cfg.tls_client_ca else None
+    return grpc.ssl_server_certificate_configuration([(key, cert)], authorities)
+
+
+def _pair(key: tuple[str, str], cert: tuple[str, str]) -> tuple[bytes, bytes]:
+    """A private key and its certificate, each from (what gave it, path). Raises ConfigError: they are no pair."""
+    found = private(key[1], key[0]), _read(cert[1], cert[0])
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cfg.tls_cert, cfg.tls_key, password=lambda: b"")
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert[1], key[1], password=lambda: b"")
     except (ssl.SSLError, ValueError) as e:
         what = "does not match its key" if "MISMATCH" in str(e) else f"and its key are no pair that can be used ({e})"
         raise ConfigError(
-            f"control.tls_cert={cfg.tls_cert!r} {what}: control.tls_key={cfg.tls_key!r}; expected PEM files of one pair"
+            f"{cert[0]}={cert[1]!r} {what}: {key[0]}={key[1]!r}; expected PEM files of one pair"
         ) from None
-    authorities = _authorities(cfg.tls_client_ca, "control.tls_client_ca") if cfg.tls_client_ca else None
-    return grpc.ssl_server_credentials([(key, cert)], authorities, require_client_auth=authorities is not None)
+    return found
 
 
 def channel_credentials(ca: str, cert: str, key: str) -> grpc.ChannelCredentials:
@@ -38,9 +70,7 @@ def channel_credentials(ca: str, cert: str, key: str) -> grpc.ChannelCredentials
         raise BadInput("--cert and --key: give both, or none")
     try:
         roots = _authorities(ca, "--ca") if ca else None
-        return grpc.ssl_channel_credentials(
-            roots, private(key, "--key") if key else None, _read(cert, "--cert") if cert else None
-        )
+        return grpc.ssl_channel_credentials(roots, *(_pair(("--key", key), ("--cert", cert)) if key else ()))
     except ConfigError as e:
         raise BadInput(str(e)) from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ray_ep.control.messages import text
 from ray_ep.control.v1 import control_pb2 as pb
 from ray_ep.errors import BadInput
 from ray_ep.observe.provenance.path import Hop, path_of
@@ -40,7 +41,7 @@ def trace(run: Path, request: pb.TraceRequest) -> pb.TraceResponse:
 
 
 def _token(token: Token) -> pb.Token:
-    return pb.Token(position=token.position, row=token.row, column=token.column, text=token.text or "")
+    return pb.Token(position=token.position, row=token.row, column=token.column, text=text(token.text or ""))
 
 
 def _hop(layer: int, hop: Hop) -> pb.Hop:

@@ -123,7 +123,7 @@ class Driver(Stepping):
     def rest(self) -> None:
         """A moment of a pause: ranks are watched, and may come and go. Raises LostError."""
         if self.states.now is not State.PAUSED:
-            self.states.to(State.PAUSED, f"after step {self.done}")
+            self.states.to(State.PAUSED, f"after step {self.done}{self.asked.why}")
             self.asked.rests(self.done, self.ranks.membership.size, self.ranks.membership.epoch)
         self.ranks.beat()
         if self.recovery.due(self.done):
@@ -153,7 +153,7 @@ class Driver(Stepping):
 
     def drain(self) -> str:
         """The last save; returns done or interrupted. Raises SaveError; LostError: a rank was lost meanwhile."""
-        self.states.to(State.DRAINING, f"after step {self.done}")
+        self.states.to(State.DRAINING, f"after step {self.done}{self.asked.why}")
         with self.activity("saving"):
             if self.stopping():
                 self.publisher.event(Event("interrupted", f"saving after step {self.done}"))

@@ -54,10 +54,13 @@ class States:
 
     Args:
         tell: told each move: from, to and why.
+
+    Attributes:
+        now: the state. why: the reason for it.
     """
 
     def __init__(self, tell: Callable[[State, State, str], None] = lambda before, after, why: None) -> None:
-        self.now, self._tell = State.FORMING, tell
+        self.now, self.why, self._tell = State.FORMING, "", tell
 
     def to(self, state: State, why: str) -> None:
         """Go to `state`. Raises IllegalTransition."""
@@ -65,13 +68,16 @@ class States:
             allowed = ", ".join(sorted(s.value for s in TRANSITIONS[self.now])) or "none: it is the end"
             raise IllegalTransition(f"from {self.now.value} to {state.value} ({why}): allowed are {allowed}")
         log.info("state from=%s to=%s why=%r", self.now.value, state.value, why)
-        before, self.now = self.now, state
+        before, self.now, self.why = self.now, state, why
         self._tell(before, state, why)
 
     @contextmanager
     def during(self, state: State, why: str) -> Iterator[None]:
-        """Inside: `state`, then the one before again. After an error it stays: whoever catches that goes on from it."""
-        before = self.now
+        """Inside: `state`, then the one before again, for the reason that it had.
+
+        After an error it stays: whoever catches that goes on from it.
+        """
+        before, reason = self.now, self.why
         self.to(state, why)
         yield
-        self.to(before, "done")
+        self.to(before, reason)

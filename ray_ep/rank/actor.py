@@ -36,9 +36,9 @@ from ray_ep.rank.model_rank import ModelRank
 from ray_ep.rank.reach import DirectoryTrial
 from ray_ep.rank.results import RankState, StepResult
 from ray_ep.rank.saved.disk import in_one_line
-from ray_ep.rank.snapshot.copies import COUNTED, Key
+from ray_ep.rank.snapshot.copies import COUNTED
 from ray_ep.rank.snapshot.on_disk import Shelf
-from ray_ep.rank.snapshot.restore import restore
+from ray_ep.rank.snapshot.restore import Rewind, restore
 from ray_ep.rank.snapshot.snapshots import Held, Snapshots
 from ray_ep.rank.trainer import Trainer
 
@@ -263,22 +263,9 @@ class RankActor:
             hand_over(self.trainer, fresh)
         self.trainer.regroup(placement, topology)
 
-    def restore(
-        self,
-        key: Key,
-        taken: Placement,
-        placement: Placement,
-        topology: Topology,
-        lost: dict[int, list[int]],
-        fresh: tuple[int, ...] = (),
-    ) -> None:
-        """`ray_ep.rank.snapshot.restore`, on ranks that have it; others are `fresh`.
-
-        Args:
-            lost: by rank now, those of the snapshot whose statistics it takes over.
-        """
-        snapshot = None if self.rank in fresh else self.snapshots.get(key)
-        restore(self.trainer, snapshot, taken, placement, topology, lost.get(self.rank, []), fresh)
+    def restore(self, to: Rewind) -> None:
+        """`ray_ep.rank.snapshot.restore`."""
+        restore(self.trainer, None if self.rank in to.fresh else self.snapshots.get(to.key), to)
 
     def counted(self, leaves: bool) -> dict[str, torch.Tensor]:
         """Sums of the routing statistics of this rank, if it leaves."""

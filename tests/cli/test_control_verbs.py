@@ -7,13 +7,16 @@ import socket
 import subprocess
 import sys
 import threading
+from datetime import datetime, timezone
 
 import pytest
 from click.testing import CliRunner
 
 from ray_ep.cli import main
 from ray_ep.cli.control.top import View, bars
+from ray_ep.cli.control.words import event_of
 from ray_ep.control.v1 import control_pb2 as pb
+from ray_ep.driver.run.claim import Claim
 from ray_ep.placement import Placement
 from tests.control.scene import served
 
@@ -72,6 +75,15 @@ def test_a_request_id_makes_a_repeat_harmless_and_guards_are_passed_on(it):
         (("placement", "--version", "99"), "version=99: the run has no placement of that version"),
         (("placement", "--apply", "nowhere.json"), "placement file nowhere.json: No such file"),
         (("placement", "--propose", "--apply", "x"), "give one of --version, --propose, --predict and --apply"),
+        (("placement", "--apply", "x", "--out", "y"), "--out writes what is shown: give it without --apply"),
+        (("placement", "--if-epoch", "3"), "go with --apply alone"),
+        (("placement", "--version", 2**64), "18446744073709551616 is not in the range of 0 to"),
+        (("pause", "--if-epoch", 2**64), "18446744073709551616 is not in the range of 0 to"),
+        (("pause", "--request-id", "\udcff"), "is not UTF-8"),
+        (("pause", "--wait", "nan"), "'nan' is no time"),
+        (("pause", "--wait", "inf"), "inf is not in the range"),
+        (("drain", "\udcff"), "is not UTF-8"),
+        (("top", "--every", "nan"), "'nan' is no time"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(it, words, says):
@@ -124,6 +136,47 @@ def test_top_draws_what_the_status_tells():
     assert "more" in text
     assert len(text.splitlines()) <= 30
     assert bars([1.0, 2.0, float("nan")]) == "▁█  1 to 2"
+
+
+def test_an_event_is_one_line_in_the_time_of_here_that_steers_no_terminal():
+    at = datetime(2026, 7, 1, 12, 30, 5, tzinfo=timezone.utc)
+    event = pb.Event(time=at.isoformat(), kind="failed", message="\x1b[2Jrank 1 raised\nTraceback")
+    assert event_of(event) == f"{at.astimezone():%H:%M:%S} failed: [2Jrank 1 raised"
+    assert event_of(pb.Event(time="", kind="page", message="is there")) == "page: is there"
+
+
+@pytest.mark.parametrize(("width", "height"), [(20, 5), (1, 1), (300, 100)])
+def test_top_draws_on_any_terminal(width, height):
+    from rich.console import Console
+
+    status = pb.RunStatus(run="a run", steps=9, events=[pb.Event(kind="page", message="x" * 500)] * 9)
+    status.membership.ranks.extend(pb.Rank(rank=n, member=f"rank-{n}") for n in range(200))
+    console = Console(record=True, width=width, height=height, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(View().drawn(status, height))
+    assert console.export_text()
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "", "\udcff", "http://127.0.0.1:80"])
+def test_what_no_directory_can_be_called_is_refused_as_it_was_typed(name):
+    refused = typed("status", name)
+    assert (refused.exit_code, f"{name!r}: expected a run directory" in refused.stderr) == (2, True), refused.output
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("export", "x" * 5000, "out"), ("plan", "x" * 5000), ("trace", "x" * 5000), ("dashboards", "open", "x" * 5000)],
+)
+def test_a_path_that_is_too_long_is_refused_by_every_verb(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused = typed(*words)
+    assert (refused.exit_code, refused.stderr.splitlines()[-1].endswith("...: File name too long")) == (2, True)
+
+
+def test_a_run_that_is_forming_is_said_to(tmp_path):
+    claim = Claim(tmp_path, datetime(2026, 7, 1))
+    assert "this run is forming still" in typed("status", tmp_path).stderr
+    claim.release()
+    assert "expected a run directory" in typed("status", tmp_path).stderr
 
 
 @pytest.mark.parametrize("words", [("status",), ("pause",), ("top",), ("scale", "4"), ("drain", "beta")])

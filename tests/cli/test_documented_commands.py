@@ -16,7 +16,7 @@ KEYS = set(re.findall(r"^\| `([\w.]+)` \|", reference(), re.MULTILINE))
 
 def commands(text):
     """The shown commands of a page, as words: of blocks, of indented lines and of `code` in a sentence."""
-    blocks = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```(?:bash)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()] + re.findall(r"^    (.*)", prose, re.MULTILINE)
     lines += [code.replace("\n", " ") for code in re.findall(r"`([^`]+)`", prose)]

@@ -7,9 +7,11 @@ import time
 import numpy as np
 import pytest
 
+from ray_ep.control.audit import REFUSED, Audit, Entry
 from ray_ep.control.client import mutation
 from ray_ep.control.messages import placement_message, placement_of
 from ray_ep.control.v1 import control_pb2 as pb
+from ray_ep.driver.records import Event
 from ray_ep.errors import BadInput, ControlError, LostError
 from ray_ep.placement import Placement
 from tests.control.scene import change, served
@@ -36,9 +38,14 @@ def test_status_tells_what_the_run_is_at(it):
     assert [e.kind for e in status.events][:1] == ["start"] or status.events
 
 
+def test_words_that_are_no_unicode_are_told_as_far_as_they_are(it):
+    it.driver.publisher.event(Event("page", "shown at \udcff"))
+    it.until(lambda: "shown at ?" in [e.message for e in it.status_now().events], "the event")
+
+
 def test_pause_answers_when_the_run_rests_and_resume_when_it_goes_on(it):
     paused = it.call(change(pb.PauseRequest)).outcome
-    assert paused.words.startswith(f"paused after step {paused.step}, as control.json from ipv4:127.0.0.1:")
+    assert paused.words.startswith(f"paused after step {paused.step}, as control.json from 127.0.0.1 asked: 2 ranks")
     assert it.driver.done == paused.step
     it.until(lambda: it.status_now().state == pb.RUN_STATE_PAUSED, "the state")
     assert it.driver.done == paused.step
@@ -192,6 +199,20 @@ def test_what_is_given_up_before_it_was_begun_is_not_carried_out(it):
     assert it.call(request).outcome.words.startswith("paused"), "its id is as new"
 
 
+def test_one_placement_at_a_time_is_predicted(it):
+    it.until(lambda: it.driver.done > 3, "steps to predict by")
+    go, answers = held(it), []
+    first = threading.Thread(target=lambda: answers.append(it.call(pb.ProposePlacementRequest(), 30)))
+    first.start()
+    it.until(lambda: not it.requests._queue.empty(), "its question")
+    with pytest.raises(ControlError, match="another placement is being predicted: ask again soon"):
+        it.call(pb.ProposePlacementRequest(), 5)
+    go.set()
+    first.join(30)
+    assert answers[0].words
+    assert it.call(pb.ProposePlacementRequest(), 30).words
+
+
 def test_two_callers_with_one_id_are_answered_and_one_that_gives_up_takes_nothing_from_the_other(it):
     go = held(it)
     request, answers = change(pb.PauseRequest), []
@@ -242,14 +263,45 @@ def test_every_change_is_in_the_audit_with_who_what_from_where_and_its_result(it
     with pytest.raises(ControlError):
         it.call(pb.ResumeRequest(mutation=mutation(epoch=5)))
     it.call(change(pb.ResumeRequest))
-    lines = (it.path / "audit.jsonl").read_text().splitlines()
-    paused, aborted, resumed = [json.loads(x) for x in lines]
+    lines = [json.loads(x) for x in (it.path / "audit.jsonl").read_text().splitlines()]
+    assert [(e["what"], e["result"]) for e in lines[::2]] == [(e["what"], "ASKED") for e in lines[1::2]]
+    paused, aborted, resumed = lines[1::2]
     assert (paused["who"], paused["role"], paused["what"], paused["id"]) == ("control.json", "operator", "Pause", "one")
     assert paused["where"].startswith("ipv4:127.0.0.1:")
     assert (paused["result"], aborted["result"], resumed["result"]) == ("OK", "ABORTED", "OK")
     assert "if_epoch=5" in aborted["words"]
     assert (it.path / "audit.jsonl").stat().st_mode & 0o777 == 0o600
     assert paused["time"] <= aborted["time"]
+
+
+def test_a_change_that_cannot_be_recorded_is_not_made(it):
+    audit = it.path / "audit.jsonl"
+    audit.mkdir()
+    for _ in range(2):
+        with pytest.raises(BadInput, match=r"no change is made without its record: .*audit.jsonl cannot be written"):
+            it.call(change(pb.PauseRequest))
+    assert it.alive()
+    assert it.until(lambda: it.said("not-written"), "the event") == [
+        f"{audit} cannot be written: Is a directory: until it can, nobody is granted a change"
+    ]
+    audit.rmdir()
+    assert it.call(change(pb.PauseRequest)).outcome.words.startswith("paused")
+
+
+def test_who_has_no_right_to_changes_fills_no_disk(tmp_path):
+    now = [0.0]
+    audit = Audit(tmp_path, lambda words: None, lambda: now[0])
+
+    def ask(role):
+        audit.write(Entry("somebody" if role else "", role, "here", "Pause", "", "", "PERMISSION_DENIED", "", 0.0))
+        return [json.loads(x) for x in audit.path.read_text().splitlines()]
+
+    for role in ("viewer", "") * 100:
+        left = ask(role)
+    assert len(left) == REFUSED
+    assert ask("operator")[-1]["left_out_before"] == 200 - REFUSED
+    now[0] = 61.0
+    assert len(ask("viewer")) == REFUSED + 2
 
 
 def test_a_placement_that_was_sent_is_the_one_that_arrives():

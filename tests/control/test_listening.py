@@ -2,8 +2,10 @@
 
 import re
 import socket
+import threading
+from contextlib import suppress
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import grpc
@@ -13,7 +15,11 @@ from ray_ep.config import load_config
 from ray_ep.control import address
 from ray_ep.control.address import target_of
 from ray_ep.control.client import Client
+from ray_ep.control.server import Control
 from ray_ep.control.v1 import control_pb2 as pb
+from ray_ep.driver.requests import Requests
+from ray_ep.driver.run.claim import Claim
+from ray_ep.driver.run.rundir import RunDir
 from ray_ep.errors import BadInput, ConfigError, ControlError
 from tests.control.certificates import DAY, Authority
 from tests.control.scene import code_of, raw, served, shows
@@ -43,6 +49,28 @@ def test_the_file_that_tells_where_it_listens_is_the_owners_alone_and_goes_with_
     assert not file.exists()
     with pytest.raises(BadInput, match="this run has ended"):
         target_of(str(tmp_path))
+
+
+def test_what_a_killed_driver_left_is_gone_before_the_next_one_has_formed(tmp_path):
+    address.write(tmp_path, address.Target("127.0.0.1:9", "t" * 32, pid=1))
+    (tmp_path / "config.yaml").touch()
+    claim = Claim(tmp_path, datetime(2026, 7, 1))
+    with pytest.raises(BadInput, match="this run has no control: it is forming still"):
+        target_of(str(tmp_path))
+    claim.release()
+    with Control(load_config(None, []).control, RunDir(tmp_path), Requests(), lambda event: None):
+        assert not (tmp_path / address.FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("where", "tls"),
+    [("127.0.0.1:7500", False), ("localhost:7500", False), ("[::1]:7500", False), ("10.0.3.17:7500", True)],
+)
+def test_a_token_goes_to_no_other_machine_in_the_open(tmp_path, where, tls):
+    file = tmp_path / "token"
+    file.write_text("t" * 32)
+    file.chmod(0o600)
+    assert target_of(where, str(file)).tls is tls
 
 
 def test_a_control_that_is_off_listens_nowhere(tmp_path):
@@ -141,6 +169,52 @@ def test_with_tls_the_certificate_must_be_known_and_in_date_and_plain_text_gets_
         assert code_of(lambda: raw(target, "Status", b"", shows(target.token), 3)) == "UNAVAILABLE"
 
 
+def test_a_certificate_that_was_renewed_is_shown_and_one_that_cannot_be_is_not(tmp_path, authority):
+    (cert, key), other = authority.issue("renewed"), Authority(tmp_path, "another authority")
+    with served(tmp_path, *secured(cert, key)) as it:
+
+        def knows(ca):
+            with Client(replace(it.target(), ca=ca)) as client:
+                return client.call(pb.StatusRequest(), 5).status.run == tmp_path.name
+
+        assert knows(authority.ca)
+        for old, new in zip((cert, key), other.issue("renewed"), strict=True):
+            Path(old).write_bytes(Path(new).read_bytes())
+        assert knows(other.ca)
+        with pytest.raises(ControlError):
+            knows(authority.ca)
+        Path(cert).write_text("no certificate")
+        assert knows(other.ca)
+        said = it.until(lambda: it.said("control")[1:], "the event")
+        assert "until that is mended, connections are made with the certificate of before" in said[0]
+
+
+def test_a_connection_that_is_lost_is_said_to_be(tmp_path):
+    with served(tmp_path) as it, socket.create_server(("127.0.0.1", 0)) as door:
+        host, port = it.target().address.rsplit(":", 1)
+        ends = []
+
+        def carry(one, other):
+            with suppress(OSError):
+                while some := one.recv(1 << 16):
+                    other.sendall(some)
+
+        def accept():
+            ends.extend((door.accept()[0], socket.create_connection((host, int(port)))))
+            threading.Thread(target=carry, args=ends, daemon=True).start()
+            carry(*ends[::-1])
+
+        threading.Thread(target=accept, daemon=True).start()
+        through = replace(it.target(), address=f"127.0.0.1:{door.getsockname()[1]}", run="")
+        with Client(through) as client:
+            watching = client.watch(0.2)
+            assert next(watching).run == tmp_path.name
+            for end in ends:
+                end.shutdown(socket.SHUT_RDWR)
+            with pytest.raises(ControlError, match="the connection is lost"):
+                list(watching)
+
+
 def test_a_certificate_that_is_out_of_date_is_not_trusted(tmp_path, authority):
     cert, key = authority.issue("late", valid_for=-DAY)
     with (
@@ -157,6 +231,8 @@ def test_with_mtls_clients_show_a_certificate_that_is_known_and_in_date(tmp_path
     stranger = Authority(tmp_path, "a stranger").issue("mallory")
     with served(tmp_path, *secured(cert, key, f"control.tls_client_ca={authority.ca}")) as it:
         known = replace(it.target(), ca=authority.ca)
+        with pytest.raises(BadInput, match=r"--cert='.*' does not match its key: --key="):
+            Client(replace(known, cert=good[0], key=late[1]))
         for shown in (("", ""), late, stranger):
             with Client(replace(known, cert=shown[0], key=shown[1])) as client, pytest.raises(ControlError):
                 client.call(pb.StatusRequest(), 3)

@@ -1,6 +1,9 @@
 """Who may do what over the control of a run, and what strangers reach: nothing."""
 
 import json
+import socket
+import threading
+from contextlib import ExitStack
 
 import grpc
 import pytest
@@ -9,6 +12,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ray_ep.control import server
 from ray_ep.control.keys import Key, Role, opened_by
 from ray_ep.control.server import MESSAGE_BYTES
 from ray_ep.control.v1 import control_pb2 as pb
@@ -86,6 +90,25 @@ def test_an_operators_token_and_that_of_the_ray_cluster_open_for_changes(it, tok
     )
 
 
+def test_a_token_that_is_taken_back_opens_no_more(tmp_path):
+    file, run = token_file(tmp_path, "operator", OPERATOR), tmp_path / "run"
+    run.mkdir()
+    with served(run, f"control.operator_token_file={file}") as it:
+
+        def opens(token):
+            return code_of(lambda: raw(it.target(), "Status", b"", shows(token))) == "OK"
+
+        assert (opens(OPERATOR), opens(VIEWER)) == (True, False)
+        token_file(tmp_path, "operator", VIEWER)
+        assert (opens(OPERATOR), opens(VIEWER)) == (False, True)
+        file.chmod(0o644)
+        assert (opens(VIEWER), opens(it.target().token)) == (False, True)
+        said = it.until(lambda: it.said("control")[1:], "the event")
+        assert "can be read by others (mode 0644): chmod 600 it; until that is mended, no token of" in said[0]
+        file.chmod(0o600)
+        assert opens(VIEWER)
+
+
 def test_health_is_open_and_what_describes_the_service_is_not(it):
     with grpc.insecure_channel(it.target().address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
@@ -100,6 +123,60 @@ def test_health_is_open_and_what_describes_the_service_is_not(it):
         assert "ray_ep.control.v1.ControlService" in names
         watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=5)
         assert code_of(lambda: next(watch)) == "UNAUTHENTICATED", "whoever waits takes room"
+
+
+def test_calls_that_send_no_message_hold_no_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "CALLS", 8)
+    monkeypatch.setattr(server, "CHECKS", 2)
+    with served(tmp_path) as it:
+        names = [f"/ray_ep.control.v1.ControlService/{name}" for name in ("Pause", "Status", "WatchStatus")]
+        names += ["/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"]
+        never = threading.Event()
+        with grpc.insecure_channel(it.target().address) as channel:
+            held = [channel.stream_unary(name).future(silent(never), 20) for name in names for _ in range(8)]
+
+            def answered():
+                return code_of(lambda: raw(it.target(), "Status", b"", shows(it.target().token))) == "OK"
+
+            it.until(answered, "an answer meanwhile", 5)
+            assert sum(not call.done() for call in held) <= 2
+            never.set()
+            codes = {call.code().name for call in held}
+        assert codes <= {"UNAUTHENTICATED", "RESOURCE_EXHAUSTED", "INVALID_ARGUMENT"}, codes
+
+
+def test_connections_that_say_nothing_take_few_files_of_the_driver_and_not_for_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "CONNECTIONS", 8)
+    monkeypatch.setattr(server, "GREETING_S", 1.0)
+    with served(tmp_path) as it, ExitStack() as opened:
+        host, port = it.target().address.rsplit(":", 1)
+        strangers = [opened.enter_context(socket.create_connection((host, int(port)))) for _ in range(40)]
+
+        def still_open():
+            return sum(map(hears, strangers))
+
+        it.until(lambda: still_open() <= 8, "those over the limit closed", 5)
+        assert it.alive()
+        it.until(lambda: not still_open(), "the others closed", 10)
+        assert it.status_now().done
+
+
+def hears(stranger):
+    """Whether the other end has not closed a connection."""
+    stranger.setblocking(False)
+    try:
+        while stranger.recv(1 << 12):
+            pass
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def silent(never):
+    never.wait(20)
+    yield from ()
 
 
 def test_a_message_that_is_too_large_or_damaged_is_refused(it):

@@ -135,8 +135,8 @@ class FakeRanks:
     def regroup(self, placement, topology, fresh=()):
         self._answer("regroup")
 
-    def restore(self, key, taken, placement, topology, lost, fresh=()):
-        self.updates = key.step
+    def restore(self, to):
+        self.updates = to.key.step
         self._answer("restore")
 
     def snapshot(self, step, shelf):

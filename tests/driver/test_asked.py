@@ -153,6 +153,21 @@ def test_experts_move_to_a_placement_that_somebody_gives(it):
     assert any(words.startswith("move, as somebody asked") for words in it.ear.words("rebalance"))
 
 
+def test_the_reason_of_a_pause_is_who_asked_for_it_also_after_a_move_in_it(it):
+    it.put("train_step", 2, ask(KIND.PAUSE))
+    it.put("beat", 1, ask(KIND.APPLY, placement=swapped()))
+    it.put("beat", 2, ask(KIND.STOP))
+    assert it.whole() == "interrupted"
+    told = [(e["fields"]["to"], e["message"]) for e in it.run.events() if e["kind"] == "state"]
+    assert told[-5:] == [
+        ("paused", "after step 2, as somebody asked"),
+        ("migrating", "placement version 1 after step 2"),
+        ("paused", "after step 2, as somebody asked"),
+        ("draining", "after step 2, as somebody asked"),
+        ("stopped", "interrupted"),
+    ]
+
+
 def test_a_placement_of_other_sizes_or_with_more_slots_is_never(it):
     wide = contiguous(LAYERS, EXPERTS, RANKS, EXPERTS)
     other = it.put("train_step", 1, ask(KIND.APPLY, placement=contiguous(LAYERS, EXPERTS, 4)))

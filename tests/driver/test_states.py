@@ -31,7 +31,7 @@ def test_each_transition_is_one_line_of_the_log(caplog):
     assert caplog.messages == [
         "state from=forming to=stepping why='two ranks'",
         "state from=stepping to=migrating why='version 1'",
-        "state from=migrating to=stepping why='done'",
+        "state from=migrating to=stepping why='two ranks'",
     ]
 
 

@@ -12,7 +12,7 @@ from ray_ep.errors import GroupError, PlacementError
 from ray_ep.placement import Topology
 from ray_ep.placement.keepers import keepers
 from ray_ep.rank.snapshot.copies import Key
-from ray_ep.rank.snapshot.restore import restore, rows_for
+from ray_ep.rank.snapshot.restore import Rewind, restore, rows_for
 from ray_ep.rank.snapshot.snapshots import Snapshots
 from tests.conftest import in_threads
 from tests.rank.test_migration import drawn
@@ -91,7 +91,7 @@ def test_all_go_back_to_a_snapshot_of_before_a_move_and_repeat_the_steps(store, 
         me.form(new, 2, 1)
         snapshot = me.snapshots.get(Key(0, at))
         mid = first.primaries().among([0, 2], {1: 1})  # rank 2, which is 1 now, kept rank 1
-        restore(me.trainer, snapshot, first, mid, topology.among([0, 2], [0, 2]), [1] if rank == 2 else [])
+        restore(me.trainer, snapshot, Rewind(Key(0, at), first, mid, topology.among([0, 2], [0, 2]), {1: [1]}))
         assert me.trainer.optimizer.updates == at
         assert (me.trainer.ep.counters.total == me.counted + (members[1].counted if rank == 2 else 0)).all()
         me.results = me.results[:at]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import deque
 from contextlib import suppress
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ray_ep.cli.control.options import access, as_json, client
+from ray_ep.cli.control.options import Seconds, access, as_json, client
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -24,11 +23,13 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 @click.command()
 @access
-@click.option("--every", type=click.FloatRange(0.2, 3600), default=1.0, show_default=True, help="Seconds at least.")
+@click.option(
+    "--every", type=Seconds(0.2, 3600), default=1.0, show_default=True, metavar="S", help="Seconds between two looks."
+)
 def top(where: str, every: float, **given: Any) -> None:
     """Show a run live, until it ends or you press Ctrl-C, which leaves the run alone.
 
-    With --json, or where the output is no terminal, one line a change.
+    With --json, or where the output is no terminal that can be drawn on, one line a change.
 
     \b
       ray-ep top runs/20260701-123005
@@ -40,12 +41,10 @@ def top(where: str, every: float, **given: Any) -> None:
 
     console, view, last = Console(), View(), None
     with client(where, given) as it:
-        if given["as_json"] or not sys.stdout.isatty():
+        if given["as_json"] or not sys.stdout.isatty() or console.is_dumb_terminal:
             for status in it.watch(every):
                 parts = (state_of(status), f"step {status.done}", figures(status.step), counts(status.membership))
-                click.echo(
-                    json.dumps(json.loads(as_json(status))) if given["as_json"] else "; ".join(filter(None, parts))
-                )
+                click.echo(as_json(status) if given["as_json"] else "; ".join(filter(None, parts)))
             return
         with (
             suppress(KeyboardInterrupt),
@@ -78,7 +77,7 @@ class View:
         from rich.table import Table
         from rich.text import Text
 
-        from ray_ep.cli.control.words import counts, figures, state_of
+        from ray_ep.cli.control.words import counts, figures, newest_of, state_of
 
         head = Table.grid(expand=True)
         head.add_column()
@@ -102,7 +101,7 @@ class View:
             ranks.add_row(str(rank.rank), Text(rank.member), Text(rank.host), rank.node[:12], rank.device)
         if len(status.membership.ranks) > room:
             ranks.add_row("…", f"{len(status.membership.ranks) - room} more")
-        events = [Text(f"{e.time[11:19]} {e.kind}: {e.message}", overflow="ellipsis") for e in status.events[-6:]]
+        events = [Text(words, overflow="ellipsis") for words in newest_of(status, 6)]
         for text in events:
             text.no_wrap = True
         return Panel(Group(*body, ranks, Text(""), *events), title=Text(status.run), border_style="dim")

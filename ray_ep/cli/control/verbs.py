@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ray_ep.cli.control.options import access, as_json, carry_out, change, client, mutation
+from ray_ep.cli.control.options import access, as_json, carry_out, change, client, mutation, number, text
 
 
 @click.command()
@@ -31,7 +31,7 @@ def status(where: str, **given: Any) -> None:
 
 @click.command()
 @change
-@click.option("--version", type=click.IntRange(0), help="An earlier one, by its number.")
+@click.option("--version", type=int, callback=number, metavar="N", help="An earlier one, by its number.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Write it as a placement file, too.")
 @click.option("--propose", is_flag=True, help="What the planner finds now, and what it would bring; changes nothing.")
 @click.option("--predict", metavar="FILE", help="What the placement in FILE would bring; changes nothing.")
@@ -62,6 +62,11 @@ def placement(
 
     if sum([propose, predict is not None, apply_ is not None, version is not None]) > 1:
         raise BadInput("placement: give one of --version, --propose, --predict and --apply")
+    guards = given["request_id"], given["if_epoch"], given["if_placement_version"]
+    if apply_ is None and guards != ("", None, None):
+        raise BadInput("placement: --request-id, --if-epoch and --if-placement-version go with --apply alone")
+    if apply_ is not None and out is not None:
+        raise BadInput("placement: --out writes what is shown: give it without --apply")
     if apply_ is not None:
         moved = pb.ApplyPlacementRequest(mutation=mutation(given), placement=placement_message(Placement.load(apply_)))
         carry_out(where, given, moved)
@@ -126,7 +131,7 @@ def scale(where: str, ranks: str, **given: Any) -> None:
 
 @click.command()
 @change
-@click.argument("node")
+@click.argument("node", callback=text)
 @click.option("--undo", is_flag=True, help="Take that back: ranks may be placed there again.")
 def drain(where: str, node: str, undo: bool, **given: Any) -> None:
     """Have all ranks of a run leave NODE.

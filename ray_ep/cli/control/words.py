@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from ray_ep.cli.table import table
@@ -45,6 +47,20 @@ def counts(members: pb.Membership) -> str:
     return ", ".join([said, *coming, *([f"leaves node {', '.join(members.drained)}"] if members.drained else [])])
 
 
+def newest_of(status: pb.RunStatus, most: int) -> list[str]:
+    """The newest events, a line each, without those that the state and the ranks above them tell."""
+    return [event_of(e) for e in status.events if e.kind not in ("state", "members")][-most:]
+
+
+def event_of(event: pb.Event) -> str:
+    """An event in one line, with the time of here; what would steer a terminal is left out."""
+    at = ""
+    with suppress(ValueError):
+        at = datetime.fromisoformat(event.time).astimezone().strftime("%H:%M:%S ")
+    first = event.message.partition("\n")[0]
+    return "".join(c for c in f"{at}{event.kind}: {first}" if c.isprintable())
+
+
 def lines(status: pb.RunStatus) -> list[str]:
     """All that `ray-ep status` says."""
     done = f"{status.done} of {status.steps} steps" if status.steps else f"{status.done} steps"
@@ -56,8 +72,8 @@ def lines(status: pb.RunStatus) -> list[str]:
     if status.membership.ranks:
         rows = [(str(r.rank), r.member, r.host or "?", r.node[:12], r.device or "?") for r in status.membership.ranks]
         out += ["", table(("rank", "member", "host", "node", "device"), rows)]
-    newest = status.events[-SHOWN:]
-    return [*out, *([""] if newest else []), *(f"{e.time[11:19]} {e.kind}: {e.message}" for e in newest)]
+    newest = newest_of(status, SHOWN)
+    return [*out, *([""] if newest else []), *newest]
 
 
 def placed(placement: pb.Placement) -> list[str]:

@@ -34,8 +34,8 @@ from ray_ep.rank.actor import RankActor
 from ray_ep.rank.data.corpus import Corpus
 from ray_ep.rank.reach import DirectoryTrial
 from ray_ep.rank.results import StepResult
-from ray_ep.rank.snapshot.copies import Key
 from ray_ep.rank.snapshot.on_disk import Shelf
+from ray_ep.rank.snapshot.restore import Rewind
 
 log = logging.getLogger(__name__)
 
@@ -254,22 +254,9 @@ class Ranks(Calls):
         """On over the group that was joined, each with what it has; `fresh` ones are given what every rank has."""
         self._call("regroup", placement, topology, fresh)
 
-    def restore(
-        self,
-        key: Key,
-        taken: Placement,
-        placement: Placement,
-        topology: Topology,
-        lost: dict[int, list[int]],
-        fresh: tuple[int, ...] = (),
-    ) -> None:
-        """Back to a snapshot, taken under the placement `taken`, and on over the group that was joined.
-
-        Args:
-            lost: by rank now, those of the snapshot that are gone and whose copies it has.
-            fresh: ranks that came after it.
-        """
-        self._call("restore", key, taken, placement, topology, lost, fresh)
+    def restore(self, to: Rewind) -> None:
+        """Back to a snapshot, and on over the group that was joined."""
+        self._call("restore", to)
 
     def bequeath(self, leave: Collection[int], heir: int) -> None:
         """The routing statistics of ranks that leave count as those of `heir` from now on."""

@@ -30,6 +30,7 @@ from ray_ep.placement import Placement, Topology, contiguous, slots_needed
 from ray_ep.rank.data.corpus import Corpus
 from ray_ep.rank.snapshot.copies import Key
 from ray_ep.rank.snapshot.on_disk import Shelf
+from ray_ep.rank.snapshot.restore import Rewind
 
 JOIN_S = 10.0
 """Seconds that survivors wait for each other: they are all there, and have just said so."""
@@ -65,15 +66,7 @@ class SurvivingRanks(Protocol):
     def regroup(self, placement: Placement, topology: Topology, fresh: tuple[int, ...] = ()) -> None:
         """On over it, each with what it has, `fresh` ones with what every rank has."""
 
-    def restore(
-        self,
-        key: Key,
-        taken: Placement,
-        placement: Placement,
-        topology: Topology,
-        lost: dict[int, list[int]],
-        fresh: tuple[int, ...] = (),
-    ) -> None:
+    def restore(self, to: Rewind) -> None:
         """Back to a snapshot, and on over it."""
 
     def publish(self) -> None:
@@ -239,7 +232,7 @@ class Recovery:
         placement = taken.placement.primaries().among(members.origin(taken.membership), keeper_of)
         placement = replace(placement, version=now.placement.version + 1)
         fresh = members.fresh(taken.membership)
-        self.ranks.restore(taken.key, taken.placement, placement, topology, wards, fresh)
+        self.ranks.restore(Rewind(taken.key, taken.placement, placement, topology, wards, fresh))
         return placement
 
     def _from_checkpoint(self, error: LostError, why: str) -> Decision:

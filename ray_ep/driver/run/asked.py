@@ -62,6 +62,12 @@ class Asked:
         """Whether the next step waits for somebody to ask for it."""
         return bool(self._pauses)
 
+    @property
+    def why(self) -> str:
+        """Who asked for the end, or else for the pause, to end a sentence with; "": nobody."""
+        first = self._stops[:1] or self._pauses[:1]
+        return f", as {first[0].by} asked" if first else ""
+
     def put(self, request: Request) -> None:
         """Take a request of any kind but those of elastic's, and a rebalance while the run steps."""
         if request.kind is RequestKind.REBALANCE:
@@ -79,7 +85,7 @@ class Asked:
     def rests(self, done: int, ranks: int, epoch: int) -> None:
         """No step follows the `done`-th for now: whoever asked for that is told."""
         still = "still " if self._rests else ""
-        words = f"{still}paused after step {done}, as {self._pauses[0].by} asked: {ranks} ranks wait in epoch {epoch}"
+        words = f"{still}paused after step {done}{self.why}: {ranks} ranks wait in epoch {epoch}"
         self._rests = words
         self.publish(Event("paused", words, {"by": self._pauses[0].by}))
         for request in self._pauses:

@@ -5,7 +5,8 @@ Nothing travels: whoever comes to own an expert has a copy. The group was formed
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -13,42 +14,51 @@ from ray_ep.errors import PlacementError
 from ray_ep.moe import Rows
 from ray_ep.placement import Placement, Topology
 from ray_ep.rank.handover import hand_over
+from ray_ep.rank.snapshot.copies import Key
 from ray_ep.rank.snapshot.snapshots import Snapshot
 from ray_ep.rank.trainer import Trainer
 
 
-def restore(
-    trainer: Trainer,
-    snapshot: Snapshot | None,
-    taken: Placement,
-    placement: Placement,
-    topology: Topology,
-    lost: Collection[int],
-    fresh: Collection[int] = (),
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Rewind:
+    """What all ranks go back to, and go on with.
+
+    Args:
+        key: of the snapshot. taken: placement under which it was taken.
+        placement, topology: of the ranks of the new epoch; each owner of an expert was that in `taken`, or keeps the
+            one that was.
+        lost: by keeper, a rank of the new epoch, the ranks of the snapshot's epoch that are gone: their routing
+            statistics count as its own from now on.
+        fresh: ranks that came after the snapshot: they own nothing, and are given what every rank has.
+    """
+
+    key: Key
+    taken: Placement
+    placement: Placement
+    topology: Topology
+    lost: Mapping[int, Collection[int]]
+    fresh: tuple[int, ...] = ()
+
+
+def restore(trainer: Trainer, snapshot: Snapshot | None, to: Rewind) -> None:
     """Go back to a snapshot and on over the group of a new epoch (collective over it, between steps).
 
     After an error weights are of no step: what was not done may be done again, with this snapshot or another.
 
     Args:
-        snapshot: None on ranks `fresh`.
-        taken: placement under which the snapshot was taken.
-        placement: for the ranks of the new epoch; each owner of an expert was that in `taken`, or keeps who was.
-        lost: ranks in the snapshot's epoch that are gone and whose keeper this one is: their routing statistics count
-            as its own from now on.
-        fresh: ranks that came after the snapshot: they own nothing, and are given what every rank has.
+        snapshot: that of `to.key`; None on ranks that are fresh.
 
     Raises:
         PlacementError: a copy that this rank needs is not here. GroupError: a peer is gone.
     """
-    rows: dict[tuple[int, int], Rows] = {}
+    rank, rows = trainer.group.rank, dict[tuple[int, int], Rows]()
     if snapshot is not None:
-        rows = rows_for(snapshot, taken, placement, trainer.group.rank)
+        rows = rows_for(snapshot, to.taken, to.placement, rank)
         snapshot.dense.put_back(trainer.optimizer)
-        _count(trainer, snapshot, lost)
-    if fresh:
-        hand_over(trainer, fresh)
-    trainer.regroup(placement, topology, rows)
+        _count(trainer, snapshot, to.lost.get(rank, ()))
+    if to.fresh:
+        hand_over(trainer, to.fresh)
+    trainer.regroup(to.placement, to.topology, rows)
     trainer.went_back()
 
 
