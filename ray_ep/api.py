@@ -174,7 +174,7 @@ def _observed(cfg: Config, run: RunDir, progress: Progress, requests: Requests) 
         ProvenanceFiles(run.path, cfg.provenance, decoder, lambda e: publisher.event(e)) as records,
         Control(cfg.control, run, requests, lambda e: publisher.event(e)) as control,
         Publisher([run, progress, page, log, metrics, records, control, *tracked]) as publisher,  # ends first
-        shown(cfg, run.path, tell("page")) as seen,
+        shown(cfg, run.path, tell("page"), control.buttons) as seen,
     ):
         yield publisher, seen
 

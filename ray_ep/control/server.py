@@ -29,6 +29,7 @@ from ray_ep.control.address import Target
 from ray_ep.control.audit import Audit
 from ray_ep.control.board import Board
 from ray_ep.control.keys import cluster_token, keys_of, new_token
+from ray_ep.control.pressed import Buttons
 from ray_ep.control.service import NO_TOKEN, SERVICE, Service
 from ray_ep.control.tls import server_credentials
 from ray_ep.control.trace import trace
@@ -57,6 +58,9 @@ class Control:
     Args:
         requests: the driver's queue. tell: an operator, by an event. ray_token: of the Ray cluster, once it is joined;
             "": it has none.
+
+    Attributes:
+        buttons: for the run's page.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class Control:
         ray_token: Callable[[], str] = cluster_token,
     ):
         self.cfg, self.run, self.requests, self._tell, self._ray_token = cfg, run, requests, tell, ray_token
+        self.buttons = Buttons(cfg)
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._board: Board | None = None
@@ -79,6 +84,7 @@ class Control:
 
     def __exit__(self, *error: object) -> None:
         """Callers have had their answers, or GRACE_S for them; the thread has ended."""
+        self.buttons.close()
         if self._thread is None:
             return
         self.requests.close("the run has ended")
@@ -146,6 +152,7 @@ class Control:
             return
         await server.start()
         self._board = board
+        self.buttons.open(service, token)
         up.set_result(self._target(port, token))
         keeping = asyncio.create_task(board.keep())
         await self._end.wait()

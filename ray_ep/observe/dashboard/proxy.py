@@ -101,7 +101,7 @@ class Proxy:
         """What the page's server answers; a sentence where it does not."""
         assert self._session is not None
         headers = {name: request.headers[name] for name in _SENT if name in request.headers}
-        headers |= {"Accept-Encoding": "identity"} | ({KEY: page.key} if page.key else {})
+        headers |= {"Accept-Encoding": "identity", "Via": "1.1 ray_ep"} | ({KEY: page.key} if page.key else {})
         query = f"?{raw}" if (raw := request.rel_url.raw_query_string) else ""
         try:
             async with self._session.get(

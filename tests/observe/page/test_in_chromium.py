@@ -42,6 +42,14 @@ def report(run):
     return write_report(run).as_uri()
 
 
+def axe_of():
+    """The script that checks."""
+    found = find_spec("axe_playwright_python")
+    if found is None:
+        pytest.skip("axe-playwright-python, which carries axe-core, is not installed")
+    return str(Path(found.submodule_search_locations[0]) / "axe.min.js")
+
+
 def show(opened, url, whole=False, **how):
     """The page, its first charts drawn; or the whole of it, scrolled through."""
     tab = opened(url, **how)
@@ -116,14 +124,11 @@ def test_pairs_and_flows_of_a_layer_are_its_own(opened, report, run):
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_a_checker_of_accessibility_finds_nothing_serious(opened, report, theme):
-    axe = find_spec("axe_playwright_python")
-    if axe is None:
-        pytest.skip("axe-playwright-python, which carries axe-core, is not installed")
     tab = show(opened, report, whole=True, theme=theme)
     for details in tab.query_selector_all("details"):
         details.evaluate("(it) => { it.open = true; }")
     tab.wait_for_timeout(300)
-    tab.add_script_tag(path=str(Path(axe.submodule_search_locations[0]) / "axe.min.js"))
+    tab.add_script_tag(path=axe_of())
     assert tab.evaluate(AXE, RULES[theme]) == []
     tab.evaluate("document.getElementById('story').style.color = getComputedStyle(document.body).backgroundColor")
     assert any("color-contrast" in found for found in tab.evaluate(AXE, {"runOnly": ["color-contrast"]}))  # it looks
