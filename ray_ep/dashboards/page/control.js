@@ -53,7 +53,7 @@ export class Control {
     const { standing, lost } = this.source;
     this.element.hidden = !standing || (standing.closed && !standing.why) || Boolean(this.view.state.run.outcome);
     this.why.textContent = standing?.why ?? "";
-    this.bar.hidden = !standing || Boolean(standing.why);
+    this.bar.hidden = this.answer.hidden = !standing || Boolean(standing.why);
     if (this.bar.hidden) return;
     this.tokenLabel.hidden = !standing.token;
     this.buttons[0].textContent = this.paused ? "Resume" : "Pause";
