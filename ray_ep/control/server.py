@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shlex
 import socket
 import threading
 from collections.abc import Callable
@@ -109,7 +110,8 @@ class Control:
             self._tell(Event("control", f"nobody can see or steer this run from outside: {why}"))
             return
         secured = " with TLS" if target.tls else ""
-        words = f"listens on {target.address}{secured}; see and steer it with: ray-ep status {self.run.path}"
+        command = shlex.join(["ray-ep", "status", str(self.run.path)])
+        words = f"listens on {target.address}{secured}; see and steer it with: {command}"
         self._tell(Event("control", words, {"address": target.address, "tls": target.tls}))
 
     def step(self, record: StepRecord) -> None:
