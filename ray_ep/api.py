@@ -26,8 +26,8 @@ from ray_ep.driver.requests import Requests
 from ray_ep.driver.run.rundir import RunDir, find_checkpoint
 from ray_ep.driver.start import check_run
 from ray_ep.errors import BadInput, CheckpointError
-from ray_ep.observe.dashboard.placement_log import PlacementLog
 from ray_ep.observe.dashboard.reach import shown
+from ray_ep.observe.dashboard.session_logs import DriverLog, PlacementLog
 from ray_ep.observe.live import LivePage
 from ray_ep.observe.metrics.listener import Metrics
 from ray_ep.observe.page.report import write_report
@@ -166,15 +166,16 @@ def _observed(cfg: Config, run: RunDir, progress: Progress, requests: Requests) 
     def tell(kind: str) -> Callable[[str], None]:
         return lambda why: publisher.event(Event(kind, why))
 
-    log, decoder = PlacementLog(run.path), partial(load_decoder, cfg.data.tokenizer)
+    placed, decoder = PlacementLog(run.path), partial(load_decoder, cfg.data.tokenizer)
     with (
         LivePage(run.path, tell("report")) as page,
+        DriverLog(run.path, cfg.optim.steps, _mark(cfg)) as log,
         trackers(cfg, run.path, tell("tracker")) as tracked,
         Metrics(run.path, cfg.optim.steps, tell("metrics")) as metrics,
         ProvenanceFiles(run.path, cfg.provenance, decoder, lambda e: publisher.event(e)) as records,
         Control(cfg.control, run, requests, lambda e: publisher.event(e)) as control,
-        Publisher([run, progress, page, log, metrics, records, control, *tracked]) as publisher,  # ends first
-        shown(cfg, run.path, tell("page")) as seen,
+        Publisher([run, progress, page, placed, log, metrics, records, control, *tracked]) as publisher,  # ends first
+        shown(cfg, run.path, tell("page"), control.buttons) as seen,
     ):
         yield publisher, seen
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shlex
 import socket
 import threading
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from ray_ep.control.address import Target
 from ray_ep.control.audit import Audit
 from ray_ep.control.board import Board
 from ray_ep.control.keys import Keys, cluster_token, new_token
+from ray_ep.control.pressed import Buttons
 from ray_ep.control.service import NO_TOKEN, SERVICE, Denied, Service, only
 from ray_ep.control.tls import server_credentials
 from ray_ep.control.trace import trace
@@ -63,6 +65,9 @@ class Control:
     Args:
         requests: the driver's queue. tell: an operator, by an event. ray_token: of the Ray cluster, once it is joined;
             "": it has none.
+
+    Attributes:
+        buttons: for the run's page.
     """
 
     def __init__(
@@ -74,6 +79,7 @@ class Control:
         ray_token: Callable[[], str] = cluster_token,
     ):
         self.cfg, self.run, self.requests, self._tell, self._ray_token = cfg, run, requests, tell, ray_token
+        self.buttons = Buttons(cfg)
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._board: Board | None = None
@@ -86,6 +92,7 @@ class Control:
 
     def __exit__(self, *error: object) -> None:
         """Callers have had their answers, or GRACE_S for them; the thread has ended."""
+        self.buttons.close()
         if self._thread is None:
             return
         self.requests.close("the run has ended")
@@ -110,7 +117,8 @@ class Control:
             self._tell(Event("control", f"nobody can see or steer this run from outside: {why}"))
             return
         secured = " with TLS" if target.tls else ""
-        words = f"listens on {target.address}{secured}; see and steer it with: ray-ep status {self.run.path}"
+        command = shlex.join(["ray-ep", "status", str(self.run.path)])
+        words = f"listens on {target.address}{secured}; see and steer it with: {command}"
         self._tell(Event("control", words, {"address": target.address, "tls": target.tls}))
 
     def step(self, record: StepRecord) -> None:
@@ -153,6 +161,7 @@ class Control:
             return
         await server.start()
         self._board = board
+        self.buttons.open(service, token)
         up.set_result(self._target(port, token))
         keeping = asyncio.create_task(board.keep())
         await self._end.wait()

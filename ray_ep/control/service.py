@@ -120,14 +120,22 @@ class Service:
         """
         made: dict[str, grpc.RpcMethodHandler] = {}
         for method in SERVICE.methods:
-            work = getattr(self, re.sub(r"(?<=[a-z])(?=[A-Z])", "_", method.name).lower())
             if method.server_streaming:
-                made[method.name] = grpc.stream_stream_rpc_method_handler(partial(self._stream, method, work))
+                made[method.name] = grpc.stream_stream_rpc_method_handler(partial(self._stream, method))
             else:
-                made[method.name] = grpc.stream_unary_rpc_method_handler(partial(self._call, method, work))
+                made[method.name] = grpc.stream_unary_rpc_method_handler(partial(self.called, method))
         return grpc.method_handlers_generic_handler(SERVICE.full_name, made)
 
-    async def _call(self, method: Any, work: Any, messages: AsyncIterator[bytes], context: Any) -> bytes:
+    def _work(self, method: Any) -> Any:
+        return getattr(self, re.sub(r"(?<=[a-z])(?=[A-Z])", "_", method.name).lower())
+
+    async def called(self, method: Any, messages: AsyncIterator[bytes], context: Any) -> bytes:
+        """The answer to one call of SERVICE that is no stream, whichever way it came.
+
+        Args:
+            messages: one. context: a `grpc.aio.ServicerContext`, or what has its invocation_metadata, auth_context,
+                peer and abort.
+        """
         began, caller, asked = time.monotonic(), self._caller(context), ""
         changes = "mutation" in method.input_type.fields_by_name
         entry = partial(self._entry, method.name, caller, began)
@@ -136,7 +144,7 @@ class Service:
             asked = request = parsed(method, await only(messages))
             if changes and (why := self.audit.write(entry(request, ASKED, ""))):
                 raise Denied(grpc.StatusCode.FAILED_PRECONDITION, f"no change is made without its record: {why}")
-            answer: Message = await work(request, caller)
+            answer: Message = await self._work(method)(request, caller)
         except Denied as e:
             if changes:
                 self.audit.write(entry(asked, e.code.name, e.words))
@@ -154,12 +162,10 @@ class Service:
             self.audit.write(entry(asked, "OK", answer.outcome.words))  # type: ignore[attr-defined]
         return answer.SerializeToString()
 
-    async def _stream(
-        self, method: Any, work: Any, messages: AsyncIterator[bytes], context: Any
-    ) -> AsyncIterator[bytes]:
+    async def _stream(self, method: Any, messages: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
         try:
             self._admit(self._caller(context), Role.VIEWER)
-            async for answer in work(parsed(method, await only(messages))):
+            async for answer in self._work(method)(parsed(method, await only(messages))):
                 yield answer
         except Denied as e:
             await context.abort(e.code, text(e.words))

@@ -23,7 +23,8 @@ from rich.text import Text
 from ray_ep.driver.records import STANDING, Event, StepRecord
 
 _EVERY_S = 5.0  # between plain lines; a job's log is read afterwards, too
-_COMMANDS = ("failed", "diverged")  # events that the command ends with itself, with all there is to say
+COMMANDS = ("failed", "diverged")
+"""Events that the command ends with itself, with all there is to say."""
 _SHORT = {"tokens_per_second": "tokens/s", "eval_loss": "held out"}  # on the bar, where room is scarce
 
 
@@ -68,7 +69,7 @@ class Progress:
 
     def event(self, event: Event) -> None:
         """Show an event at once, unless the command that shows this says it at its end, or it only says what is so."""
-        if event.kind not in (*_COMMANDS, *STANDING):
+        if event.kind not in (*COMMANDS, *STANDING):
             self._view.event(event.kind, event.words)
 
 

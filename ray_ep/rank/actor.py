@@ -5,8 +5,10 @@ Ranks on GPUs have not run yet.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
+import sys
 from functools import partial
 from typing import Any
 
@@ -42,6 +44,8 @@ from ray_ep.rank.snapshot.restore import Rewind, restore
 from ray_ep.rank.snapshot.snapshots import Held, Snapshots
 from ray_ep.rank.trainer import Trainer
 
+log = logging.getLogger("ray_ep.rank")
+
 
 @ray.remote(max_restarts=0, max_task_retries=0, concurrency_groups={"control": 2})  # type: ignore[call-overload]
 class RankActor:
@@ -54,6 +58,9 @@ class RankActor:
         self.rank, self.size = rank, size
         self.group = EpochGroup()  # the one object that all keep, through all epochs
         self.side = EpochGroup()  # that of snapshots
+        # For the Actors view of Ray's dashboard, which shows what an actor prints.
+        logging.basicConfig(stream=sys.stdout, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        log.setLevel(logging.INFO)
 
     def __repr__(self) -> str:
         return f"Rank(rank={self.rank}, of={self.size})"
@@ -137,6 +144,7 @@ class RankActor:
         if snapshots:
             what = f"{name}-{epoch}-snapshots", self.rank, self.size, epoch, timeout_s, "gloo", limit_s
             self.side.form(epoch, alone if self.size == 1 else {"gloo": partial(join, *what)}, limit_s)
+        log.info("joined epoch=%d rank=%d of=%d transports=%s", epoch, self.rank, self.size, ",".join(transports))
 
     def probe(self, node_of: np.ndarray, budget_s: float) -> Topology:
         """`measure` on the joined group, the first of its transports (collective)."""
@@ -210,7 +218,9 @@ class RankActor:
         """
         self.snapshots.wait()
         try:
-            return self.trainer.save(url, step)
+            written = self.trainer.save(url, step)
+            log.info("saved step=%d", step)
+            return written
         except SaveError as e:
             return e
         except RayEPError:
@@ -232,7 +242,9 @@ class RankActor:
 
     def migrate(self, placement: Placement, buffer_mb: float) -> Moved:
         """`Trainer.migrate`."""
-        return self.trainer.migrate(placement, buffer_mb)
+        moved = self.trainer.migrate(placement, buffer_mb)
+        log.info("moved placement=%d received=%d bytes seconds=%.3f", placement.version, moved.received, moved.seconds)
+        return moved
 
     def snapshot(self, step: int, node_of: list[int], shelf: Shelf | None = None) -> str:
         """`Snapshots.take`."""

@@ -15,6 +15,7 @@ from ray_ep.driver.run.rundir import RunDir
 from ray_ep.observe.provenance.files import ProvenanceFiles, parts_of
 from ray_ep.placement import contiguous
 from ray_ep.rank.data.tokenizer import load_decoder
+from tests.browser import data_of
 from tests.records import provenance, record
 
 PROSE = "In 1984 it was a bright cold day in April, and 13 clocks were striking 13. "
@@ -92,9 +93,15 @@ def test_a_token_shows_its_path_as_a_tree_as_json_and_as_a_page(run, tmp_path):
     page = tmp_path / "path.html"
     shown(run, "--step", 3, "--token", first["position"], "--html", page)
     html = page.read_text()
-    assert re.findall(r"""(?:src|href|url)[=(]["']?([^"')]*)""", html) == ["data:,"], "it loads nothing"
-    for hop in path["layers"]["0"]:
-        assert f"expert {hop['expert']} · {hop['weight']:.3f} · primary" in html
+    assert re.findall(r"""(?:src|href|url)[=(]["']?([^"')]*)""", html) == ["data:,", "#main"], "it loads nothing"
+    drawn = data_of(html)
+    assert [(r["rank"], r["home"]) for r in drawn["ranks"]] == [(0, True), (1, False)]
+    for layer, hops in path["layers"].items():
+        cells = drawn["layers"][int(layer)]["cells"]
+        for hop in hops:
+            assert {"expert": hop["expert"], "weight": hop["weight"], "kind": "primary", "why": hop["why"]} in cells[
+                hop["place"]["rank"]
+            ]
 
 
 def test_an_expert_is_explained_by_what_several_documents_say(run):

@@ -5,6 +5,7 @@ import os
 import signal
 import urllib.error
 import urllib.request
+from urllib.parse import quote
 
 import pytest
 
@@ -25,9 +26,9 @@ def get(url, token=TOKEN, limit_s=20):
         return e.code, e.read().decode()
 
 
-def page_of(run, here, lines):
+def page_of(run, here, lines, name="run"):
     """Addresses of a run's page: its own, and in Ray's dashboard."""
-    events = here.path / "run" / "events.jsonl"
+    events = here.path / name / "events.jsonl"
     told = run.until(lambda: [e for e in lines(events) if e["kind"] == "page"], 120, "the page")
     return told[0]["fields"]["address"], told[0]["fields"]["dashboard"]
 
@@ -39,20 +40,24 @@ def ended(run):
 
 
 def test_a_local_run_with_a_dashboard_has_its_page_there_without_anything_to_set_up(here, lines):
-    run = here.train("run_dir=run", "optim.steps=100000", "cluster.dashboard=true")
-    live = RunState(here.path / "run")
-    own, seen = page_of(run, here, lines)
-    root = seen.removesuffix("/ray_ep/run/")
+    name = "Zürich <b>&'%41"
+    run = here.train(f"run_dir={name}", "optim.steps=100000", "cluster.dashboard=true")
+    live = RunState(here.path / name)
+    own, seen = page_of(run, here, lines, name)
+    root, quoted = seen.removesuffix(f"/ray_ep/{quote(name)}/"), quote(name)
     assert get(seen, token="")[0] == 401  # Ray's own login
     status, page = get(seen)
     assert (status, get(own, token="")[1]) == (200, page)
-    state = json.loads(get(f"{root}/api/ray_ep/run/state")[1])
+    state = json.loads(get(f"{root}/api/ray_ep/{quoted}/state")[1])
+    assert state["run"]["name"] == name
+    assert json.loads(get(f"{root}/api/ray_ep/{quoted}/control")[1])["closed"]
     assert state["membership"]["active"] == 2
     assert 'document.getElementById("ray_ep")' in get(f"{root}/")[1]
     assert json.loads(get(f"{root}/api/version")[1])["ray_version"]
     assert get(f"{root}/ray_ep/other/")[0] == 410
     run.until(lambda: live.refresh() and live.snapshot("load")["load"].get("experts"), 60, "the loads of recent steps")
     assert live.snapshot("run")["run"]["state"] == "stepping"
+    assert not [e for e in lines(live.path / "events.jsonl") if e["kind"] in ("metrics", "not-written")]
     ended(run)
     live.refresh()
     assert {p: live.snapshot(p)[p] for p in PARTS} == {p: RunState(live.path).snapshot(p)[p] for p in PARTS}
@@ -70,8 +75,14 @@ def test_a_run_on_a_cluster_is_found_by_its_dashboard_and_named_in_rays_own_view
     (job,) = (j for j in jobs if (j["metadata"] or {}).get("ray_ep_run") == str(here.path / "run"))
     assert (job["metadata"]["ray_ep_page"], job["metadata"]["job_name"]) == (own, "run")
     node = RunState(here.path / "run").snapshot("membership")["membership"]["ranks"][0]["node_id"]
-    logs = json.loads(get(f"{cluster.job}/api/v0/logs?node_id={node}&glob=ray_ep-run*")[1])
-    assert "ray_ep-run.placement.txt" in json.dumps(logs)
+    job_id = job["job_id"]
+    file = f"{cluster.job}/api/v0/logs/file?node_id={node}&lines=1000&filename=ray_ep-run-{job_id}"
+    logs = json.dumps(json.loads(get(f"{cluster.job}/api/v0/logs?node_id={node}&glob=*{job_id}*")[1]))
+    assert all(f"ray_ep-run-{job_id}.{what}" in logs for what in ("driver.log", "placement.txt")), "as Other logs asks"
+    assert f"event kind=page shown at {own}" in get(f"{file}.driver.log")[1]
+    assert "layer 0: rank 0:" in get(f"{file}.placement.txt")[1]
+    rank = next(a["actor_id"] for a in actors if a["name"] == "ep/run/rank1")
+    assert "joined epoch=0 rank=1 of=2" in get(f"{cluster.job}/api/v0/logs/file?actor_id={rank}&suffix=out")[1]
     os.kill(run.process.pid, signal.SIGSTOP)  # a page that hangs: the dashboard goes on
     try:
         assert get(seen)[0] == 504

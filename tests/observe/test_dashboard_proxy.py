@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import threading
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +12,7 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from ray_ep.driver.actors.shown import KEY, Page
 from ray_ep.observe.dashboard import found, proxy
-from ray_ep.observe.dashboard.found import Found
+from ray_ep.observe.dashboard.found import Found, HeadSilentError
 from ray_ep.observe.dashboard.proxy import Proxy
 
 TOKEN = "b34rer-t0ken"
@@ -223,7 +223,7 @@ def test_the_runs_are_listed_and_addresses_without_a_slash_lead_on_without_a_red
     async def main():
         async with proxied(name="a run & more") as it:
             text = await (await it.client.get("/ray_ep/")).text()
-            assert '<a href="a%20run%20%26%20more/">a run &amp; more</a>' in text
+            assert '<a href="a%20run%20%26%20more/">a run &amp; more</a> <small>/runs/a run &amp; more</small>' in text
             runs = await (await it.client.get("/api/ray_ep/")).json()
             assert runs == {"runs": [{"name": "a run & more", "run_dir": "/runs/a run & more"}]}
             for path, to in (("/ray_ep", "ray_ep/"), ("/ray_ep/a%20run%20%26%20more", "a%20run%20%26%20more/")):
@@ -258,12 +258,14 @@ def test_an_answer_of_rays_head_that_does_not_come_is_not_waited_for_and_asked_f
 
     async def main():
         look = Found(ask)
-        assert await look() == {}
-        assert await look() == {}
+        for _ in range(2):
+            with pytest.raises(HeadSilentError, match=r"no answer within 0\.1 s"):
+                await look()
         assert len(asked) == 1
         go.set()
-        while not await look():
-            await asyncio.sleep(0.01)
+        while not look.answered:
+            with suppress(HeadSilentError):
+                await look()
         assert await look() == {"run-7": page}
 
     asyncio.run(main())
@@ -287,6 +289,24 @@ def test_what_runs_announced_is_used_again_for_a_moment_and_kept_when_the_head_r
         assert len(asked) == 2
 
     asyncio.run(main())
+
+
+def test_a_head_that_refuses_is_told_of_in_its_words_and_logged_once(caplog):
+    def ask():
+        raise ConnectionError("InvalidAuthToken: <token> is missing\nand more")
+
+    async def main():
+        async with TestClient(TestServer(Proxy(Found(ask)).app(), host="127.0.0.1")) as client:
+            for path in ("/ray_ep/", "/ray_ep/run-7/", "/api/ray_ep/"):
+                answer = await client.get(path)
+                assert answer.status == 503
+                assert "the pages of runs: InvalidAuthToken: &lt;token&gt; is missing</p>" in await answer.text()
+            assert (await client.get("/api/version")).status == 404
+
+    asyncio.run(main())
+    assert [r.getMessage() for r in caplog.records if r.name.startswith("ray_ep")] == [
+        "Ray's head does not answer: InvalidAuthToken: <token> is missing"
+    ]
 
 
 def test_a_page_is_read_as_it_was_stored_and_anything_else_is_none():

@@ -10,6 +10,8 @@ import pytest
 
 from ray_ep.driver.publisher import Publisher
 from ray_ep.driver.records import Event
+from ray_ep.observe.metrics import exporter
+from ray_ep.observe.metrics.figures import Taken
 from ray_ep.observe.metrics.listener import Metrics
 from ray_ep.observe.metrics.reading import Reading
 from ray_ep.observe.metrics.table import METRICS, Kind
@@ -313,3 +315,10 @@ def test_names_follow_the_conventions_of_prometheus():
 def test_the_table_in_metrics_md_has_each_metric_with_its_type_tags_and_meaning():
     rows = re.findall(r"^\| `ray_ep_.*\|$", (ROOT / "docs" / "metrics.md").read_text(), re.M)
     assert rows == [metric.row() for metric in METRICS.values()]
+
+
+def test_a_run_of_any_name_is_exported():
+    for name in ("Zürich <b>", "it's 100%", "東京"):
+        exporter.Exporter(name).send(
+            Taken({("ep_epoch", ()): 1.0}, {("ep_steps_total", ()): 0.0}, [("ep_step_seconds", 0.1)])
+        )

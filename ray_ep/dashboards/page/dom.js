@@ -12,6 +12,12 @@ export function element(tag, properties = {}, ...children) {
   return made;
 }
 
+// What a self-contained page shows; null: a server has it.
+export function held() {
+  const data = document.getElementById("data");
+  return data && JSON.parse(data.textContent);
+}
+
 // head: names; those that begin with "#" are of numbers, with "~" of sentences. rows: of cells, text or elements.
 export function table(head, rows, label) {
   const kinds = head.map((name) => ({ "#": "number", "~": "words" })[name[0]] ?? "");

@@ -2,6 +2,7 @@
 
 import { Cluster } from "ray_ep/cluster.js";
 import { ratios, loads } from "ray_ep/colour.js";
+import { Control } from "ray_ep/control.js";
 import { card, element, folded } from "ray_ep/dom.js";
 import { clock, many } from "ray_ep/format.js";
 import { Company, Flows, LoadBars, unpacked } from "ray_ep/layer.js";
@@ -28,6 +29,7 @@ class Page {
     this.main = document.getElementById("main");
     this.charts = [];
     this.tables = [];
+    this.control = new Control(this.view);
     followTheme(() => this.build());
     this.view.addEventListener("version", () => this.onVersion());
     this.view.addEventListener("layer", () => this.onLayer());
@@ -50,7 +52,7 @@ class Page {
     [this.overview, this.cluster, this.bars, this.company, this.flows, this.time, this.links] = Array(7).fill(null);
     const { state } = this.view;
     this.headlines = element("dl", { class: "headlines" });
-    const parts = [this.headlines];
+    const parts = [this.headlines, this.control.element];
     if (this.source.summary.force) {
       parts.unshift(element("p", { class: "banner", role: "alert" }, `router.force=${this.source.summary.force}: the router's choice is replaced; for benchmarks only`));
     }
@@ -181,6 +183,7 @@ class Page {
     document.getElementById("status").textContent = this.status();
     this.headlines.replaceChildren(...summary.headlines.map(({ label, value, note }) => element("div", { class: "card" },
       element("dt", {}, label), element("dd", { class: "value" }, value), element("dd", { class: "muted" }, note))));
+    this.control.redraw();
     this.time?.redraw();
     if (this.breakdown) this.breakdown.textContent = `${summary.breakdown}. Medians over the newest half of the steps; evaluations, saves and moves of experts are not in them.`;
     this.links?.forEach((part) => part.chart.redraw());
@@ -255,11 +258,6 @@ class Page {
 }
 
 async function start() {
-  if (document.body.dataset.kind === "sheet") {
-    const { sheet } = await import("ray_ep/sheet.js");
-    sheet(document.getElementById("main"), JSON.parse(document.getElementById("data").textContent));
-    return;
-  }
   const status = document.getElementById("status");
   try {
     window.page = new Page(await open()); // for those who try things in a console, and tests

@@ -2,13 +2,13 @@
 
 import { Chart, IMAGE, arrows, label, plainNumbers, thinned } from "ray_ep/chart.js";
 import { amounts, group, property, spread } from "ray_ep/colour.js";
-import { card, element, folded, table } from "ray_ep/dom.js";
+import { card, element, folded, held, table } from "ray_ep/dom.js";
 import { figure as number } from "ray_ep/format.js";
 import { followTheme } from "ray_ep/theme.js";
 
 const MOST_ROWS = 400; // of a chart's table
 
-export function sheet(main, data) {
+function sheet(main, data) {
   followTheme(() => main.replaceChildren(
     element("div", { class: "notes" }, ...data.notes.map((note) => element("p", { class: "muted" }, note))),
     element("section", { class: "card" }, table(data.head.map((name, i) => (i ? `#${name}` : name)), data.rows, "What was compared"),
@@ -115,3 +115,5 @@ function lines({ title, curves, x, y, log, low, marks }) {
   const told = folded("As a table", () => table(["of", `#${x}`, `#${y}`], curves.flatMap((c) => c.x.map((at, i) => [c.name, number(at), number(c.y[i], 4)])).slice(0, MOST_ROWS), title));
   return card(title, "", legend, chart.host, told.element);
 }
+
+sheet(document.getElementById("main"), held());

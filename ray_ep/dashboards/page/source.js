@@ -1,13 +1,14 @@
 // Where figures come from: the page itself (a finished run's file), or the driver, live by server-sent events, else by asking.
 
+import { held } from "ray_ep/dom.js";
 import { Placements } from "ray_ep/placements.js";
 
 const ASK_MS = 2000; // where events cannot pass: behind Ray's dashboard
 const SILENCE_MS = 4000; // a stream that has said nothing by then is one that somebody buffers
 
 export async function open() {
-  const held = document.getElementById("data");
-  if (held) return new Source(JSON.parse(held.textContent), null);
+  const data = held();
+  if (data) return new Source(data, null);
   // The same beside every address that the page has: behind Ray's dashboard, too, and where a run has a name in it.
   const source = new Source(null, new URL(location.pathname.replace("/ray_ep/", "/api/ray_ep/"), location.origin));
   await source.refresh();
@@ -18,7 +19,7 @@ export async function open() {
 class Source extends EventTarget {
   constructor(held, base) {
     super();
-    [this.base, this.lost] = [base, false];
+    [this.base, this.lost, this.standing] = [base, false, null];
     this.layers = new Map();
     if (held) this.#take(held.state, held.summary, held.placements, held.layers);
   }
@@ -49,6 +50,8 @@ class Source extends EventTarget {
       const state = await this.#ask("state", { since: known, mark: this.state?.steps.mark ?? "" });
       const again = this.lost;
       this.lost = false;
+      if (again) this.standing = null; // it may be another process
+      await this.#stand();
       if (this.state && state.version === known) {
         if (again) this.dispatchEvent(new Event("change"));
         return false;
@@ -73,6 +76,24 @@ class Source extends EventTarget {
         this.dispatchEvent(new Event("change"));
       }
       return false;
+    }
+  }
+
+  // Whether this page has buttons: {closed: for good, why: not, now, token: one is wanted, key: of this server}; null: not asked.
+  async #stand() {
+    if (!this.standing || (this.standing.why && !this.standing.closed)) this.standing = await this.#ask("control");
+  }
+
+  // Asks the run's control for a change: {code, words} of its answer; a code of "": there was none.
+  async press(call, message, token) {
+    const headers = { "content-type": "application/json", "x-ray-ep-press": this.standing.key };
+    if (token) headers.authorization = `Bearer ${token}`;
+    try {
+      const answer = await fetch(new URL(`control/${call}`, this.base), { method: "POST", headers, body: JSON.stringify(message) });
+      if (answer.ok) return answer.json();
+      return { code: "PERMISSION_DENIED", words: (await answer.text()).trim() };
+    } catch {
+      return { code: "", words: "no answer came. If the run took it, it is carried out: see what the run says above." };
     }
   }
 

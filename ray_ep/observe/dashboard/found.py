@@ -20,6 +20,10 @@ ANSWER_S = 2.0
 """For an answer of Ray's head; without one the last is used."""
 
 
+class HeadSilentError(Exception):
+    """Ray's head has not answered yet; says why."""
+
+
 class Found:
     """The pages that runs of a cluster have announced.
 
@@ -28,6 +32,7 @@ class Found:
 
     Attributes:
         answered: a look has had an answer.
+        why: the last look had none; "" while none was refused.
     """
 
     def __init__(self, ask: Callable[[], Mapping[str, Page]], clock: Callable[[], float] = time.monotonic):
@@ -35,10 +40,14 @@ class Found:
         self._asking: Future[Mapping[str, Page] | None] | None = None
         self._known: Mapping[str, Page] = {}
         self._since = float("-inf")
-        self.answered = False
+        self.answered, self.why = False, ""
 
     async def __call__(self) -> Mapping[str, Page]:
-        """By name; after ANSWER_S without an answer what was known before. One question at a time is under way."""
+        """By name; after ANSWER_S without an answer what was known before. One question at a time is under way.
+
+        Raises:
+            HeadSilentError: there was none before.
+        """
         if self._clock() - self._since < FRESH_S:
             return self._known
         if self._asking is None:
@@ -49,6 +58,8 @@ class Found:
             self._asking, known = None, asking.result()
             if known is not None:
                 self._known, self._since, self.answered = known, self._clock(), True
+        if not self.answered:
+            raise HeadSilentError(self.why or f"no answer within {ANSWER_S:g} s")
         return self._known
 
     def _answer(self) -> Mapping[str, Page] | None:
@@ -56,7 +67,10 @@ class Found:
         try:
             return self._ask()
         except Exception as e:  # each of Ray's transports has errors of its own
-            log.info("head not asked: %s", (str(e).splitlines() or [type(e).__name__])[0])
+            why = (str(e).splitlines() or [type(e).__name__])[0]
+            if why != self.why:
+                log.warning("Ray's head does not answer: %s", why)
+            self.why = why
             return None
 
 

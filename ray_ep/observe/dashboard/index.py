@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,9 +33,13 @@ def with_link(page: str, script: str) -> str:
     return page.replace("</head>", f"<script>{script}</script></head>", 1)
 
 
-def runs_page(names: Iterable[str]) -> str:
-    """The runs that show themselves, as links: relative ones, for a dashboard may have a path before its own."""
-    links = "".join(f'<li><a href="{quote(name)}/">{escape(name)}</a></li>' for name in names)
+def runs_page(runs: Mapping[str, str]) -> str:
+    """The runs that show themselves, name -> directory, as links: relative ones, for a dashboard may have a path before
+    its own."""
+    links = "".join(
+        f'<li><a href="{quote(name)}/">{escape(name)}</a> <small>{escape(run_dir)}</small></li>'
+        for name, run_dir in runs.items()
+    )
     words = f"<ul>{links}</ul>" if links else "<p>No run shows itself on this cluster now.</p>"
     back = '<p><a href="../">Ray dashboard</a></p>'
     return _page("Runs", f"<h1>Runs</h1>{words}{back}")

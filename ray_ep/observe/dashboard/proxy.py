@@ -14,6 +14,7 @@ import aiohttp
 from aiohttp import web
 
 from ray_ep.driver.actors.shown import KEY, Page
+from ray_ep.observe.dashboard.found import HeadSilentError
 from ray_ep.observe.dashboard.index import LINK, moved, ray_index, refusal, runs_page, with_link
 
 PATHS = ("ray_ep", "api/ray_ep")
@@ -81,7 +82,10 @@ class Proxy:
         name, slash, rest = path[len(ours) + 1 :].partition("/")
         if path == ours:
             return _html(moved(f"{ours.rpartition('/')[2]}/"))
-        pages = await self._pages()
+        try:
+            pages = await self._pages()
+        except HeadSilentError as e:
+            return _html(refusal(f"Ray's head does not answer the server that has the pages of runs: {e}"), 503)
         if not name:
             return self._runs(ours, pages)
         if name not in pages:
@@ -95,13 +99,13 @@ class Proxy:
     def _runs(self, ours: str, pages: Mapping[str, Page]) -> web.Response:
         if ours != PATHS[0]:
             return web.json_response({"runs": [{"name": n, "run_dir": p.run_dir} for n, p in pages.items()]})
-        return _html(runs_page(pages))
+        return _html(runs_page({name: page.run_dir for name, page in pages.items()}))
 
     async def _relayed(self, request: web.Request, page: Page, path: str) -> web.Response:
         """What the page's server answers; a sentence where it does not."""
         assert self._session is not None
         headers = {name: request.headers[name] for name in _SENT if name in request.headers}
-        headers |= {"Accept-Encoding": "identity"} | ({KEY: page.key} if page.key else {})
+        headers |= {"Accept-Encoding": "identity", "Via": "1.1 ray_ep"} | ({KEY: page.key} if page.key else {})
         query = f"?{raw}" if (raw := request.rel_url.raw_query_string) else ""
         try:
             async with self._session.get(

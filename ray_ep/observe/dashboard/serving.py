@@ -14,12 +14,13 @@ from contextlib import contextmanager, suppress
 from aiohttp import web
 
 from ray_ep.errors import BadInput
-from ray_ep.observe.dashboard.found import Found, of_cluster
+from ray_ep.observe.dashboard.found import Found, HeadSilentError, of_cluster
 from ray_ep.observe.dashboard.proxy import Proxy
 
 HOST = "127.0.0.1"
 """Where it listens."""
 _ENDS_S = 1.0  # for requests that are under way
+_MOST_PAUSE_S = 15.0  # between two questions to a head that is not there: each leaves a line of Ray's on stderr
 
 
 @contextmanager
@@ -75,7 +76,10 @@ def serve(port: int, address: str) -> None:
 
 
 async def _until_found(found: Found) -> None:
-    """Ask until the head answers: that is when it learns of this server."""
+    """Ask until the head answers, more and more seldom: that is when it learns of this server."""
+    pause_s = 1.0
     while not found.answered:
-        await found()
-        await asyncio.sleep(1.0)
+        with suppress(HeadSilentError):
+            await found()
+        await asyncio.sleep(pause_s)
+        pause_s = min(1.5 * pause_s, _MOST_PAUSE_S)

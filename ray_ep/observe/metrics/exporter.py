@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import string
 from typing import Any
+from urllib.parse import quote
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from ray_ep.observe.metrics.figures import Key, Taken
 from ray_ep.observe.metrics.table import METRICS, SECONDS, Kind
+
+_ASCII = string.printable  # all that Ray takes in a tag; the rest becomes %XX
 
 
 class Total(Counter):
@@ -57,4 +61,5 @@ class Exporter:
         return self._made[name]
 
     def _tags(self, name: str, values: tuple[str, ...]) -> dict[str, str]:
-        return {"run": self._run, **dict(zip(METRICS[name].tags, values, strict=True))}
+        tags = {"run": self._run, **dict(zip(METRICS[name].tags, values, strict=True))}
+        return {tag: quote(value, safe=_ASCII) for tag, value in tags.items()}

@@ -9,7 +9,6 @@ import base64
 import hashlib
 import json
 import math
-from html import escape
 from typing import Any
 
 import jinja2
@@ -17,8 +16,8 @@ from markupsafe import Markup
 
 from ray_ep.observe.page.assets import FOLDER, library, modules
 
-ENTRY = 'import "ray_ep/main.js";'
-"""The script that starts the page."""
+MAIN = "main"
+"""The view of a run."""
 
 
 def served_page(title: str) -> tuple[str, str]:
@@ -28,27 +27,29 @@ def served_page(title: str) -> tuple[str, str]:
     head += [f'<script src="./assets/{name}"></script>' for name in library()]
     head += [f'<script type="importmap">{imports}</script>']
     policy = (
-        f"default-src 'none'; script-src 'self' {_hash(imports)} {_hash(ENTRY)}; style-src 'self' 'unsafe-inline'; "
-        "img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
+        f"default-src 'none'; script-src 'self' {_hash(imports)} {_hash(_entry(MAIN))}; "
+        "style-src 'self' 'unsafe-inline'; img-src data: blob:; connect-src 'self'; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'self'"
     )  # charts set styles of their own elements
-    return _render(title, "run", head, ""), policy
+    return _render(title, MAIN, head, ""), policy
 
 
-def whole_page(title: str, data: dict[str, Any], kind: str = "run") -> str:
+def whole_page(title: str, data: dict[str, Any], view: str = MAIN, charts: bool = True) -> str:
     """A page that needs nothing but a browser.
 
     Args:
         data: what it shows; JSON can hold it.
-        kind: run, or sheet: tables, words and charts of another kind (sheet.js).
+        view: the module that draws it: main, sheet or path. charts: it needs the chart library.
     """
     style = (FOLDER / "page.css").read_text(encoding="utf-8")
     coded = {name: base64.b64encode(path.read_bytes()).decode() for name, path in modules().items()}
     imports = {f"ray_ep/{name}": f"data:text/javascript;base64,{code}" for name, code in coded.items()}
     head = [f"<style>\n{style}</style>"]
-    head += [f"<script>{_inline(path.read_text(encoding='utf-8'))}</script>" for path in library().values()]
+    if charts:
+        head += [f"<script>{_inline(path.read_text(encoding='utf-8'))}</script>" for path in library().values()]
     head += [f'<script type="importmap">{json.dumps({"imports": imports})}</script>']
     held = as_json(data).replace("<", "\\u003c")  # no text of a run ends the element around it
-    return _render(title, kind, head, f'<script type="application/json" id="data">{held}</script>')
+    return _render(title, view, head, f'<script type="application/json" id="data">{held}</script>')
 
 
 def as_json(tree: Any) -> str:
@@ -67,12 +68,17 @@ def _finite(tree: Any) -> Any:
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
-def _render(title: str, kind: str, head: list[str], data: str) -> str:
+def _render(title: str, view: str, head: list[str], data: str) -> str:
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         (FOLDER / "index.html").read_text(encoding="utf-8")
     )
-    parts = {"head": Markup("\n".join(head)), "data": Markup(data), "entry": Markup(ENTRY)}
-    return template.render(title=title, kind=escape(kind), **parts)
+    parts = {"head": Markup("\n".join(head)), "data": Markup(data), "entry": Markup(_entry(view))}
+    return template.render(title=title, **parts)
+
+
+def _entry(view: str) -> str:
+    """The script that starts the page."""
+    return f'import "ray_ep/{view}.js";'
 
 
 def _inline(script: str) -> str:

@@ -8,6 +8,7 @@
     GET /api/ray_ep/placements?after=V  placements newer than V (data.py)
     GET /api/ray_ep/layers/L            co-activation and transitions of one layer (data.py)
     GET /api/ray_ep/stream              server-sent events: `state` with the version, when there is a new one
+    /api/ray_ep/control                 the page's buttons (buttons.py)
 
 Who asks under another name than this server's, or from another site's page, gets nothing: a foreign page can neither
 read the run nor reach it by a name of its own (DNS rebinding). Nothing is looked at while nobody asks.
@@ -25,6 +26,7 @@ from typing import Any
 from aiohttp import web
 
 from ray_ep.observe.page.assets import FOLDER, library, modules
+from ray_ep.observe.page.buttons import Buttons, RunControl
 from ray_ep.observe.page.data import History, layer
 from ray_ep.observe.page.html import as_json, served_page
 from ray_ep.observe.page.summary import summary
@@ -36,6 +38,8 @@ KEY_HEADER = "X-Ray-Ep-Key"
 """What a relay sends to show that it is the run's own."""
 WATCHERS = 64
 """Streams that are open at the same time; who comes then asks every few seconds instead."""
+MOST_BYTES = 16 << 10
+"""Of what a browser sends."""
 
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -52,11 +56,15 @@ class PageServer:
     Args:
         hosts: names under which it may be asked, as in a Host header without its port.
         relayed: address and port at which only those are answered who send `key`.
+        control: of the run, for the page's buttons; None: it has none.
     """
 
-    def __init__(self, state: RunState, hosts: Collection[str], relayed: tuple[str, int] | None = None, key: str = ""):
+    def __init__(
+        self, state: RunState, hosts: Collection[str], relayed: tuple[str, int] | None = None, key: str = "",
+        control: RunControl | None = None,
+    ):  # fmt: skip
         self.state, self._hosts = state, frozenset(h.lower() for h in hosts)
-        self._relayed, self._key = relayed, key.encode()
+        self._relayed, self._key, self._buttons = relayed, key.encode(), Buttons(control, self._of_relay)
         self._history = History(state)  # for the pool's one thread
         self._looked = 0.0
         self._changed = asyncio.Event()
@@ -67,7 +75,7 @@ class PageServer:
 
     def application(self) -> web.Application:
         """The application; its loop is the one that runs now."""
-        app = web.Application(middlewares=[self._guard])
+        app = web.Application(middlewares=[self._guard], client_max_size=MOST_BYTES)
         get = app.router.add_get
         get("/ray_ep", self._redirect)
         get("/ray_ep/", self._page)
@@ -77,29 +85,36 @@ class PageServer:
         get("/api/ray_ep/placements", self._placements)
         get("/api/ray_ep/layers/{layer}", self._layer)
         get("/api/ray_ep/stream", self._stream)
+        self._buttons.add(app)
         app.on_shutdown.append(self._shut)
         return app
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         host = (request.headers.get("Host") or "").lower()
-        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
         site, origin = request.headers.get("Sec-Fetch-Site", "none"), request.headers.get("Origin")
-        visit = request.headers.get("Sec-Fetch-Mode") == "navigate"  # a link from elsewhere may lead here
+        visit = request.headers.get("Sec-Fetch-Mode") == "navigate" and request.method == "GET"  # by a link to here
         foreign = (site not in ("none", "same-origin") and not visit) or (
             origin is not None and origin.lower() not in (f"http://{host}", f"https://{host}")
         )
         if self._of_relay(request):
             known = hmac.compare_digest(request.headers.get(KEY_HEADER, "").encode(), self._key)
         else:
-            known = name in self._hosts
+            known = self._named(request, host)
         if not known or foreign:
+            self._buttons.turned_away(request, f"from another site: Host {host[:200]!r}, Origin {origin!r:.200}")
             raise web.HTTPForbidden(text="not for you\n")
         response = await handler(request)
         if not response.prepared:
             for key, value in _HEADERS.items():
                 response.headers.setdefault(key, value)
         return response
+
+    def _named(self, request: web.Request, host: str) -> bool:
+        """Whether a Host header names this server; an address that the request came to does: no name leads there."""
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+        here = None if request.transport is None else request.transport.get_extra_info("sockname")
+        return name in self._hosts or (here is not None and name.strip("[]") == here[0])
 
     def _of_relay(self, request: web.Request) -> bool:
         transport = request.transport

@@ -12,11 +12,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ray_ep.config.schema import ObserveConfig
 
+if TYPE_CHECKING:  # it imports aiohttp
+    from ray_ep.observe.page.buttons import RunControl
+
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 """Names of this machine that a browser on it may ask under."""
+EVERY = ("0.0.0.0", "::")
+"""Every address of this machine."""
 _END_S = 5.0  # for answers that are under way
 
 
@@ -30,7 +36,11 @@ class Served:
 
 @contextmanager
 def served(
-    run_dir: Path, cfg: ObserveConfig, tell: Callable[[str], None], relay: tuple[str, str] | None = None
+    run_dir: Path,
+    cfg: ObserveConfig,
+    tell: Callable[[str], None],
+    relay: tuple[str, str] | None = None,
+    control: RunControl | None = None,
 ) -> Iterator[Served]:
     """Inside: the page of the run is served, and it is said where.
 
@@ -38,6 +48,7 @@ def served(
         tell: told in one sentence why it is not served, unless the configuration says so.
         relay: an address of this machine on which it is served, too, on a free port, to those alone who send the key
             that is the second part of this (`server.KEY_HEADER`).
+        control: what the page's buttons ask; None: it has none.
     """
     if not cfg.page:
         yield Served()
@@ -57,7 +68,9 @@ def served(
         yield Served()
         return
     urls = [_url(listening) for listening in sockets]
-    thread = _Serving(run_dir, sockets, {cfg.host, *LOOPBACK}, relay[1] if relay and len(sockets) > 1 else "", tell)
+    key = relay[1] if relay and len(sockets) > 1 else ""
+    names = {cfg.host, *LOOPBACK} | ({socket.gethostname(), socket.getfqdn()} if cfg.host in EVERY else set())
+    thread = _Serving(run_dir, sockets, names, key, tell, control)
     thread.start()
     try:
         yield Served(f"{urls[0]}/ray_ep/", urls[1] if len(urls) > 1 else "")
@@ -87,10 +100,12 @@ class _Serving(threading.Thread):
     """The thread; a daemon: it keeps no process alive."""
 
     def __init__(
-        self, run_dir: Path, sockets: list[socket.socket], hosts: set[str], key: str, tell: Callable[[str], None]
-    ):
+        self, run_dir: Path, sockets: list[socket.socket], hosts: set[str], key: str, tell: Callable[[str], None],
+        control: RunControl | None,
+    ):  # fmt: skip
         super().__init__(name="ray_ep-page", daemon=True)
         self._run_dir, self._sockets, self._hosts, self._key, self._tell = run_dir, sockets, hosts, key, tell
+        self._control = control
         self._loop = asyncio.new_event_loop()
         self._over = asyncio.Event()
 
@@ -118,7 +133,7 @@ class _Serving(threading.Thread):
         from ray_ep.observe.state import RunState
 
         relayed = self._sockets[1].getsockname()[:2] if self._key else None
-        server = PageServer(RunState(self._run_dir), self._hosts, relayed, self._key)
+        server = PageServer(RunState(self._run_dir), self._hosts, relayed, self._key, self._control)
         runner = web.AppRunner(server.application(), access_log=None, shutdown_timeout=1.0)
         await runner.setup()
         for listening in self._sockets:

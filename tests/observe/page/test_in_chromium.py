@@ -12,6 +12,8 @@ from ray_ep.config.schema import ObserveConfig
 from ray_ep.observe.page.report import write_report
 from ray_ep.observe.page.serving import served
 from ray_ep.observe.page.sheet import Heat, Lines, sheet_page
+from ray_ep.observe.provenance.path import Hop, Place, TokenPath
+from ray_ep.observe.provenance.picture import write_picture
 from ray_ep.observe.state import RunState
 from tests.observe.page.runs import BIG, Size, write_run
 
@@ -40,6 +42,14 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def report(run):
     return write_report(run).as_uri()
+
+
+def axe_of():
+    """The script that checks."""
+    found = find_spec("axe_playwright_python")
+    if found is None:
+        pytest.skip("axe-playwright-python, which carries axe-core, is not installed")
+    return str(Path(found.submodule_search_locations[0]) / "axe.min.js")
 
 
 def show(opened, url, whole=False, **how):
@@ -116,14 +126,11 @@ def test_pairs_and_flows_of_a_layer_are_its_own(opened, report, run):
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_a_checker_of_accessibility_finds_nothing_serious(opened, report, theme):
-    axe = find_spec("axe_playwright_python")
-    if axe is None:
-        pytest.skip("axe-playwright-python, which carries axe-core, is not installed")
     tab = show(opened, report, whole=True, theme=theme)
     for details in tab.query_selector_all("details"):
         details.evaluate("(it) => { it.open = true; }")
     tab.wait_for_timeout(300)
-    tab.add_script_tag(path=str(Path(axe.submodule_search_locations[0]) / "axe.min.js"))
+    tab.add_script_tag(path=axe_of())
     assert tab.evaluate(AXE, RULES[theme]) == []
     tab.evaluate("document.getElementById('story').style.color = getComputedStyle(document.body).backgroundColor")
     assert any("color-contrast" in found for found in tab.evaluate(AXE, {"runOnly": ["color-contrast"]}))  # it looks
@@ -169,6 +176,28 @@ def test_a_page_that_compares_draws_its_charts_and_tells_each_field(opened, tmp_
     tab.focus(".chart >> nth=1")
     tab.keyboard.press("ArrowRight")
     assert tab.inner_text("#tip") == "GPUs 2\na: 10"
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_path_of_a_token_shows_each_choice_with_its_rank_and_its_reason(opened, tmp_path, theme):
+    places = [Place(r, f"n{r // 2}", f"host-{r // 2} <b>", "cpu") for r in (0, 1, 2)]
+    hop = Hop(0, 5, 0.75, "primary", places[2], "placement 3, after step 9: it pays </script><i>")
+    layers = {0: [hop, replace(hop, expert=1, weight=0.25, kind="guest", place=places[0], why="")], 1: [hop]}
+    text = ("</script>", "to\nken", "<img src=x>")
+    path = TokenPath("step 3, token 7", 3, None, 7, 0, 7, 65, text[1], text[0], text[2], 1, places[1], 3, 0, 3, layers)
+    write_picture(path, tmp_path / "path.html")
+    tab = opened((tmp_path / "path.html").as_uri(), theme=theme)
+    assert tab.inner_text("h1") == "step 3, token 7"
+    assert tab.inner_text(".context") == "</script>to\\nken<img src=x>"
+    assert tab.inner_text(".context mark") == "to\\nken"
+    rows = [row.split("\t") for row in tab.inner_text("tbody").splitlines() if row.startswith("layer")]
+    assert [row[0] for row in rows] == ["layer 0", "layer 1"]
+    cells = tab.locator("tbody tr").first.locator("td").all_inner_texts()
+    assert cells == ["expert 1 · 0.250 · guest", "", f"expert 5 · 0.750 · primary\n{hop.why}"]
+    assert tab.locator("td.home").count() == 2
+    assert tab.locator("thead tr").first.locator("th").all_inner_texts() == ["host-0 <b>", "host-1 <b>"]
+    tab.add_script_tag(path=axe_of())
+    assert tab.evaluate(AXE, RULES[theme]) == []
 
 
 @pytest.mark.parametrize("missing", [(), ("**/stream*",)], ids=["events", "asking"])

@@ -153,6 +153,16 @@ def test_an_address_that_is_not_of_this_machine_is_one_sentence_too():
     assert "192.0.2.77" in said[0]
 
 
+def test_on_every_address_it_answers_to_the_machines_own_names_and_no_other(run):
+    with served(run, ObserveConfig(host="0.0.0.0"), pytest.fail) as shown:
+        port = urlsplit(shown.address).port
+        here = f"http://127.0.0.1:{port}"
+        for host, status in ((socket.gethostname(), 200), ("127.0.0.1", 200), ("10.1.2.3", 403), ("evil.example", 403)):
+            assert ask(here, "/api/ray_ep/summary", Host=f"{host}:{port}")[0] == status, host
+        other = f"http://127.0.0.2:{port}"  # an address of this machine that nobody has named
+        assert ask(other, "/api/ray_ep/summary")[0] == 200
+
+
 def test_a_run_without_a_page_has_no_thread_and_says_nothing(run):
     before = threading.active_count()
     with served(run, ObserveConfig(page=False), pytest.fail) as shown:

@@ -1,4 +1,6 @@
-"""The text file of a run's placement among the logs of a Ray session."""
+"""What a run writes among the logs of a Ray session: its placement, and what its driver says."""
+
+from datetime import datetime
 
 import numpy as np
 
@@ -6,7 +8,7 @@ from ray_ep.collective import Membership
 from ray_ep.driver.records import Event
 from ray_ep.driver.run.rundir import RunDir
 from ray_ep.driver.run.standing import Cause, members_event, placement_event
-from ray_ep.observe.dashboard.placement_log import PlacementLog
+from ray_ep.observe.dashboard.session_logs import DriverLog, PlacementLog
 from ray_ep.placement import Placement, contiguous
 from tests.records import record
 
@@ -18,7 +20,7 @@ def test_it_says_who_holds_which_expert_and_why_and_follows_each_move(tmp_path):
     run, told = RunDir(tmp_path / "a run"), []
     for part in (logs, run.path / "placements"):
         part.mkdir(parents=True)
-    log = PlacementLog(run.path, lambda: told.append(1) or logs)
+    log = PlacementLog(run.path, lambda _, what: told.append(1) or logs / what)
 
     def say(event):
         run.event(event)
@@ -30,7 +32,7 @@ def test_it_says_who_holds_which_expert_and_why_and_follows_each_move(tmp_path):
     assert told == []  # Ray's logs are not asked for before the run has started
     log.start(Event("start", "a model"))
     (file,) = logs.iterdir()
-    assert file.name == "ray_ep-a_run.placement.txt"
+    assert file.name == "placement.txt"
     assert "rank 1 (rank-1): host-1 (10.0.0.1), cpu" in file.read_text()
     assert "layer 0: rank 0: 0* 1* | rank 1: 2* 3*" in file.read_text()
     moved = Placement(np.array([[[0, 2, 3], [1, 3, -1]]]), 4, 1)
@@ -44,7 +46,36 @@ def test_it_says_who_holds_which_expert_and_why_and_follows_each_move(tmp_path):
 
 
 def test_outside_of_a_ray_session_nothing_is_written(tmp_path):
-    log = PlacementLog(tmp_path / "run", lambda: None)
-    log.start(Event("start", "a model"))
-    log.event(Event("placement", "words"))
+    with DriverLog(tmp_path / "run", 9, place=nowhere) as said:
+        for log in (PlacementLog(tmp_path / "run", nowhere), said):
+            log.start(Event("start", "a model"))
+            log.step(record(1))
+            log.event(Event("placement", "words"))
     assert list(tmp_path.iterdir()) == []
+
+
+def nowhere(run_dir, what):
+    return None
+
+
+def test_what_the_driver_says_is_there_with_its_time_from_the_first_word_to_a_failure(tmp_path):
+    def log():
+        return DriverLog(tmp_path, 9, "[router.force=uniform]", lambda run_dir, what: run_dir / what)
+
+    with log() as it:
+        it.event(Event("control", "listens"))
+        assert list(tmp_path.iterdir()) == []  # before Ray is there
+        it.start(Event("start", "a model ü"))
+        it.step(record(1, loss=2.0))
+        it.event(Event("failed", "rank 1 died"))
+    with log() as it:
+        it.start(Event("start", "goes on"))
+    lines = (tmp_path / "driver.log").read_text(encoding="utf-8").splitlines()
+    times, words = zip(*(line.split(" ", 1) for line in lines), strict=True)
+    assert all(datetime.fromisoformat(time).tzinfo for time in times)
+    mark = "[router.force=uniform] "
+    assert [w.removeprefix(mark) for w in words] == [
+        "event kind=control listens", "start a model ü", words[2].removeprefix(mark), "failed: rank 1 died",
+        "start goes on",
+    ]  # fmt: skip
+    assert "step=1/9 loss=2.0000" in words[2]
