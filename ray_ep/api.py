@@ -29,7 +29,7 @@ from ray_ep.errors import BadInput, CheckpointError
 from ray_ep.observe.dashboard.placement_log import PlacementLog
 from ray_ep.observe.dashboard.reach import shown
 from ray_ep.observe.live import LivePage
-from ray_ep.observe.metrics.listener import Metrics
+from ray_ep.observe.metrics.listener import exported
 from ray_ep.observe.page.report import write_report
 from ray_ep.observe.phases import Phases
 from ray_ep.observe.progress import Progress
@@ -170,10 +170,10 @@ def _observed(cfg: Config, run: RunDir, progress: Progress, requests: Requests) 
     with (
         LivePage(run.path, tell("report")) as page,
         trackers(cfg, run.path) as tracked,
-        Metrics(run.path, cfg.optim.steps, tell("metrics")) as metrics,
+        exported(cfg, run.path, tell("metrics")) as metrics,
         ProvenanceFiles(run.path, cfg.provenance, decoder, lambda e: publisher.event(e)) as records,
         Control(cfg.control, run, requests, lambda e: publisher.event(e)) as control,
-        Publisher([run, progress, page, log, metrics, records, control, *tracked]) as publisher,  # ends first
+        Publisher([run, progress, page, log, *metrics, records, control, *tracked]) as publisher,  # ends first
         shown(cfg, run.path, tell("page")) as seen,
     ):
         yield publisher, seen
