@@ -2,7 +2,7 @@
 
 Loads come from `statistics/load-NNNN.npz`, one for each placement, which the driver keeps up to date; co-activation and
 transitions from `statistics/routing.npz`, written with each checkpoint, and before the first one from
-`statistics/sample.npz`, a sample of recent tokens. L MoE layers, E experts, R ranks. NumPy.
+`statistics/sample.npz`, a sample of recent tokens. L MoE layers, E experts, R ranks. NumPy and the placement.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from ray_ep.errors import PlacementError
 from ray_ep.observe.state.files import Mark, mark_of, plain, read_arrays
+from ray_ep.placement.statistics import RoutingStatistics
 
 _RECENT = ("load", "recent", "ranks", "sent", "steps", "recent_steps", "recent_seconds")
 _PAIRS = ("coactivation", "transitions")
@@ -93,6 +95,24 @@ class Load:
             return None
         fired = [_one_hot(sets[number], experts) for number in (layer, other)]
         return np.asarray(fired[0].T @ fired[1])
+
+    @property
+    def statistics(self) -> RoutingStatistics | None:
+        """What a planner plans by: the whole run as of the last checkpoint, which has all of it.
+
+        Before the first one: loads under the newest placement, and the sample of recent tokens. None: nothing was
+        counted that can be read.
+        """
+        try:
+            if self.load is not None:
+                return RoutingStatistics.load_file(self.folder / "routing.npz")
+            if self._newest is not None:
+                sets = self._sampled()
+                sample = None if sets is None else sets.astype(np.int32)
+                return RoutingStatistics(self._newest[1]["load"].astype(np.int64), sample=sample)
+        except PlacementError:
+            pass
+        return None
 
     @property
     def pairs_of(self) -> str:
