@@ -339,6 +339,7 @@ def test_however_a_run_is_read_in_parts_its_state_is_that_of_one_reading(whole, 
     assert told(state) == told(RunState(folder))
 
 
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 400), st.integers(0, 60)), max_size=12), st.data())
 def test_whenever_they_are_read_steps_are_those_up_to_the_last_line_however_often_a_run_went_back(spans, data):
     lines, newest = [], 0
@@ -379,4 +380,4 @@ def test_a_reader_goes_on_with_the_steps_that_it_has_unless_some_were_made_again
     assert (third["step"], third["after"]) == ([1, 2, 3, 4], None), "5 is to be made again, too"
     write(5)
     assert state.snapshot("steps", mark=third["mark"])["steps"]["step"] == [5]
-    assert state.snapshot("steps", mark="nonsense")["steps"] == {**third, "mark": third["mark"]}
+    assert state.snapshot("steps", mark="nonsense")["steps"]["step"] == [1, 2, 3, 4, 5]
