@@ -241,6 +241,7 @@ def test_the_notebook_of_the_docs_runs_on_a_run_and_draws_it_without_fetching_an
     assert {o.name for its in outputs.values() for o in its if o.output_type == "stream"} == {"stdout"}
     assert "runs/NAME: 2 MoE layers x 8 experts on 2 ranks, placement 0\nstate: stopped" in said["load"]
     assert "on ranks [0]: placement 0, after step 0:" in said["placement"] or "on ranks [1]" in said["placement"]
+    assert "\n0 experts sit elsewhere than at the beginning:" in said["placement"]
     assert re.findall(r"^ *(\S+): expert layers", said["plan"], re.M) == [
         "current", "contiguous", "random", "load-only", "plan",
     ]  # fmt: skip

@@ -194,22 +194,18 @@ def test_why_an_expert_sits_where_it_does_is_the_sentence_of_the_change_that_put
     assert told(state)["placement"]["since"][1] == [1, 0, 0, 2, 2, 2, 0, 1]
 
 
-def test_an_earlier_placement_can_be_read_with_the_ranks_and_loads_of_its_time(whole):
+def test_an_earlier_placement_can_be_read_with_the_ranks_of_its_time(whole):
     state = RunState(whole)
     before = state.placement(1)
     assert before["slots"] == swapped(contiguous(LAYERS, EXPERTS, 3), 1, 0, 7, 1).slots.tolist()
     assert (before["cause"], [r["member"] for r in before["ranks"]]) == ("rebalance", list(THREE.members))
     assert state.placement(3) is None
-    load = state.load_under(1)
-    assert (load["steps"], load["experts_all"][0][0]) == ([3, 4], 13 + 14)
-    assert np.shape(load["ranks"]) == (LAYERS, 3)
-    assert state.load_under(9) == {}
 
 
 def test_loads_links_and_pairs_are_those_of_the_present(whole):
     state = RunState(whole)
     load, links = told(state)["load"], told(state)["links"]
-    assert (load["version"], load["versions"], json.dumps(load["recent_steps"])) == (2, [0, 1, 2], "[4, 7]")
+    assert (load["version"], json.dumps(load["recent_steps"])) == (2, "[4, 7]")
     assert load["run"] == np.arange(16).reshape(2, 8).tolist()
     assert links["sent"] == [[1000.0] * 2] * 2
     assert links["bandwidth"] == [[None] * 2] * 2  # not measured

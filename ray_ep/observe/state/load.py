@@ -139,9 +139,8 @@ class Load:
         """See the room's docstring."""
         return {
             "run": None if self.load is None else plain(self.load),
-            "versions": sorted(self._windows),
             "pairs": self.pairs_of,
-            **({} if self._newest is None else window_of(*self._newest)),
+            **({} if self._newest is None else _window_of(*self._newest)),
         }
 
     def _there(self) -> dict[int, Mark]:
@@ -161,10 +160,8 @@ def _one_hot(sets: np.ndarray, experts: int) -> np.ndarray:
     return out
 
 
-def window_of(version: int, window: dict[str, np.ndarray]) -> dict[str, Any]:
-    """A window as JSON has it; {} for one without content."""
-    if not window:
-        return {}
+def _window_of(version: int, window: dict[str, np.ndarray]) -> dict[str, Any]:
+    """A window as JSON has it."""
     steps, recent = window["steps"], window["recent_steps"]
     return {
         "version": version,
