@@ -29,7 +29,7 @@ from ray_ep.errors import BadInput, CheckpointError
 from ray_ep.observe.dashboard.reach import shown
 from ray_ep.observe.dashboard.session_logs import DriverLog, PlacementLog
 from ray_ep.observe.live import LivePage
-from ray_ep.observe.metrics.listener import Metrics
+from ray_ep.observe.metrics.listener import exported
 from ray_ep.observe.page.report import write_report
 from ray_ep.observe.phases import Phases
 from ray_ep.observe.progress import Progress
@@ -171,10 +171,10 @@ def _observed(cfg: Config, run: RunDir, progress: Progress, requests: Requests) 
         LivePage(run.path, tell("report")) as page,
         DriverLog(run.path, cfg.optim.steps, _mark(cfg)) as log,
         trackers(cfg, run.path, tell("tracker")) as tracked,
-        Metrics(run.path, cfg.optim.steps, tell("metrics")) as metrics,
+        exported(cfg, run.path, tell("metrics")) as metrics,
         ProvenanceFiles(run.path, cfg.provenance, decoder, lambda e: publisher.event(e)) as records,
         Control(cfg.control, run, requests, lambda e: publisher.event(e)) as control,
-        Publisher([run, progress, page, placed, log, metrics, records, control, *tracked]) as publisher,  # ends first
+        Publisher([run, progress, page, placed, log, *metrics, records, control, *tracked]) as publisher,  # ends first
         shown(cfg, run.path, tell("page"), control.buttons) as seen,
     ):
         yield publisher, seen

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from ray_ep.observe.provenance.explain import Explanation
     from ray_ep.observe.provenance.path import TokenPath
     from ray_ep.observe.provenance.reader import Records
-    from ray_ep.observe.state import RunState
-    from ray_ep.placement import Placement
 
 _MOST = 20
 """Steps or tokens that are listed."""
@@ -126,17 +124,8 @@ def _read(records: Records, which: tuple[int | None, str | None], position: int)
     from ray_ep.observe.state import RunState
 
     state = RunState(records.run_dir)
-    state.refresh()
-    return path_of(records.of_token(*which, position), state.why, _placement(state).version)
-
-
-def _placement(state: RunState) -> Placement:
-    """The newest placement. Raises BadInput: none can be read."""
-    from ray_ep.errors import BadInput
-
-    if state.placements.newest is None:
-        raise BadInput(f"{str(state.placements.folder)!r}: no placement there can be read")
-    return state.placements.newest
+    newest = state.placements.newest
+    return path_of(records.of_token(*which, position), state.why, None if newest is None else newest.version)
 
 
 def _explain(records: Records, words: str, as_json: bool) -> None:
@@ -147,9 +136,12 @@ def _explain(records: Records, words: str, as_json: bool) -> None:
     found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", words.strip())
     if found is None:
         raise BadInput(f"--explain {words!r}: expected LAYER/EXPERT such as 2/7, both from 0")
-    state = RunState(records.run_dir)
-    state.refresh()
-    it = explain(records, int(found[1]), int(found[2]), _placement(state).num_experts)
+    newest = RunState(records.run_dir).placements.newest
+    if newest is None:
+        raise BadInput(
+            f"{str(records.run_dir / 'placements')!r}: no placement there can be read, which tells how many experts are"
+        )
+    it = explain(records, int(found[1]), int(found[2]), newest.num_experts)
     click.echo(json.dumps(it.to_dict()) if as_json else _explained(it))
 
 

@@ -53,4 +53,7 @@ def sample_of(text: str) -> Sample:
 
 def check_provenance(cfg: Any) -> None:
     """Raise ConfigError for a sample that cannot be taken."""
-    sample_of(cfg.provenance.sample)
+    text, steps = cfg.provenance.sample, cfg.optim.steps
+    spans = sample_of(text).steps
+    if spans and all(first > steps for first, _ in spans):
+        raise ConfigError(f"provenance.sample={text!r}: none of these is a step of the run: optim.steps={steps}")

@@ -344,13 +344,14 @@ class TrackingConfig:
 
 @dataclass
 class ObserveConfig:
-    """The page of a run, served by the driver while it goes."""
+    """What a run shows of itself while it goes: a page, served by the driver, and figures for Prometheus."""
 
     page: bool = _opt(True, "serve it; its address is said at the start")
     host: str = _opt(
         "127.0.0.1", "address to listen on; the page has no password: on any other, who reaches it may read it"
     )
     port: int = _opt(0, "port to listen on; 0: a free one")
+    metrics: bool = _opt(True, "export the run's figures through Ray's metrics (docs/metrics.md)")
 
 
 @dataclass

@@ -30,8 +30,8 @@ def trace(run: Path, request: pb.TraceRequest) -> pb.TraceResponse:
         raise BadInput(f"position={request.position}: that token was not recorded; {len(tokens)} others were")
     state = RunState(run)
     newest = state.placements.newest
-    version = 0 if newest is None else newest.version
-    path = path_of(records.of_token(step, name, request.position), state.why, version)
+    now = None if newest is None else newest.version
+    path = path_of(records.of_token(step, name, request.position), state.why, now)
     return pb.TraceResponse(
         tokens=[_token(chosen[0])],
         hops=[_hop(layer, hop) for layer, hops in path.layers.items() for hop in hops],

@@ -32,7 +32,7 @@ ROW = {
 }
 """Titles of the panels that join Ray's dashboard, by the dashboard that has them."""
 
-_FIRST_ID = 9000  # of the panels in the row; Ray's own are below 2000
+_IDS = range(9000, 9100)  # of the row and its panels, whatever the version; Ray's own are below 2000
 _HEIGHT, _WIDTH = 8, 12  # of a panel in the row, in Grafana's units; two stand beside each other
 Tree = dict[str, Any]
 
@@ -66,7 +66,10 @@ def install(session: Path = LATEST, grafana: Path | None = None) -> Installed:
     files = {folder / f"ray_ep_{name}.json": _text(tree) for name, tree in ours.items()}
     merged, prometheus = folder / RAYS_OWN, session / "metrics" / "prometheus" / "prometheus.yml"
     if merged.exists():
-        files[merged] = _text(with_row(_read(merged), ours))
+        try:
+            files[merged] = _text(with_row(_read(merged), ours))
+        except (KeyError, TypeError, AttributeError) as e:
+            raise BadInput(f"{merged}: no dashboard of Grafana: its panels are damaged: {e!r}") from None
     elif grafana is None:
         raise BadInput(f"{folder} has no {RAYS_OWN}: {_missing(session)}")
     rules = grafana is None and prometheus.exists()
@@ -85,13 +88,13 @@ def with_row(rays: Tree, ours: Mapping[str, Tree]) -> Tree:
     It has no variable for the run, so that these panels show every run of the session.
     """
     panels = [_panel(ours[name], title) for name, titles in ROW.items() for title in titles]
-    head: Tree = {"type": "row", "title": "ray_ep", "collapsed": False, "panels": [], "id": _FIRST_ID}
+    head: Tree = {"type": "row", "title": "ray_ep", "collapsed": False, "panels": [], "id": _IDS[0]}
     head["gridPos"] = {"h": 1, "w": 2 * _WIDTH, "x": 0, "y": 0}
     for n, panel in enumerate(panels):
-        panel["id"] = _FIRST_ID + 1 + n
+        panel["id"] = _IDS[1 + n]
         panel["gridPos"] = {"h": _HEIGHT, "w": _WIDTH, "x": _WIDTH * (n % 2), "y": 1 + _HEIGHT * (n // 2)}
-    others = [panel for panel in rays.get("panels", []) if panel.get("id", 0) < _FIRST_ID]
-    down = 1 + _HEIGHT * -(-len(panels) // 2) - min((p["gridPos"]["y"] for p in others), default=0)
+    others = [panel for panel in rays.get("panels") or [] if panel.get("id") not in _IDS]
+    down = 1 + _HEIGHT * -(-len(panels) // 2) - min((p["gridPos"]["y"] for p in others if p.get("gridPos")), default=0)
     return {**rays, "panels": [head, *panels, *(_moved(panel, down) for panel in others)]}
 
 
@@ -104,10 +107,10 @@ def _panel(dashboard: Tree, title: str) -> Tree:
 
 
 def _moved(panel: Tree, down: int) -> Tree:
-    """`panel` so far below where it was, with those that a folded row holds."""
-    place = panel["gridPos"]
+    """`panel` so far below where it was, with those that a folded row holds; one without a place stays without."""
     inside = {"panels": [_moved(p, down) for p in panel["panels"]]} if panel.get("panels") else {}
-    return {**panel, **inside, "gridPos": {**place, "y": place["y"] + down}}
+    place = panel.get("gridPos")
+    return {**panel, **inside} | ({"gridPos": {**place, "y": place["y"] + down}} if place else {})
 
 
 def _with_rules(prometheus: Path, rules: Path) -> str:

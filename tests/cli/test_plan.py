@@ -13,7 +13,11 @@ from click.testing import CliRunner
 from ray_ep.cli import main
 from ray_ep.cli.engines.files import read_placement
 from ray_ep.cli.plan import inputs as plan_inputs
+from ray_ep.errors import BadInput
+from ray_ep.observe.state import RunState
+from ray_ep.observe.state.case import case_of, measured_of
 from ray_ep.placement import Placement, RoutingStatistics, StepCosts, Topology, contiguous, plan, predict
+from ray_ep.placement.compare import CURRENT, candidates, compare, verdict
 from ray_ep.placement.planner.survive import survives
 from ray_ep.placement.planner.verdict import Question, decide
 from tests.browser import data_of
@@ -164,7 +168,7 @@ def test_the_answer_for_a_run_is_the_one_that_the_running_job_comes_to(run_dir, 
     ]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     topology = Topology.from_json((run_dir / "topology.json").read_text())
-    found = plan_inputs.read_costs((), run_dir, plan_inputs.read_recorded(run_dir, None), 4, None)
+    found = plan_inputs.read_costs((), plan_inputs.run_of(run_dir), plan_inputs.read_recorded(run_dir, None), 4, None)
     asked = Question(
         recorded, topology, contiguous(LAYERS, EXPERTS, 4), 4, found.figures, "node", 1000, step_seconds=9.0,
         moe_seconds=0.4,
@@ -174,6 +178,35 @@ def test_the_answer_for_a_run_is_the_one_that_the_running_job_comes_to(run_dir, 
     assert figures(run_dir, "--cost", "token_bytes=1e6")["advice"][0].startswith("move "), (
         "of other steps than the run's"
     )
+
+
+def test_from_python_a_run_is_planned_as_the_command_plans_it(run_dir):
+    run = RunState(run_dir)
+    found = compare(case_of(run), candidates(case_of(run), run.placements.newest), CURRENT)
+    said = figures(run_dir)
+    assert {c.name: c.prediction.step_seconds for c in found} == {
+        p["name"]: p["step_seconds"] for p in said["placements"]
+    }
+    assert verdict(case_of(run), found, CURRENT, measured_of(run)).words == said["advice"][0]
+    wider = case_of(run, slots=5)
+    assert plan(wider.statistics, wider.topology, wider.slots, costs=wider.costs).slots.shape == (LAYERS, 4, 5)
+
+
+def test_before_the_first_checkpoint_a_run_is_planned_by_loads_and_a_sample_of_recent_tokens(run_dir, recorded):
+    (run_dir / "statistics" / "routing.npz").unlink()
+    with pytest.raises(BadInput, match="run: statistics cannot be read there: a run has them after its first steps"):
+        case_of(RunState(run_dir))
+    np.savez(run_dir / "statistics" / "sample.npz", sample=recorded.sample)
+    window = {"load": recorded.load, "recent": recorded.load, "ranks": np.ones((LAYERS, 4)), "sent": np.ones((4, 4))}
+    spans = {"steps": [1, 3], "recent_steps": [1, 3], "recent_seconds": 1.0}
+    np.savez(run_dir / "statistics" / "load-0000.npz", **window, **spans)
+    case = case_of(RunState(run_dir))
+    assert np.array_equal(case.statistics.load, recorded.load)
+    assert np.array_equal(case.statistics.sample, recorded.sample)
+    assert case.costs.tokens_per_rank == 64
+    (run_dir / "topology.json").write_text("{")
+    with pytest.raises(BadInput, match=r"run: topology\.json cannot be read there"):
+        case_of(RunState(run_dir))
 
 
 def test_a_cost_that_is_given_wins(run_dir):

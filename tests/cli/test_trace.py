@@ -153,4 +153,13 @@ def test_a_damaged_file_is_named_and_the_others_are_read(run, tmp_path):
     code, out, err = trace(tmp_path)
     assert code == 0
     assert "1,800 tokens of 6 steps" in out
-    assert err == "ray-ep: left out, for they cannot be read: steps-00000007-00000008.parquet\n"
+    left_out = "ray-ep: left out, for they cannot be read: steps-00000007-00000008.parquet\n"
+    assert err == left_out
+    token = json.loads(shown(run, "--step", 1, "--json"))["tokens"][0]["position"]
+    assert "MoE layer 1" in trace(tmp_path, "--step", 1, "--token", token)[1], (
+        "there is no placement, and no need of one"
+    )
+    assert "no placement there can be read" in refusal(tmp_path, "--explain", "0/1")
+    (tmp_path / "provenance" / whole.name).unlink()
+    (tmp_path / "placements").symlink_to(run / "placements")
+    assert "layer 0: no file of records can be read in" in refusal(tmp_path, "--explain", "0/1")

@@ -55,6 +55,15 @@ def test_file_and_overrides_merge_and_the_override_wins(tmp_path, monkeypatch):
         ("elastic.wait_s=-1", "at least 0"),
         ("elastic.mode=watch", "allowed are act, advise"),
         ("placement.mode=watch", "allowed are act, advise"),
+        ("provenance.sample=1.5", "a share is from 0 to 1; one step is steps:1.5"),
+        ("provenance.sample=-0.1", "a share is from 0 to 1"),
+        ("provenance.sample=nan", "a share is from 0 to 1"),
+        ("provenance.sample=often", "allowed are off, a share of the tokens of every step such as 0.01, or steps"),
+        ("provenance.sample=steps:", "steps count from 1"),
+        ("provenance.sample=steps:0", "steps count from 1"),
+        ("provenance.sample=steps:9-3", "the first of a span comes first"),
+        ("provenance.sample=steps:1000,2000-3000", "none of these is a step of the run: optim.steps=200"),
+        ("provenance.disk_mb=0", "at least 1"),
     ],
 )
 def test_a_bad_override_is_named_with_what_is_allowed(override, says):

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ray_ep.placement import Topology
+from ray_ep.placement import Placement, Topology
 from tests.browser import data_of
+from tests.distributed.conftest import ROOT
 
 KEYS = {
     "step", "loss", "grad_norm", "lr", "tokens", "step_seconds", "tokens_per_second", "exchange_seconds",
@@ -225,6 +226,32 @@ def test_every_run_measures_its_links_and_shows_them(run, lines):
     assert (topology.bandwidth[[0, 1], [1, 0]] > 1e6).all()
     page = data_of((run[1] / "report.html").read_text())["summary"]["links"]
     assert "rank 0 to 1, in node 0" in [row[0] for row in page["rows"]]
+
+
+@pytest.mark.slow
+def test_the_notebook_of_the_docs_runs_on_a_run_and_draws_it_without_fetching_anything(run, tmp_path):
+    nbformat, nbclient, _ = map(pytest.importorskip, ("nbformat", "nbclient", "ipykernel"))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "NAME").symlink_to(run[1])
+    book = nbformat.read(ROOT / "docs" / "explore-a-run.ipynb", as_version=4)
+    assert not any(cell.outputs or cell.execution_count for cell in book.cells if cell.cell_type == "code")
+    nbclient.NotebookClient(book, timeout=60, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = {cell.id: cell.get("outputs", []) for cell in book.cells}
+    said = {name: "".join(o.text for o in its if o.output_type == "stream") for name, its in outputs.items()}
+    assert {o.name for its in outputs.values() for o in its if o.output_type == "stream"} == {"stdout"}
+    assert "runs/NAME: 2 MoE layers x 8 experts on 2 ranks, placement 0\nstate: stopped" in said["load"]
+    assert "on ranks [0]: placement 0, after step 0:" in said["placement"] or "on ranks [1]" in said["placement"]
+    assert "\n0 experts sit elsewhere than at the beginning:" in said["placement"]
+    assert re.findall(r"^ *(\S+): expert layers", said["plan"], re.M) == [
+        "current", "contiguous", "random", "load-only", "plan",
+    ]  # fmt: skip
+    assert said["plan"].splitlines()[-1].startswith(("stay: ", "move "))
+    for name in ("slots", "own", "cluster"):
+        assert re.search(r"expert layers +\d+\.\d{3} ms a step", said[name]), name
+    assert Placement.load(tmp_path / "mine.json").version == 1
+    drawn = [name for name, its in outputs.items() if any("application/javascript" in o.get("data", {}) for o in its)]
+    assert drawn == ["load", "load-of-experts", "placement", "coactivation"]  # the first one is Bokeh itself
+    assert "cdn.bokeh.org" not in json.dumps([outputs[name] for name in drawn[1:]])
 
 
 @pytest.mark.slow

@@ -17,12 +17,13 @@ import numpy as np
 import ray
 
 import ray_ep
-from ray_ep.cli.plan.inputs import read_recorded, run_costs
 from ray_ep.driver.actors.cluster import connected
 from ray_ep.driver.actors.probe import measured_links
 from ray_ep.driver.actors.ranks import Ranks
 from ray_ep.driver.measures import step_record
 from ray_ep.driver.start import check_run
+from ray_ep.observe.state import RunState
+from ray_ep.observe.state.case import costs_of
 from ray_ep.placement import Placement, StepCosts, contiguous, load_only, plan, predict, random
 
 
@@ -91,17 +92,17 @@ def main(run, out, rounds, overrides):
     cfg = ray_ep.load_config(str(run / "config.yaml"), [f"run_dir={out.with_suffix('')}", *overrides])
     checked = check_run(cfg, datetime.now())
     checked.run.release()
-    recorded = read_recorded(run, None)
+    recorded = ray_ep.open_run(run).statistics
     with connected(cfg.cluster) as joined:
         address = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes()}
         ranks = Ranks(cfg.cluster, f"turns-{time.time_ns()}", joined.local, lambda: False)
         try:
             ranks.join(60.0, ["gloo"])
             topology = measured_links(ranks, cfg.topology.budget_s)
-            own = run_costs(run, recorded, topology.num_ranks)
+            own = costs_of(RunState(run), recorded, topology.num_ranks)
             own["tokens_per_rank"] = cfg.batch.sequences * cfg.batch.length // topology.num_ranks
             costs = StepCosts(**own, two_level=cfg.exchange.kind == "two_level")
-            tried = placements(recorded.statistics, topology, costs)
+            tried = placements(recorded, topology, costs)
             turn(ranks, checked, cfg, tried["contiguous"], topology, 1)  # what is slow once only
             lines = {name: [] for name in tried}
             for number, steps in enumerate(rounds):
@@ -109,7 +110,7 @@ def main(run, out, rounds, overrides):
                     lines[name].append(turn(ranks, checked, cfg, tried[name], topology, steps))
         finally:
             ranks.kill()
-    found = {n: figures(tried[n], lines[n], recorded.statistics, topology, costs) for n in tried}
+    found = {n: figures(tried[n], lines[n], recorded, topology, costs) for n in tried}
     hosts = [address[w["node"]] for w in ranks.where]
     out.write_text(json.dumps({"placements": found, "hosts": hosts, "topology": json.loads(topology.to_json())}))
     for name, f in found.items():

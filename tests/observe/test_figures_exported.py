@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ray_ep.config import load_config
 from ray_ep.driver.publisher import Publisher
 from ray_ep.driver.records import Event
-from ray_ep.observe.metrics import exporter
+from ray_ep.observe.metrics import exporter, listener
 from ray_ep.observe.metrics.figures import Taken
 from ray_ep.observe.metrics.listener import Metrics
 from ray_ep.observe.metrics.reading import Reading
@@ -303,6 +304,15 @@ def test_figures_that_cannot_be_sent_are_told_once_and_the_run_goes_on(tmp_path)
         metrics.step(record(1))
         metrics.step(record(2))
     assert told == ["metrics are exported no more, the run goes on: RuntimeError: no agent"]
+
+
+def test_a_run_with_observe_metrics_off_exports_nothing(tmp_path):
+    made = []
+    for words, listeners in (("true", 1), ("false", 0)):
+        cfg = load_config(None, [f"observe.metrics={words}"])
+        with listener.exported(cfg, tmp_path, pytest.fail, made.append) as found:
+            assert len(found) == listeners
+    assert made == [tmp_path.name]
 
 
 def test_names_follow_the_conventions_of_prometheus():

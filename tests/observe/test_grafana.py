@@ -110,6 +110,24 @@ def test_a_row_that_is_there_already_is_replaced():
     assert with_row(once, OURS) == once
 
 
+def test_a_dashboard_that_was_edited_keeps_what_is_not_ours(session):
+    """Panels of the user's own: without a place or a number, as Grafana takes them, and with a number beyond ours."""
+    path = session / "metrics" / "grafana" / "dashboards" / RAYS_OWN
+    rays = json.loads(path.read_text())
+    mine = [{"title": "mine", "type": "text", "id": None}, {"title": "too", "type": "text", "id": 9500}]
+    rays["panels"] = [*mine, *rays["panels"][:2]]
+    path.write_text(json.dumps(rays))
+    install(session)
+    once = json.loads(path.read_text())
+    assert [p for p in once["panels"] if p["title"] in ("mine", "too")] == mine
+    assert once["panels"][0]["title"] == "ray_ep"
+    install(session)
+    assert json.loads(path.read_text()) == once
+    path.write_text(json.dumps({**rays, "panels": None}))
+    install(session)
+    assert [p["type"] for p in json.loads(path.read_text())["panels"]].count("row") == 1
+
+
 def test_installing_puts_dashboards_row_and_rules_where_rays_grafana_and_prometheus_read_them(session):
     result = CliRunner().invoke(main, ["dashboards", "install", "--session", str(session)])
     assert result.exit_code == 0, result.output
@@ -173,6 +191,8 @@ def test_what_cannot_be_installed_is_said_in_a_sentence_and_nothing_is_written(s
     assert "its dashboard does not run" in refusal("--session", tmp_path / "headless")
     (session / "metrics" / "prometheus" / "prometheus.yml").write_text("scrape_configs: [")
     assert "no configuration of Prometheus" in refusal("--session", session)
+    (folder / RAYS_OWN).write_text('{"panels": [3]}')
+    assert f"{folder / RAYS_OWN}: no dashboard of Grafana: its panels are damaged" in refusal("--session", session)
     (folder / RAYS_OWN).write_text('{"panels": [')
     assert f"{folder / RAYS_OWN}: no dashboard of Grafana" in refusal("--session", session)
     assert [p.name for p in folder.iterdir()] == [RAYS_OWN]

@@ -2,21 +2,27 @@
 
 import errno
 import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.dataset
 import pytest
 from pyarrow import parquet
 
 from ray_ep.config.schema import ProvenanceConfig
 from ray_ep.driver.records import Event
 from ray_ep.errors import BadInput
-from ray_ep.observe.provenance import files
+from ray_ep.observe.provenance import files, table
 from ray_ep.observe.provenance.files import CLOSE_S, ProvenanceFiles, parts_of
 from ray_ep.observe.provenance.reader import Records, chosen
 from ray_ep.observe.provenance.table import SCHEMA
 from ray_ep.rank.data.tokenizer import load_decoder
 from tests.records import provenance, record
 
+ROOT = Path(__file__).parents[2]
 TEXT = "To be, or not to be, that is the question: whether 'tis nobler."
 
 
@@ -52,10 +58,10 @@ def scene(tmp_path):
 def test_a_row_says_all_that_is_known_of_one_choice(scene):
     scene.step(7)
     scene.it.close()
-    table = parquet.read_table(parts_of(scene.path)[0].path)
-    assert table.schema.equals(SCHEMA, check_metadata=True)
-    assert table.num_rows == 3 * 2 * 2
-    row = table.slice(4, 1).to_pylist()[0]
+    found = parquet.read_table(parts_of(scene.path)[0].path)
+    assert found.schema.equals(SCHEMA, check_metadata=True)
+    assert found.num_rows == 3 * 2 * 2
+    row = found.slice(4, 1).to_pylist()[0]
     assert row == {
         "step": 7, "request": None, "position": 20, "batch_row": 1, "batch_column": 4, "token": ord("i"), "text": "i",
         "before": TEXT[:20][-24:], "after": TEXT[21:29], "document": 0, "offset": 20, "home_rank": 1,
@@ -63,7 +69,7 @@ def test_a_row_says_all_that_is_known_of_one_choice(scene):
         "weight": 0.75, "rank": 0, "kind": "primary", "node": "node0", "host": "host0", "device": "cuda:0",
         "placement_version": 3, "epoch": 1,
     } | {"token": ord(TEXT[20]), "text": TEXT[20]}  # fmt: skip
-    order = [table.column(name).to_pylist() for name in ("position", "layer", "choice")]
+    order = [found.column(name).to_pylist() for name in ("position", "layer", "choice")]
     assert sorted(zip(*order, strict=True)) == list(zip(*order, strict=True))
 
 
@@ -141,7 +147,7 @@ def test_a_full_disk_ends_no_run_and_is_told_once(scene, monkeypatch):
     def full(*args, **more):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(parquet, "write_table", full)
+    monkeypatch.setattr(parquet.ParquetWriter, "write_table", full)
     for step in (1, 2):
         scene.step(step)
         scene.it.close()
@@ -168,6 +174,113 @@ def test_half_files_are_taken_away_and_damaged_ones_left_out_by_name(scene):
     records = Records(scene.path)
     assert records.steps() == {2: 3, 3: 3}
     assert records.damaged == [first.name]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from ray_ep.config.schema import ProvenanceConfig
+from ray_ep.observe.provenance import files, table
+from tests.records import provenance, record
+table.ROWS, decoded = 8, []
+
+def decode(ids):
+    decoded.append(ids)
+    if len(decoded) > 20:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return bytes(ids).decode()
+
+it = files.ProvenanceFiles(Path(sys.argv[1]), ProvenanceConfig(), lambda: decode, print)
+for step in (2, 3):
+    it.step(record(step, provenance=provenance("To be, or not to be: " * 3, [3, 20, 40, 41])))
+    it.close()
+"""
+
+
+def test_a_process_that_is_killed_while_it_writes_leaves_whole_files_to_every_reader(scene):
+    scene.step(1)
+    scene.it.close()
+    killed = subprocess.run([sys.executable, "-c", KILLED, scene.path], cwd=ROOT, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    folder = scene.path / "provenance"
+    (half,) = folder.glob(".*.part")
+    assert half.stat().st_size > 1000
+    assert scene.steps == {1: 3, 2: 4}
+    assert Records(scene.path).damaged == []
+    whole = pyarrow.dataset.dataset(folder, exclude_invalid_files=False).to_table()  # as pandas reads a folder
+    assert sorted(set(whole.column("step").to_pylist())) == [1, 2]
+    scene.files().start(Event("start", "x"))
+    assert not half.exists()
+
+
+def test_a_file_that_was_cut_short_by_a_process_that_was_then_killed_counts_once(scene):
+    for step in range(1, 7):
+        scene.step(step)
+    scene.it.close()
+    (whole,) = parts_of(scene.path)
+    kept = whole.path.read_bytes()
+    scene.step(4, positions=[5])
+    whole.path.write_bytes(kept)  # as if it had been killed before this was taken away
+    assert scene.steps == {1: 3, 2: 3, 3: 3}
+    scene.files().start(Event("start", "x"))
+    assert [p.name for p in (scene.path / "provenance").iterdir()] == ["steps-00000001-00000003.parquet"]
+
+
+def test_records_of_steps_that_are_made_again_go_even_if_there_is_no_room_to_keep_those_before(scene, monkeypatch):
+    def full(*args, **more):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for step in (1, 2, 3):
+        scene.step(step)
+    scene.it.close()
+    monkeypatch.setattr(parquet.ParquetWriter, "write_table", full)
+    scene.step(3, positions=[5])
+    monkeypatch.undo()
+    scene.it.close()
+    assert scene.steps == {3: 1}
+    assert [t.position for t in Records(scene.path).tokens(3, None)] == [5]
+
+
+def test_a_step_of_many_tokens_is_written_some_after_others_and_reads_as_one(scene, monkeypatch):
+    def rows():
+        return Records(scene.path).read(SCHEMA.names, pa.compute.field("step") > 0).to_pylist()
+
+    scene.step(1, positions=range(60))
+    scene.step(2, positions=range(0, 60, 7))
+    scene.it.close()
+    whole = rows()
+    assert len(whole) == (60 + 9) * 2 * 2
+    monkeypatch.setattr(table, "ROWS", 16)
+    scene.step(1, positions=range(60))
+    scene.step(2, positions=range(0, 60, 7))
+    scene.it.close()
+    (part,) = parts_of(scene.path)
+    file = parquet.ParquetFile(part.path)
+    assert file.num_row_groups > 10
+    assert max(file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)) < 2 * 16
+    assert rows() == whole
+
+
+def test_a_tokenizer_that_is_gone_costs_the_records_and_not_the_run(scene):
+    def gone():
+        raise BadInput("data.tokenizer='x': no such tokenizer")
+
+    with ProvenanceFiles(scene.path, ProvenanceConfig(), gone, scene.told.append) as it:
+        it.step(record(1, provenance=provenance(TEXT, [3])))
+    (event,) = scene.told
+    assert "cannot be written: data.tokenizer='x': no such tokenizer: records of sampled tokens are lost" in event.words
+
+
+def test_tokens_are_there_though_the_first_layer_has_no_rows(scene):
+    made = provenance(TEXT, [3, 20])
+    for part in made.parts:
+        part.experts[0] = -1
+    scene.it.step(record(1, provenance=made))
+    scene.it.close()
+    records = Records(scene.path)
+    assert records.steps() == {1: 2}
+    assert [t.position for t in records.tokens(1, None)] == [3, 20]
+    assert {row["layer"] for row in records.of_token(1, None, 3)} == {1}
 
 
 def test_a_step_without_any_sampled_token_writes_no_row(scene):
@@ -201,8 +314,8 @@ def test_rows_of_requests_are_read_by_their_id(scene):
     """Nothing writes them yet; the schema has room for them."""
     scene.step(1)
     scene.it.close()
-    table = parquet.read_table(parts_of(scene.path)[0].path)
-    rows = [row | {"step": None, "request": "r-1", "document": None, "offset": None} for row in table.to_pylist()]
+    found = parquet.read_table(parts_of(scene.path)[0].path)
+    rows = [row | {"step": None, "request": "r-1", "document": None, "offset": None} for row in found.to_pylist()]
     parquet.write_table(
         pa.Table.from_pylist(rows, SCHEMA), scene.path / "provenance" / "steps-00000002-00000002.parquet"
     )

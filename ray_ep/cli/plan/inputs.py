@@ -8,20 +8,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from ray_ep.cli.engines.files import read_map, read_placement, read_record
-from ray_ep.cli.engines.formats import file_text, yaml_file
-from ray_ep.driver.rebalance.recent import NOW
+from ray_ep.cli.engines.formats import yaml_file
 from ray_ep.errors import BadInput, PlacementError
+from ray_ep.observe.state import RunState
+from ray_ep.observe.state.case import costs_of, level_of, measured_of, whole_tokens
 from ray_ep.placement import Placement, RoutingStatistics, StepCosts, Topology
 from ray_ep.placement.compare import Measured
-from ray_ep.placement.cost.memory import state_bytes
 from ray_ep.placement.engines.records import Recorded
 from ray_ep.placement.placement import files_by_version
 from ray_ep.placement.planner.survive import fewest_slots
@@ -43,14 +42,14 @@ class SourcedCosts:
     sized: bool
 
 
-def run_of(path: Path) -> Path | None:
-    """The run directory, if the path is one that has recorded statistics or a topology."""
-    return path if path.is_dir() and (path / "config.yaml").is_file() else None
+def run_of(path: Path) -> RunState | None:
+    """The run in a directory, as it is now; None: the path is something else."""
+    return RunState(path) if (path / "config.yaml").is_file() else None
 
 
 def read_recorded(path: Path, num_experts: int | None, routed: str | None = None) -> Recorded:
     """Statistics of a run directory, ray_ep's file, or another engine's record; routed: LAYERSxTOP_K of --routed."""
-    if run_of(path) is None:
+    if not (path / "config.yaml").is_file():
         return read_record(path, num_experts, _routed_shape(routed))
     if not (path / ROUTING_FILE).is_file():
         raise PlacementError(f"{path}: the run has no {ROUTING_FILE} yet: it is written with each checkpoint")
@@ -66,7 +65,7 @@ def _routed_shape(text: str | None) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-def read_topology(path: Path | None, run: Path | None) -> tuple[Topology, tuple[float, ...] | None]:
+def read_topology(path: Path | None, run: RunState | None) -> tuple[Topology, tuple[float, ...] | None]:
     """A measured topology or a described one, and the ranks' speeds if they are not all alike.
 
     Args:
@@ -79,7 +78,7 @@ def read_topology(path: Path | None, run: Path | None) -> tuple[Topology, tuple[
                 "--topology is needed beside statistics that are not a run directory: a topology.json (ray-ep probe "
                 "--out), a run directory, or a YAML description"
             )
-        path = run
+        path = run.path
     if path.is_dir():
         path = path / "topology.json"
     if not path.is_file():
@@ -95,7 +94,7 @@ def read_topology(path: Path | None, run: Path | None) -> tuple[Topology, tuple[
 
 
 def read_current(
-    path: Path | None, run: Path | None, ranks: int, recorded: Recorded
+    path: Path | None, run: RunState | None, ranks: int, recorded: Recorded
 ) -> tuple[Placement | None, tuple[str, ...]]:
     """The placement that runs now, and what of its file was left out, in sentences.
 
@@ -110,7 +109,7 @@ def read_current(
         ids = None if recorded.engine == "ray_ep" else recorded.layer_ids
         placement, notes = read_map(path, ranks, ids, layers)
     else:
-        files = [] if run is None else files_by_version(run / "placements")
+        files = [] if run is None else files_by_version(run.path / "placements")
         if not files:
             return None, ()
         path, placement = files[-1], read_placement(files[-1])
@@ -128,10 +127,10 @@ def read_current(
 
 
 def read_costs(
-    given: Sequence[str], run: Path | None, recorded: Recorded, ranks: int, speed: tuple[float, ...] | None
+    given: Sequence[str], run: RunState | None, recorded: Recorded, ranks: int, speed: tuple[float, ...] | None
 ) -> SourcedCosts:
     """Costs of the run's own model and steps where it tells, else the defaults; `given` NAME=VALUE wins."""
-    own = {} if run is None else run_costs(run, recorded, ranks)
+    own = {} if run is None else costs_of(run, recorded.statistics, ranks)
     if recorded.engine != "ray_ep":
         own = {"optimizer_bytes": 0.0}  # they serve
     named = dict(_cost(item) for item in given)
@@ -145,14 +144,11 @@ def read_costs(
         )
         if names
     )
-    values: dict[str, Any] = {**own, **named}
-    if "tokens_per_rank" in values:
-        values["tokens_per_rank"] = max(1, round(values["tokens_per_rank"]))
-    figures = replace(StepCosts(**values), speed=speed)
+    figures = StepCosts(**whole_tokens({**own, **named}), speed=speed)
     return SourcedCosts(figures, source, "expert_bytes" not in defaults)
 
 
-def read_level(given: str | None, run: Path | None, own: bool) -> tuple[str, str]:
+def read_level(given: str | None, run: RunState | None, own: bool) -> tuple[str, str]:
     """What must be even, node or rank, and why: as given, as the run balances, else as engines do.
 
     Args:
@@ -164,27 +160,7 @@ def read_level(given: str | None, run: Path | None, own: bool) -> tuple[str, str
         return "rank", "nothing evens ranks out in a step there"
     if run is None:
         return "node", "ranks of a node are evened out in each step (--level rank where balance.in_step is off)"
-    config = run_config(run)
-    said = _section(config, "placement").get("level")
-    if said in ("node", "rank"):
-        return said, f"the run's placement.level is {said}"
-    mode = _section(config, "balance").get("in_step", "auto")
-    if mode in ("off", False):  # YAML's own reading of a bare off
-        return "rank", "the run's balance.in_step is off: nothing evens the ranks of a node out in a step"
-    if mode == "auto" and _went_without(run):
-        return "rank", "the run's balance.in_step is auto, and its last steps went without: it did not pay"
-    return "node", f"the run's balance.in_step is {mode}: ranks of a node are evened out in each step"
-
-
-def _went_without(run: Path, steps: int = 10) -> bool:
-    """Whether the run's last steps were not balanced: their imbalance is then that of the places alone."""
-    last = [x for x in _lines(run / "metrics.jsonl") if isinstance(x, Mapping)][-steps:]
-    try:
-        return bool(last) and all(
-            not x["guests"] and abs(x["imbalance_before"] * x["balancedness"] - 1) < 1e-9 for x in last
-        )
-    except (KeyError, TypeError):
-        return False
+    return level_of(run)
 
 
 def unknown(statistics: RoutingStatistics) -> list[str]:
@@ -197,63 +173,7 @@ def unknown(statistics: RoutingStatistics) -> list[str]:
     ]
 
 
-def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found = config.get(name)
-    return found if isinstance(found, Mapping) else {}
-
-
-def run_costs(run: Path, recorded: Recorded, ranks: int) -> dict[str, float]:
-    """What a run's directory tells about its steps; figures that it does not tell are left out.
-
-    A token's hidden state crosses in forward and in backward, so it counts twice.
-    """
-    config = run_config(run)
-    model = _model(run, config)
-    batch, settings = _section(config, "batch"), _section(config, "model")
-    size = 2 if settings.get("dtype") == "bfloat16" else 4
-    hidden, ffn = model.get("hidden_size"), model.get("moe_intermediate_size") or model.get("intermediate_size")
-    parameters = started(run).get("expert_parameters")
-    if not isinstance(parameters, int) and isinstance(hidden, int) and isinstance(ffn, int):
-        parameters = 3 * hidden * ffn  # gate, up and down
-    found: dict[str, float] = {}
-    if all(isinstance(batch.get(k), int) for k in ("sequences", "length")):
-        found["tokens_per_rank"] = batch["sequences"] * batch["length"] / ranks
-    if isinstance(hidden, int):
-        found["token_bytes"] = 2.0 * hidden * size
-    if isinstance(parameters, int):
-        found["expert_bytes"] = float(parameters * size)
-        found["optimizer_bytes"] = float(parameters * state_of(config))
-    load = recorded.statistics.load
-    seconds = []
-    for line in _lines(run / "metrics.jsonl"):
-        try:
-            seconds.append(line["expert_seconds"] * line["world_size"] / line["tokens"])
-        except (KeyError, TypeError, ZeroDivisionError):
-            continue
-    sample = recorded.statistics.sample
-    if seconds and sample is not None and sample.shape[1]:
-        found["expert_seconds"] = float(np.median(seconds)) / (len(load) * sample.shape[2])
-    return {k: v for k, v in found.items() if np.isfinite(v) and v > 0}
-
-
-def run_config(run: Path) -> Mapping[str, Any]:
-    """The configuration in a run's directory; empty where it is damaged."""
-    return _mapping(run / "config.yaml")
-
-
-def state_of(config: Mapping[str, Any]) -> int:
-    """Bytes of a parameter's master and moments, as a run's configuration has them."""
-    optim = _section(config, "optim")
-    return state_bytes(optim.get("kind", "adamw"), optim.get("beta1", 0.9))
-
-
-def started(run: Path) -> Mapping[str, Any]:
-    """What a run said of its model when it last started; empty where it is not known."""
-    events = (x for x in reversed(_lines(run / "events.jsonl")) if isinstance(x, Mapping) and x.get("kind") == "start")
-    return _section(next(events, {}), "fields")
-
-
-def measured_steps(run: Path | None, options: Mapping[str, Any]) -> Measured | None:
+def measured_steps(run: RunState | None, options: Mapping[str, Any]) -> Measured | None:
     """What the run's last steps took, as the running job sees it; None: nothing is known, or other links or costs are.
 
     Args:
@@ -261,44 +181,7 @@ def measured_steps(run: Path | None, options: Mapping[str, Any]) -> Measured | N
     """
     if run is None or options["topology"] is not None or options["costs"]:
         return None
-    last = []
-    for line in _lines(run / "metrics.jsonl")[-NOW:]:
-        try:
-            last.append((line["step_seconds"], line["exchange_seconds"] + line["expert_seconds"]))
-        except (KeyError, TypeError):
-            continue
-    step, moe = np.median(last, axis=0).tolist() if last else (0.0, 0.0)
-    return Measured(step, moe) if np.isfinite(step + moe) and step > 0 and moe > 0 else None
-
-
-def _model(run: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The transformers configuration: whole in a checkpoint's manifest, else what the run's configuration overrides."""
-    for path in sorted(run.glob("checkpoints/step-*/manifest.json"), reverse=True):
-        model = _mapping(path).get("model")
-        if isinstance(model, Mapping):
-            return model
-    overrides = _section(config, "model").get("overrides")
-    return overrides if isinstance(overrides, Mapping) else {}
-
-
-def _mapping(path: Path) -> Mapping[str, Any]:
-    """A YAML or JSON mapping; empty where the file is missing or damaged: costs then have their defaults."""
-    try:
-        tree = json.loads(file_text(path)) if path.suffix == ".json" else yaml.safe_load(file_text(path))
-    except (PlacementError, ValueError, yaml.YAMLError):
-        return {}
-    return tree if isinstance(tree, Mapping) else {}
-
-
-def _lines(path: Path) -> list[Any]:
-    """Objects of a .jsonl file; lines that a killed run left half written are skipped."""
-    found = []
-    for line in file_text(path).splitlines() if path.is_file() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
+    return measured_of(run)
 
 
 def _cost(item: str) -> tuple[str, float]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ray_ep.cli.plan import inputs as plan_inputs
 from ray_ep.errors import BadInput, PlacementError
+from ray_ep.observe.state import RunState
 from ray_ep.placement.engines.records import Recorded
 from ray_ep.placement.links.groups import FASTER, in_words
 from ray_ep.placement.whatif.description import bytes_per_second, seconds
@@ -75,7 +76,7 @@ def routing(path: Path | None, given: str | None, experts: int | None, routed: s
     return Recorded(synthetic(**values), "synthetic", tuple(range(layers)), layers, (f"invented routing: {given}",))
 
 
-def clusters(options: Mapping[str, Any], run: Path | None, experts: int) -> Clusters:
+def clusters(options: Mapping[str, Any], run: RunState | None, experts: int) -> Clusters:
     """Every combination of the sizes and kinds that the options name and that has room for every expert.
 
     Raises:
@@ -128,9 +129,9 @@ def _with_room(found: list[tuple[Gpu | None, Cluster | Given]], experts: int, no
     return Clusters(tuple(kept), notes + left)
 
 
-def _given(path: Path | None, run: Path | None) -> Given | None:
+def _given(path: Path | None, run: RunState | None) -> Given | None:
     """The cluster of --topology, else of the run directory where it has one."""
-    if path is None and (run is None or not (run / "topology.json").is_file()):
+    if path is None and (run is None or not (run.path / "topology.json").is_file()):
         return None
     topology, speed = plan_inputs.read_topology(path, run)
     return Given(topology, speed)

@@ -16,6 +16,7 @@ from ray_ep.cli.simulate.snapshots import snapshots_of, words
 from ray_ep.cli.table import table
 from ray_ep.cli.units import in_bytes, in_seconds
 from ray_ep.errors import BadInput, PlacementError
+from ray_ep.observe.state import RunState
 from ray_ep.placement.cost.figures import StepCosts
 from ray_ep.placement.engines.records import Recorded
 from ray_ep.placement.whatif.answer import Option, answer
@@ -83,7 +84,7 @@ def affordable_layers(clusters: Clusters, layers: int, placements: int) -> int:
     return min(layers, max(LEAST_LAYERS, LINKS_IN_A_MINUTE // links))
 
 
-def _costs(options: Mapping[str, Any], run: Path | None, recorded: Recorded, ranks: int) -> tuple[StepCosts, str]:
+def _costs(options: Mapping[str, Any], run: RunState | None, recorded: Recorded, ranks: int) -> tuple[StepCosts, str]:
     costs = plan_inputs.read_costs(options["costs"], run, recorded, ranks, None)
     if not options["tokens"]:
         return costs.figures, costs.source

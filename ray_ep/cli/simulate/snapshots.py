@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from ray_ep.cli.plan import inputs as plan_inputs
+from ray_ep.observe.state import RunState
+from ray_ep.observe.state.case import state_of
 from ray_ep.placement.cost.memory import HELD, SnapshotMemory
 
 
-def snapshots_of(run: Path | None) -> SnapshotMemory:
+def snapshots_of(run: RunState | None) -> SnapshotMemory:
     """Those of a run as it is configured; without one those that are taken by default."""
     if run is None:
         return SnapshotMemory()
-    config = plan_inputs.run_config(run)
-    found = config.get("snapshot")
-    snapshot: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
-    parameters = _dense(plan_inputs.started(run))
-    dense = None if parameters is None else float(parameters * plan_inputs.state_of(config))
-    return SnapshotMemory(bool(snapshot.get("every", 1)), bool(snapshot.get("to_disk")), dense)
+    parameters = _dense(run.standing.model)
+    dense = None if parameters is None else float(parameters * state_of(run))
+    return SnapshotMemory(bool(run.setting("snapshot.every", 1)), bool(run.setting("snapshot.to_disk", False)), dense)
 
 
 def words(snapshots: SnapshotMemory, optimizer_bytes: float) -> str:

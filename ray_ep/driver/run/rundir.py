@@ -185,9 +185,13 @@ class RunDir:
                 raise
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Lines of metrics.jsonl, one a step: of a step that was repeated after a resume the last one counts."""
-        by_step = {tree["step"]: tree for tree in self._lines("metrics.jsonl")}
-        return [by_step[step] for step in sorted(by_step)]
+        """Lines of metrics.jsonl, one a step: one that was made again takes the place of its line and later ones."""
+        found: list[dict[str, Any]] = []
+        for tree in self._lines("metrics.jsonl"):
+            while found and found[-1]["step"] >= tree["step"]:
+                found.pop()
+            found.append(tree)
+        return found
 
     def events(self) -> list[dict[str, Any]]:
         """Lines of events.jsonl."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from ray_ep.config.schema import Config
 from ray_ep.driver.ending import STATUS
 from ray_ep.driver.records import Event, StepRecord
 from ray_ep.observe.metrics.exporter import Exporter
@@ -92,3 +94,15 @@ class Metrics:
             except Exception as e:  # of any kind: it is no reason to end a run
                 self._over.set()
                 self._failed(f"metrics are exported no more, the run goes on: {type(e).__name__}: {e}")
+
+
+@contextmanager
+def exported(
+    cfg: Config, run_dir: Path, failed: Callable[[str], None], exporter: Callable[[str], Sending] = Exporter
+) -> Iterator[list[Metrics]]:
+    """The listener that exports the run, as long as the context lasts; none where observe.metrics is off."""
+    if not cfg.observe.metrics:
+        yield []
+        return
+    with Metrics(run_dir, cfg.optim.steps, failed, exporter) as metrics:
+        yield [metrics]

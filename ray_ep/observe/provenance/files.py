@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from pyarrow import parquet
 
 from ray_ep.config.schema import ProvenanceConfig
 from ray_ep.driver.records import Event, StepRecord
-from ray_ep.observe.provenance.table import Decode, table_of
+from ray_ep.observe.provenance.table import SCHEMA, Decode, tables_of
 from ray_ep.rank.recorded import StepProvenance
 
 FOLDER = "provenance"
@@ -41,13 +41,15 @@ class Part:
 
 
 def parts_of(run_dir: Path) -> list[Part]:
-    """The whole files of a run, by steps."""
-    found = []
+    """The whole files of a run, by steps, none of which is in two of them."""
+    found: dict[int, Part] = {}
     with suppress(OSError):
         for path in (run_dir / FOLDER).iterdir():
             if m := re.fullmatch(r"steps-(\d+)-(\d+)\.parquet", path.name):
-                found.append(Part(int(m[1]), int(m[2]), path))
-    return sorted(found)
+                part = Part(int(m[1]), int(m[2]), path)
+                # A process that was killed while it cut a file short left the whole one, too.
+                found[part.first] = min(part, found.get(part.first, part))
+    return sorted(found.values())
 
 
 class ProvenanceFiles:
@@ -85,10 +87,12 @@ class ProvenanceFiles:
         self.close()
 
     def start(self, event: Event) -> None:
-        """The run begins; half a file that a killed process left is taken away."""
-        for half in (self._run_dir / FOLDER).glob("*.part"):
-            with suppress(OSError):
-                half.unlink()
+        """The run begins; half a file that a killed process left is taken away, and one that it has cut short."""
+        whole = [part.path for part in parts_of(self._run_dir)]
+        for path in (self._run_dir / FOLDER).glob("*"):
+            if path.suffix == ".part" or (path.match("steps-*.parquet") and path not in whole):
+                with suppress(OSError):
+                    path.unlink()
 
     def step(self, record: StepRecord) -> None:
         """Keep what was recorded of a step; one that was made again replaces its records, and those of later steps."""
@@ -115,27 +119,27 @@ class ProvenanceFiles:
             return
         try:
             self._decode = self._decode or self._decoder()
-            self._write(waiting[0][0], waiting[-1][0], table_of(waiting, self._decode))
+            self._write(waiting[0][0], waiting[-1][0], tables_of(waiting, self._decode))
             self._make_room()
             self._failed = False
-        except OSError as e:
+        except Exception as e:  # of any kind (a tokenizer that is gone, too): it is no reason to end a run
             if not self._failed:
                 self._failed = True
-                where = self._run_dir / FOLDER
-                words = (
-                    f"{where} cannot be written: {e.strerror or e}: records of sampled tokens are lost; the run goes on"
-                )
+                where, why = self._run_dir / FOLDER, getattr(e, "strerror", None) or e
+                words = f"{where} cannot be written: {why}: records of sampled tokens are lost; the run goes on"
                 self._tell(Event("provenance", words))
 
-    def _write(self, first: int, last: int, table: pa.Table) -> None:
+    def _write(self, first: int, last: int, tables: Iterable[pa.Table]) -> None:
         folder = self._run_dir / FOLDER
         folder.mkdir(exist_ok=True)
         path = folder / f"steps-{first:08d}-{last:08d}.parquet"
-        half = path.with_suffix(".part")
+        half = folder / f".{path.stem}.part"  # hidden: a reader of the whole folder, such as pandas, passes it over
         try:
-            parquet.write_table(table, half, compression="zstd", row_group_size=1 << 17)
+            with parquet.ParquetWriter(half, SCHEMA, compression="zstd") as writer:
+                for table in tables:
+                    writer.write_table(table)
             half.replace(path)  # nobody reads half of it
-        except OSError:
+        except BaseException:
             with suppress(OSError):
                 half.unlink()
             raise
@@ -146,10 +150,11 @@ class ProvenanceFiles:
         for part in parts_of(self._run_dir):
             if part.last < step:
                 continue
-            with suppress(OSError, pa.ArrowException):
-                if part.first < step:
+            if part.first < step:  # what cannot be kept of it is lost, so that no step is there twice
+                with suppress(OSError, pa.ArrowException):
                     table = parquet.read_table(part.path)
-                    self._write(part.first, step - 1, table.filter(pc.field("step") < step))
+                    self._write(part.first, step - 1, [table.filter(pc.field("step") < step)])
+            with suppress(OSError):
                 part.path.unlink()
         self._last = step - 1
 

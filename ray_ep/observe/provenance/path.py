@@ -46,7 +46,8 @@ class TokenPath:
 
     Args:
         name: for people. row, column: of the global batch, or of the request.
-        version, epoch: of placement and membership that it was computed under. now: version of the present placement.
+        version, epoch: of placement and membership that it was computed under. now: version of the present placement;
+        None: not known.
     """
 
     name: str
@@ -63,7 +64,7 @@ class TokenPath:
     home: Place
     version: int
     epoch: int
-    now: int
+    now: int | None
     layers: dict[int, list[Hop]]
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,12 +77,12 @@ class TokenPath:
         document = f"Document {self.document} of the training text. " if self.document is not None else ""
         held = f"{document}The token was with {self.home.words()}."
         under = f"Computed under placement {self.version}, in epoch {self.epoch}."
-        if self.now != self.version:
+        if self.now not in (None, self.version):
             under += f" The placement is {self.now} now: the reasons are those of present places."
         return [held, under]
 
 
-def path_of(rows: Sequence[dict[str, Any]], why: Why, now: int) -> TokenPath:
+def path_of(rows: Sequence[dict[str, Any]], why: Why, now: int | None) -> TokenPath:
     """The path that the records of one token tell, by layer and choice; `now`: version of the present placement."""
     first = rows[0]
     step, request = first["step"], first["request"]

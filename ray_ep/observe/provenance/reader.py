@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 from pyarrow import parquet
@@ -73,19 +74,20 @@ class Records:
 
     def steps(self) -> dict[int, int]:
         """How many tokens were recorded of each step."""
-        table = self.read(("step", "position"), (pc.field("layer") == 0) & (pc.field("choice") == 0))
-        counts = table.column("step").value_counts().to_pylist()
-        return {c["values"]: c["counts"] for c in sorted(counts, key=lambda c: c["values"] or 0)}
+        table = self.read(("step", "position"), pc.field("step").is_valid() & (pc.field("choice") == 0))
+        tokens = table.group_by(["step", "position"]).aggregate([])  # each is there once a layer
+        steps, counts = np.unique(tokens.column("step").to_numpy(), return_counts=True)
+        return dict(zip(steps.tolist(), counts.tolist(), strict=True))
 
     def tokens(self, step: int | None, request: str | None) -> list[Token]:
         """Those of a step, or of a request, by position. Raises BadInput: none were recorded."""
         table = self.read(_OF_TOKEN, _which(step, request), step)
-        rows = {row["position"]: row for row in table.to_pylist()}
-        if not rows and request is not None:
+        if not len(table) and request is not None:
             raise BadInput(f"request {request!r}: no token of it was recorded in {self.run_dir / FOLDER}")
-        if not rows:
+        if not len(table):
             raise BadInput(f"step {step}: no token of it was recorded; {self._there()}")
-        return [Token(*(rows[position][name] for name in _OF_TOKEN)) for position in sorted(rows)]
+        _, first = np.unique(table.column("position").to_numpy(), return_index=True)
+        return [Token(*(row[name] for name in _OF_TOKEN)) for row in table.take(pa.array(first)).to_pylist()]
 
     def of_token(self, step: int | None, request: str | None, position: int) -> list[dict[str, Any]]:
         """All rows of one recorded token, by layer and choice."""
@@ -98,6 +100,8 @@ class Records:
         table = self.read(columns, pc.field("layer") == layer)
         if not len(table):
             layers = pc.max(self.read(("layer",), pc.field("choice") == 0).column("layer")).as_py()
+            if layers is None:
+                raise BadInput(f"layer {layer}: {self._there()} in {self.run_dir / FOLDER}")
             raise BadInput(f"layer {layer}: there are records of MoE layers 0 to {layers}")
         return table
 

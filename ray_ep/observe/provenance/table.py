@@ -5,7 +5,8 @@ n tokens, L MoE layers, K top_k.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -51,16 +52,51 @@ SCHEMA = pa.schema(
 """Columns of the records; rows are in the order of step, position, layer, choice."""
 
 
-def table_of(steps: Sequence[tuple[int, StepProvenance]], decode: Decode) -> pa.Table:
-    """The records of some steps, each by its number from 1."""
-    tables = [_of_step(step, p, decode) for step, p in steps]
-    return pa.concat_tables([SCHEMA.empty_table(), *tables]).unify_dictionaries()
+ROWS = 1 << 17
+"""Rows of a table, about: of a step that is recorded whole there may be a hundred millions, too many for memory."""
 
 
-def _of_step(step: int, provenance: StepProvenance, decode: Decode) -> pa.Table:
+def tables_of(steps: Sequence[tuple[int, StepProvenance]], decode: Decode) -> Iterator[pa.Table]:
+    """The records of some steps, each by its number from 1, as tables of about ROWS rows that follow each other."""
+    waiting: list[pa.Table] = []
+    for step, provenance in steps:
+        for table in _of_step(step, provenance, decode):
+            waiting.append(table)
+            if sum(map(len, waiting)) >= ROWS:
+                yield _one(waiting)
+                waiting = []
+    if waiting:
+        yield _one(waiting)
+
+
+def _one(tables: Sequence[pa.Table]) -> pa.Table:
+    return pa.concat_tables(tables).unify_dictionaries()
+
+
+def _of_step(step: int, provenance: StepProvenance, decode: Decode) -> Iterator[pa.Table]:
+    """The records of one step, some tokens after others."""
     parts = [p for p in provenance.parts if len(p.position)]
     if not parts:
-        return SCHEMA.empty_table()
+        return
+    positions = np.sort(np.concatenate([p.position for p in parts]))
+    layers, _, choices = parts[0].experts.shape
+    some = max(1, ROWS // max(layers * choices, 1))
+    for at in range(0, len(positions), some):
+        first, last = positions[at], positions[min(at + some, len(positions)) - 1]
+        yield _of_tokens(step, [_between(p, first, last) for p in parts], provenance, decode)
+
+
+def _between(part: Recorded, first: int, last: int) -> Recorded:
+    """The tokens at positions `first` to `last`."""
+    mine = (part.position >= first) & (part.position <= last)
+    if mine.all():
+        return part
+    by_token = {name: getattr(part, name)[mine] for name in ("position", "context", "document", "offset")}
+    by_layer = {name: getattr(part, name)[:, mine] for name in ("experts", "weights", "ranks", "kinds")}
+    return replace(part, **by_token, **by_layer)
+
+
+def _of_tokens(step: int, parts: Sequence[Recorded], provenance: StepProvenance, decode: Decode) -> pa.Table:
     first, length = parts[0], provenance.length
     positions = np.concatenate([p.position for p in parts])
     order = np.argsort(positions)

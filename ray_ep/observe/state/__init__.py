@@ -21,7 +21,7 @@ of each part, and these parts:
 - `steps`: step [n], stride, columns (name -> [n]), phase_seconds (name -> [n] seconds), max_expert_load [L] of the
   newest step, mark, after: given back as `mark`, the next snapshot has only the steps `after` that one (None: all).
 - `load`: of the newest steps (recent_steps, recent_seconds) experts [L][E] and ranks [L][R] tokens; of all steps under
-  this placement (steps) experts_all [L][E]; run [L][E] as of the last checkpoint; versions that `load_under` knows;
+  this placement (steps) experts_all [L][E]; run [L][E] as of the last checkpoint;
   pairs: what `RunState.pairs` is counted over: run (until the last checkpoint), recent (a sample), "" (nothing).
 - `links`: node_of [R], bandwidth [R][R] bytes/s, latency [R][R] s, measured [R][R], groups [R], measured_at, sent
   [R][R] bytes a step, rank to rank, in the newest steps.

@@ -2,7 +2,7 @@
 
 Loads come from `statistics/load-NNNN.npz`, one for each placement, which the driver keeps up to date; co-activation and
 transitions from `statistics/routing.npz`, written with each checkpoint, and before the first one from
-`statistics/sample.npz`, a sample of recent tokens. L MoE layers, E experts, R ranks. NumPy.
+`statistics/sample.npz`, a sample of recent tokens. L MoE layers, E experts, R ranks. NumPy and the placement.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from ray_ep.errors import PlacementError
 from ray_ep.observe.state.files import Mark, mark_of, plain, read_arrays
+from ray_ep.placement.statistics import RoutingStatistics
 
 _RECENT = ("load", "recent", "ranks", "sent", "steps", "recent_steps", "recent_seconds")
 _PAIRS = ("coactivation", "transitions")
@@ -95,6 +97,24 @@ class Load:
         return np.asarray(fired[0].T @ fired[1])
 
     @property
+    def statistics(self) -> RoutingStatistics | None:
+        """What a planner plans by: the whole run as of the last checkpoint, which has all of it.
+
+        Before the first one: loads under the newest placement, and the sample of recent tokens. None: nothing was
+        counted that can be read.
+        """
+        try:
+            if self.load is not None:
+                return RoutingStatistics.load_file(self.folder / "routing.npz")
+            if self._newest is not None:
+                sets = self._sampled()
+                sample = None if sets is None else sets.astype(np.int32)
+                return RoutingStatistics(self._newest[1]["load"].astype(np.int64), sample=sample)
+        except PlacementError:
+            pass
+        return None
+
+    @property
     def pairs_of(self) -> str:
         """What `layer_pairs` is counted over: run (until the last checkpoint), recent (a sample); "": nothing."""
         return "run" if self.load is not None else "recent" if self._sample is not None else ""
@@ -119,9 +139,8 @@ class Load:
         """See the room's docstring."""
         return {
             "run": None if self.load is None else plain(self.load),
-            "versions": sorted(self._windows),
             "pairs": self.pairs_of,
-            **({} if self._newest is None else window_of(*self._newest)),
+            **({} if self._newest is None else _window_of(*self._newest)),
         }
 
     def _there(self) -> dict[int, Mark]:
@@ -141,10 +160,8 @@ def _one_hot(sets: np.ndarray, experts: int) -> np.ndarray:
     return out
 
 
-def window_of(version: int, window: dict[str, np.ndarray]) -> dict[str, Any]:
-    """A window as JSON has it; {} for one without content."""
-    if not window:
-        return {}
+def _window_of(version: int, window: dict[str, np.ndarray]) -> dict[str, Any]:
+    """A window as JSON has it."""
     steps, recent = window["steps"], window["recent_steps"]
     return {
         "version": version,

@@ -10,7 +10,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -42,13 +41,6 @@ class Moved:
     after: tuple[str, ...]
     owner_before: str
     owner_after: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return {
-            "layer": self.layer, "expert": self.expert, "before": list(self.before), "after": list(self.after),
-            "owner_before": self.owner_before, "owner_after": self.owner_after,
-        }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from ray_ep.observe.state.files import (
     read_exchange,
     read_topology,
 )  # fmt: skip
-from ray_ep.observe.state.load import Load, sent_a_step, window_of
+from ray_ep.observe.state.load import Load, sent_a_step
 from ray_ep.observe.state.placements import Moved, Placements
 from ray_ep.observe.state.standing import Standing
 from ray_ep.observe.state.steps import Steps
@@ -140,11 +140,6 @@ class RunState:
             if placement is None:
                 return None
             return {**self._version(version), **_slots(placement), "ranks": self._ranks_under(version)}
-
-    def load_under(self, version: int) -> dict[str, Any]:
-        """The part `load`, as counted under an earlier placement; {}: nothing was, or it is not kept any more."""
-        with self._lock:
-            return window_of(version, self.load.window(version))
 
     def why(self, layer: int, expert: int) -> str:
         """The sentence of the change that put an expert where it is; "": there is no such expert."""

@@ -22,13 +22,14 @@ _AVERAGED = 1000  # steps: what a long run's step takes now, not what it took da
 
 
 class Steps:
-    """Lines of metrics.jsonl by step; of a step that was repeated the last line counts."""
+    """Lines of metrics.jsonl by step; a step that is made again takes the place of its line and of all later ones."""
 
     def __init__(self) -> None:
         self._rows: dict[int, dict[str, Any]] = {}
         self._first: int | None = None
-        self._last = 0
-        self._again = 0  # lines of steps that are not later than all before
+        self._last = 0  # the latest that there ever was: what is kept depends on it
+        self._newest = 0
+        self._again = 0  # how often a run went back
 
     @property
     def stride(self) -> int:
@@ -50,10 +51,13 @@ class Steps:
             else:
                 told += [(int(s), o) for o in objects([line]) if abs(s := number(o.get("step"))) < 1e15]
         for step, _ in told:
-            self._again += self._first is not None and step <= self._last
             self._first = step if self._first is None else min(self._first, step)
             self._last = max(self._last, step)
         for step, what in told:
+            if step <= self._newest:
+                self._again += 1
+                self._rows = {number: row for number, row in self._rows.items() if number < step}
+            self._newest = step
             if self._kept(step):
                 rows = objects([what]) if isinstance(what, bytes) else [what]
                 for row in rows:
@@ -97,7 +101,7 @@ class Steps:
         return {
             "step": [row["step"] for row in rows],
             "after": after,
-            "mark": f"{here}{self._last}",
+            "mark": f"{here}{self._newest}",
             "stride": self.stride,
             "columns": {**columns, "worst_expert_load": [worst(row.get("max_expert_load")) for row in rows]},
             "phase_seconds": {n: plain(s) for n, s in phases.items()},
