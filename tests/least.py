@@ -45,5 +45,5 @@ def count(config, numbers=NUMBERS):
     less = ("keyword", "collectonly", "lf", "deselect", "ignore", "maxfail")  # lf only where pytest has its cache
     whole = config.args_source == config.ArgsSource.TESTPATHS and not any(getattr(chosen, x, False) for x in less)
     least = json.loads(Path(numbers).read_text()).get(chosen.markexpr) if whole else None
-    if least is not None:
+    if least is not None and not hasattr(config, "workerinput"):  # of pytest-xdist, whose workers report to this
         config.pluginmanager.register(Least(chosen.markexpr, least), "least")
