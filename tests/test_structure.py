@@ -31,7 +31,7 @@ NINE_PARAMETERS = {"plan"}  # the public contract of the planner
 
 
 MODULE_OF = {"pyyaml": "yaml", "cupy-cuda12x": "cupy", "nvidia-ml-py": "pynvml", "mlflow-skinny": "mlflow"}
-MODULE_OF |= {"grpcio": "grpc"}
+MODULE_OF |= {"grpcio": "grpc", "grpcio-tools": "grpc_tools"}
 MODULE_OF |= {"grpcio-health-checking": "grpc_health", "grpcio-reflection": "grpc_reflection", "protobuf": "google"}
 COMES_WITH = {"tokenizers": "transformers", "markupsafe": "jinja2", "yaml": "omegaconf", "jsonschema": "ray"}
 COMES_WITH |= {"aiohttp": "ray"}  # of its extra `default`

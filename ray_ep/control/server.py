@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shlex
 import socket
 import threading
 from collections.abc import Callable
@@ -28,8 +29,9 @@ from ray_ep.control import address
 from ray_ep.control.address import Target
 from ray_ep.control.audit import Audit
 from ray_ep.control.board import Board
+from ray_ep.control.calls import Denied, only
 from ray_ep.control.keys import Keys, cluster_token, new_token
-from ray_ep.control.service import NO_TOKEN, SERVICE, Denied, Service, only
+from ray_ep.control.service import NO_TOKEN, SERVICE, Service
 from ray_ep.control.tls import server_credentials
 from ray_ep.control.trace import trace
 from ray_ep.driver.records import Event, StepRecord
@@ -110,7 +112,8 @@ class Control:
             self._tell(Event("control", f"nobody can see or steer this run from outside: {why}"))
             return
         secured = " with TLS" if target.tls else ""
-        words = f"listens on {target.address}{secured}; see and steer it with: ray-ep status {self.run.path}"
+        command = shlex.join(["ray-ep", "status", str(self.run.path)])
+        words = f"listens on {target.address}{secured}; see and steer it with: {command}"
         self._tell(Event("control", words, {"address": target.address, "tls": target.tls}))
 
     def step(self, record: StepRecord) -> None:
