@@ -45,6 +45,8 @@ CODES = {
 """What a driver's refusal is called on the wire."""
 
 
+WATCHERS = 768
+"""At once, of the server's CALLS: who looks leaves room for who steers."""
 TRACES = 2
 """Tokens that are looked up at once: each reads files."""
 NO_TOKEN = "expected `authorization: Bearer TOKEN` with a token of this run: there was none, or a wrong one"
@@ -169,6 +171,8 @@ class Service:
         every = request.every_seconds or 1.0
         if not 0.2 <= every <= 3600:
             raise Denied(grpc.StatusCode.INVALID_ARGUMENT, f"every_seconds={every:g}: allowed are 0.2 to 3600, or 0")
+        if self.board.watchers >= WATCHERS:
+            raise Denied(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{WATCHERS} watch already: ask for the status instead")
         async for answer in self.board.watch(every):
             yield answer
 
