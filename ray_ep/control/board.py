@@ -25,6 +25,9 @@ class Board:
 
     Args:
         state: of the run's directory; read here alone. where: what the driver says.
+
+    Attributes:
+        watchers: how many watch.
     """
 
     def __init__(self, state: RunState, where: Callable[[], Where]):
@@ -32,7 +35,7 @@ class Board:
         self._loop = asyncio.get_running_loop()
         self._news, self._changed, self._reading = asyncio.Event(), asyncio.Condition(), asyncio.Lock()
         self._newest, self._number, self._read_at = b"", 0, float("-inf")
-        self._watchers, self._over, self._ended = 0, False, False
+        self.watchers, self._over, self._ended = 0, False, False
 
     def tell(self) -> None:
         """There is something new; any thread may say so."""
@@ -58,7 +61,7 @@ class Board:
 
     async def watch(self, every_s: float) -> AsyncIterator[bytes]:
         """The status now and after each change, until the end; at most one in `every_s` seconds, the newest."""
-        self._watchers += 1
+        self.watchers += 1
         try:
             yield await self.now()
             seen = self._number
@@ -68,7 +71,7 @@ class Board:
                     seen = self._number
                     yield self._newest
         finally:
-            self._watchers -= 1
+            self.watchers -= 1
 
     async def keep(self) -> None:
         """Show watchers what is new, for as long as the run goes."""
@@ -76,7 +79,7 @@ class Board:
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._news.wait(), UNTOLD_S)
             self._news.clear()
-            if self._watchers:
+            if self.watchers:
                 await self.now()
             await asyncio.sleep(FRESH_S)
 

@@ -6,7 +6,6 @@ A press is a call as one over the network is: the same token opens, the same lin
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from typing import Any, NoReturn
 
@@ -82,14 +81,10 @@ async def _answer(service: Service, call: str, message: Any, caller: _Caller) ->
         words = f"expected a {method.input_type.full_name} as JSON: {str(e) or type(e).__name__}"
         return grpc.StatusCode.INVALID_ARGUMENT.name, words[:500]
     try:
-        answer = GetMessageClass(method.output_type).FromString(await service.called(method, _only(raw), caller))
+        answer = GetMessageClass(method.output_type).FromString(await service.called(method, raw, caller))
     except _RefusedError as e:
         return e.code.name, e.words
     return grpc.StatusCode.OK.name, answer.outcome.words  # type: ignore[attr-defined]
-
-
-async def _only(raw: bytes) -> AsyncIterator[bytes]:
-    yield raw
 
 
 class _RefusedError(Exception):

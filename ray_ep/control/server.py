@@ -29,9 +29,10 @@ from ray_ep.control import address
 from ray_ep.control.address import Target
 from ray_ep.control.audit import Audit
 from ray_ep.control.board import Board
+from ray_ep.control.calls import Denied, only
 from ray_ep.control.keys import Keys, cluster_token, new_token
 from ray_ep.control.pressed import Buttons
-from ray_ep.control.service import NO_TOKEN, SERVICE, Denied, Service, only
+from ray_ep.control.service import NO_TOKEN, SERVICE, Service
 from ray_ep.control.tls import server_credentials
 from ray_ep.control.trace import trace
 from ray_ep.driver.records import Event, StepRecord

@@ -11,17 +11,15 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
-from urllib.parse import unquote
+from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError, Message
-from google.protobuf.message_factory import GetMessageClass
+from google.protobuf.message import Message
 
 from ray_ep.control.audit import ASKED, Audit, Entry
 from ray_ep.control.board import Board
+from ray_ep.control.calls import Caller, Denied, only, parsed
 from ray_ep.control.keys import Key, Role, opened_by
 from ray_ep.control.messages import placement_message, placement_of, proper_id, proposal_message, text
 from ray_ep.control.once import Known, Once, Other, TooMany
@@ -47,42 +45,14 @@ CODES = {
 """What a driver's refusal is called on the wire."""
 
 
-MESSAGE_S = 10.0
-"""Seconds within which the message of a call must have come."""
+WATCHERS = 768
+"""At once, of the server's CALLS: who looks leaves room for who steers."""
 TRACES = 2
 """Tokens that are looked up at once: each reads files."""
 NO_TOKEN = "expected `authorization: Bearer TOKEN` with a token of this run: there was none, or a wrong one"
 """What a caller without a right hears."""
 
-M = TypeVar("M")
-
 log = logging.getLogger("ray_ep.control")
-
-
-class Denied(Exception):
-    """A call is answered with this code and sentence."""
-
-    def __init__(self, code: grpc.StatusCode, words: str):
-        super().__init__(words)
-        self.code, self.words = code, words
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """Who calls; `key` None: nobody who may."""
-
-    key: Key | None
-    certificate: str
-    where: str
-
-    @property
-    def name(self) -> str:
-        """For people: which token, and whose certificate."""
-        shown = f", certificate of {self.certificate}" if self.certificate else ""
-        return f"{self.key.name}{shown}" if self.key else ""
-
-    def __str__(self) -> str:
-        return f"{self.name} from {host_of(self.where)}"
 
 
 class Service:
@@ -129,19 +99,19 @@ class Service:
     def _work(self, method: Any) -> Any:
         return getattr(self, re.sub(r"(?<=[a-z])(?=[A-Z])", "_", method.name).lower())
 
-    async def called(self, method: Any, messages: AsyncIterator[bytes], context: Any) -> bytes:
+    async def called(self, method: Any, raw: bytes | AsyncIterator[bytes], context: Any) -> bytes:
         """The answer to one call of SERVICE that is no stream, whichever way it came.
 
         Args:
-            messages: one. context: a `grpc.aio.ServicerContext`, or what has its invocation_metadata, auth_context,
-                peer and abort.
+            raw: its message, or what brings that.
+            context: a `grpc.aio.ServicerContext`, or what has its invocation_metadata, auth_context, peer and abort.
         """
         began, caller, asked = time.monotonic(), self._caller(context), ""
         changes = "mutation" in method.input_type.fields_by_name
         entry = partial(self._entry, method.name, caller, began)
         try:
             self._admit(caller, Role.OPERATOR if changes else Role.VIEWER)
-            asked = request = parsed(method, await only(messages))
+            asked = request = parsed(method, raw if isinstance(raw, bytes) else await only(raw))
             if changes and (why := self.audit.write(entry(request, ASKED, ""))):
                 raise Denied(grpc.StatusCode.FAILED_PRECONDITION, f"no change is made without its record: {why}")
             answer: Message = await self._work(method)(request, caller)
@@ -201,6 +171,8 @@ class Service:
         every = request.every_seconds or 1.0
         if not 0.2 <= every <= 3600:
             raise Denied(grpc.StatusCode.INVALID_ARGUMENT, f"every_seconds={every:g}: allowed are 0.2 to 3600, or 0")
+        if self.board.watchers >= WATCHERS:
+            raise Denied(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{WATCHERS} watch already: ask for the status instead")
         async for answer in self.board.watch(every):
             yield answer
 
@@ -363,12 +335,6 @@ class Service:
             return found, known.where or self.requests.where()
 
 
-def host_of(peer: str) -> str:
-    """The address of a peer without its port, which tells people nothing: of ipv4:10.0.3.17:40100, 10.0.3.17."""
-    found = re.fullmatch(r"ipv[46]:(.+):\d+", unquote(peer))
-    return found[1] if found else peer
-
-
 def with_fields(**fields: Any) -> Callable[[], Awaitable[dict[str, Any]]]:
     """Fields that are known."""
 
@@ -376,28 +342,6 @@ def with_fields(**fields: Any) -> Callable[[], Awaitable[dict[str, Any]]]:
         return fields
 
     return known
-
-
-async def only(messages: AsyncIterator[M]) -> M:
-    """The message of a call, which takes its place among others until it has come. Raises Denied."""
-
-    async def first() -> M:
-        async for message in messages:
-            return message
-        raise Denied(grpc.StatusCode.INVALID_ARGUMENT, "expected a message")
-
-    try:
-        return await asyncio.wait_for(first(), MESSAGE_S)
-    except asyncio.TimeoutError:
-        raise Denied(grpc.StatusCode.DEADLINE_EXCEEDED, f"no message came within {MESSAGE_S:g} s") from None
-
-
-def parsed(method: Any, raw: bytes) -> Any:
-    """The message of a call, from its bytes."""
-    try:
-        return GetMessageClass(method.input_type).FromString(raw)
-    except DecodeError:
-        raise Denied(grpc.StatusCode.INVALID_ARGUMENT, f"expected a {method.input_type.full_name}") from None
 
 
 def check(answer: Answer) -> None:

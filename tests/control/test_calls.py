@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from ray_ep.control import service
 from ray_ep.control.audit import REFUSED, Audit, Entry
 from ray_ep.control.client import mutation
 from ray_ep.control.messages import placement_message, placement_of
@@ -240,6 +241,18 @@ def test_watchers_see_changes_and_the_end(it):
     assert seen[-1].outcome == "interrupted"
     done = [s.done for s in seen]
     assert done == sorted(done)
+
+
+def test_who_watches_leaves_room_for_who_steers(it, monkeypatch):
+    monkeypatch.setattr(service, "WATCHERS", 2)
+    with it.client() as client:
+        watching = [client.watch(0.2) for _ in range(2)]
+        assert all(next(w).run for w in watching)
+        with pytest.raises(ControlError, match="2 watch already: ask for the status instead"):
+            next(client.watch(0.2))
+        watching.pop().close()
+        it.until(lambda: it.controls[0]._board.watchers == 1, "one has gone")
+        assert next(client.watch(0.2)).run
 
 
 def test_a_watcher_that_asks_too_often_is_refused(it):

@@ -61,7 +61,9 @@ def test_a_run_is_paused_through_a_loss_resumed_saved_given_a_placement_and_ende
     assert not (run / "control.json").exists()
     asked = [json.loads(x) for x in (run / "audit.jsonl").read_text().splitlines()]
     assert [(e["what"], e["result"]) for e in asked] == [
-        (what, "OK") for what in ("Pause", "Checkpoint", "Resume", "ApplyPlacement", "Stop")
+        (what, result)
+        for what in ("Pause", "Checkpoint", "Resume", "ApplyPlacement", "Stop")
+        for result in ("ASKED", "OK")
     ]
     steps = lines(run / "metrics.jsonl")
     assert asked[-1]["words"] == f"the run has ended after step {steps[-1]['step']}, which is saved"
