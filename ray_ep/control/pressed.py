@@ -19,6 +19,8 @@ from ray_ep.control.service import SERVICE, Service
 
 CALLS = ("Rebalance", "Pause", "Resume", "Checkpoint", "Stop", "Scale", "Drain")
 """What the page has buttons for."""
+_ENDED = "The run has ended."
+_SILENT = "No buttons now: the run's control listens once the ranks are ready; where it cannot, an event says why."
 
 
 class Buttons:
@@ -45,23 +47,26 @@ class Buttons:
 
     def close(self) -> None:
         """The run has ended."""
-        self._service, self._never = None, self._never or "The run has ended."
+        self._service, self._never = None, self._never or _ENDED
 
     def shut(self) -> tuple[bool, str]:
         """Why nobody can press a button now, "" if they can; first: whether that is for good."""
         if self._never:
             return True, self._never
-        return False, "" if self._service else "Not yet: the run's control does not listen."
+        return False, "" if self._service else _SILENT
 
     def press(self, call: str, message: Any, token: str, owner: bool, where: str) -> Future[tuple[str, str]]:
         """See observe.page.buttons; a caller who is the owner and shows no token is who may read the run's files."""
         service, loop = self._service, self._loop
         if service is None or loop is None:
-            told: Future[tuple[str, str]] = Future()
-            told.set_result((grpc.StatusCode.UNAVAILABLE.name, self.shut()[1]))
-            return told
+            return _known(grpc.StatusCode.UNAVAILABLE, self.shut()[1])
         shown = token or (self._own if owner else "")
-        return asyncio.run_coroutine_threadsafe(_answer(service, call, message, _Caller(shown, where)), loop)
+        asked = _answer(service, call, message, _Caller(shown, where))
+        try:
+            return asyncio.run_coroutine_threadsafe(asked, loop)
+        except RuntimeError:  # the loop has ended meanwhile
+            asked.close()
+            return _known(grpc.StatusCode.UNAVAILABLE, _ENDED)
 
     def turned_away(self, call: str, where: str, words: str) -> None:
         """A press that was none of the page's: noted as every change that is refused."""
@@ -69,6 +74,12 @@ class Buttons:
         if service is not None and loop is not None and call in CALLS:
             code = grpc.StatusCode.PERMISSION_DENIED.name
             loop.call_soon_threadsafe(service.audit.write, Entry("", "", where, call, "", "", code, words[:1000], 0.0))
+
+
+def _known(code: grpc.StatusCode, words: str) -> Future[tuple[str, str]]:
+    told: Future[tuple[str, str]] = Future()
+    told.set_result((code.name, words))
+    return told
 
 
 async def _answer(service: Service, call: str, message: Any, caller: _Caller) -> tuple[str, str]:

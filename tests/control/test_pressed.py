@@ -182,7 +182,7 @@ def test_buttons_come_with_the_control_and_go_with_the_run():
     buttons = Buttons(ControlConfig())
     closed, why = buttons.shut()
     assert not closed
-    assert why.startswith("Not yet")
+    assert why.startswith("No buttons now")
     assert buttons.press("Stop", {}, "", True, "page").result()[0] == "UNAVAILABLE"
     buttons.close()
     assert buttons.shut() == (True, "The run has ended.")

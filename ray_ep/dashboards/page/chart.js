@@ -203,6 +203,18 @@ export function plainNumbers(axis, form = "0,0.[00]") {
   axis.formatter = new NumeralTickFormatter({ format: form });
 }
 
+const pen = document.createElement("canvas").getContext("2d");
+
+// As much of words as there is room for, in pixels, when they are drawn in this style.
+export function fitted(words, room, style = "bold 12px") {
+  pen.font = `${style} ${FONT}`;
+  const fits = (text) => pen.measureText(text).width <= room;
+  if (fits(words)) return words;
+  let kept = words.length - 1;
+  while (kept > 0 && !fits(`${words.slice(0, kept)}…`)) kept -= 1;
+  return `${words.slice(0, kept).trimEnd()}…`;
+}
+
 // Every so many, so that at most `most` are left.
 export function thinned(items, most) {
   const each = Math.max(1, Math.ceil(items.length / most));

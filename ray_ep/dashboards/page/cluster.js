@@ -3,7 +3,7 @@
 // Data coordinates are pixels of the chart, y upwards. Where all ranks share a node, or each has one of its own, the
 // boxes are ranks.
 
-import { Chart, arrows } from "ray_ep/chart.js";
+import { Chart, arrows, fitted } from "ray_ep/chart.js";
 import { group, loads, property, speeds } from "ray_ep/colour.js";
 import { bytes, known, many, rate } from "ray_ep/format.js";
 import { holders, slotAt } from "ray_ep/placements.js";
@@ -139,7 +139,7 @@ export class Cluster {
       l: boxes.map((b) => b.left), r: boxes.map((b) => b.right), b: boxes.map((b) => b.bottom), t: boxes.map((b) => b.top),
       c: boxes.map((_, i) => group(i)),
     });
-    const titles = (b) => (b.right - b.left > 150 && b.note ? `${b.name}  ·  ${b.note}` : b.name);
+    const titles = (b) => fitted(b.right - b.left > 150 && b.note ? `${b.name}  ·  ${b.note}` : b.name, b.right - b.left - 2 * PAD);
     chart.set("names", { x: boxes.map((b) => b.left + PAD), y: boxes.map((b) => b.top - PAD - HEAD / 2 + 3), text: boxes.map(titles) });
     const first = names ? cells.filter((c) => c.slot === 0) : [];
     chart.set("ranks", { x: first.map((c) => c.x - 5), y: first.map((c) => c.y + side / 2), text: first.map((c) => String(c.rank)) });

@@ -113,6 +113,21 @@ def test_the_slider_goes_back_to_any_placement_and_shows_what_it_moved(opened, r
     assert tab.evaluate("page.view.version") == 3
 
 
+def test_a_long_name_of_a_node_stays_inside_its_box_and_is_whole_in_the_words(opened, tmp_path):
+    long = "ip-10-12-33-127.us-west-2.compute.internal.<b>$$x$$</b>"
+    write_run(tmp_path, Size(steps=20))
+    events = tmp_path / "events.jsonl"
+    events.write_text(events.read_text().replace("host-0", long))
+    tab = show(opened, write_report(tmp_path).as_uri())
+    first, second = tab.evaluate("page.cluster.chart.sources.names.data.text")
+    assert first.startswith("node 0  ·  ip-10-12")
+    assert first.endswith("…")
+    assert second == "node 1  ·  host-1"
+    tab.focus(".chart >> nth=1")
+    tab.keyboard.press("ArrowRight")
+    assert f"on {long}, slot 0" in tab.inner_text("#tip")
+
+
 def test_pairs_and_flows_of_a_layer_are_its_own(opened, report, run):
     tab, state = show(opened, report), RunState(run)
     tab.select_option("#layer", "2")
