@@ -78,6 +78,10 @@ def test_its_status_is_told_from_its_files_and_a_resume_begins_anew(run):
     run.start(Event("start", "a model, for the last time"))
     run.step(record(3, loss=1.0))
     assert status() == "done"
+    run.start(Event("start", "a model, from an earlier checkpoint"))
+    run.step(record(2, loss=2.0))
+    assert status() == "unfinished"
+    assert [m["step"] for m in ray_ep.open_run(run.path).metrics()] == [1, 2], "3 is to be made again, too"
 
 
 def test_what_a_run_has_not_got_is_none_or_empty(tmp_path):

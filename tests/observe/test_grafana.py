@@ -205,3 +205,4 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
         (tmp_path / f"ray_ep_{name}.json").mkdir()
     with pytest.raises(BadInput, match=r"ray_ep_elasticity.json: cannot write there: Is a directory"):
         install(grafana=tmp_path)
+    assert list(tmp_path.glob("*.part")) == []

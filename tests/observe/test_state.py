@@ -1,12 +1,15 @@
 """The state of a run: read while it grows, afterwards, from cut and damaged files; what it says of places and why."""
 
 import json
+import math
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,8 +19,9 @@ from ray_ep.driver.records import Event
 from ray_ep.driver.run.rundir import RunDir
 from ray_ep.driver.run.standing import Cause, members_event, placement_event, state_event
 from ray_ep.driver.states import State
+from ray_ep.errors import BadInput
 from ray_ep.observe.state import PARTS, RunState
-from ray_ep.observe.state.steps import NEWEST, Steps
+from ray_ep.observe.state.case import case_of
 from ray_ep.placement import Placement, RoutingStatistics, Topology, contiguous
 from tests.records import record
 
@@ -256,17 +260,6 @@ def test_no_secret_of_the_configuration_or_of_an_event_is_told(whole):
     assert "s3://***@b/m" in text
 
 
-def test_of_a_long_run_the_newest_steps_are_whole_and_older_ones_evenly_spread(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": s, "loss": s / 2}) + "\n" for s in range(1, 10_001)))
-    steps = told(RunState(tmp_path))["steps"]
-    assert len(steps["step"]) <= 2 * NEWEST + 1
-    assert steps["step"][-NEWEST:] == list(range(9_001, 10_001))
-    assert steps["step"][:3] == [1, 16, 32]
-    assert steps["stride"] == 16
-    assert steps["columns"]["loss"] == [s / 2 for s in steps["step"]]
-
-
 def test_of_a_step_that_was_made_again_the_last_line_counts(whole):
     steps = told(RunState(whole))["steps"]
     assert steps["step"] == [1, 2, 3, 4, 5, 6, 7]
@@ -316,6 +309,39 @@ def test_every_beginning_of_every_file_is_read_without_an_error(whole, data):
         path.write_bytes(full)
 
 
+def places(tree):
+    """(what holds it, its key or place) of everything in a tree."""
+    for key, value in list(tree.items() if isinstance(tree, dict) else enumerate(tree)):
+        yield tree, key
+        yield from places(value) if isinstance(value, dict | list) else ()
+
+
+@pytest.mark.parametrize("value", [math.inf, [None]], ids=["infinite", "list"])
+@pytest.mark.parametrize(
+    ("name", "line", "part"),
+    [
+        ("config.yaml", 0, "optim"), ("config.yaml", 0, "batch"), ("config.yaml", 0, "model"),
+        ("metrics.jsonl", -1, None), ("events.jsonl", 1, None), ("events.jsonl", 3, None),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_kind_anywhere_leaves_a_state_that_json_can_hold(whole, name, line, part, value):
+    path, full = whole / name, (whole / name).read_text()
+    lines = [full] if name == "config.yaml" else full.splitlines()
+    tree = yaml.safe_load(full) if name == "config.yaml" else json.loads(lines[line])
+    try:
+        for held, key in list(places(tree if part is None else tree[part])):
+            held[key], before = value, held[key]
+            lines[line] = yaml.safe_dump(tree) if name == "config.yaml" else json.dumps(tree)
+            path.write_text("\n".join(lines) + "\n")
+            held[key] = before
+            state = RunState(whole)
+            told(state)
+            with suppress(BadInput):
+                case_of(state)
+    finally:
+        path.write_text(full)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_however_a_run_is_read_in_parts_its_state_is_that_of_one_reading(whole, tmp_path_factory, data):
@@ -333,47 +359,3 @@ def test_however_a_run_is_read_in_parts_its_state_is_that_of_one_reading(whole, 
                 file.write(text[start:end])
             state.refresh()
     assert told(state) == told(RunState(folder))
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 400), st.integers(0, 60)), max_size=12), st.data())
-def test_whenever_they_are_read_steps_are_those_up_to_the_last_line_however_often_a_run_went_back(spans, data):
-    lines, newest = [], 0
-    for more, back in spans:
-        newest = max(newest - back, 0)
-        lines += [b'{"step": %d, "loss": %d.0}' % (newest + n, len(lines) + n) for n in range(1, more + 1)]
-        newest += more
-    whole, parts = Steps(), Steps()
-    whole.add(lines)
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(lines)), max_size=4)))
-    for start, end in zip([0, *cuts], [*cuts, len(lines)], strict=True):
-        parts.add(lines[start:end])
-    assert parts.snapshot() == whole.snapshot()
-    last = {json.loads(line)["step"]: json.loads(line) for line in lines}
-    assert whole.rows == [last[row["step"]] for row in whole.rows]
-    assert [row["step"] for row in whole.rows][-1:] == [newest] * bool(newest)
-    assert len(whole.rows) <= 2 * NEWEST + 1
-
-
-def test_a_reader_goes_on_with_the_steps_that_it_has_unless_some_were_made_again(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-
-    def write(*steps):
-        with path.open("a") as file:
-            file.writelines(json.dumps({"step": s, "loss": float(s)}) + "\n" for s in steps)
-        state.refresh()
-
-    state = RunState(tmp_path)
-    write(1, 2, 3)
-    first = state.snapshot("steps")["steps"]
-    assert (first["step"], first["after"]) == ([1, 2, 3], None)
-    write(4, 5)
-    second = state.snapshot("steps", mark=first["mark"])["steps"]
-    assert (second["step"], second["columns"]["loss"], second["after"]) == ([4, 5], [4.0, 5.0], 3)
-    assert state.snapshot("steps", mark=second["mark"])["steps"]["step"] == []
-    write(4)
-    third = state.snapshot("steps", mark=second["mark"])["steps"]
-    assert (third["step"], third["after"]) == ([1, 2, 3, 4], None), "5 is to be made again, too"
-    write(5)
-    assert state.snapshot("steps", mark=third["mark"])["steps"]["step"] == [5]
-    assert state.snapshot("steps", mark="nonsense")["steps"]["step"] == [1, 2, 3, 4, 5]

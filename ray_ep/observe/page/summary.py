@@ -71,7 +71,7 @@ def _headlines(state: RunState, running: bool) -> list[dict[str, str]]:
         _median("Balancedness", balance, ".2f", "mean / max rank load, median"),
         _said("Exchange", f"{exchange / whole:.0%}", "of step time") if whole > 0 else None,
         _peak(column("peak_mib")),
-        _said("Ranks", f"{ranks[-1]:.0f}", _range(ranks)) if np.isfinite(ranks[-1]) else None,
+        _said("Ranks", f"{ranks[-1]:.0f}", _range(ranks[np.isfinite(ranks)])) if np.isfinite(ranks[-1]) else None,
         _said("Steps", str(last), f"of {state.setting('optim.steps', last)}"),
     ]
     return [h for h in found if h is not None]

@@ -21,6 +21,7 @@ from ray_ep.placement.cost.figures import StepCosts
 from ray_ep.placement.cost.memory import state_bytes
 from ray_ep.placement.statistics import RoutingStatistics
 
+_MOST = 1e15  # of any cost: a figure beyond is none
 _WENT_WITHOUT = 10  # steps: so many of the newest are looked at
 
 
@@ -51,26 +52,26 @@ def costs_of(run: RunState, statistics: RoutingStatistics, ranks: int) -> dict[s
     """
     model = _model(run)
     size = 2 if run.setting("model.dtype", "") == "bfloat16" else 4
-    hidden, ffn = model.get("hidden_size"), model.get("moe_intermediate_size") or model.get("intermediate_size")
-    parameters = run.standing.model.get("expert_parameters")
-    if not isinstance(parameters, int) and isinstance(hidden, int) and isinstance(ffn, int):
+    hidden = number(model.get("hidden_size"))
+    ffn = number(model.get("moe_intermediate_size") or model.get("intermediate_size"))
+    parameters = number(run.standing.model.get("expert_parameters"))
+    if not parameters > 0:
         parameters = 3 * hidden * ffn  # gate, up and down
-    found: dict[str, float] = {}
-    batch = [run.setting(f"batch.{name}", None) for name in ("sequences", "length")]
-    if all(isinstance(n, int) for n in batch):
-        found["tokens_per_rank"] = batch[0] * batch[1] / ranks
-    if isinstance(hidden, int):
-        found["token_bytes"] = 2.0 * hidden * size
-    if isinstance(parameters, int):
-        found["expert_bytes"] = float(parameters * size)
-        found["optimizer_bytes"] = float(parameters * state_of(run))
+    sequences, length = (number(run.setting(f"batch.{name}", None)) for name in ("sequences", "length"))
+    found = {
+        "tokens_per_rank": sequences * length / ranks,
+        "token_bytes": 2 * hidden * size,
+        "expert_bytes": parameters * size,
+        "optimizer_bytes": parameters * state_of(run),
+    }
     expert, world, tokens = (run.steps.column(name) for name in ("expert_seconds", "world_size", "tokens"))
-    seconds = (expert * world)[tokens > 0] / tokens[tokens > 0]
+    with np.errstate(all="ignore"):  # figures of a file may be anything
+        seconds = expert * world / tokens
     seconds = seconds[np.isfinite(seconds)]
     sample = statistics.sample
     if len(seconds) and sample is not None and sample.shape[1]:
         found["expert_seconds"] = float(np.median(seconds)) / (len(statistics.load) * sample.shape[2])
-    return {k: v for k, v in found.items() if np.isfinite(v) and v > 0}
+    return {k: v for k, v in found.items() if 0 < v < _MOST}
 
 
 def whole_tokens(costs: Mapping[str, float]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from typing import Any
 
-from ray_ep.observe.state.files import masked, masked_tree, number
+from ray_ep.observe.state.files import masked, masked_tree, whole
 
 NEWEST = 500
 """Events that are kept whole."""
@@ -70,10 +70,10 @@ class Events:
 
 def event_of(line: dict[str, Any]) -> dict[str, Any]:
     """A line of events.jsonl with every part there and of its kind, without secrets: step is None where it has none."""
-    step, fields = number(line.get("step")), line.get("fields")
+    fields = line.get("fields")
     return {
         "time": str(line.get("time", "")),
-        "step": int(step) if abs(step) < 1e15 else None,
+        "step": whole(line.get("step")),
         "kind": str(line.get("kind", "")),
         "message": masked(str(line.get("message", ""))),
         "fields": masked_tree(fields) if isinstance(fields, dict) else {},

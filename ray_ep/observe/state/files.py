@@ -183,6 +183,12 @@ def number(value: object) -> float:
         return float("nan")
 
 
+def whole(value: object) -> int | None:
+    """A whole number of a file, as far as floats tell them apart; None: it is none."""
+    figure = number(value)
+    return int(figure) if abs(figure) < 1e15 else None
+
+
 def plain(values: np.ndarray) -> Any:
     """An array as nested lists that JSON can hold: what is not finite becomes None."""
     if np.isfinite(values).all():

@@ -25,6 +25,7 @@ from ray_ep.observe.state.files import (
     read_config,
     read_exchange,
     read_topology,
+    whole,
 )  # fmt: skip
 from ray_ep.observe.state.load import Load, sent_a_step
 from ray_ep.observe.state.placements import Moved, Placements
@@ -204,7 +205,7 @@ class RunState:
             "seen": self._seen(),
             "attempts": said.attempts,
             "done": done,
-            "steps": self.setting("optim.steps", None),
+            "steps": whole(self.setting("optim.steps", None)),
             "config": masked_tree(self.config),
         }
 
@@ -228,17 +229,17 @@ class RunState:
         path, overrides = self.setting("model.path", ""), self.setting("model.overrides", {})
         over = overrides if isinstance(overrides, dict) and not path else {}
         layers, experts = (None, None) if newest is None else (newest.num_layers, newest.num_experts)
-        sequences, length = self.setting("batch.sequences", None), self.setting("batch.length", None)
-        whole = all(isinstance(n, int) for n in (sequences, length))
-        return {
+        sequences, length = (whole(self.setting(f"batch.{name}", None)) for name in ("sequences", "length"))
+        told = {
             **said,
-            "type": said.get("model") or masked_tree(str(path or self.setting("model.type", ""))),
+            "type": said.get("model") or str(path or self.setting("model.type", "")),
             "layers": said.get("layers", layers),
             "experts": said.get("experts", experts),
             "top_k": said.get("top_k", over.get("num_experts_per_tok")),
-            "tokens": sequences * length if whole else None,
+            "tokens": None if sequences is None or length is None else sequences * length,
             "dtype": self.setting("model.dtype", ""),
         }
+        return dict(masked_tree(told))
 
     def _membership(self) -> dict[str, Any]:
         said = self.standing

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ray_ep.observe.state.files import number
+from ray_ep.observe.state.files import number, whole
 
 MOST_EPOCHS = 200
 """Memberships that are kept, the newest."""
@@ -94,13 +94,13 @@ class Standing:
         ranks = [dict(rank) for rank in _list(fields.get("ranks")) if isinstance(rank, dict)]
         for position, rank in enumerate(ranks):
             rank["rank"], rank["member"] = position, str(rank.get("member", f"rank-{position}"))
-        epoch = {"epoch": _whole(fields.get("epoch")), "attempt": self.attempts, "time": event["time"]}
+        epoch = {"epoch": whole(fields.get("epoch")), "attempt": self.attempts, "time": event["time"]}
         self.epochs = [*self.epochs[-MOST_EPOCHS + 1 :], {**epoch, "step": event["step"], "ranks": ranks}]
         here = [rank["member"] for rank in ranks]
         self.slow = [member for member in self.slow if member in here]
 
     def _take_placement(self, event: dict[str, Any], fields: dict[str, Any]) -> None:
-        version = _whole(fields.get("placement_version"))
+        version = whole(fields.get("placement_version"))
         if version is None:
             return
         ours = fields.get("cause") == "rebalance" and self._decided.get("placement_version") == version
@@ -122,7 +122,7 @@ class Standing:
                 version |= {name: _figure(fields.get(name)) for name in _MEASURED}
 
     def _take_elastic(self, event: dict[str, Any], fields: dict[str, Any]) -> None:
-        self.counts = {name: _whole(fields.get(name)) for name in _COUNTS}
+        self.counts = {name: whole(fields.get(name)) for name in _COUNTS}
         self.reason = str(fields.get("reason", ""))
 
     def _take_page(self, event: dict[str, Any], fields: dict[str, Any]) -> None:
@@ -135,11 +135,6 @@ class Standing:
 
 def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
-
-
-def _whole(value: Any) -> int | None:
-    figure = number(value)
-    return int(figure) if abs(figure) < 1e15 else None
 
 
 def _figure(value: Any) -> float | None:

@@ -98,6 +98,7 @@ class Steps:
         columns = {n: plain(np.array([number(r.get(n)) for r in rows])) for n in list(names)[:MOST_COLUMNS]}
         phases = _phases([p if isinstance(p := row.get("phase_seconds"), dict) else {} for row in rows])
         hottest = rows[-1].get("max_expert_load") if rows else None
+        loads = np.array([number(load) for load in hottest]) if isinstance(hottest, list) else np.zeros(0)
         return {
             "step": [row["step"] for row in rows],
             "after": after,
@@ -105,7 +106,7 @@ class Steps:
             "stride": self.stride,
             "columns": {**columns, "worst_expert_load": [worst(row.get("max_expert_load")) for row in rows]},
             "phase_seconds": {n: plain(s) for n, s in phases.items()},
-            "max_expert_load": hottest if isinstance(hottest, list) else [],
+            "max_expert_load": plain(loads),
         }
 
     def _kept(self, step: int) -> bool:
