@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
-from ray_ep.driver.actors.shown import KEY, Page
+from ray_ep.driver.actors.shown import KEY, Page, named
 from ray_ep.observe.dashboard import found, proxy
 from ray_ep.observe.dashboard.found import Found, HeadSilentError
 from ray_ep.observe.dashboard.proxy import Proxy
@@ -313,3 +313,11 @@ def test_a_page_is_read_as_it_was_stored_and_anything_else_is_none():
     page = Page("run-7", "/runs/run-7", "http://10.0.0.1:4321", "key")
     assert Page.from_json(page.to_json()) == page
     assert Page.from_json(b"{}") is Page.from_json(b"nonsense") is Page.from_json(b"[1]") is None
+
+
+def test_a_name_that_another_run_has_is_made_longer_and_a_resumed_run_takes_its_own_again():
+    page = Page("run", "/data/run", "http://10.0.0.1:4321", "key")
+    assert named(page, None, "07") is page
+    assert named(page, Page("run", "/data/run", "http://10.0.0.1:99", "old"), "07") is page
+    for other in (Page("run", "/else/run", "http://10.0.0.1:99"), Page("run", "/data/run", "http://10.0.0.2:99")):
+        assert named(page, other, "07").name == "run-07"

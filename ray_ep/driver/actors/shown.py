@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from ray_ep.driver.actors.head import HEAD_S, within
 
@@ -116,6 +116,21 @@ def pages(client: Any, timeout_s: float) -> dict[str, Page]:
     return {name: page for name, page in sorted(read.items()) if page is not None}
 
 
+def named(page: Page, other: Page | None, job: str) -> Page:
+    """The page under its run's name, or a longer one if another run has that; a resumed run takes its own again.
+
+    Args:
+        other: what is stored under the name. Another machine's is another run, though its directory is called the same.
+    """
+    if other is None or (other.run_dir, _host(other)) == (page.run_dir, _host(page)):
+        return page
+    return replace(page, name=f"{page.name}-{job}")
+
+
+def _host(page: Page) -> str | None:
+    return urlsplit(page.address).hostname
+
+
 @dataclass(frozen=True, slots=True)
 class _Stored:
     """What is in Ray's store: a key with its text; whether a proxy says that it is there; the dashboard's address."""
@@ -131,15 +146,14 @@ class _Stored:
 
 
 def _store(page: Page) -> _Stored:
-    """Under the run's name, or a longer one if another run has it; a run that was resumed takes its own again."""
+    """Under a name of its own."""
     import ray
     from ray._private.worker import get_dashboard_url
     from ray.experimental.internal_kv import _internal_kv_exists, _internal_kv_get, _internal_kv_put
 
     there = _internal_kv_get(PAGES + page.name.encode(), namespace=NAMESPACE)
     other = None if there is None else Page.from_json(there)
-    if other is not None and other.run_dir != page.run_dir:
-        page = replace(page, name=f"{page.name}-{ray.get_runtime_context().get_job_id()}")
+    page = named(page, other, ray.get_runtime_context().get_job_id())
     key, text = PAGES + page.name.encode(), page.to_json()
     _internal_kv_put(key, text, overwrite=True, namespace=NAMESPACE)
     log.info("page run=%s address=%s", page.name, page.address)
