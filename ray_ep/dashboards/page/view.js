@@ -175,7 +175,7 @@ export class View extends EventTarget {
     const head = `placement ${version}${at}${said?.time ? ` (${clock(said.time)} UTC)` : ""}`;
     const first = this.source.placements.before(version) === null;
     const what = first ? "the first that is kept" : `${moved.length} experts came to another rank`;
-    return `${head}: ${what}${gain.length ? `; gain ${gain.join(", ")}` : ""}${said?.words ? `. ${said.words}` : ""}`;
+    return `${head}: ${what}${gain.length ? `; gain ${gain.join(", ")}` : ""}${said?.words ? `; ${said.words}` : ""}`;
   }
 
   balance(layer) {
