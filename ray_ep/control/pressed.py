@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import grpc
@@ -73,7 +74,9 @@ class Buttons:
         service, loop = self._service, self._loop
         if service is not None and loop is not None and call in CALLS:
             code = grpc.StatusCode.PERMISSION_DENIED.name
-            loop.call_soon_threadsafe(service.audit.write, Entry("", "", where, call, "", "", code, words[:1000], 0.0))
+            entry = Entry("", "", where, call, "", "", code, words[:1000], 0.0)
+            with suppress(RuntimeError):  # the loop has ended meanwhile
+                loop.call_soon_threadsafe(service.audit.write, entry)
 
 
 def _known(code: grpc.StatusCode, words: str) -> Future[tuple[str, str]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import sys
 from functools import partial
 from typing import Any
 
@@ -58,8 +57,8 @@ class RankActor:
         self.rank, self.size = rank, size
         self.group = EpochGroup()  # the one object that all keep, through all epochs
         self.side = EpochGroup()  # that of snapshots
-        # For the Actors view of Ray's dashboard, which shows what an actor prints.
-        logging.basicConfig(stream=sys.stdout, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        # On stderr, which the Actors view of Ray's dashboard shows first.
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s")
         log.setLevel(logging.INFO)
 
     def __repr__(self) -> str:

@@ -82,7 +82,7 @@ def test_a_run_on_a_cluster_is_found_by_its_dashboard_and_named_in_rays_own_view
     assert f"event kind=page shown at {own}" in get(f"{file}.driver.log")[1]
     assert "layer 0: rank 0:" in get(f"{file}.placement.txt")[1]
     rank = next(a["actor_id"] for a in actors if a["name"] == "ep/run/rank1")
-    assert "joined epoch=0 rank=1 of=2" in get(f"{cluster.job}/api/v0/logs/file?actor_id={rank}&suffix=out")[1]
+    assert "joined epoch=0 rank=1 of=2" in get(f"{cluster.job}/api/v0/logs/file?actor_id={rank}&suffix=err")[1]
     os.kill(run.process.pid, signal.SIGSTOP)  # a page that hangs: the dashboard goes on
     try:
         assert get(seen)[0] == 504

@@ -117,7 +117,7 @@ def pages(client: Any, timeout_s: float) -> dict[str, Page]:
 
 
 def named(page: Page, other: Page | None, job: str) -> Page:
-    """The page under its run's name, or a longer one if another run has that; one that is resumed takes its own again.
+    """The page under its run's name, or a longer one if another run has that; a resumed run takes its own again.
 
     Args:
         other: what is stored under the name. Another machine's is another run, though its directory is called the same.
