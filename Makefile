@@ -1,6 +1,7 @@
 # Two commands do everything, set-up included: `make train` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS := -n 2 --dist loadfile
 READY := .venv/.ready
 
 .PHONY: proto setup train test test-all check format test-distributed chaos netlab gpu docs clean
@@ -17,11 +18,11 @@ $(READY): pyproject.toml constraints.txt
 train: setup
 	$(BIN)/ray-ep train
 
-test: check
-	$(BIN)/pytest
+test: check  # two workers: most of it waits for processes to start
+	$(BIN)/pytest $(WORKERS)
 
 test-all: test  # and what is slow by nature; the lab's measurements have targets of their own
-	$(BIN)/pytest -m "slow and not lab"
+	$(BIN)/pytest $(WORKERS) -m "slow and not lab"
 
 check: setup
 	$(BIN)/ruff check .

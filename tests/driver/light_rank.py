@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from pathlib import Path
 
 import ray
 
@@ -69,7 +70,13 @@ class LightRank:
         raise GroupError("aborted")
 
     def load(self, url, step):
-        """Rank 0 notices that rank number `step` is late; that one computes for ever, and answers pings."""
+        """Rank 0 notices that rank number `step` is late; that one computes for ever, and answers pings.
+
+        Nobody notices before all have begun, which they note in the directory `url`.
+        """
+        Path(url, f"begun-{self.rank}").touch()
+        while len(list(Path(url).glob("begun-*"))) < 3:
+            time.sleep(0.01)
         if self.rank == step:
             time.sleep(600)
         if self.rank:

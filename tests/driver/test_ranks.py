@@ -167,7 +167,7 @@ def test_a_rank_that_raises_alone_is_named_with_its_traceback_and_the_others_are
 def test_a_rank_that_answers_but_does_not_come_back_is_named_not_those_that_wait_for_it(ranks, tmp_path):
     ranks.hangs = Hangs(tmp_path, lambda: 7)
     with pytest.raises(RankError, match=r"rank 2 on beta .* did not come back, while rank 0 raised") as e:
-        ranks.load("", 2)
+        ranks.load(str(tmp_path), 2)
     assert e.value.rank == 2
     told = {p.name: p.read_text() for p in (tmp_path / "hangs" / "step-000007-epoch-0").iterdir()}
     assert "in load\n    time.sleep(600)" in told["rank2.txt"]
