@@ -75,7 +75,7 @@ def ray_children():
 
 def refused(place, arguments):
     """The message of a refused command; everything else that must hold of it."""
-    before = tree(place)
+    before, processes = tree(place), ray_children()
     result = CliRunner().invoke(main, ["train", *arguments])
     assert result.exit_code == 2, result.output
     assert "Traceback" not in result.output
@@ -84,7 +84,7 @@ def refused(place, arguments):
     assert result.stdout == ""
     assert tree(place) == before
     assert not ray.is_initialized()
-    assert ray_children() == []
+    assert ray_children() == processes
     return result.stderr
 
 

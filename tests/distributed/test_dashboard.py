@@ -65,23 +65,25 @@ def test_a_local_run_with_a_dashboard_has_its_page_there_without_anything_to_set
 
 
 def test_a_run_on_a_cluster_is_found_by_its_dashboard_and_named_in_rays_own_views(here, cluster, lines):
-    run = here.train("run_dir=run", "optim.steps=100000", RAY_ADDRESS=cluster.driver)
-    own, seen = page_of(run, here, lines)
-    assert seen == f"{cluster.job}/ray_ep/run/"
+    run = here.train("run_dir=shown", "optim.steps=100000", RAY_ADDRESS=cluster.driver)
+    own, seen = page_of(run, here, lines, "shown")
+    assert seen == f"{cluster.job}/ray_ep/shown/"
     assert get(seen)[0] == 200
     actors = json.loads(get(f"{cluster.job}/api/v0/actors?detail=1&limit=1000")[1])["data"]["result"]["result"]
-    assert {"ep/run/rank0", "ep/run/rank1"} <= {a["name"] for a in actors if a["state"] == "ALIVE"}
+    assert {"ep/shown/rank0", "ep/shown/rank1"} <= {a["name"] for a in actors if a["state"] == "ALIVE"}
     jobs = json.loads(get(f"{cluster.job}/api/jobs/")[1])
-    (job,) = (j for j in jobs if (j["metadata"] or {}).get("ray_ep_run") == str(here.path / "run"))
-    assert (job["metadata"]["ray_ep_page"], job["metadata"]["job_name"]) == (own, "run")
-    node = RunState(here.path / "run").snapshot("membership")["membership"]["ranks"][0]["node_id"]
+    (job,) = (j for j in jobs if (j["metadata"] or {}).get("ray_ep_run") == str(here.path / "shown"))
+    assert (job["metadata"]["ray_ep_page"], job["metadata"]["job_name"]) == (own, "shown")
+    node = RunState(here.path / "shown").snapshot("membership")["membership"]["ranks"][0]["node_id"]
     job_id = job["job_id"]
-    file = f"{cluster.job}/api/v0/logs/file?node_id={node}&lines=1000&filename=ray_ep-run-{job_id}"
+    file = f"{cluster.job}/api/v0/logs/file?node_id={node}&lines=1000&filename=ray_ep-shown-{job_id}"
     logs = json.dumps(json.loads(get(f"{cluster.job}/api/v0/logs?node_id={node}&glob=*{job_id}*")[1]))
-    assert all(f"ray_ep-run-{job_id}.{what}" in logs for what in ("driver.log", "placement.txt")), "as Other logs asks"
+    assert all(f"ray_ep-shown-{job_id}.{what}" in logs for what in ("driver.log", "placement.txt")), (
+        "as Other logs asks"
+    )
     assert f"event kind=page shown at {own}" in get(f"{file}.driver.log")[1]
     assert "layer 0: rank 0:" in get(f"{file}.placement.txt")[1]
-    rank = next(a["actor_id"] for a in actors if a["name"] == "ep/run/rank1")
+    rank = next(a["actor_id"] for a in actors if a["name"] == "ep/shown/rank1")
     assert "joined epoch=0 rank=1 of=2" in get(f"{cluster.job}/api/v0/logs/file?actor_id={rank}&suffix=err")[1]
     os.kill(run.process.pid, signal.SIGSTOP)  # a page that hangs: the dashboard goes on
     try:

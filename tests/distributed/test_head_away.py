@@ -82,6 +82,7 @@ def test_a_run_steps_on_and_ends_well_while_the_head_is_away_and_the_recovery_fr
     run, overrides = here.path / "run", here.tiny("optim.steps=100000", "run_dir=run", "snapshot.every=2")
     three = ["cluster.ranks=3", "cluster.cpus_per_rank=0.5"]
     script = [*overrides, *three, "eval.every=0", "exchange.kind=flat", "checkpoint.every_minutes=0"]
+    script.append("elastic.wait_s=0")  # nobody comes in place of the lost one
     command = here.start("python", "-c", DRIVER, address, directory, "train", *script)
 
     def done():
@@ -112,5 +113,8 @@ def test_a_run_steps_on_and_ends_well_while_the_head_is_away_and_the_recovery_fr
     head.kill()  # once more: nobody but the driver ends the ranks then
     command.process.send_signal(signal.SIGINT)
     assert command.wait(90) == 130, command.err
+    limit = time.monotonic() + 10
+    while ranks() and time.monotonic() < limit:  # they are on their way
+        time.sleep(0.1)
     assert ranks() == []
     assert (run / "checkpoints" / f"step-{lines(run / 'metrics.jsonl')[-1]['step']:06d}" / "manifest.json").exists()
