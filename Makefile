@@ -22,7 +22,7 @@ test: check  # two workers: most of it waits for processes to start
 	$(BIN)/pytest $(WORKERS)
 
 test-all: test  # and what is slow by nature; the lab's measurements have targets of their own
-	$(BIN)/pytest $(WORKERS) -m "slow and not lab"
+	$(BIN)/pytest -m "slow and not lab"
 
 check: setup
 	$(BIN)/ruff check .
