@@ -47,7 +47,7 @@ def test_a_part_over_its_limit_is_killed_with_all_that_it_started(tmp_path):
     ended = run_part(script(text, limit_s=1.5), tmp_path, grace_s=0.3)
     assert ended.verdict == "over its limit of 2 s"
     assert not ended.passed
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 45
     (child,) = (tmp_path / "a-part.log").read_text().split()
     assert not lives(int(child))
 

@@ -93,7 +93,7 @@ def test_a_group_whose_peer_never_comes_is_given_up_after_its_limit_and_another_
             held[i].barrier()
         return took
 
-    assert max(in_threads(lambda: alone(0), lambda: alone(1))) < 1.5
+    assert max(in_threads(lambda: alone(0), lambda: alone(1))) < 10
     in_threads(*(lambda i=i: form(held[i], store, i, 2, 2) for i in range(2)))
     assert in_threads(*(lambda i=i: total(held[i]) for i in range(2))) == [3.0, 3.0]
 
@@ -104,8 +104,8 @@ def test_abort_from_another_thread_ends_the_forming_of_its_epoch_and_of_no_other
     threading.Timer(0.6, group.abort, [1]).start()
     began = time.monotonic()
     with pytest.raises(GroupError, match="forming the group of epoch 1 over gloo: aborted"):
-        form(group, store, 0, 2, 1, limit_s=3.0)
-    assert 0.5 < time.monotonic() - began < 1.5
+        form(group, store, 0, 2, 1, limit_s=60)
+    assert 0.5 < time.monotonic() - began < 20
     in_threads(*(lambda i=i: form(held[i], store, i, 2, 2) for i in range(2)))
     group.abort(1)
     assert in_threads(*(lambda i=i: total(held[i]) for i in range(2))) == [3.0, 3.0]

@@ -204,7 +204,7 @@ def test_a_rank_that_is_gone_ends_the_others_call_soon_and_the_group_with_it(tmp
         with pytest.raises(GroupError) as e:
             group.all_reduce(torch.ones(3))
         assert str(e.value) == f"rank 0: a peer of epoch 0 is gone: {words}"
-        assert time.monotonic() - began < 5, "not the time limit of 20 s"
+        assert time.monotonic() - began < 15, "not the time limit of 20 s"
         with pytest.raises(GroupError):
             group.barrier()
     finally:

@@ -42,7 +42,7 @@ def test_a_group_with_a_stopped_peer_is_left_at_once_and_closed_once_that_is_gon
             held.all_reduce(torch.ones(1))
         held.form(1, {"memory": lambda: SoloGroup(1)}, 10)
         held.barrier()
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 20, "not the time limit of 60 s"
         assert (held.epoch, held.size) == (1, 1)
         left = [t for t in threading.enumerate() if t.name == "close-epoch-0"]
         os.kill(peer.pid, signal.SIGKILL)

@@ -106,7 +106,7 @@ def test_a_call_that_never_returns_ends_in_an_error_in_time():
         in_time(never.wait, 0.3, "connecting")
     with pytest.raises(GroupError, match="connecting: aborted"):
         in_time(never.wait, 60, "connecting", lambda: time.monotonic() - began > 0.5)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     never.set()
     assert in_time(lambda: 7, 5, "adding") == 7
     with pytest.raises(ZeroDivisionError):

@@ -120,7 +120,7 @@ def test_each_way_wins_somewhere_and_is_then_taken_by_all_ranks_alike(ranks, kin
         assert (choice.kind, choice.timings) == (kind, first.timings), "the slowest rank's seconds, on every rank"
         assert ep.exchange.kind == kind
         assert all(layer.group.present.far == WINS[kind][1] for layer in ep.layers)
-        assert 0 < choice.seconds < 2
+        assert 0 < choice.seconds < 30
         assert not choice.pinned
     assert first.words().startswith(f"{kind} over links, by ")
 

@@ -52,7 +52,7 @@ NOT_UTF8 = [
     ("a.txt", codecs.BOM_UTF8 + b"caf\xe9!", "a.txt: byte 6 (0xe9)"),
     ("a.jsonl", b'{"text": "fine"}\n{"text": "caf\xe9"}\n', "a.jsonl: byte 30 (0xe9)"),
     ("a.csv", b"id,text\n1,fine\n2,caf\xe9\n", "a.csv: byte 20 (0xe9)"),
-    ("a.txt.gz", gzip.compress(b"caf\xe9"), "a.txt.gz: byte 3 (0xe9)"),
+    ("a.txt.gz", gzip.compress(b"caf\xe9", mtime=0), "a.txt.gz: byte 3 (0xe9)"),
     ("a.txt", "grüße".encode("utf-16"), "looks like UTF-16: data.encoding=utf-16"),
     ("a.json", '[{"text": "x"}]'.encode("utf-16"), "looks like UTF-16: data.encoding=utf-16"),
     ("a.txt", "plain text".encode("utf-16-le"), "looks like UTF-16-LE: data.encoding=utf-16-le"),

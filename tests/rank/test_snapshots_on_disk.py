@@ -144,9 +144,10 @@ def test_one_that_cannot_be_written_is_told_once_leaves_the_one_before_and_the_n
 
 def test_ranks_that_have_something_else_to_do_leave_at_the_next_tensor_and_nothing_is_told(tmp_path, monkeypatch):
     shelf, write = Shelf(str(tmp_path / "snapshots"), {"format": 1}), Directory.write_tensors
-    begun = threading.Event()
+    begun, files = threading.Event(), []
 
     def slowly(self, *what):
+        files.append(what)
         begun.set()
         time.sleep(0.5)
         return write(self, *what)
@@ -156,13 +157,12 @@ def test_ranks_that_have_something_else_to_do_leave_at_the_next_tensor_and_nothi
     def work(me):
         me.snapshots.take(1, [0, 1], shelf)
         assert begun.wait(10)
-        began = time.monotonic()
         me.snapshots.regroup()
-        took = time.monotonic() - began
+        written = len(files)
         monkeypatch.undo()
-        return took, put(me, 2, shelf), put(me, 3, shelf)
+        return written, put(me, 2, shelf), put(me, 3, shelf)
 
-    for took, *said in live(2, work):
-        assert took < 1.4, "three files of a rank take 1.5 s"
+    for written, *said in live(2, work):
+        assert 0 < written < 6, "of three files of each of two ranks"
         assert said == ["", ""]
     assert Directory(shelf.url).steps() == [3]
