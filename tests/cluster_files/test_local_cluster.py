@@ -223,7 +223,7 @@ def test_a_run_grows_from_one_rank_to_three_and_shrinks_to_two_with_the_losses_o
             on(2)
             until(lambda: machines() == 2, "a machine less")
             job.send_signal(signal.SIGINT)
-            assert job.wait(90) == 130
+            assert job.wait(200) == 130
         finally:
             job.kill()
     curve, want = ({m["step"]: m for m in told(where)} for where in (run, fixed))

@@ -79,7 +79,7 @@ class Command:
                 continue  # it has ended meanwhile
         return found
 
-    def left(self, grace_s=5.0):
+    def left(self, grace_s=20.0):
         """What it left behind: Ray's helpers get a moment to notice that the head has gone."""
         limit = time.monotonic() + grace_s
         while (found := self.offspring()) and time.monotonic() < limit:
@@ -175,7 +175,7 @@ def cluster(tmp_path_factory):
             "--disable-usage-stats", f"--proxy-server-url=http://127.0.0.1:{proxy}", *options,
         )  # fmt: skip
         try:
-            head.until(lambda: "Ray runtime started" in head.out, 60, "the cluster")
+            head.until(lambda: "Ray runtime started" in head.out, 200, "the cluster")
             yield Cluster(f"127.0.0.1:{numbers['port']}", f"http://127.0.0.1:{numbers['dashboard-port']}")
         finally:
             head.end()

@@ -29,14 +29,14 @@ def get(url, token=TOKEN, limit_s=20):
 def page_of(run, here, lines, name="run"):
     """Addresses of a run's page: its own, and in Ray's dashboard."""
     events = here.path / name / "events.jsonl"
-    told = run.until(lambda: [e for e in lines(events) if e["kind"] == "page"], 120, "the page")
+    told = run.until(lambda: [e for e in lines(events) if e["kind"] == "page"], 200, "the page")
     return told[0]["fields"]["address"], told[0]["fields"]["dashboard"]
 
 
 def ended(run):
     """Stop a run by its signal."""
     run.process.send_signal(signal.SIGTERM)
-    assert run.wait(60) == 130
+    assert run.wait(200) == 130
 
 
 def test_a_local_run_with_a_dashboard_has_its_page_there_without_anything_to_set_up(here, lines):
@@ -55,7 +55,7 @@ def test_a_local_run_with_a_dashboard_has_its_page_there_without_anything_to_set
     assert 'document.getElementById("ray_ep")' in get(f"{root}/")[1]
     assert json.loads(get(f"{root}/api/version")[1])["ray_version"]
     assert get(f"{root}/ray_ep/other/")[0] == 410
-    run.until(lambda: live.refresh() and live.snapshot("load")["load"].get("experts"), 60, "the loads of recent steps")
+    run.until(lambda: live.refresh() and live.snapshot("load")["load"].get("experts"), 200, "the loads of recent steps")
     assert live.snapshot("run")["run"]["state"] == "stepping"
     assert not [e for e in lines(live.path / "events.jsonl") if e["kind"] in ("metrics", "not-written")]
     ended(run)

@@ -16,7 +16,7 @@ import sys, time
 from pathlib import Path
 from tests.distributed.conftest import place
 command = place(Path(sys.argv[1])).start("python", "-c", "import time; print('there', flush=True); time.sleep(60)")
-command.until(lambda: command.out, 30, "its first word")
+command.until(lambda: command.out, 200, "its first word")
 print("both", flush=True)
 time.sleep(60)
 """
@@ -81,5 +81,5 @@ def test_the_ray_of_a_test_run_ends_with_it(run, number):
     process, children = run(*IN_RAY)
     assert becomes(lambda: any("raylet" in line for line in children()), 90)
     process.send_signal(number)
-    assert process.wait(60) != 0
+    assert process.wait(200) != 0
     assert becomes(lambda: children() == [], 15), children()

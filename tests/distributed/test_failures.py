@@ -18,7 +18,7 @@ def running(here, lines, faults):
 
     def start(*overrides):
         command = here.train("optim.steps=100000", "run_dir=run", *overrides, faults=faults)
-        command.until(lambda: len(lines(here.path / "run" / "metrics.jsonl")) >= 3, 60, "three steps")
+        command.until(lambda: len(lines(here.path / "run" / "metrics.jsonl")) >= 3, 200, "three steps")
         return command
 
     return start
@@ -26,7 +26,7 @@ def running(here, lines, faults):
 
 def check_interrupted(here, lines, command):
     """What must hold after an interruption; returns the last step."""
-    assert command.wait(30) == 130, command.err
+    assert command.wait(200) == 130, command.err
     assert command.left() == {}
     assert "Traceback" not in command.err
     done = lines(here.path / "run" / "metrics.jsonl")[-1]["step"]
@@ -51,35 +51,35 @@ def test_termination_in_a_long_step_is_answered_at_once_saves_and_leaves_nothing
 ):
     faults.slow(4, call=4)
     command = running()
-    command.until(lambda: faults.happened("slow"), 20, "the long step")
+    command.until(lambda: faults.happened("slow"), 200, "the long step")
     command.process.terminate()  # as Kubernetes and Slurm do: to the command alone
     events = here.path / "run" / "events.jsonl"
     sent = time.monotonic()
-    said = command.until(lambda: [e for e in lines(events) if e["kind"] == "signal"], 20, "an answer")
+    said = command.until(lambda: [e for e in lines(events) if e["kind"] == "signal"], 200, "an answer")
     assert time.monotonic() - sent < 2  # of which the event takes 0.2 s, and this machine the rest
     assert re.fullmatch(r"SIGTERM: step 4 is finished first \(about \d+ s\), then .* saved.*", said[0]["message"])
     assert said[0]["message"] in command.err
     done = check_interrupted(here, lines, command)
 
     again = here.train(f"optim.steps={done + 2}", "run_dir=run", "resume=auto", RAY_ADDRESS=cluster.driver)
-    assert again.wait(60) == 0, again.err
+    assert again.wait(200) == 0, again.err
     assert [m["step"] for m in lines(here.path / "run" / "metrics.jsonl")] == list(range(1, done + 3))
 
 
 @pytest.mark.slow
 def test_a_command_that_is_terminated_while_it_starts_leaves_nothing_behind(here):
     command = here.train("run_dir=run")
-    command.until(lambda: any("raylet" in line for line in command.offspring().values()), 40, "a raylet")
+    command.until(lambda: any("raylet" in line for line in command.offspring().values()), 200, "a raylet")
     command.process.terminate()
-    assert command.wait(60) == 130, command.err
-    assert command.left(15) == {}
+    assert command.wait(200) == 130, command.err
+    assert command.left() == {}
 
 
 @pytest.mark.slow
 def test_a_killed_rank_is_named_and_ends_the_run_without_orphans(here, lines, running, faults):
     faults.kill(rank=1, call=4)
     command = running("snapshot.every=0")
-    assert command.wait(20) == 1, command.err
+    assert command.wait(200) == 1, command.err
     assert re.search(r"rank 1 on \S+ died", command.err)
     assert len(command.err.splitlines()) < 40
     assert command.left() == {}
@@ -94,7 +94,7 @@ def test_a_killed_rank_is_named_and_ends_the_run_without_orphans(here, lines, ru
 def test_a_rank_that_raises_is_named_with_its_own_traceback(here, lines, running, faults):
     faults.raise_in(rank=1, call=4, words="boom from rank 1")
     command = running()
-    assert command.wait(20) == 1, command.err
+    assert command.wait(200) == 1, command.err
     assert "ValueError: boom from rank 1" in command.err
     assert "rank 1 raised" in command.err
     assert "in with_faults" in command.err  # its own stack, not that of the rank that lost its peer
@@ -115,12 +115,12 @@ def test_a_rank_that_is_stopped_is_named_whatever_it_is_at_and_the_run_ends(here
     options = ["optim.steps=3", "run_dir=run", "checkpoint.every=2", "cluster.silence_s=2", "snapshot.every=0"]
     local = at == "build"  # a Ray of the run's own, which kills sooner than Ray's 5 s
     command = here.train(*options, faults=faults, **({} if local else {"RAY_ADDRESS": cluster.driver}))
-    command.until(lambda: faults.happened("stop"), 90, "the fault")
+    command.until(lambda: faults.happened("stop"), 200, "the fault")
     began, stopped = time.monotonic(), faults.lines()[-1]["pid"]
     command.until(lambda: not os.path.exists(f"/proc/{stopped}"), 5 if local else 10, "the end of what is stopped")
     named = command.until(lambda: re.search(STOPPED, command.err), 12 - (time.monotonic() - began), "words of it")
     assert int(named[1]) == stopped
-    assert command.wait(20) == 1, command.err  # an interpreter takes seconds to end on a busy machine
+    assert command.wait(200) == 1, command.err  # an interpreter takes seconds to end on a busy machine
     assert command.left() == {}
     if at in ("train_step", "save"):
         assert lines(here.path / "run" / "events.jsonl")[-1]["kind"] == "failed"

@@ -62,12 +62,12 @@ def nodes(here):
             "ray", "start", "--head", "--num-cpus=0", f"--port={port}", f"--temp-dir={first}",
             "--include-dashboard=false", *own[0], *common, **keeps,
         )  # fmt: skip
-        assert started.wait(120) == 0, started.err
+        assert started.wait(200) == 0, started.err
         head = Head(started)
         node = here.start(
             "ray", "start", f"--address=127.0.0.1:{port}", "--num-cpus=2", f"--temp-dir={second}", *own[1], *common
         )
-        assert node.wait(120) == 0, node.err
+        assert node.wait(200) == 0, node.err
         try:
             yield f"127.0.0.1:{port}", second, head
         finally:
@@ -91,28 +91,28 @@ def test_a_run_steps_on_and_ends_well_while_the_head_is_away_and_the_recovery_fr
     def ranks():
         return [pid for pid, line in here.commands[1].offspring().items() if line.startswith("ray::RankActor")]
 
-    command.until(lambda: done() >= 5, 180, "five steps")
+    command.until(lambda: done() >= 5, 200, "five steps")
     assert len(ranks()) == 3
     head.kill()
     time.sleep(1)
     before = done()
-    command.until(lambda: done() >= before + 5, 60, "five steps without the head")
+    command.until(lambda: done() >= before + 5, 200, "five steps without the head")
     late = ranks()[0]
     os.kill(late, signal.SIGSTOP)  # less than cluster.silence_s: it is asked after, not lost
     time.sleep(3)
     os.kill(late, signal.SIGCONT)
     before = done()
-    command.until(lambda: done() >= before + 5, 30, "five steps after a rank was late, still without the head")
+    command.until(lambda: done() >= before + 5, 200, "five steps after a rank was late, still without the head")
     os.kill(ranks()[0], signal.SIGKILL)
     time.sleep(5)
     assert "event kind=recovered" not in command.err, "the others need the head to find each other"
     head.start()
-    command.until(lambda: "event kind=recovered" in command.err, 60, "the recovery")
+    command.until(lambda: "event kind=recovered" in command.err, 200, "the recovery")
     before = done()
-    command.until(lambda: done() >= before + 5, 60, "five steps of the ranks that are left")
+    command.until(lambda: done() >= before + 5, 200, "five steps of the ranks that are left")
     head.kill()  # once more: nobody but the driver ends the ranks then
     command.process.send_signal(signal.SIGINT)
-    assert command.wait(90) == 130, command.err
+    assert command.wait(200) == 130, command.err
     limit = time.monotonic() + 10
     while ranks() and time.monotonic() < limit:  # they are on their way
         time.sleep(0.1)

@@ -20,7 +20,7 @@ def test_a_rank_killed_in_a_move_ends_the_run_and_it_goes_on_with_the_old_placem
     broken = here.ray_ep("train", *same, "placement.every=2", "optim.steps=5000", faults=faults)
     assert broken.wait(200) == 1, broken.err
     assert re.search(r"rank 1 on \S+ died", broken.err)
-    assert broken.left(15) == {}
+    assert broken.left() == {}
     events = [e["message"] for e in lines(here.path / "run" / "events.jsonl") if e["kind"] == "rebalance"]
     assert events[-2].startswith("move ")
     assert re.match(r"the move was broken off: rank 1 on \S+ died", events[-1])
@@ -28,7 +28,7 @@ def test_a_rank_killed_in_a_move_ends_the_run_and_it_goes_on_with_the_old_placem
 
     done = lines(here.path / "run" / "metrics.jsonl")[-1]["step"]
     again = here.ray_ep("train", *same, "placement.every=0", f"optim.steps={done + 3}", "resume=auto")
-    assert again.wait(120) == 0, again.err
+    assert again.wait(200) == 0, again.err
     metrics = lines(here.path / "run" / "metrics.jsonl")
     assert metrics[-1]["step"] == done + 3
     assert {m["placement_version"] for m in metrics} == {0}

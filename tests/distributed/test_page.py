@@ -71,7 +71,7 @@ def test_the_page_follows_a_run_and_shows_a_move_when_it_comes(opened, here, clu
         PYTHONPATH=PACKAGE,
     )
     address = here.path / "address"
-    command.until(lambda: address.exists() and address.read_text(), 90, "the run")
+    command.until(lambda: address.exists() and address.read_text(), 200, "the run")
     tab = opened(address.read_text())
     tab.wait_for_function("() => window.page && page.view.state.steps.step.length > 3 && page.overview?.chart.view")
     steps, losses = tab.evaluate("[page.view.state.steps.step, page.view.state.steps.columns.loss]")
@@ -89,7 +89,7 @@ def test_the_page_follows_a_run_and_shows_a_move_when_it_comes(opened, here, clu
     before = tab.evaluate("page.view.state.steps.step.at(-1)")
     tab.wait_for_function(f"() => page.view.state.steps.step.at(-1) > {before}")  # and goes on
     (here.path / "end").touch()
-    assert command.wait(60) == 0, command.err
+    assert command.wait(200) == 0, command.err
     opened.complaints.clear()  # of a browser whose server has gone
     tab.wait_for_function(
         "() => document.getElementById('status').textContent.startsWith('The driver does not answer')"

@@ -93,7 +93,7 @@ def session(shared):
             assert time.monotonic() < limit, "Ray's dashboard has written nothing for Prometheus"
             time.sleep(0.2)
         command = shared.ray_ep("dashboards", "install", "--session", str(path))
-        assert command.wait(120) == 0, command.err
+        assert command.wait(200) == 0, command.err
         yield made.address, path
     finally:
         made.shutdown()
@@ -118,7 +118,7 @@ class Watched:
         # The links of a single rank that is left, and of one that came since, are not known.
         self.fill(lambda: all("ray_ep_recovery_seconds" in text for _, _, text in self.empty))
         os.kill(faults.pid(1), signal.SIGKILL)
-        self.command.until(lambda: self.events("recovered"), 120, "the recovery")
+        self.command.until(lambda: self.events("recovered"), 200, "the recovery")
         self.fill(lambda: not self.empty)
 
     def fill(self, enough):
@@ -198,7 +198,7 @@ def test_a_recovery_raises_its_alert_and_nothing_that_is_not_so_raises_one(run):
 @pytest.mark.slow
 def test_an_ended_run_leaves_its_whole_counts(run):
     os.kill(run.command.process.pid, signal.SIGINT)
-    assert run.command.wait(120) == 130, run.command.err
+    assert run.command.wait(200) == 130, run.command.err
     steps = len(run.metrics())
     limit = time.monotonic() + 120
     while run.prometheus.value("ray_ep_steps_total") < steps:

@@ -20,7 +20,7 @@ def test_a_run_that_loses_a_rank_has_each_sampled_token_once_with_where_it_was_c
         *options, "run_dir=run", f"provenance.sample={RATE}", "cluster.cpus_per_rank=0.5", faults=faults,
         RAY_ADDRESS=cluster.driver,
     )  # fmt: skip
-    assert command.wait(120) == 0, command.err
+    assert command.wait(200) == 0, command.err
     run = here.path / "run"
     rows = pyarrow.dataset.dataset(run / "provenance", exclude_invalid_files=False).to_table().to_pylist()
     assert len({(r["step"], r["position"], r["layer"], r["choice"]) for r in rows}) == len(rows)
@@ -39,7 +39,7 @@ def test_a_run_that_loses_a_rank_has_each_sampled_token_once_with_where_it_was_c
         assert r["host"] == r["home_host"] != ""
 
     shown = here.ray_ep("trace", "run", "--step", str(STEPS), "--token", str(got[0]), "--json")
-    assert shown.wait(60) == 0, shown.err
+    assert shown.wait(200) == 0, shown.err
     path = json.loads(shown.out)
     assert list(path["layers"]) == ["0", "1"]
     assert all(hop["why"] for hops in path["layers"].values() for hop in hops)

@@ -50,7 +50,7 @@ def curve(lines, run):
 @pytest.fixture(scope="module")
 def undisturbed(shared, lines, cluster):
     command = shared.train(*OPTIONS, "run_dir=undisturbed", RAY_ADDRESS=cluster.driver)
-    assert command.wait(120) == 0, command.err
+    assert command.wait(200) == 0, command.err
     return curve(lines, shared.path / "undisturbed")[0]
 
 
@@ -101,7 +101,7 @@ def test_ranks_that_are_killed_while_others_recover_are_survived_too(here, lines
 def test_a_killed_rank_is_named_and_the_other_goes_on_alone(here, lines, faults, cluster):
     faults.kill(rank=1, at=f"{TRAINER}.finish", call=4)
     command = here.train("optim.steps=6", "snapshot.every=2", "run_dir=run", faults=faults, RAY_ADDRESS=cluster.driver)
-    assert command.wait(60) == 0, command.err
+    assert command.wait(200) == 0, command.err
     assert re.search(r"event kind=recovered rank 1 on \S+ died.*; 1 rank goes on in epoch 1: all go back", command.err)
     assert [m["step"] for m in lines(here.path / "run" / "metrics.jsonl")] == [1, 2, 3, 3, 4, 5, 6]
     assert [m["world_size"] for m in lines(here.path / "run" / "metrics.jsonl")] == [2, 2, 2, 1, 1, 1, 1]
@@ -124,7 +124,7 @@ def test_a_rank_that_is_stopped_for_less_than_silence_s_costs_the_wait_alone(her
     pid = stopped(command, faults)
     time.sleep(3)
     os.kill(pid, signal.SIGCONT)
-    assert command.wait(120) == 0, command.err
+    assert command.wait(200) == 0, command.err
     got, told = curve(lines, here.path / "run")
     assert told == list(range(1, STEPS + 1)), "no step was made twice"
     for step, (a, b) in enumerate(zip(got, undisturbed, strict=True), 1):
@@ -147,7 +147,7 @@ def test_a_rank_that_hangs_is_lost_once_it_is_told_what_everybody_was_at(
     limit = ["cluster.collective_timeout_s=8", "tracking.to=[otel]"]
     command = here.train(*OPTIONS, *three, *limit, faults=faults, RAY_ADDRESS=cluster.driver)
     pid = stopped(command, faults, what)
-    command.until(lambda: "event kind=recovered" in command.err, 60, "the recovery")
+    command.until(lambda: "event kind=recovered" in command.err, 200, "the recovery")
     command.until(lambda: not os.path.exists(f"/proc/{pid}"), 6, "the end of what hung")
     (event,) = lost_once(here, lines, command, undisturbed)
     assert (event["lost"], event["planned"], event["failures"]) == (["rank-1"], False, 1)
@@ -179,16 +179,16 @@ def test_ranks_of_a_node_that_stood_still_find_their_epoch_over_when_it_wakes_up
         raylet = nodes.add_node(num_cpus=1).all_processes["raylet"][0].process.pid
         three = ["cluster.ranks=3", "cluster.cpus_per_rank=0.5", "cluster.silence_s=2", "run_dir=run"]
         command = here.train(*OPTIONS, *three, RAY_ADDRESS=nodes.address)
-        command.until(lambda: len(lines(here.path / "run" / "metrics.jsonl")) >= 3, 180, "three steps")
+        command.until(lambda: len(lines(here.path / "run" / "metrics.jsonl")) >= 3, 200, "three steps")
         still = ranks_under(raylet)
         for pid in (raylet, *still):
             os.kill(pid, signal.SIGSTOP)
-        command.until(lambda: "event kind=recovered" in command.err, 60, "the recovery")
+        command.until(lambda: "event kind=recovered" in command.err, 200, "the recovery")
         for pid in still:  # they go on with the step that they were at, and nobody tells them anything for a while
             os.kill(pid, signal.SIGCONT)
         time.sleep(0.5)
         os.kill(raylet, signal.SIGCONT)
-        command.until(lambda: not any(os.path.exists(f"/proc/{p}") for p in still), 20, "the end of what stood still")
+        command.until(lambda: not any(os.path.exists(f"/proc/{p}") for p in still), 200, "the end of what stood still")
         (event,) = lost_once(here, lines, command, undisturbed)
         assert len(event["lost"]) == len(still) >= 1
     finally:
@@ -208,7 +208,7 @@ def ranks_under(raylet):
 
 def lost_once(here, lines, command, undisturbed):
     """Fields of the recoveries of a run that ends well, with the undisturbed curve."""
-    assert command.wait(120) == 0, command.err
+    assert command.wait(200) == 0, command.err
     got, _ = curve(lines, here.path / "run")
     for step, (a, b) in enumerate(zip(got, undisturbed, strict=True), 1):
         assert a == pytest.approx(b, rel=1e-5), f"step {step}"
@@ -224,13 +224,13 @@ def test_a_node_that_is_lost_takes_its_ranks_along_and_the_others_go_on(here, li
         options = ["optim.steps=100000", "snapshot.every=2", "run_dir=run", "cluster.cpus_per_rank=0.5", "eval.every=0"]
         command = here.train(*options, "cluster.ranks=3", RAY_ADDRESS=nodes.address)
         metrics = here.path / "run" / "metrics.jsonl"
-        command.until(lambda: len(lines(metrics)) >= 5, 90, "five steps")
+        command.until(lambda: len(lines(metrics)) >= 5, 200, "five steps")
         os.kill(lost.all_processes["raylet"][0].process.pid, signal.SIGKILL)
-        command.until(lambda: "event kind=recovered" in command.err, 30, "the recovery")
+        command.until(lambda: "event kind=recovered" in command.err, 200, "the recovery")
         done = len(lines(metrics))
-        command.until(lambda: len(lines(metrics)) >= done + 5, 30, "five more steps")
+        command.until(lambda: len(lines(metrics)) >= done + 5, 200, "five more steps")
         os.killpg(command.process.pid, signal.SIGINT)
-        assert command.wait(60) == 130, command.err
+        assert command.wait(200) == 130, command.err
         (event,) = [e["fields"] for e in lines(here.path / "run" / "events.jsonl") if e["kind"] == "recovered"]
         assert 3 - len(event["lost"]) == event["ranks"] >= 1
         assert event["repeated"] <= 3

@@ -31,7 +31,7 @@ print(json.dumps([str(first.dir), str(again.dir), str(third.dir), third.status])
 @pytest.fixture(scope="module")
 def parts(shared, cluster):
     command = shared.start("python", "-c", PARTS, json.dumps(shared.tiny()), cluster.driver)
-    assert command.wait(150) == 0, command.err
+    assert command.wait(200) == 0, command.err
     return command
 
 
@@ -56,14 +56,14 @@ def test_a_finished_run_is_left_alone(parts, shared):
 def test_a_run_keeps_its_directory_until_it_is_killed_and_no_longer(here, lines):
     run = here.path / "run"
     command = here.train("optim.steps=100000", "run_dir=run")
-    command.until(lambda: len(lines(run / "metrics.jsonl")) >= 2, 90, "two steps")
+    command.until(lambda: len(lines(run / "metrics.jsonl")) >= 2, 200, "two steps")
     second = here.train("run_dir=run", "resume=auto")
-    assert second.wait(60) == 2
+    assert second.wait(200) == 2
     assert f"run' is in use by process {command.process.pid} on host {os.uname().nodename} since" in second.err
     command.process.send_signal(signal.SIGKILL)
     command.process.wait(10)
     assert command.offspring()  # Ray's processes have not noticed yet
     assert holder(run) is None
     asked = here.start("ray-ep", "rebalance", "run")
-    assert asked.wait(60) == 2
+    assert asked.wait(200) == 2
     assert "this run has ended" in asked.err

@@ -55,7 +55,7 @@ def test_an_exchange_takes_what_the_device_waits_and_counts_once_that_is_over_wi
     syncs, soon, later = nccl_ranks(2, work)[0]
     assert syncs == []
     assert soon["exchange"] == 0  # the host was there before the peer
-    assert LATE_S / 2 < later["exchange"]
+    assert later["exchange"] > LATE_S / 2
     assert later["pack"] < LATE_S / 2
     assert later["experts"] == 0
 
