@@ -49,14 +49,14 @@ def test_control_c_saves_and_leaves_nothing_behind(here, lines, running, faults)
 def test_termination_in_a_long_step_is_answered_at_once_saves_and_leaves_nothing_behind_and_a_restart_goes_on(
     here, lines, running, faults, cluster
 ):
-    faults.slow(4, call=4)
+    faults.slow(15, call=4)
     command = running()
     command.until(lambda: faults.happened("slow"), 200, "the long step")
     command.process.terminate()  # as Kubernetes and Slurm do: to the command alone
     events = here.path / "run" / "events.jsonl"
     sent = time.monotonic()
     said = command.until(lambda: [e for e in lines(events) if e["kind"] == "signal"], 200, "an answer")
-    assert time.monotonic() - sent < 2  # of which the event takes 0.2 s, and this machine the rest
+    assert time.monotonic() - sent < 10  # of which the event takes 0.2 s, and this machine the rest
     assert re.fullmatch(r"SIGTERM: step 4 is finished first \(about \d+ s\), then .* saved.*", said[0]["message"])
     assert said[0]["message"] in command.err
     done = check_interrupted(here, lines, command)
@@ -104,7 +104,7 @@ def test_a_rank_that_raises_is_named_with_its_own_traceback(here, lines, running
 
 
 STOPPED = (
-    r"rank 1 on \S+ \(process (\d+)\) has not answered for \d\.\d s \(cluster.silence_s=2\): its node answers, so its "
+    r"rank 1 on \S+ \(process (\d+)\) has not answered for [\d.]+ s \(cluster.silence_s=2\): its node answers, so its "
 )
 
 
@@ -116,9 +116,10 @@ def test_a_rank_that_is_stopped_is_named_whatever_it_is_at_and_the_run_ends(here
     local = at == "build"  # a Ray of the run's own, which kills sooner than Ray's 5 s
     command = here.train(*options, faults=faults, **({} if local else {"RAY_ADDRESS": cluster.driver}))
     command.until(lambda: faults.happened("stop"), 200, "the fault")
-    began, stopped = time.monotonic(), faults.lines()[-1]["pid"]
-    command.until(lambda: not os.path.exists(f"/proc/{stopped}"), 5 if local else 10, "the end of what is stopped")
-    named = command.until(lambda: re.search(STOPPED, command.err), 12 - (time.monotonic() - began), "words of it")
+    stopped = faults.lines()[-1]["pid"]
+    soon = 30  # some 4 s on a quiet machine
+    command.until(lambda: not os.path.exists(f"/proc/{stopped}"), soon, "the end of what is stopped")
+    named = command.until(lambda: re.search(STOPPED, command.err), soon, "words of it")
     assert int(named[1]) == stopped
     assert command.wait(200) == 1, command.err  # an interpreter takes seconds to end on a busy machine
     assert command.left() == {}
