@@ -250,7 +250,8 @@ def from_torch(timeout_s: float = 300.0, process_group: dist.ProcessGroup | None
         raise GroupError(
             "no torch process group: call torch.distributed.init_process_group first (or run under torchrun)"
         )
-    rank, size, backend = dist.get_rank(process_group), dist.get_world_size(process_group), dist.get_backend(process_group)
+    rank, size = dist.get_rank(process_group), dist.get_world_size(process_group)
+    backend = dist.get_backend(process_group)
     if "nccl" in backend:
         from ray_ep.collective.torch_nccl import TorchNcclGroup  # it builds on this module
 

@@ -1,7 +1,7 @@
 """ray_ep's MoE layer from inside transformers: importing this registers it for `DistributedConfig.ep_implementation`.
 
-Which layer, and how it is found again, is in layers.py; experts that move between ranks in moving.py. No Ray, no driver:
-transformers loads, shards, trains and saves the model.
+The layers of a model are in layers.py, experts that move between ranks in moving.py. No Ray, no driver: transformers
+loads, shards, trains and saves the model.
 """
 
 from ray_ep.hf.layers import NAME, register

@@ -23,7 +23,7 @@ from ray_ep.moe import ExpertParallel, Limits
 from ray_ep.moe.balance.balancer import MODES, Balancer
 from ray_ep.moe.balance.balancer import warm as warm_step
 from ray_ep.moe.cpu import kernels
-from ray_ep.moe.parallelize import is_experts
+from ray_ep.moe.parallelize import is_experts, same_count
 from ray_ep.placement import contiguous
 
 try:
@@ -114,21 +114,25 @@ class LayersOfModel:
         """Made at its first use, not collective: only then all layers are known and the weights are on their device."""
         if self._parallel is None:
             modules: dict[str, Any] = {str(i): m for i, m in enumerate(self.modules)}
-            held = {m.num_experts for m in modules.values()}
-            if len(held) > 1:
-                raise ModelError(f"MoE layers hold different numbers of experts a rank: {sorted(held)}; one is supported")
-            size = self.group.size
-            experts, balancer = held.pop() * size, Balancer(
-                self.group, len(modules), self.options.balance, self.options.limits
-            )  # fmt: skip
-            made = ExpertParallel(modules, experts, self.group, 0, 0, balancer)
+            layers, size = len(modules), self.group.size
+            experts = same_count(modules) * size
+            balancer = Balancer(self.group, layers, self.options.balance, self.options.limits)
+            made = ShardedParallel(modules, experts, self.group, 0, 0, balancer)
             device = next(self.modules[0].parameters()).device
-            made.place(contiguous(len(modules), experts, size), self.node_of, device)
+            made.place(contiguous(layers, experts, size), self.node_of, device)
             self._parallel = made
         return self._parallel
 
 
-class Layer(EPImplementation):  # type: ignore[misc]  # transformers' classes have no types
+class ShardedParallel(ExpertParallel):
+    """An `ExpertParallel` whose weights are transformers' DTensors."""
+
+    def parameters(self, index: int) -> dict[str, Any]:
+        """Per-expert parameters of a layer as plain tensors, [S, ...] with one row for each expert held."""
+        return {name: p.to_local() for name, p in shards_of(self.modules[index]).items()}
+
+
+class Layer(EPImplementation):
     """One MoE layer of one rank, called by transformers in place of the experts.
 
     Ranks that hold the same batch (tensor parallelism) take a slice of its tokens each.
@@ -158,19 +162,18 @@ class Layer(EPImplementation):  # type: ignore[misc]  # transformers' classes ha
             out = layer.forward(self.experts, hidden_states.to(dtype), top_k_index, top_k_weights)
         if self.tp_mesh.size() == 1:
             return out
-        shape, stride = (tokens, out.shape[1]), (out.shape[1], 1)
-        whole: torch.Tensor = DTensor.from_local(
-            out.contiguous(), self.tp_mesh, [Shard(0)], shape=shape, stride=stride
-        ).full_tensor()
+        shape, stride = torch.Size((tokens, out.shape[1])), (out.shape[1], 1)
+        rows = DTensor.from_local(out.contiguous(), self.tp_mesh, [Shard(0)], shape=shape, stride=stride)
+        whole: torch.Tensor = rows.full_tensor()
         return whole
 
 
 def check_sharded(experts: Any, mesh: DeviceMesh) -> None:
-    """Raise ModelError unless transformers has cut this module's weights into whole experts, contiguous over the mesh."""
+    """Raise ModelError unless transformers has cut this module's weights into whole experts, contiguous on the mesh."""
     kind = type(experts).__name__
     if not is_experts(experts):
         raise ModelError(f"{kind} does not go through transformers' experts interface: ray_ep cannot run it")
-    for name, p in experts.named_parameters(recurse=False):
+    for name, p in shards_of(experts).items():
         if not isinstance(p, DTensor) or p.device_mesh != mesh or tuple(p.placements) != (Shard(0),):
             raise ModelError(
                 f"{kind}.{name} is not shared out by experts: its rule in ep_plan must be 'grouped_gemm', as in the "
@@ -180,6 +183,11 @@ def check_sharded(experts: Any, mesh: DeviceMesh) -> None:
             raise ModelError(
                 f"{kind}.{name} has {p.shape[0]} experts: expected {experts.num_experts} on each of {mesh.size()} ranks"
             )
+
+
+def shards_of(experts: torch.nn.Module) -> dict[str, Any]:
+    """Per-expert parameters of an experts module by name, as transformers keeps them: DTensors."""
+    return dict(experts.named_parameters(recurse=False))
 
 
 def nodes_of(group: Group) -> np.ndarray:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from ray_ep.collective import Group
 from ray_ep.errors import ModelError, PlacementError
-from ray_ep.hf.layers import LayersOfModel
+from ray_ep.hf.layers import LayersOfModel, shards_of
 from ray_ep.moe import ExpertParallel
 from ray_ep.placement import Placement, contiguous
 
@@ -49,34 +49,45 @@ def apply_placement(model: torch.nn.Module, placement: Placement | None, optimiz
     then = contiguous(len(ep.layers), ep.num_experts, ep.group.size) if placement is None else placement
     _check(ep, then)
     for index, module in enumerate(layers.modules):
-        for p in module.parameters(recurse=False):
+        for p in shards_of(module).values():
             for tensor in _kept_of(p, optimizer):
                 rows = tensor.to_local()
                 rows.copy_(moved(rows, ep.placement, then, index, ep.group))
         if not hasattr(module, "ray_ep_in_order"):
-            module.ray_ep_in_order = InOrder(ep, index)  # type: ignore[assignment]  # no module of torch's
-            module.register_state_dict_post_hook(module.ray_ep_in_order)
-            module.register_load_state_dict_pre_hook(_refuse)
+            hook: Any = InOrder(ep, index)
+            module.ray_ep_in_order = hook
+            module.register_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
+            module.register_load_state_dict_pre_hook(hook.refuse)  # type: ignore[no-untyped-call]
     ep.place(then, ep.node_of, ep.layers[0].pass_load.device)
 
 
 class InOrder:
-    """A hook of one experts module: its rows in a state dict are those that transformers expects there."""
+    """Hooks of one experts module: its rows in a state dict are those that transformers expects there."""
 
     def __init__(self, ep: ExpertParallel, index: int):
         self.ep, self.index = ep, index
+        self.plain = contiguous(len(ep.layers), ep.num_experts, ep.group.size)
+
+    @property
+    def moved(self) -> bool:
+        """Whether this layer's rows are elsewhere now."""
+        return bool((self.ep.placement.owner[self.index] != self.plain.owner[self.index]).any())
 
     @torch.no_grad()
     def __call__(self, module: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         """Replace this module's rows by those of the contiguous placement (collective)."""
-        ep = self.ep
-        plain = contiguous(len(ep.layers), ep.num_experts, ep.group.size)
-        if (ep.placement.owner[self.index] == plain.owner[self.index]).all():
-            return
-        for name, p in module.named_parameters(recurse=False):
-            rows = moved(state[prefix + name].to_local(), ep.placement, plain, self.index, ep.group)
+        for name, p in shards_of(module).items() if self.moved else ():
+            rows = moved(state[prefix + name].to_local(), self.ep.placement, self.plain, self.index, self.ep.group)
             state[prefix + name] = DTensor.from_local(
                 rows, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+            )
+
+    def refuse(self, module: torch.nn.Module, state: Any, prefix: str, *rest: Any) -> None:
+        """Before weights are loaded: they would come to the wrong experts."""
+        if self.moved and any(key.startswith(prefix) for key in state):
+            raise ModelError(
+                "experts were moved: weights are loaded in transformers' order; call "
+                "ray_ep.hf.apply_placement(model, None) before load_state_dict"
             )
 
 
@@ -128,25 +139,14 @@ def _check(ep: ExpertParallel, then: Placement) -> None:
             "ray_ep.moe.parallelize"
         )
     for index, module in enumerate(ep.modules):
-        for name, p in module.named_parameters(recurse=False):
+        for name, p in shards_of(module).items():
             if p.grad is not None:
                 raise ModelError(
                     f"gradients are present (layer {index}, {name}): experts move between steps; apply or clear them "
                     "first (optimizer.step, then zero_grad)"
                 )
-            if p.to_local().shape[0] != experts // size:  # type: ignore[operator]
+            if p.to_local().shape[0] != experts // size:
                 raise ModelError(
                     f"layer {index}, {name}: several ranks share out each expert (efsdp_size above 1): experts cannot "
                     "move; ep_size = fsdp_size * tp_size keeps them whole"
                 )
-
-
-def _refuse(module: torch.nn.Module, state: Any, prefix: str, *rest: Any) -> None:
-    """A hook before weights are loaded into a module whose rows may be in another order."""
-    ep: ExpertParallel = module.ray_ep_in_order.ep  # type: ignore[assignment,union-attr]
-    plain = contiguous(len(ep.layers), ep.num_experts, ep.group.size)
-    if (ep.placement.owner != plain.owner).any() and any(key.startswith(prefix) for key in state):
-        raise ModelError(
-            f"experts were moved: weights are loaded in transformers' order; call "
-            "ray_ep.hf.apply_placement(model, None) before load_state_dict"
-        )

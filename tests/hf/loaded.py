@@ -11,7 +11,7 @@ IDS = torch.randint(3, 64, (4, 9), generator=torch.Generator().manual_seed(1))
 
 
 def load(path, name="ray_ep", **sizes):
-    """The saved model, its experts over all ranks; sizes: of DistributedConfig, else each rank has a batch of its own."""
+    """The saved model with its experts over all ranks; without sizes for DistributedConfig each has its own batch."""
     world = torch.distributed.get_world_size()
     sizes = sizes or {"fsdp_size": world}
     config = DistributedConfig(**{"ep_size": world, **sizes}, ep_implementation=name)
