@@ -6,6 +6,7 @@ between ranks, with the optimizer's moments, and a state dict moves them back. S
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,9 +15,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ray_ep.collective import Group
-from ray_ep.errors import ModelError, PlacementError
+from ray_ep.errors import BadInput, ModelError, PlacementError
 from ray_ep.hf.layers import LayersOfModel, shards_of
 from ray_ep.moe import ExpertParallel
+from ray_ep.moe.migrate import agree
 from ray_ep.placement import Placement, contiguous
 
 
@@ -42,12 +44,14 @@ def apply_placement(model: torch.nn.Module, placement: Placement | None, optimiz
 
     Raises:
         ModelError: the model was not loaded with ray_ep, gradients are present, or several ranks share out an expert.
-        PlacementError: the placement does not fit the model, or transformers cannot express it.
+        PlacementError: the placement does not fit the model, transformers cannot express it, the ranks were given
+            different ones, or another rank refuses. Nothing has moved after any of these.
     """
     layers = _layers_of(model)
     ep = layers.parallel
     then = contiguous(len(ep.layers), ep.num_experts, ep.group.size) if placement is None else placement
-    _check(ep, then)
+    ours = zlib.crc32((ep.placement.to_json() + then.to_json()).encode())
+    agree(ep.group, ours, _problem(ep, then), ep.layers[0].pass_load.device)
     for index, module in enumerate(layers.modules):
         for p in shards_of(module).values():
             for tensor in _kept_of(p, optimizer):
@@ -123,17 +127,18 @@ def _kept_of(p: torch.nn.Parameter, optimizer: Any) -> Iterator[Any]:
     yield from (t for t in state.values() if isinstance(t, DTensor) and t.shape == p.shape)
 
 
-def _check(ep: ExpertParallel, then: Placement) -> None:
+def _problem(ep: ExpertParallel, then: Placement) -> BadInput | None:
+    """Why this rank cannot move to the placement now."""
     size, layers, experts = ep.group.size, len(ep.layers), ep.num_experts
     if (then.num_layers, then.num_experts, then.num_ranks) != (layers, experts, size):
-        raise PlacementError(
+        return PlacementError(
             f"placement is for {then.num_layers} layers x {then.num_experts} experts on {then.num_ranks} ranks; the "
             f"model has {layers} MoE layers x {experts} experts and its expert mesh {size} ranks"
         )
     held = np.array([[len(then.experts_of(i, r)) for r in range(size)] for i in range(layers)])
     if (held != experts // size).any():
         layer, rank = (int(n) for n in np.argwhere(held != experts // size)[0])
-        raise PlacementError(
+        return PlacementError(
             f"placement has {held[layer, rank]} experts on rank {rank} in layer {layer}: transformers keeps "
             f"{experts // size} on every rank, each expert once, so replicas and uneven shares need `ray-ep train` or "
             "ray_ep.moe.parallelize"
@@ -141,12 +146,13 @@ def _check(ep: ExpertParallel, then: Placement) -> None:
     for index, module in enumerate(ep.modules):
         for name, p in shards_of(module).items():
             if p.grad is not None:
-                raise ModelError(
+                return ModelError(
                     f"gradients are present (layer {index}, {name}): experts move between steps; apply or clear them "
                     "first (optimizer.step, then zero_grad)"
                 )
             if p.to_local().shape[0] != experts // size:
-                raise ModelError(
+                return ModelError(
                     f"layer {index}, {name}: several ranks share out each expert (efsdp_size above 1): experts cannot "
                     "move; ep_size = fsdp_size * tp_size keeps them whole"
                 )
+    return None

@@ -1,11 +1,17 @@
 """Work on the ranks of a job: models that transformers loads with ray_ep's layer, and what one process gets."""
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-import ray_ep.hf
+from ray_ep.errors import ModelError
 from tests.models import build, reference
+
+try:
+    from ray_ep import hf
+except ModelError as e:  # Python 3.10 has an older transformers
+    pytest.skip(str(e), allow_module_level=True)
 
 IDS = torch.randint(3, 64, (4, 9), generator=torch.Generator().manual_seed(1))
 
@@ -54,7 +60,7 @@ def assert_equals_one_process(plain, model, rows, tolerance=1e-5):
     assert found.keys() == grads.keys()
     for name, gradient in grads.items():
         assert (found[name] - gradient).abs().max() <= tolerance, name
-    return ray_ep.hf.experts_of(model)
+    return hf.experts_of(model)
 
 
 def rows_of(rank, ranks=2):

@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-import ray_ep.hf
+import ray_ep
 from ray_ep.errors import ModelError, PlacementError
 from ray_ep.placement import contiguous, random
-from tests.hf.loaded import IDS, assert_equals_one_process, load, mean_loss, rows_of, saved
+from tests.hf.loaded import IDS, assert_equals_one_process, hf, load, mean_loss, rows_of, saved
 from tests.models import build
 
 
@@ -27,15 +27,15 @@ def steps(model, optimizer, ids, count):
 def moved_between_updates(rank, path, into):
     """Three updates, experts moved before, between, and back; saved where they are elsewhere."""
     model = load(path)
-    ep = ray_ep.hf.experts_of(model)
+    ep = hf.experts_of(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
     ids, losses = IDS[rows_of(rank)], []
     for seed in (1, 2):
-        ray_ep.hf.apply_placement(model, random(2, 8, 2, seed=seed), optimizer)
+        hf.apply_placement(model, random(2, 8, 2, seed=seed), optimizer)
         assert ep.placement.owner.tolist() != contiguous(2, 8, 2).owner.tolist()
         losses += steps(model, optimizer, ids, 1)
     model.save_pretrained(into)
-    ray_ep.hf.apply_placement(model, None, optimizer)
+    hf.apply_placement(model, None, optimizer)
     losses += steps(model, optimizer, ids, 1)
     model.save_pretrained(f"{into}-last")
     return losses
@@ -56,15 +56,15 @@ def test_updates_go_on_where_experts_have_gone_and_checkpoints_keep_their_order(
 
 def moved_and_computed(rank, path, name):
     model = load(path)
-    ep = ray_ep.hf.experts_of(model)
+    ep = hf.experts_of(model)
     layers, experts = len(ep.layers), ep.num_experts
     with torch.no_grad():
         before = model(input_ids=IDS[rows_of(rank)]).logits
-        ray_ep.hf.apply_placement(model, random(layers, experts, 2, seed=3))
+        hf.apply_placement(model, random(layers, experts, 2, seed=3))
         after = model(input_ids=IDS[rows_of(rank)]).logits
     assert (after - before).abs().max() < 1e-5
     held = [layer.slots.experts for layer in ep.layers]
-    ray_ep.hf.apply_placement(model, None)
+    hf.apply_placement(model, None)
     assert_equals_one_process(build(name), model, rows_of(rank))
     return held
 
@@ -90,7 +90,7 @@ def refused(rank, path):
             call()
         words.append(str(caught.value))
 
-    move = ray_ep.hf.apply_placement
+    move = hf.apply_placement
     refuse(PlacementError, lambda: move(model, random(2, 8, 2, 6)))
     refuse(PlacementError, lambda: move(model, random(2, 8, 2, [6, 2])))
     refuse(PlacementError, lambda: move(model, contiguous(2, 8, 4)))
@@ -120,10 +120,30 @@ def test_what_transformers_cannot_express_is_refused_in_words(two, tmp_path):
     assert "call ray_ep.hf.apply_placement(model, None) before load_state_dict" in order
 
 
+def at_odds(rank, path):
+    """One rank is given another placement, then one has gradients: nobody hangs, and nothing moves."""
+    model = load(path)
+    with pytest.raises(PlacementError, match="ranks 0 and 1 were given different placements"):
+        hf.apply_placement(model, random(2, 8, 2, seed=rank))
+    loss, _ = mean_loss(model, IDS[rows_of(rank)])
+    loss.backward()
+    if rank:
+        model.zero_grad()
+    with pytest.raises(
+        PlacementError if rank else ModelError, match="rank 0 refuses" if rank else "gradients are present"
+    ):
+        hf.apply_placement(model, random(2, 8, 2, seed=1))
+    assert_equals_one_process(build("qwen3_moe"), model, rows_of(rank))
+
+
+def test_ranks_at_odds_are_told_so_and_nothing_moves(two, tmp_path):
+    two(at_odds, saved(tmp_path, "qwen3_moe")[1])
+
+
 def shared_out(rank, path):
     model = load(path, fsdp_size=4, ep_size=2)
     with pytest.raises(ModelError, match="several ranks share out each expert"):
-        ray_ep.hf.apply_placement(model, random(2, 8, 2))
+        hf.apply_placement(model, random(2, 8, 2))
 
 
 @pytest.mark.slow

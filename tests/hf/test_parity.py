@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-import ray_ep.hf
+import ray_ep
 from tests.conftest import slow
-from tests.hf.loaded import IDS, assert_equals_one_process, gradients, load, mean_loss, rows_of, saved, whole
+from tests.hf.loaded import IDS, assert_equals_one_process, gradients, hf, load, mean_loss, rows_of, saved, whole
 from tests.models import build, reference
 
 
@@ -59,7 +59,7 @@ def test_ranks_with_different_numbers_of_tokens_equal_one_process(two, tmp_path)
 
 def one_idle(rank, path, again):
     plain, model = build("qwen3_moe"), load(path)
-    ep = ray_ep.hf.experts_of(model)
+    ep = hf.experts_of(model)
     if again:
         model.gradient_checkpointing_enable()
         model.train()
@@ -92,8 +92,8 @@ def skewed():
 
 
 def balanced(rank, path):
-    model = load(path, ray_ep.hf.register("always", balance="always"))
-    ep = ray_ep.hf.experts_of(model)
+    model = load(path, hf.register("always", balance="always"))
+    ep = hf.experts_of(model)
     ep.balancer.assume(1e-3, 1e9)  # a token costs so much that moving it always pays
     assert_equals_one_process(skewed(), model, rows_of(rank))
     done = ep.balancer.done
@@ -130,8 +130,8 @@ def two_models(rank, first, second):
     assert_equals_one_process(build("mixtral"), b, rows_of(rank))
     _, again = mean_loss(a, IDS[rows_of(rank)])
     assert torch.equal(kept, again)
-    assert ray_ep.hf.experts_of(a) is not ray_ep.hf.experts_of(b)
-    assert [ray_ep.hf.experts_of(m).num_experts for m in (a, b)] == [8, 6]
+    assert hf.experts_of(a) is not hf.experts_of(b)
+    assert [hf.experts_of(m).num_experts for m in (a, b)] == [8, 6]
 
 
 def test_two_models_in_one_job_keep_to_themselves(two, tmp_path):
@@ -145,7 +145,7 @@ def prompts_differ(rank, path):
     choose = {"max_new_tokens": 5 + 3 * rank, "do_sample": False, "eos_token_id": None}
     want = plain.generate(prompt, **choose).tolist()
     again = model.generate(prompt, **choose).tolist() == want
-    with ray_ep.hf.experts_of(model).inference():
+    with hf.experts_of(model).inference():
         return again, model.generate(prompt, **choose).tolist() == want
 
 

@@ -5,14 +5,13 @@ import sys
 
 import pytest
 
-import ray_ep.hf
 from ray_ep.errors import BadInput, ModelError
-from tests.hf.loaded import load, saved
+from tests.hf.loaded import hf, load, saved
 
 
 def test_an_unknown_balance_names_the_known_ones():
     with pytest.raises(BadInput, match="balance='sometimes': allowed are off, auto, always"):
-        ray_ep.hf.register("another", balance="sometimes")
+        hf.register("another", balance="sometimes")
 
 
 def words_of(call):
@@ -56,6 +55,7 @@ def test_what_does_not_fit_is_refused_in_words(two, tmp_path):
     assert "has no `ep_plan`" in first["no experts"][1]
 
 
+@pytest.mark.slow
 def test_without_a_job_transformers_says_that_there_is_no_process_group(tmp_path):
     code = (
         "import ray_ep.hf; from transformers import AutoModelForCausalLM; from transformers.distributed import "

@@ -6,10 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-import ray_ep.hf
 from ray_ep.placement import random
 from tests.conftest import slow
-from tests.hf.loaded import load, mean_loss, saved
+from tests.hf.loaded import hf, load, mean_loss, saved
 
 STEPS, ROWS = 3, 4
 DATA = torch.randint(3, 64, (STEPS * ROWS, 10), generator=torch.Generator().manual_seed(2))
@@ -19,7 +18,7 @@ def trained(rank, path, out, moved=False, accumulate=1, **arguments):
     """Losses and gradient norms of a few steps, as the Trainer logs them; ROWS rows a step over both ranks."""
     model = load(path)
     if moved:
-        ray_ep.hf.apply_placement(model, random(2, 8, 2, seed=1))
+        hf.apply_placement(model, random(2, 8, 2, seed=1))
     settings = TrainingArguments(
         out, use_cpu=True, max_steps=STEPS, per_device_train_batch_size=ROWS // 2 // accumulate, learning_rate=0.1,
         gradient_accumulation_steps=accumulate, lr_scheduler_type="constant", logging_steps=1, report_to=[],
@@ -30,7 +29,7 @@ def trained(rank, path, out, moved=False, accumulate=1, **arguments):
     trainer.train()
     trainer.save_model(f"{out}/last")
     logged = [(line["loss"], line["grad_norm"]) for line in trainer.state.log_history if "grad_norm" in line]
-    return logged, [layer.calls for layer in ray_ep.hf.experts_of(model).layers]
+    return logged, [layer.calls for layer in hf.experts_of(model).layers]
 
 
 def one_process(model):
@@ -64,6 +63,7 @@ def test_a_trainer_gives_the_losses_norms_and_weights_of_one_process(two, tmp_pa
     check(two, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_trainer_saves_experts_that_were_moved_in_their_order(two, tmp_path):
     check(two, tmp_path, moved=True)
 
