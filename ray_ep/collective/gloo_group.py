@@ -237,8 +237,11 @@ def _place(at: int) -> torch.Tensor:
     return torch.tensor(list(at.to_bytes(_PLACE, "little")), dtype=torch.uint8)
 
 
-def from_torch(timeout_s: float = 300.0) -> Group:
-    """The default torch process group (as torchrun makes it) as a `Group` (collective).
+def from_torch(timeout_s: float = 300.0, process_group: dist.ProcessGroup | None = None) -> Group:
+    """A torch process group as a `Group` (collective over it).
+
+    Args:
+        process_group: one of torch's; it cannot be split further. None: the default one, as torchrun makes it.
 
     Raises:
         GroupError: torch.distributed is not initialised.
@@ -247,14 +250,16 @@ def from_torch(timeout_s: float = 300.0) -> Group:
         raise GroupError(
             "no torch process group: call torch.distributed.init_process_group first (or run under torchrun)"
         )
-    rank, size = dist.get_rank(), dist.get_world_size()
-    if "nccl" in dist.get_backend():
+    rank, size = dist.get_rank(process_group), dist.get_world_size(process_group)
+    backend = dist.get_backend(process_group)
+    if "nccl" in backend:
         from ray_ep.collective.torch_nccl import TorchNcclGroup  # it builds on this module
 
         kind: type[TorchGroup] = TorchNcclGroup
     else:
-        kind = GlooGroup if dist.get_backend() == "gloo" else TorchGroup
-    group = kind(dist.group.WORLD, rank, size, timeout_s=timeout_s, form=_new_group)
+        kind = GlooGroup if "gloo" in backend else TorchGroup
+    form = _new_group if process_group is None else None
+    group = kind(process_group or dist.group.WORLD, rank, size, timeout_s=timeout_s, form=form)
     group._warm()
     return group
 

@@ -114,13 +114,13 @@ def apply_placement(
             shipment = Shipment(ep, placement, node_of, int(buffer_mb * MIB), state, device)
         except (MemoryError, torch.OutOfMemoryError) as e:
             problem = PlacementError(f"rank {ep.group.rank} has no memory for the experts that arrive: {e}")
-    _agree(ep.group, _digest(ep, placement, node_of, buffer_mb, state), problem, device)
+    agree(ep.group, _digest(ep, placement, node_of, buffer_mb, state), problem, device)
     assert shipment is not None
     sent = received = 0
     for parts in shipment.rounds:
         out, into = shipment.exchange(ep.group, parts)
         sent, received = sent + out, received + into
-    _agree(ep.group, 0, None, device)  # the last word: now everybody has everything
+    agree(ep.group, 0, None, device)  # the last word: now everybody has everything
     for index in range(len(ep.layers)):
         shipment.swap(index)
     ep.place(placement, node_of, device)
@@ -327,7 +327,7 @@ def _digest(
     return zlib.crc32(text.encode())
 
 
-def _agree(group: Group, digest: int, problem: BadInput | None, device: torch.device) -> None:
+def agree(group: Group, digest: int, problem: BadInput | None, device: torch.device) -> None:
     """Raise on every rank if one has a problem, or they differ (collective)."""
     mine = torch.tensor([problem is not None, digest], dtype=torch.int64, device=device)
     everyone = group.all_gather(mine)

@@ -45,18 +45,25 @@ class ExpertParallel:
 
     Attributes:
         modules: the transformers experts modules in layer order; their direct parameters hold this rank's experts.
+        num_experts: of a layer, on all ranks together.
         layers: the `ExpertLayer` of each.
         group: the one object that all of them keep, through all epochs.
         routing, counters, meter, exchange: shared by all layers. passes: what differs from pass to pass.
     """
 
     def __init__(
-        self, modules: dict[str, torch.nn.Module], group: EpochGroup, sample: int, seed: int, balancer: Balancer
+        self,
+        modules: dict[str, torch.nn.Module],
+        num_experts: int,
+        group: EpochGroup,
+        sample: int,
+        seed: int,
+        balancer: Balancer,
     ):
         self.modules = list(modules.values())
         self.names = list(modules)
         self.group = group
-        self.num_experts = same_count(modules)
+        self.num_experts = num_experts
         self.passes = Passes()
         self.routing = Routing(len(modules), self.passes)
         self.counters = Counters(len(modules), self.num_experts, sample, seed + group.rank)
@@ -214,7 +221,7 @@ def parallelize(
     check_current(device)
     group = EpochGroup.of(group)
     balancer = Balancer(group, len(modules), balance, limits or Limits())
-    ep = ExpertParallel(modules, group, sample, seed, balancer)
+    ep = ExpertParallel(modules, same_count(modules), group, sample, seed, balancer)
     layers, experts = len(modules), ep.num_experts
     placement = contiguous(layers, experts, group.size) if placement is None else placement
     if (placement.num_layers, placement.num_ranks, placement.num_experts) != (layers, group.size, experts):
