@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -98,4 +99,5 @@ class AnswerFile:
     def __exit__(self, *error: object) -> None:
         """Write no more."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # each answer was flushed, or its failure told
+                self._file.close()

@@ -178,12 +178,13 @@ class PagedBatches(ContinuousBatchingManager, Batches):
 
     def _pass(self, processor: Any) -> None:
         try:
-            with self.passing():
+            with self.timed():
                 self._generation_step()
         except Exception:
             self.lockstep.group.close()  # the others wait in a layer's exchange: this releases them
             raise
         self.current_batch += 1
+        self.passes += 1
         told = [f.state for f in processor.inputs_and_outputs.requests_in_batch if f.has_new_token]
         processor.update_batch()
         self.tell([self._delta(state) for state in told])
@@ -207,6 +208,12 @@ class PagedBatches(ContinuousBatchingManager, Batches):
         told = [Delta(id=id, done=CANCELLED) for id in gone if self.requests.pop(id, None)]
         if told:
             self.tell(told)
+
+    def _fail_all_remaining_requests(self, error: Exception, batch_processor: Any) -> None:
+        """The loop has ended. What it took from the queue in its last round is known to no scheduler."""
+        super()._fail_all_remaining_requests(error, batch_processor)
+        for id in list(self.requests):
+            self._failed(id, str(error))
 
     def _failed(self, id: str, error: str) -> None:
         if self.requests.pop(id, None):
