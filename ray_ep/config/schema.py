@@ -304,6 +304,15 @@ class EvalConfig:
 
 
 @dataclass
+class GenerateConfig:
+    """Generation from a checkpoint: `ray-ep generate`, `eval` and `serve`. Each of them is of one rank."""
+
+    cache_tokens: int = _opt(16384, "tokens whose keys and values are kept, of all its requests together")
+    pass_tokens: int = _opt(512, "most tokens of one pass; longer prompts are read in several")
+    requests: int = _opt(64, "most requests that are computed at once; others wait")
+
+
+@dataclass
 class StatisticsConfig:
     """Routing statistics counted in the forward."""
 
@@ -382,6 +391,7 @@ class Config:
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
     control: ControlConfig = field(default_factory=ControlConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
