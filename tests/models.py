@@ -29,23 +29,34 @@ MODELS = {
                    "moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16, "num_hidden_layers": 4,
                    "moe_latent_size": 24, "mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8,
                    "use_mamba_kernels": False},
+    "llama4_text": {"num_local_experts": 6, "num_experts_per_tok": 1, "intermediate_size_mlp": 32,
+                    "attention_chunk_size": 8},
 }  # fmt: skip
 
 
 def build(name, seed=0, dtype=torch.float32, **overrides):
     """A plain transformers model with weights that make routing and gates matter."""
     config = AutoConfig.for_model(name, **{**BASE, **MODELS[name], **overrides})
-    config._experts_implementation = "grouped_mm"
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, experts_implementation="grouped_mm", attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", **grouped(name))
+    return random_weights(model, seed).to(dtype).eval()
+
+
+def grouped(name):
+    """How to have transformers compute a model's experts as ray_ep does: Llama 4's know one way only."""
+    return {} if name.startswith("llama4") else {"experts_implementation": "grouped_mm"}
+
+
+def random_weights(model, seed, spread=0.3):
+    """Give a model weights that make routing and gates matter, in place."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, p in sorted(model.named_parameters()):
-            p.copy_(torch.randn(p.shape, generator=generator) * (0.3 if p.dim() > 1 else 0.1) + (p.dim() == 1))
+            p.copy_(torch.randn(p.shape, generator=generator) * (spread if p.dim() > 1 else 0.1) + (p.dim() == 1))
         for n, b in model.named_buffers():
             if "correction_bias" in n:
                 b.copy_(torch.randn(b.shape, generator=generator) * 0.05)
-    return model.to(dtype).eval()
+    return model
 
 
 def placement_of(model, kind, ranks, seed=0):
@@ -87,6 +98,11 @@ def parallel_pass(model, ids, group, placement, shards, before=None, node_of=Non
     model = ray_ep.moe.parallelize(copy.deepcopy(model), group, placement, node_of=node_of)
     if before:
         before(model)
+    return one_pass(model, ids, group, shards)
+
+
+def one_pass(model, ids, group, shards):
+    """`parallel_pass` of a model that is parallelized."""
     part = ids[shards[group.rank] : shards[group.rank + 1]]
     if len(part):
         loss, logits = loss_sum(model, part)

@@ -35,6 +35,7 @@ MODULE_OF = {"pyyaml": "yaml", "cupy-cuda12x": "cupy", "nvidia-ml-py": "pynvml",
 MODULE_OF |= {"grpcio": "grpc", "grpcio-tools": "grpc_tools"}
 MODULE_OF |= {"grpcio-health-checking": "grpc_health", "grpcio-reflection": "grpc_reflection", "protobuf": "google"}
 COMES_WITH = {"tokenizers": "transformers", "markupsafe": "jinja2", "yaml": "omegaconf", "jsonschema": "ray"}
+COMES_WITH |= {"huggingface_hub": "transformers"}
 COMES_WITH |= {"aiohttp": "ray", "opentelemetry": "ray"}  # of its extra `default`
 OURS = {"ray_ep", "tests", "lab", "network", "nodes"}  # the last three: cluster/netlab
 FROM_SOURCE = {"llep", "deep_ep"}  # optional, and in no registry under its own name

@@ -32,6 +32,7 @@ from ray_ep.errors import BadInput, brief
 from ray_ep.moe import find_experts
 from ray_ep.rank.data.corpus import global_batch
 from ray_ep.rank.model import draw_weights, meta_model
+from ray_ep.rank.pretrained.hub import directory
 from ray_ep.rank.pretrained.load import load_pretrained
 
 MODELS: dict[str, dict[str, int]] = {
@@ -184,7 +185,7 @@ def _write(case: TrainCase, tmp: str) -> tuple[str, ...]:
     modules = find_experts(model)
     rows = {name: list(range(plan.placement.num_experts)) for name in modules}
     if cfg.model.path:
-        load_pretrained(model, Path(cfg.model.path), rows)
+        load_pretrained(model, directory(cfg.model.path, weights=True), rows)
     else:
         draw_weights(model, cfg.seed, rows)
     for module in modules.values():

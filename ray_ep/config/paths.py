@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from typing import Any
 
 from ray_ep.errors import ConfigError
@@ -24,6 +25,7 @@ _WORDS = {
 """Keys that hold a path or URL (data.files: several), but for these words."""
 _NAMES = {"data.tokenizer": ("", "bytes"), "data.dataset": ("",)}
 """Keys that hold a name, or a directory where there is one."""
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 
 
 def absolute(values: dict[str, Any]) -> dict[str, Any]:
@@ -37,7 +39,8 @@ def absolute(values: dict[str, Any]) -> dict[str, Any]:
         if key == "data.files" and key in values:
             out[key] = [_absolute(key, v, pattern=True) for v in values[key]]
         elif key in values and values[key] not in words:
-            out[key] = _absolute(key, values[key])
+            named = key == "model.path" and is_hub_name(values[key]) and not _is_directory(values[key])
+            out[key] = values[key] if named else _absolute(key, values[key])
     for key, words in _NAMES.items():
         if key in values and values[key] not in words and _is_directory(values[key]):
             out[key] = _absolute(key, values[key])
@@ -51,6 +54,11 @@ def absolute(values: dict[str, Any]) -> dict[str, Any]:
 def is_url(text: str) -> bool:
     """Whether it is fsspec's to open: s3://bucket/x, or several joined by ::."""
     return "://" in text or "::" in text
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether it is `owner/name`, or that with `@revision`, of the Hugging Face hub; absolute paths never are."""
+    return _HUB_NAME.fullmatch(text) is not None
 
 
 def _is_directory(text: str) -> bool:

@@ -73,7 +73,11 @@ class ModelConfig:
         "fields of the config class to override; the default sizes belong to the default type; without model.path, "
         "vocab_size follows the tokenizer unless given",
     )
-    path: str = _opt("", "directory of a transformers checkpoint to start from; overrides then change its own config")
+    path: str = _opt(
+        "",
+        "transformers checkpoint to start from: a directory, or owner/name of the Hugging Face hub, or with @revision; "
+        "overrides then change its own config",
+    )
     dtype: str = _opt("float32", "dtype of compute weights; master weights are float32", ("float32", "bfloat16"))
     gradient_checkpointing: bool = _opt(False, "recompute blocks in backward, with the recorded routes")
 

@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from ray_ep.collective import Membership
+from ray_ep.config.paths import is_hub_name
 from ray_ep.config.schema import Config
 from ray_ep.driver.actors.cluster import transports
 from ray_ep.driver.actors.probe import measured_links
@@ -137,7 +138,8 @@ def choice_on(cfg: Config, ranks: ChoosingRanks, choice: Choice, done: int) -> C
 
 def reads_of(cfg: Config) -> tuple[tuple[str, str], ...]:
     """(key, path) of what every node must be able to read."""
-    return (("model.path", cfg.model.path),) if cfg.model.path else ()
+    path = cfg.model.path
+    return (("model.path", path),) if path and not is_hub_name(path) else ()
 
 
 def placement_for(cfg: Config, placement: Placement, topology: Topology, load: np.ndarray) -> Placement | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, replace
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from ray_ep.placement import Placement, contiguous, random
 from ray_ep.rank.balancing import balancing
 from ray_ep.rank.data.corpus import Corpus, load_corpus
 from ray_ep.rank.model import meta_model, model_config
+from ray_ep.rank.pretrained.hub import directory
 from ray_ep.rank.pretrained.load import inspect
 from ray_ep.rank.saved.checkpoint import QUICK, Checkpoint
 from ray_ep.rank.saved.directory import Directory
@@ -81,7 +81,7 @@ def _checked(cfg: Config, run: RunDir) -> Plan:
     signature = {n: list(p.shape) for n, p in model.named_parameters()}
     size = max(sum(p.numel() for p in m.parameters()) for m in modules.values()) // experts
     notes += [("router", balancing(cfg, config).words)]
-    notes += inspect(Path(cfg.model.path), model) if cfg.model.path else []
+    notes += inspect(directory(cfg.model.path, weights=True), model) if cfg.model.path else []
     if checkpoint is not None:
         _check_model(checkpoint, signature)
     told = tuple(Event(kind, words) for kind, words in notes)

@@ -6,8 +6,9 @@ from ray_ep.moe.draws import Draws
 from ray_ep.moe.exchange.choose import Choice, choose, settle
 from ray_ep.moe.exchange.meter import PHASES
 from ray_ep.moe.exchange.ways import KINDS
+from ray_ep.moe.families.find import find_experts
 from ray_ep.moe.migrate import Moved, OwnedState, Rows, apply_placement
-from ray_ep.moe.parallelize import ExpertParallel, find_experts, parallelize
+from ray_ep.moe.parallelize import ExpertParallel, parallelize
 from ray_ep.moe.recorder import Answers, Recorder
 from ray_ep.moe.regroup import regroup
 

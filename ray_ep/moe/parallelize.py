@@ -1,6 +1,7 @@
 """Put a transformers model's experts onto slots: find them, keep this rank's, and route through the group.
 
-One adapter for every architecture whose experts go through transformers' experts interface; nothing per architecture.
+One adapter for every architecture whose experts go through transformers' experts interface; families/ finds
+them, and brings the one that does not.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from ray_ep.moe.exchange.lanes import Lanes
 from ray_ep.moe.exchange.meter import Meter, MeteredGroup
 from ray_ep.moe.exchange.ways import Exchange
 from ray_ep.moe.experts import IMPLEMENTATION, ExpertLayer
+from ray_ep.moe.families.find import find_experts, find_router, is_llama4
+from ray_ep.moe.families.llama4 import LOGITS, adapt
 from ray_ep.moe.passes import Capture, Inference, Passes, Trace
 from ray_ep.moe.recorder import Recorder
 from ray_ep.moe.replicas import ReplicaExchange
@@ -36,8 +39,6 @@ from ray_ep.moe.routing import Routing
 from ray_ep.moe.site import Shared
 from ray_ep.placement import Placement, Topology, contiguous
 from ray_ep.placement.links.groups import groups_of
-
-_FLAGS = ("has_gate", "has_bias", "is_transposed", "_is_expert_parallel")
 
 
 class ExpertParallel:
@@ -244,6 +245,7 @@ def parallelize(
             f"{group.size} ranks"
         )
     ep.place(placement, node_of, device)
+    adapt(model)
     for index, layer in enumerate(ep.layers):
         module: Any = ep.modules[index]
         keep_rows(module, layer.experts)
@@ -262,24 +264,6 @@ def parallelize(
     return model
 
 
-def find_experts(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """Experts modules of a model by dotted name, in forward order; raises ModelError if there are none."""
-    found = {name: m for name, m in model.named_modules() if is_experts(m)}
-    if not found:
-        other = [type(m).__name__ for _, m in model.named_modules() if type(m).__name__.endswith("Experts")]
-        why = f" (its {other[0]} does not go through transformers' experts interface)" if other else ""
-        raise ModelError(
-            f"{type(model).__name__} has no experts that ray_ep can place{why}: "
-            "it needs a Mixture-of-Experts model such as qwen3_moe, mixtral, deepseek_v3 or gpt_oss"
-        )
-    return found
-
-
-def is_experts(module: torch.nn.Module) -> bool:
-    """Whether a module was decorated with transformers' use_experts_implementation."""
-    return all(hasattr(module, flag) for flag in _FLAGS) and hasattr(module, "num_experts")
-
-
 def keep_rows(module: Any, experts: list[int]) -> None:
     """Cut an experts module's per-expert parameters [E, ...] down to the rows of `experts`, in that order.
 
@@ -296,23 +280,14 @@ def keep_rows(module: Any, experts: list[int]) -> None:
     module.ray_ep_rows = list(experts)
 
 
-def find_router(model: torch.nn.Module, experts_name: str) -> torch.nn.Module | None:
-    """The router beside an experts module: the sibling that transformers names gate or router."""
-    parent = model.get_submodule(experts_name.rpartition(".")[0])
-    for name in ("gate", "router"):
-        router = getattr(parent, name, None)
-        if isinstance(router, torch.nn.Module):
-            return router
-    return None
-
-
 def _attach_routers(model: torch.nn.Module, ep: ExpertParallel) -> None:
     for i, (name, module) in enumerate(zip(ep.names, ep.modules, strict=True)):
         router = find_router(model, name)
         if router is not None:
             config: Any = module.config
             top_k: Any = getattr(router, "top_k", None) or getattr(config, "num_experts_per_tok", 1)
-            ep.routing.attach(i, router, ep.num_experts, int(top_k))
+            logits = LOGITS if is_llama4(module) else None
+            ep.routing.attach(i, router, ep.num_experts, int(top_k), logits)
 
 
 def same_count(modules: dict[str, torch.nn.Module]) -> int:

@@ -55,8 +55,14 @@ class Routing:
         """Let go of the last pass's logits, and with them of its graph."""
         self.logits[:] = [None] * len(self.logits)
 
-    def attach(self, index: int, router: torch.nn.Module, num_experts: int, top_k: int) -> None:
-        """Hook the router of layer `index`."""
+    def attach(
+        self, index: int, router: torch.nn.Module, num_experts: int, top_k: int, logits_at: int | None = None
+    ) -> None:
+        """Hook the router of layer `index`.
+
+        Args:
+            logits_at: which of its outputs are the logits; None: the first one with E columns.
+        """
         self.routers[index] = router
         modes: list[ChoiceMode] = []
 
@@ -70,7 +76,8 @@ class Routing:
                 modes.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
             outputs = output if isinstance(output, tuple) else (output,)
             if not recomputing():
-                logits = next((o for o in outputs if _is_logits(o, num_experts)), None)
+                candidates = outputs if logits_at is None else outputs[logits_at : logits_at + 1]
+                logits = next((o for o in candidates if _is_logits(o, num_experts)), None)
                 if logits is not None:
                     logits = logits.reshape(-1, num_experts)[: 0 if self.passes.now.idle else None]
                 self.logits[index] = logits

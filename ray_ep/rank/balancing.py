@@ -10,13 +10,13 @@ import json
 import re
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ray_ep.config.schema import Config
+from ray_ep.rank.pretrained.hub import directory
 
 SCRATCH = 0.05
 """Weight of the loss a layer where neither the configuration nor the model names one."""
@@ -89,7 +89,7 @@ def _where(cfg: Config, config: PreTrainedConfig, name: str) -> str:
     if cfg.model.overrides.get(name) == getattr(config.get_text_config(), name):
         return f"{name} of model.overrides{share}"
     try:
-        tree = json.loads((Path(cfg.model.path) / "config.json").read_text(encoding="utf-8"))
+        tree = json.loads((directory(cfg.model.path) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         tree = {}
     stated = name in tree or any(isinstance(v, dict) and name in v for v in tree.values())

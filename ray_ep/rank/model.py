@@ -23,9 +23,11 @@ from ray_ep.collective import Group
 from ray_ep.config.schema import ModelConfig
 from ray_ep.errors import ModelError, brief
 from ray_ep.moe import find_experts, parallelize
+from ray_ep.moe.families.llama4 import adapt
 from ray_ep.moe.parallelize import keep_rows, same_count
 from ray_ep.placement import Placement
 from ray_ep.rank.overrides import typed
+from ray_ep.rank.pretrained.hub import directory
 from ray_ep.rank.pretrained.load import load_pretrained
 from ray_ep.rank.pretrained.source import read_config
 
@@ -69,6 +71,7 @@ def meta_model(config: PreTrainedConfig, dtype: str = "float32") -> PreTrainedMo
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **kwargs)  # type: ignore[no-untyped-call]
     except Exception as e:
         raise ModelError(f"transformers cannot build a causal language model of {kind}: {brief(e)}") from None
+    adapt(model)
     same_count(find_experts(model))
     _check_sizes(model)
     _keep_float32(model)
@@ -93,7 +96,7 @@ def build(
     model = meta_model(config, cfg.dtype)
     rows = {n: placement.experts_of(i, group.rank) for i, n in enumerate(find_experts(model))}
     if cfg.path:
-        load_pretrained(model, Path(cfg.path), rows)
+        load_pretrained(model, directory(cfg.path, weights=True), rows)
     else:
         draw_weights(model, seed, rows)
     torch.nn.Module.to(model, torch.device(device))
@@ -176,7 +179,7 @@ def _config_of_path(path: str, kind: str, overrides: dict[str, Any]) -> PreTrain
     """A checkpoint's own config, as transformers' class of its type (or of `kind`) reads it."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    whole = read_config(Path(path))
+    whole = read_config(directory(path))
     raw = {k: v for k, v in whole.items() if k not in _NOT_TAKEN}
     says = raw.get("model_type")
     named = _ALIASES.get(says, says) if isinstance(says, str) else ""

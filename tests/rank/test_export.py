@@ -12,7 +12,7 @@ from ray_ep.rank.saved.checkpoint import Checkpoint, save_rank
 from ray_ep.rank.saved.directory import Directory
 from ray_ep.rank.saved.export import export_checkpoint
 from ray_ep.rank.step.optimizer import MasterOptimizer
-from tests.models import MODELS, VOCAB
+from tests.models import MODELS, VOCAB, grouped
 from tests.models import build as plain
 
 
@@ -39,7 +39,7 @@ def test_an_exported_checkpoint_loads_into_plain_transformers_with_the_same_logi
     written = export_checkpoint(checkpoint, tmp_path / "plain")
     assert written["shards"] == 3, "the dense part and one shard for each of two MoE layers"
     loaded = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "plain", experts_implementation="grouped_mm", attn_implementation="eager"
+        tmp_path / "plain", attn_implementation="eager", **grouped(name)
     ).eval()
     ids = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

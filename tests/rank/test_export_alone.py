@@ -126,7 +126,7 @@ def test_an_export_that_ends_early_leaves_what_was_there(checkpoint, tmp_path, m
     if empty:
         out.mkdir()
 
-    def stop(self, config, dtype):
+    def stop(self, dtype):
         assert [p.name for p in out.iterdir()] == [".export.part"], "nothing that looks like a model"
         raise error(28, "No space left on device")
 

@@ -10,6 +10,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ray_ep.errors import ModelError
+from ray_ep.rank.pretrained.hub import directory
+
 _VOCABULARIES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -45,12 +48,13 @@ def companions(config: dict[str, Any]) -> tuple[dict[str, bytes], dict[str, str]
     tokenizer = str(_get(config, "data", "tokenizer") or "bytes")
     files: dict[str, bytes] = {}
     words = {"tokenizer": BYTES}
+    here = _directory(path)
     try:
         if tokenizer != "bytes":
             found = _tokenizer(tokenizer)
             words["tokenizer"] = f"{tokenizer} (data.tokenizer)"
         else:
-            found = _read(Path(path), _TOKENIZER) if path and _has(Path(path), _VOCABULARIES) else {}
+            found = _read(here, _TOKENIZER) if path and _has(here, _VOCABULARIES) else {}
             if found:
                 words["tokenizer"] = f"{path} (model.path); the run itself was trained on bytes"
         files |= found
@@ -59,12 +63,20 @@ def companions(config: dict[str, Any]) -> tuple[dict[str, bytes], dict[str, str]
     except LeftOut as e:
         words["tokenizer"] = f"left out: {e}"
     try:
-        generation = _read(Path(path), _GENERATION) if path else {}
+        generation = _read(here, _GENERATION) if path else {}
         words["generation_config"] = f"{path} (model.path)" if generation else "none was given"
         files |= generation
     except LeftOut as e:
         words["generation_config"] = f"left out: {e}"
     return files, words
+
+
+def _directory(path: str) -> Path:
+    """Where model.path is; a name of the hub that cannot be had any more is no directory, like one that is gone."""
+    try:
+        return directory(path)
+    except ModelError:
+        return Path(path)
 
 
 def _tokenizer(name: str) -> dict[str, bytes]:

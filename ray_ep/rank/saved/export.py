@@ -58,7 +58,7 @@ def export_checkpoint(checkpoint: Checkpoint, out: Path, dtype: str | None = Non
     checkpoint.verify(QUICK)
     with _staged(out) as part:
         _check_room(part, model, getattr(torch, dtype))
-        done = _write_weights(checkpoint, _Writer(part, model), config, dtype)
+        done = _write_weights(checkpoint, _Writer(part, model), dtype)
         files, words = companions(manifest["config"])
         for name, data in files.items():
             (part / name).parent.mkdir(exist_ok=True)
@@ -67,7 +67,7 @@ def export_checkpoint(checkpoint: Checkpoint, out: Path, dtype: str | None = Non
     return {**done, **words, "files": written}
 
 
-def _write_weights(checkpoint: Checkpoint, writer: _Writer, config: Any, dtype: str) -> dict[str, Any]:
+def _write_weights(checkpoint: Checkpoint, writer: _Writer, dtype: str) -> dict[str, Any]:
     model = writer.model
     stacks = {f"{n}.{p}": m for n, m in find_experts(model).items() for p, _ in m.named_parameters(recurse=False)}
     dense, buffers = {}, {}
@@ -84,7 +84,7 @@ def _write_weights(checkpoint: Checkpoint, writer: _Writer, config: Any, dtype: 
         for p, _ in module.named_parameters(recurse=False):
             layer[f"{name}.{p}"] = torch.stack([checkpoint.read(f"weight/{name}.{p}/{e}") for e in range(count)])
         writer.write(layer)
-    return writer.finish(config, dtype)
+    return writer.finish(dtype)
 
 
 class _Writer:
@@ -105,8 +105,12 @@ class _Writer:
         self.files |= dict.fromkeys(plain, name)
         self.bytes += sum(t.numel() * t.element_size() for t in plain.values())
 
-    def finish(self, config: Any, dtype: str) -> dict[str, Any]:
-        """The index and the config, last: an export cut short is not loadable."""
+    def finish(self, dtype: str) -> dict[str, Any]:
+        """The index and the config, last: an export cut short is not loadable.
+
+        The config is the model's own: of the language model alone, where a checkpoint's spoke of towers beside it.
+        """
+        config: Any = self.model.config
         index = {"metadata": {"total_size": self.bytes}, "weight_map": self.files}
         (self.out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
         config.architectures = [type(self.model).__name__]
