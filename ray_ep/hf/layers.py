@@ -23,7 +23,8 @@ from ray_ep.moe import ExpertParallel, Limits
 from ray_ep.moe.balance.balancer import MODES, Balancer
 from ray_ep.moe.balance.balancer import warm as warm_step
 from ray_ep.moe.cpu import kernels
-from ray_ep.moe.parallelize import is_experts, same_count
+from ray_ep.moe.families.find import is_experts
+from ray_ep.moe.parallelize import same_count
 from ray_ep.placement import contiguous
 
 try:
