@@ -1,6 +1,5 @@
 """Ranks of a torch.distributed job over gloo, as torchrun makes them: real processes, kept from test to test."""
 
-import atexit
 import multiprocessing
 import os
 import traceback
@@ -31,7 +30,11 @@ class Job:
             answered = [pipe for pipe in ready if pipe in waiting]
             problem = "" if answered else "a rank hangs or has died"
             for pipe in answered:
-                results[waiting.pop(pipe)], problem = pipe.recv()
+                rank = waiting.pop(pipe)
+                try:
+                    results[rank], problem = pipe.recv()
+                except EOFError:
+                    problem = f"rank {rank} has died"
                 if problem:
                     break
             if problem:
@@ -55,7 +58,6 @@ class Job:
             theirs.close()
             self.processes.append(process)
             self.pipes.append(ours)
-        atexit.register(self.end)
 
 
 def _serve(rank, size, store, pipe):

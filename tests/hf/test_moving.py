@@ -54,6 +54,18 @@ def test_updates_go_on_where_experts_have_gone_and_checkpoints_keep_their_order(
             assert (p - q).abs().max() < 1e-3, name  # an update is 1e-2: a row elsewhere, or a moment lost, is more
 
 
+def saved_in_shards(rank, path, into):
+    model = load(path)
+    hf.apply_placement(model, random(2, 8, 2, seed=1))
+    model.save_pretrained(into, distributed_checkpoint=True)
+    assert_equals_one_process(build("qwen3_moe"), load(into), rows_of(rank))
+
+
+@pytest.mark.slow
+def test_transformers_distributed_checkpoints_keep_the_order_too(two, tmp_path):
+    two(saved_in_shards, saved(tmp_path, "qwen3_moe")[1], str(tmp_path / "out"))
+
+
 def moved_and_computed(rank, path, name):
     model = load(path)
     ep = hf.experts_of(model)

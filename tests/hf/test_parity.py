@@ -124,6 +124,23 @@ def test_a_bfloat16_model_stays_near_one_process(two, tmp_path):
     assert max(two(in_bfloat16, saved(tmp_path, "qwen3_moe", torch.bfloat16)[1])) < 0.05
 
 
+def under_autocast(rank, path):
+    """The first layer's experts, as they are and inside an autocast region."""
+    model = load(path)
+    experts, ids = model.model.layers[0].mlp.experts, IDS[rows_of(rank)]
+    with torch.no_grad():
+        model(input_ids=ids)
+        work = torch.randn(5, 32), torch.arange(10).view(5, 2) % 6, torch.rand(5, 2)
+        plain = experts(*work)
+        with torch.autocast("cpu", torch.bfloat16):
+            return torch.equal(experts(*work), plain), torch.equal(experts(work[0].bfloat16(), *work[1:]), plain)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_experts_compute_in_the_dtype_of_their_weights_under_autocast(two, tmp_path, name):
+    assert two(under_autocast, saved(tmp_path, name)[1]) == [(True, False)] * 2
+
+
 def two_models(rank, first, second):
     a, b = load(first), load(second)
     _, kept = mean_loss(a, IDS[rows_of(rank)])
