@@ -34,6 +34,7 @@ from ray_ep.rank.data.corpus import Corpus
 from ray_ep.rank.handover import hand_over
 from ray_ep.rank.memory import oom_kills
 from ray_ep.rank.model_rank import ModelRank
+from ray_ep.rank.pretrained.reading import Read, Reading
 from ray_ep.rank.reach import DirectoryTrial
 from ray_ep.rank.results import RankState, StepResult
 from ray_ep.rank.saved.disk import in_one_line
@@ -57,6 +58,7 @@ class RankActor:
         self.rank, self.size = rank, size
         self.group = EpochGroup()  # the one object that all keep, through all epochs
         self.side = EpochGroup()  # that of snapshots
+        self.reading = Reading()
         # On stderr, which the Actors view of Ray's dashboard shows first.
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s")
         log.setLevel(logging.INFO)
@@ -76,6 +78,11 @@ class RankActor:
     @ray.method(concurrency_group="control")
     def ping(self) -> None:
         """Answer: whoever asked knows that this process runs."""
+
+    @ray.method(concurrency_group="control")
+    def read(self) -> Read:
+        """What this rank has read of a transformers checkpoint."""
+        return self.reading.so_far()
 
     @ray.method(concurrency_group="control")
     def oom_kills(self) -> int:
@@ -171,7 +178,7 @@ class RankActor:
             corpus: to train on; None: this rank does not train, and has no method that needs a `Trainer`.
         """
         where = (groups_of(topology), self.device, topology)  # the groups that plans and predictions take for nodes
-        self.model = ModelRank(from_dict(cfg), config, self.group, placement, *where)
+        self.model = ModelRank(from_dict(cfg), config, self.group, placement, *where, reading=self.reading)
         if corpus is not None:
             self._train(corpus)
         return {"parameters": sum(p.numel() for p in self.model.model.parameters())}
