@@ -18,6 +18,7 @@ from ray_ep.driver.actors.cluster import transports
 from ray_ep.driver.actors.probe import measured_links
 from ray_ep.driver.actors.ranks import Ranks
 from ray_ep.driver.actors.reach import try_nodes
+from ray_ep.driver.loading import told
 from ray_ep.driver.rebalance.links import Links
 from ray_ep.driver.rebalance.mover import Mover, Scope, check_survival, facts_of, look_every
 from ray_ep.driver.rebalance.recent import Facts
@@ -30,6 +31,7 @@ from ray_ep.moe.exchange.ways import DEEPEP
 from ray_ep.placement import Placement, RoutingStatistics, Topology, slots_needed
 from ray_ep.placement import plan as plan_placement
 from ray_ep.placement.planner.survive import fewest_slots
+from ray_ep.rank.pretrained.reading import words
 from ray_ep.rank.saved.directory import MANIFEST
 
 ALONE = "memory"
@@ -63,6 +65,7 @@ class Formed:
         topology: their links as measured. placement: that they hold.
         choice: how tokens travel. facts: what a step's price depends on with so many ranks.
         done: steps behind them.
+        read: what they have read of a checkpoint to start from, in words; empty: nothing.
     """
 
     membership: Membership
@@ -71,6 +74,7 @@ class Formed:
     choice: Choice
     facts: Facts
     done: int
+    read: str = ""
 
 
 def form(cfg: Config, plan: Plan, ranks: Ranks, phase: Callable[[str], None] = lambda name: None) -> Formed:
@@ -90,7 +94,9 @@ def form(cfg: Config, plan: Plan, ranks: Ranks, phase: Callable[[str], None] = l
     topology = connect(cfg, ranks, phase, snapshots=bool(cfg.snapshot.every))
     check_survival(cfg.placement, topology, plan.placement)
     phase("loading the model" if cfg.model.path or plan.checkpoint else "building the model")
-    ranks.build(cfg, plan.config, plan.corpus, plan.placement, topology)
+    with told(ranks, phase):
+        ranks.build(cfg, plan.config, plan.corpus, plan.placement, topology)
+    read = words(ranks.reads()) if cfg.model.path else ""
     done = 0
     if plan.checkpoint is not None:
         done = plan.checkpoint.step
@@ -98,7 +104,7 @@ def form(cfg: Config, plan: Plan, ranks: Ranks, phase: Callable[[str], None] = l
     phase("choosing the exchange")
     choice = ranks.choose_exchange(done)
     facts = facts_of(cfg, plan.config, plan.expert_parameters, choice.kind, topology.num_ranks)
-    return Formed(ranks.membership, topology, plan.placement, choice, facts, done)
+    return Formed(ranks.membership, topology, plan.placement, choice, facts, done, read)
 
 
 def connect(cfg: Config, ranks: Ranks, phase: Callable[[str], None], snapshots: bool = False) -> Topology:

@@ -49,7 +49,7 @@ class RankActor(JoiningRank):
             corpus: to train on; None: this rank does not train, and has no method that needs a `Trainer`.
         """
         where = (groups_of(topology), self.device, topology)  # the groups that plans and predictions take for nodes
-        self.model = ModelRank(from_dict(cfg), config, self.group, placement, *where)
+        self.model = ModelRank(from_dict(cfg), config, self.group, placement, *where, reading=self.reading)
         if corpus is not None:
             self._train(corpus)
         return {"parameters": sum(p.numel() for p in self.model.model.parameters())}

@@ -26,6 +26,7 @@ from ray_ep.placement import Topology
 from ray_ep.placement.links.gpu_links import GpuLinks
 from ray_ep.rank import stacks
 from ray_ep.rank.memory import oom_kills
+from ray_ep.rank.pretrained.reading import Read, Reading
 from ray_ep.rank.reach import DirectoryTrial
 
 log = logging.getLogger("ray_ep.rank")
@@ -41,6 +42,7 @@ class JoiningRank:
         self.rank, self.size = rank, size
         self.group = EpochGroup()  # the one object that all keep, through all epochs
         self.side = EpochGroup()  # that of snapshots
+        self.reading = Reading()
         # On stderr, which the Actors view of Ray's dashboard shows first.
         logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s")
         log.setLevel(logging.INFO)
@@ -60,6 +62,11 @@ class JoiningRank:
     @ray.method(concurrency_group="control")
     def ping(self) -> None:
         """Answer: whoever asked knows that this process runs."""
+
+    @ray.method(concurrency_group="control")
+    def read(self) -> Read:
+        """What this rank has read of a transformers checkpoint."""
+        return self.reading.so_far()
 
     @ray.method(concurrency_group="control")
     def oom_kills(self) -> int:

@@ -29,6 +29,7 @@ from ray_ep.placement import Placement
 from ray_ep.rank.overrides import typed
 from ray_ep.rank.pretrained.hub import directory
 from ray_ep.rank.pretrained.load import load_pretrained
+from ray_ep.rank.pretrained.reading import Reading
 from ray_ep.rank.pretrained.source import read_config
 
 _ALIASES = {"kimi_k2": "deepseek_v3"}
@@ -86,17 +87,18 @@ def build(
     group: Group,
     placement: Placement,
     device: torch.device | str = "cpu",
+    reading: Reading | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """The parallelized model of one rank (collective).
 
     Weights come from cfg.path, else are drawn from `seed`, the same on any number of ranks and any device: they are
-    made on the CPU. `options` go to `ray_ep.moe.parallelize`.
+    made on the CPU. `reading` counts what is read. `options` go to `ray_ep.moe.parallelize`.
     """
     model = meta_model(config, cfg.dtype)
     rows = {n: placement.experts_of(i, group.rank) for i, n in enumerate(find_experts(model))}
     if cfg.path:
-        load_pretrained(model, directory(cfg.path, weights=True), rows)
+        load_pretrained(model, directory(cfg.path, weights=True), rows, reading)
     else:
         draw_weights(model, seed, rows)
     torch.nn.Module.to(model, torch.device(device))

@@ -34,6 +34,7 @@ from ray_ep.moe.exchange.elastic import library
 from ray_ep.moe.exchange.ways import DEEPEP
 from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.rank.model import build
+from ray_ep.rank.pretrained.reading import Reading
 from ray_ep.rank.step.before import unseen
 
 CHOICE_S = 1.2
@@ -48,6 +49,7 @@ class ModelRank:
         node_of: [R] node of each rank, or group of fast links.
         device: where this rank computes; the group must take its tensors. Only cpu has been run yet.
         topology: links, for the balance inside the step; None, or not measured: it measures a few itself.
+        reading: counts what is read of a checkpoint.
     """
 
     def __init__(
@@ -59,13 +61,14 @@ class ModelRank:
         node_of: np.ndarray | None = None,
         device: torch.device | str = "cpu",
         topology: Topology | None = None,
+        reading: Reading | None = None,
     ):
         self.cfg, self.config, self.device = cfg, config, torch.device(device)
         way, by_deepep = cfg.exchange, cfg.exchange.transport == DEEPEP
         if by_deepep and group.size > 1:
             library()  # raises before the model is built
         self.model = build(
-            cfg.model, config, cfg.seed, group, placement, self.device,
+            cfg.model, config, cfg.seed, group, placement, self.device, reading,
             node_of=node_of, sample=cfg.statistics.sample // group.size, balance=cfg.balance.in_step,
             limits=Limits(cfg.balance.guest_mb, cfg.balance.most, None if topology is None else topology.by_groups()),
         )  # fmt: skip

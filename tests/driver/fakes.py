@@ -16,6 +16,7 @@ from ray_ep.driver.requests import Requests
 from ray_ep.driver.run.rundir import RunDir
 from ray_ep.moe import Choice
 from ray_ep.placement import contiguous
+from ray_ep.rank.pretrained.reading import Read
 from ray_ep.rank.results import RankState, StepResult, Usage
 from ray_ep.rank.snapshot.copies import Key
 from ray_ep.rank.snapshot.snapshots import Held
@@ -164,6 +165,9 @@ class FakeRanks:
 
     def build(self, cfg, config, corpus, placement, topology):
         self._answer("build")
+
+    def reads(self):
+        return [Read(8_000_000, 8_000_000, 2.0) for _ in range(2)]
 
     def load(self, url, step):
         self._answer("load")

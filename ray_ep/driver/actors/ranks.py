@@ -32,6 +32,7 @@ from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.placement.links.gpu_links import GpuLinks
 from ray_ep.rank.actor import RankActor
 from ray_ep.rank.data.corpus import Corpus
+from ray_ep.rank.pretrained.reading import Read
 from ray_ep.rank.reach import DirectoryTrial
 from ray_ep.rank.results import StepResult
 from ray_ep.rank.snapshot.on_disk import Shelf
@@ -39,6 +40,8 @@ from ray_ep.rank.snapshot.restore import Rewind
 
 log = logging.getLogger(__name__)
 
+_READ_S = 5.0
+"""How long to wait for what ranks say of their reading."""
 _START_S = 300.0
 """Least time that a rank has to start: imports took 4 to 20 s, and over 60 s where 20 processes shared a core."""
 
@@ -184,6 +187,14 @@ class Ranks(Calls):
     ) -> None:
         """Build the model on every rank, and put the corpus where every rank of a node reads the same copy."""
         self._call("build", OmegaConf.to_container(cfg), config, ray.put(corpus), placement, topology)
+
+    def reads(self) -> list[Read]:
+        """What each rank has read of the model's checkpoint; nobody waits long for it, and silence is no error here."""
+        try:
+            found: list[Read] = ray.get([actor.read.remote() for actor in self.actors], timeout=_READ_S)
+        except Exception:  # a rank that is lost is noticed by who waits for its call
+            return []
+        return found
 
     def load(self, url: str, step: int) -> None:
         """Take on checkpoint `step` of the directory `url`."""

@@ -81,6 +81,10 @@ def notes_of(cfg: Config, plan: Plan, formed: Formed) -> list[Event]:
         if before != now:
             words = f"trained on {before} until here, on {now} from here"
             notes.append(Event("data-changed", words, {"before": before, "now": now}))
+    if formed.read:
+        notes.append(
+            Event("loaded", f"all ranks together: {formed.read} of {cfg.model.path}", {"path": cfg.model.path})
+        )
     choice = formed.choice
     notes.append(Event("exchange", choice.words(), {"kind": choice.kind, "transport": choice.transport}))
     return notes

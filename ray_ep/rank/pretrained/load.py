@@ -27,6 +27,7 @@ from ray_ep.errors import CheckpointError, brief
 from ray_ep.moe import find_experts
 from ray_ep.moe.parallelize import keep_rows
 from ray_ep.rank.pretrained.quantised import ACTIVATION_SCALE, FLOATS, looks_like
+from ray_ep.rank.pretrained.reading import Reading
 from ray_ep.rank.pretrained.source import Stored, WeightSource
 
 # What families are known to carry beside a causal language model's weights, the first that fits counts.
@@ -88,19 +89,26 @@ def inspect(path: Path, model: PreTrainedModel) -> list[tuple[str, str]]:
     return notes
 
 
-def load_pretrained(model: PreTrainedModel, path: Path, rows: dict[str, list[int]]) -> None:
+def load_pretrained(
+    model: PreTrainedModel, path: Path, rows: dict[str, list[int]], reading: Reading | None = None
+) -> None:
     """Fill a meta model from a transformers checkpoint, reading only `rows` of each experts module.
+
+    Args:
+        reading: counts what is read.
 
     Raises:
         CheckpointError: no safetensors there, unreadable, or keys missing: a checkpoint of another model.
     """
-    source = WeightSource(path)
+    reading = reading or Reading()
+    source = WeightSource(path, reading)
     totals = {n: int(m.num_experts) for n, m in find_experts(model).items()}  # type: ignore[arg-type]
     for name, module in find_experts(model).items():
         keep_rows(module, sorted(rows[name]))
     targets = _targets(source, model, model.state_dict(), totals)
     _check_experts(f"model.path={path}", source, targets, totals)
     state = _part(source, targets, {n: sorted(r) for n, r in rows.items()})
+    reading.begin(sum(t.nbytes for t in state.values()))
     load = LoadStateDictConfig(device_map={"": torch.device("cpu")}, dtype=model.dtype)
     info = _load(model, state, "cpu")
     try:
@@ -109,10 +117,14 @@ def load_pretrained(model: PreTrainedModel, path: Path, rows: dict[str, list[int
         raise CheckpointError(f"model.path={path} does not fit {type(model).__name__}: {brief(e)}") from None
     _raise_for(f"model.path={path}", model, info)
     for name, module in find_experts(model).items():  # read in ascending order: bring into the placement's
-        ascending = sorted(rows[name])
-        for pname, p in list(module.named_parameters(recurse=False)):
-            setattr(module, pname, torch.nn.Parameter(p.data[[ascending.index(e) for e in rows[name]]]))
         module.ray_ep_rows = list(rows[name])  # type: ignore[assignment]
+        ascending = sorted(rows[name])
+        if ascending != rows[name]:
+            order = [ascending.index(e) for e in rows[name]]
+            # In place: what glibc frees of one size it does not give for that size again.
+            for _, p in module.named_parameters(recurse=False):
+                p.data.copy_(p.data[order])
+    reading.end()
 
 
 class _Rows:
@@ -130,6 +142,10 @@ class _Rows:
 
     def get_dtype(self) -> str:
         return str(self.source.get_dtype())
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.source.nbytes * len(self.rows) // max(1, self.source.get_shape()[0]))
 
 
 class _Shape:

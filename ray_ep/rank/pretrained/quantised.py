@@ -95,14 +95,19 @@ class Scaled:
     def get_dtype(self) -> str:
         return "F32"
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return int(self.weight.nbytes + self.scales.nbytes)
+
     def __getitem__(self, index: Any) -> torch.Tensor:
-        weight, scales = self.weight[index], self.scales[...]
+        shape = self.scales.get_shape()
+        alike = isinstance(index, slice) and len(shape) == 3 and shape[0] > 1  # scales of these rows alone
+        weight, scales = self.weight[index], self.scales[index if alike else ...]
         weight = _unpack(weight) if self.packed else weight.float()
         scales = torch.exp2(scales.float() - 127) if scales.dtype == torch.uint8 else scales.float()
         if self.single:
             return weight * scales.reshape(())
-        if isinstance(index, slice) and scales.dim() == 3 and len(scales) > 1:
-            scales = scales[index]
         for dim, size in zip((-2, -1), self.block, strict=True):
             scales = scales.repeat_interleave(size, dim).narrow(dim, 0, weight.shape[dim])
         return weight.mul_(scales)
@@ -126,6 +131,11 @@ class Packed4:
 
     def get_dtype(self) -> str:
         return "BF16"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return int(self.blocks.nbytes + self.scales.nbytes)
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         blocks = self.blocks[index]

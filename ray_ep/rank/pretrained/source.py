@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 
 from ray_ep.errors import CheckpointError, ModelError
 from ray_ep.rank.pretrained.quantised import DEQUANTISED, FLOATS, Packed4, Scaled, declared, scales_of
+from ray_ep.rank.pretrained.reading import Reading
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """Names of the file of all weights, and of the file that says which of several holds each."""
@@ -44,11 +45,21 @@ class Stored:
         return self.dtype
 
     def __getitem__(self, index: Any) -> Any:
-        return self.source.open(self.file).get_slice(self.key)[index]
+        part = self.source.open(self.file).get_slice(self.key)[index]
+        self.source.reading.add(part.nbytes)
+        return part
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of it."""
+        return math.prod(self.shape) * _BITS.get(self.dtype, 8) // 8
 
 
 class WeightSource:
     """A checkpoint directory.
+
+    Args:
+        reading: counts what is read of it.
 
     Attributes:
         tensors: key -> lazy tensor, dequantised ones under the key of the weight.
@@ -59,8 +70,9 @@ class WeightSource:
         CheckpointError: no weights, damaged ones, a key twice, or a quantisation that is not read.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, reading: Reading | None = None):
         self.path, self._open = path, dict[Path, Any]()
+        self.reading = reading or Reading()
         self.declared = declared(read_config(path))
         method = self.declared.get("quant_method", "")
         if method and method not in DEQUANTISED:
