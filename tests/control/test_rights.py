@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+import time
 from contextlib import ExitStack
 
 import grpc
@@ -12,7 +13,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ray_ep.control import server
+from ray_ep.control import door, server
 from ray_ep.control.keys import Key, Role, opened_by
 from ray_ep.control.server import MESSAGE_BYTES
 from ray_ep.control.v1 import control_pb2 as pb
@@ -22,6 +23,10 @@ from tests.control.scene import RAY_TOKEN, change, code_of, raw, served, shows
 VIEWER, OPERATOR = "v" * 32, "o" * 32
 CHANGES = [m.name for m in METHODS if "mutation" in m.input_type.fields_by_name]
 LOOKS = ["Status", "GetPlacement"]
+RAY_EP, DESCRIBE = (
+    "ray_ep.control.v1.ControlService",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+)
 
 
 def token_file(folder, name, token, mode=0o600):
@@ -127,7 +132,7 @@ def test_health_is_open_and_what_describes_the_service_is_not(it):
 
 def test_calls_that_send_no_message_hold_no_place(tmp_path, monkeypatch):
     monkeypatch.setattr(server, "CALLS", 8)
-    monkeypatch.setattr(server, "CHECKS", 2)
+    monkeypatch.setattr(door, "CHECKS", 2)
     with served(tmp_path) as it:
         names = [f"/ray_ep.control.v1.ControlService/{name}" for name in ("Pause", "Status", "WatchStatus")]
         names += ["/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"]
@@ -139,7 +144,7 @@ def test_calls_that_send_no_message_hold_no_place(tmp_path, monkeypatch):
                 return code_of(lambda: raw(it.target(), "Status", b"", shows(it.target().token))) == "OK"
 
             it.until(answered, "an answer meanwhile", 5)
-            assert sum(not call.done() for call in held) <= 2
+            it.until(lambda: sum(not call.done() for call in held) <= 2, "the others refused", 8)
             never.set()
             codes = {call.code().name for call in held}
         assert codes <= {"UNAUTHENTICATED", "RESOURCE_EXHAUSTED", "INVALID_ARGUMENT"}, codes
@@ -172,6 +177,28 @@ def hears(stranger):
     except OSError:
         pass
     return False
+
+
+def test_callers_who_send_rubbish_or_go_while_they_are_refused_leave_no_word_on_the_terminal(it, capfd, caplog):
+    loop, names = it.controls[0]._loop, [f"/{m.containing_service.full_name}/{m.name}" for m in METHODS]
+    names += [f"/{RAY_EP}/Reboot", "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch", DESCRIBE]
+    damaged = b"\xff\xff"
+    for metadata in (None, shows(OPERATOR)):
+        for name in names:
+            with grpc.insecure_channel(it.target().address) as channel:
+                code = code_of(lambda c=channel, n=name, m=metadata: list(c.stream_stream(n)(iter([damaged]), 5, m)))
+                assert code in ("INVALID_ARGUMENT", "UNAUTHENTICATED", "UNIMPLEMENTED"), name
+                for pause in (0.0, 0.001, 0.003):
+                    busy = threading.Event()
+                    loop.call_soon_threadsafe(busy.wait, 1.0)  # so that what comes and goes is seen at once
+                    calls = [channel.stream_stream(name)(iter([damaged]), metadata=metadata) for _ in range(4)]
+                    busy.set()
+                    time.sleep(pause)
+                    for call in calls:
+                        call.cancel()
+    assert it.status_now().done
+    assert [r.getMessage() for r in caplog.records if r.name.startswith(("grpc", "asyncio"))] == []
+    assert capfd.readouterr().err == ""
 
 
 def silent(never):
