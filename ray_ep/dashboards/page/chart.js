@@ -8,19 +8,21 @@ const { ndarray } = Bokeh.require("core/util/ndarray");
 
 const FONT = "system-ui, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif";
 
-// ---- turns: one chart draws in one frame, the one that waits longest first, so that no frame gets long
+// ---- turns: one chart draws in one frame, the one that waits longest first, so that no frame gets long; Bokeh paints
+// what it drew in the frame after, which is nobody's turn
 
 const waiting = new Map();
 let asked = false;
 
 function turn() {
   const [chart] = waiting.keys();
-  asked = false;
-  if (chart === undefined) return;
   const draw = waiting.get(chart);
   waiting.delete(chart);
-  draw();
-  next();
+  requestAnimationFrame(() => {
+    asked = false;
+    next();
+  });
+  draw?.();
 }
 
 function next() {
