@@ -22,6 +22,7 @@ from ray_ep.control.service import NO_TOKEN, SERVICE, Service
 CHECKS = 16
 """Calls at once that ask without a token whether the server is healthy."""
 HEALTH_CHECK = "/grpc.health.v1.Health/Check"
+"""The one call that needs no token."""
 
 log = logging.getLogger("ray_ep.control")
 

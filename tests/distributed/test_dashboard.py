@@ -101,7 +101,7 @@ def test_a_run_on_a_cluster_is_found_by_its_dashboard_and_named_in_rays_own_view
 ANNOUNCES = """
 import sys, time, ray
 from ray_ep.driver.actors.shown import Page, Shown, announced
-ray.init(log_to_driver=False, logging_level="ERROR")
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
 with announced(Shown(Page("killed", "/runs/killed", "http://127.0.0.1:1"))):
     print("announced", flush=True)
     sys.stdin.read()
@@ -120,12 +120,7 @@ def test_a_run_whose_driver_was_killed_is_listed_as_ended_until_it_is_resumed(he
         assert listed() == expected
 
     for end in (Popen.kill, lambda driver: driver.stdin.close()):
-        with Popen(
-            [sys.executable, "-c", ANNOUNCES],
-            env={**os.environ, "RAY_ADDRESS": cluster.driver},
-            stdin=PIPE,
-            stdout=PIPE,
-        ) as driver:
+        with Popen([sys.executable, "-c", ANNOUNCES, cluster.driver], stdin=PIPE, stdout=PIPE) as driver:
             assert driver.stdout.readline() == b"announced\n"
             until([False])
             end(driver)

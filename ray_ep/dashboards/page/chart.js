@@ -61,7 +61,7 @@ export class Chart {
       class: "chart", tabindex: 0, role: "application", "aria-roledescription": "chart", "aria-label": label,
       style: `height: ${height}px`,
     });
-    this.seen = this.dirty = false;
+    this.seen = this.dirty = this.shown = false;
     this.sources = {};
     new IntersectionObserver(([entry]) => {
       this.seen = entry.isIntersecting;
@@ -79,12 +79,18 @@ export class Chart {
   redraw() {
     this.dirty = true;
     if (!this.seen) return;
-    waiting.set(this, () => {
-      this.dirty = false;
-      if (!this.figure) this.#make();
-      this.paint(this);
-    });
+    waiting.set(this, () => this.#turn());
     next();
+  }
+
+  // A new figure takes two turns: it is made, then shown, which is the greater part.
+  #turn() {
+    this.dirty = false;
+    const first = !this.figure;
+    if (first) this.#make();
+    this.paint(this);
+    if (first) waiting.set(this, () => this.#turn());
+    else if (this.figure && !this.shown) this.#show();
   }
 
   // Change a part of what is drawn when it is this chart's turn; one that is out of sight is drawn whole once it is seen.
@@ -113,6 +119,11 @@ export class Chart {
     this.built = this.width;
     this.sources = {};
     this.figure = this.build(this);
+    this.shown = false;
+  }
+
+  #show() {
+    this.shown = true;
     const place = element("div", { "aria-hidden": "true" });
     this.host.replaceChildren(place);
     const made = this.figure;
