@@ -29,10 +29,10 @@ from ray_ep.control import address
 from ray_ep.control.address import Target
 from ray_ep.control.audit import Audit
 from ray_ep.control.board import Board
-from ray_ep.control.calls import Denied, only
+from ray_ep.control.door import Door, at_a_loss
 from ray_ep.control.keys import Keys, cluster_token, new_token
 from ray_ep.control.pressed import Buttons
-from ray_ep.control.service import NO_TOKEN, SERVICE, Service
+from ray_ep.control.service import SERVICE, Service
 from ray_ep.control.tls import server_credentials
 from ray_ep.control.trace import trace
 from ray_ep.driver.records import Event, StepRecord
@@ -48,8 +48,6 @@ GREETING_S = 10.0
 """Seconds within which who connects must have spoken TLS and HTTP/2, and answers whether it is still there."""
 CALLS = 1024
 """Calls at once, watchers included; more are refused (RESOURCE_EXHAUSTED)."""
-CHECKS = 16
-"""Of these at most that ask without a token whether the server is healthy."""
 MESSAGE_BYTES = 4 << 20
 """Of a message that is taken: a placement of 61 layers x 320 ranks x 8 slots is a tenth of it."""
 START_S = 30.0
@@ -148,6 +146,7 @@ class Control:
             up.set_exception(e)
             return
         self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
+        self._loop.set_exception_handler(at_a_loss)
         board = Board(RunState(self.run.path), self.requests.where)
         audit = Audit(self.run.path, lambda words: self._tell(Event("not-written", words)))
         traces = partial(trace, self.run.path)
@@ -187,38 +186,6 @@ class Control:
         with suppress(PlacementError):
             return Placement.load(self.run.path / "placements" / f"{version:04d}.json")
         return None
-
-
-class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Lets nobody without a token past it but who asks whether the server is healthy."""
-
-    def __init__(self, service: Service):
-        self._service, self._checks = service, asyncio.Semaphore(CHECKS)
-
-    async def intercept_service(self, continuation: Any, details: Any) -> Any:
-        """The handler of a call."""
-        own = details.method.startswith(f"/{SERVICE.full_name}/")  # the service looks itself, and keeps records
-        if own or self._service.knows(details.invocation_metadata):
-            return await continuation(details)
-        if details.method != "/grpc.health.v1.Health/Check":
-            return grpc.stream_unary_rpc_method_handler(self._refuse)
-        handler = await continuation(details)
-        return grpc.stream_unary_rpc_method_handler(
-            partial(self._check, handler.unary_unary), handler.request_deserializer, handler.response_serializer
-        )
-
-    @staticmethod
-    async def _refuse(messages: Any, context: Any) -> None:
-        await context.abort(grpc.StatusCode.UNAUTHENTICATED, NO_TOKEN)
-
-    async def _check(self, check: Any, messages: Any, context: Any) -> Any:
-        if self._checks.locked():
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many ask without a token: ask later")
-        try:
-            async with self._checks:
-                return await check(await only(messages), context)
-        except Denied as e:
-            await context.abort(e.code, e.words)
 
 
 async def _server(service: Service) -> tuple[Any, Any]:

@@ -183,7 +183,11 @@ class Recorder:
         ends = np.cumsum([len(p.chosen) for p in self._passes])
         order = np.concatenate([part.ravel() for part in np.split(numbers, ends[:-1], 1)])  # as gateways got them
         mine, via = experts.reshape(-1, width), np.where(experts >= 0, gateways, -1).reshape(-1, width)
-        expected = [order[(via[order] == gateway).any(1)] for gateway in range(group.size)]
+        gateways_of = via[order]
+        used = set(np.unique(via).tolist())  # a few: of the others nothing is worked out
+        expected = [
+            order[(gateways_of == gateway).any(1)] if gateway in used else order[:0] for gateway in range(group.size)
+        ]
         take = list(map(len, expected))
 
         sources = np.concatenate([source for source, _ in self._homeward])
@@ -195,6 +199,8 @@ class Recorder:
         found = np.full_like(mine, -1)
         for gateway, block in enumerate(np.split(came.cpu().numpy(), np.cumsum(take)[:-1])):
             rows = expected[gateway]
+            if not len(rows):
+                continue
             same = mine[rows][:, :, None] == block[:, None, :width]  # [q, K, K]
             who = np.take_along_axis(block[:, width:], same.argmax(2), 1)
             found[rows] = np.where((via[rows] == gateway) & same.any(2), who, found[rows])

@@ -18,6 +18,8 @@ from tests.driver.fakes import driven
 RAY_TOKEN = "ray" * 16
 STEP_S = 0.01
 """That a step of the fake ranks takes at least."""
+LIMIT_S = 120.0
+"""For what must come: the first placement that is planned on a machine has the planner compiled, between two steps."""
 
 
 class Served:
@@ -49,14 +51,14 @@ class Served:
     def client(self):
         return Client(self.target())
 
-    def call(self, request, limit_s=10.0):
+    def call(self, request, limit_s=LIMIT_S):
         with self.client() as client:
             return client.call(request, limit_s)
 
     def status_now(self):
         return self.call(pb.StatusRequest()).status
 
-    def until(self, condition, what, limit_s=10.0):
+    def until(self, condition, what, limit_s=LIMIT_S):
         limit = time.monotonic() + limit_s
         while not (answer := condition()):
             assert time.monotonic() < limit, what
@@ -87,7 +89,7 @@ def served(path, *overrides, size=2):
             yield made
         finally:
             made.requests.put(Request(RequestKind.STOP, "the test"))
-            thread.join(10)
+            thread.join(LIMIT_S)
             claim.release()
     assert not thread.is_alive()
 
@@ -101,7 +103,7 @@ def code_of(call):
     return "OK"
 
 
-def raw(target, method, message=b"", metadata=None, limit_s=5.0, channel=None):
+def raw(target, method, message=b"", metadata=None, limit_s=LIMIT_S, channel=None):
     """A call as a stranger makes it: bytes to a method, with metadata of its own."""
     made = channel or grpc.insecure_channel(target.address)
     try:

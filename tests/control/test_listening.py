@@ -22,7 +22,7 @@ from ray_ep.driver.run.claim import Claim
 from ray_ep.driver.run.rundir import RunDir
 from ray_ep.errors import BadInput, ConfigError, ControlError
 from tests.control.certificates import DAY, Authority
-from tests.control.scene import code_of, raw, served, shows
+from tests.control.scene import LIMIT_S, code_of, raw, served, shows
 
 
 @pytest.fixture(scope="module")
@@ -165,8 +165,8 @@ def test_with_tls_the_certificate_must_be_known_and_in_date_and_plain_text_gets_
                 Client(wrong) as client,
                 pytest.raises(ControlError, match="no control of a run that can be talked to"),
             ):
-                client.call(pb.StatusRequest(), 3)
-        assert code_of(lambda: raw(target, "Status", b"", shows(target.token), 3)) == "UNAVAILABLE"
+                client.call(pb.StatusRequest(), LIMIT_S)
+        assert code_of(lambda: raw(target, "Status", b"", shows(target.token))) == "UNAVAILABLE"
 
 
 def test_a_certificate_that_was_renewed_is_shown_and_one_that_cannot_be_is_not(tmp_path, authority):
@@ -175,7 +175,7 @@ def test_a_certificate_that_was_renewed_is_shown_and_one_that_cannot_be_is_not(t
 
         def knows(ca):
             with Client(replace(it.target(), ca=ca)) as client:
-                return client.call(pb.StatusRequest(), 5).status.run == tmp_path.name
+                return client.call(pb.StatusRequest(), LIMIT_S).status.run == tmp_path.name
 
         assert knows(authority.ca)
         for old, new in zip((cert, key), other.issue("renewed"), strict=True):
@@ -222,7 +222,7 @@ def test_a_certificate_that_is_out_of_date_is_not_trusted(tmp_path, authority):
         Client(replace(it.target(), ca=authority.ca)) as client,
         pytest.raises(ControlError, match="a certificate that is out of date"),
     ):
-        client.call(pb.StatusRequest(), 3)
+        client.call(pb.StatusRequest(), LIMIT_S)
 
 
 def test_with_mtls_clients_show_a_certificate_that_is_known_and_in_date(tmp_path, authority):
@@ -235,12 +235,12 @@ def test_with_mtls_clients_show_a_certificate_that_is_known_and_in_date(tmp_path
             Client(replace(known, cert=good[0], key=late[1]))
         for shown in (("", ""), late, stranger):
             with Client(replace(known, cert=shown[0], key=shown[1])) as client, pytest.raises(ControlError):
-                client.call(pb.StatusRequest(), 3)
+                client.call(pb.StatusRequest(), LIMIT_S)
         with Client(replace(known, cert=good[0], key=good[1])) as client:
             client.call(pb.PauseRequest(mutation=pb.Mutation(request_id="x")))
         assert "certificate of alice" in (tmp_path / "audit.jsonl").read_text()
         assert (
-            code_of(lambda: raw(known, "Status", b"", None, 3, tls(known.address, authority, good)))
+            code_of(lambda: raw(known, "Status", b"", None, LIMIT_S, tls(known.address, authority, good)))
             == "UNAUTHENTICATED"
         )
 

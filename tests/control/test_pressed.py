@@ -40,7 +40,7 @@ def it(tmp_path_factory):
 def ask(address, path, method="GET", body=None, **headers):
     """(status, what was answered)."""
     url = urlsplit(address)
-    with closing(http.client.HTTPConnection(url.hostname, url.port, timeout=20)) as connection:
+    with closing(http.client.HTTPConnection(url.hostname, url.port, timeout=120)) as connection:
         connection.request(method, path, body, {k.replace("_", "-"): v for k, v in headers.items() if v is not None})
         answer = connection.getresponse()
         text = answer.read().decode()

@@ -3,8 +3,11 @@
 import json
 import os
 import signal
+import sys
+import time
 import urllib.error
 import urllib.request
+from subprocess import PIPE, Popen
 from urllib.parse import quote
 
 import pytest
@@ -93,6 +96,38 @@ def test_a_run_on_a_cluster_is_found_by_its_dashboard_and_named_in_rays_own_view
         os.kill(run.process.pid, signal.SIGCONT)
     ended(run)
     assert get(seen)[0] == 410
+
+
+ANNOUNCES = """
+import sys, time, ray
+from ray_ep.driver.actors.shown import Page, Shown, announced
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+with announced(Shown(Page("killed", "/runs/killed", "http://127.0.0.1:1"))):
+    print("announced", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_run_whose_driver_was_killed_is_listed_as_ended_until_it_is_resumed(here, cluster):
+    def listed():
+        runs = json.loads(get(f"{cluster.job}/api/ray_ep/")[1])["runs"]
+        return [r["ended"] for r in runs if r["name"] == "killed"]
+
+    def until(expected):
+        limit = time.monotonic() + 120
+        while listed() != expected and time.monotonic() < limit:
+            time.sleep(0.2)
+        assert listed() == expected
+
+    for end in (Popen.kill, lambda driver: driver.stdin.close()):
+        with Popen([sys.executable, "-c", ANNOUNCES, cluster.driver], stdin=PIPE, stdout=PIPE) as driver:
+            assert driver.stdout.readline() == b"announced\n"
+            until([False])
+            end(driver)
+        until([True] if end is Popen.kill else [])
+        if end is Popen.kill:
+            status, words = get(f"{cluster.job}/ray_ep/killed/")
+            assert (status, "has ended, for its driver is gone" in words) == (410, True)
 
 
 def test_a_link_to_the_runs_stands_in_the_navigation_in_its_looks(cluster, browser):

@@ -16,7 +16,7 @@ class LightRank:
     """What `Ranks` asks of every rank, and ways to fail."""
 
     def __init__(self, rank, size, threads, device):
-        self.rank, self.aborted, self.aborts = rank, threading.Event(), 0
+        self.rank, self.aborted, self.aborts, self.calls = rank, threading.Event(), 0, 0
         if threads == 2 and rank == 1:  # a start that somebody stops
             time.sleep(600)
 
@@ -57,6 +57,11 @@ class LightRank:
         """How often it was aborted."""
         return self.aborts
 
+    @ray.method(concurrency_group="control")
+    def begun(self):
+        """How many steps and saves it has begun."""
+        return self.calls
+
     def prepare(self, problem):
         """Build a model, or not."""
         if problem:
@@ -64,6 +69,7 @@ class LightRank:
 
     def train_step(self, step):
         """Collective: wait for the others, who never come; rank number `step` raises at once."""
+        self.calls += 1
         if self.rank == step:
             raise ValueError("boom")
         self.aborted.wait()
@@ -85,6 +91,7 @@ class LightRank:
 
     def save(self, url, step):
         """Not collective: rank number `step` takes long over it."""
+        self.calls += 1
         if self.rank == step:
             time.sleep(600)
         return {"rank": self.rank}

@@ -1,6 +1,5 @@
 """What is asked of a run between two steps, on fake ranks: pauses, checkpoints, placements, and losses meanwhile."""
 
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -47,6 +46,13 @@ def ask(kind, **fields):
 
 def lose(rank):
     raise LostError(rank, f"rank {rank} died: killed", (rank,))
+
+
+def planned(it):
+    """A rank's call takes as long as the decision that is made beside it."""
+    planning = getattr(it.driver, "mover", None) and it.driver.mover.rebalancer._planning
+    if planning is not None:
+        planning.exception(120)
 
 
 def steps(it):
@@ -213,7 +219,7 @@ def test_what_is_meant_for_another_epoch_or_placement_is_not_done(it, kind, guar
 def test_whoever_asks_for_a_decision_hears_it_and_one_that_comes_too_late_hears_that(it):
     decided = it.put("train_step", 1, ask(KIND.REBALANCE))
     late = it.put("train_step", 5, ask(KIND.REBALANCE))
-    it.ranks.look = lambda: time.sleep(0.05)  # it is made beside the steps
+    it.ranks.look = lambda: planned(it)
     assert it.whole() == "done"
     assert decided.answer.result().refused is None
     assert "(asked after step 1: on demand)" in decided.answer.result().words
@@ -223,7 +229,7 @@ def test_whoever_asks_for_a_decision_hears_it_and_one_that_comes_too_late_hears_
 def test_who_asks_for_a_decision_hears_it_though_a_rank_is_lost_meanwhile(it):
     decided = it.put("train_step", 1, ask(KIND.REBALANCE))
     it.ranks.meanwhile["train_step", 2] = lambda: lose(1)
-    it.ranks.look = lambda: time.sleep(0.05)
+    it.ranks.look = lambda: planned(it)
     assert it.whole() == "done"
     assert decided.answer.done()
 

@@ -60,12 +60,12 @@ def test_runs_that_start_at_once_get_directories_of_their_own():
     runs, gate = [], threading.Barrier(8)
 
     def start():
-        gate.wait(10)
+        gate.wait(60)
         runs.append(claim())
 
     threads = [threading.Thread(target=start) for _ in range(8)]
     [t.start() for t in threads]
-    [t.join(20) for t in threads]
+    [t.join(60) for t in threads]
     assert sorted(r.path.name for r in runs) == sorted(
         ["20260701-123005", *(f"20260701-123005-{n}" for n in range(2, 9))]
     )
@@ -91,7 +91,7 @@ def test_of_two_that_resume_at_once_one_gets_the_run():
 
     def start():
         cfg = ray_ep.load_config(None, ["resume=auto"])
-        gate.wait(10)
+        gate.wait(60)
         try:
             runs.append(claimed(cfg, NOW))
         except ConfigError as e:
@@ -99,7 +99,7 @@ def test_of_two_that_resume_at_once_one_gets_the_run():
 
     threads = [threading.Thread(target=start) for _ in range(4)]
     [t.start() for t in threads]
-    [t.join(20) for t in threads]
+    [t.join(60) for t in threads]
     assert len(runs) == 1
     assert [m for m in refused if "is in use by process" not in m] == []
 
@@ -126,7 +126,7 @@ def test_a_killed_process_leaves_no_lock_behind_though_its_child_lives_on(place)
         with pytest.raises(ConfigError, match=f"in use by process {holding.pid}"):
             claim("run_dir=r", "resume=auto")
         holding.kill()
-        holding.wait(10)
+        holding.wait(60)
         os.kill(child, 0)  # it is there
         assert holder(place / "r") is None
         claim("run_dir=r", "resume=auto").release()

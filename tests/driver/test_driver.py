@@ -278,7 +278,7 @@ class Slow(Ear):
         self.go = threading.Event()
 
     def step(self, record):
-        assert self.go.wait(30)
+        assert self.go.wait(120)
         super().step(record)
 
 
@@ -289,12 +289,12 @@ def test_steps_do_not_wait_for_a_slow_listener_but_a_checkpoint_does(tmp_path):
     it.ranks.meanwhile["save", 1] = steps_made.set
     running = threading.Thread(target=lambda: committed.append(whole(it)))
     running.start()
-    assert steps_made.wait(30)  # all steps are made, and no listener behind the slow one knows of the second
+    assert steps_made.wait(120)  # all steps are made, and no listener behind the slow one knows of the second
     assert slow.steps() == []
     time.sleep(0.05)
     assert Directory(f"{tmp_path}/checkpoints").steps() == []
     slow.go.set()
-    running.join(30)
+    running.join(120)
     assert committed == ["done"]
     assert [r.step for r in slow.steps()] == [1, 2, 3, 4]
     assert Directory(f"{tmp_path}/checkpoints").steps() == [4]

@@ -49,7 +49,7 @@ def test_what_a_listener_says_itself_goes_out_behind_what_it_was_handed_and_befo
     with Publisher([first, speaker]) as publisher:
         publisher.step(record(1))
         publisher.step(record(2))
-        assert publisher.flush(30)
+        assert publisher.flush(120)
         assert [getattr(x, "kind", "step") for x in first.heard] == ["step", "page", "step", "page"]
 
 
@@ -58,7 +58,7 @@ def test_a_listener_that_hangs_does_not_keep_a_broken_run_from_its_end(caplog):
 
     class Hung(Ear):
         def event(self, event):
-            held.wait(30)
+            held.wait(120)
 
     publisher = Publisher([Hung()])
     publisher.event(Event("failed", "rank 1 died"))

@@ -183,7 +183,7 @@ def test_failing_again_and_again_is_no_progress():
 def test_a_decision_that_hangs_in_its_thread_stalls_no_step_and_is_told():
     hold, clock = threading.Event(), Clock()
     cfg = load_config(None, ["placement.every=1", "placement.alert_s=5"]).placement
-    r = Rebalancer(cfg, clock, lambda work: beside(lambda: hold.wait(30) and work()))
+    r = Rebalancer(cfg, clock, lambda work: beside(lambda: hold.wait(120) and work()))
     assert r.due(1, 1.0)
     r.ask(1, question())
     assert r.answer() == (None, None)

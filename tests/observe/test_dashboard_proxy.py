@@ -225,7 +225,7 @@ def test_the_runs_are_listed_and_addresses_without_a_slash_lead_on_without_a_red
             text = await (await it.client.get("/ray_ep/")).text()
             assert '<a href="a%20run%20%26%20more/">a run &amp; more</a> <small>/runs/a run &amp; more</small>' in text
             runs = await (await it.client.get("/api/ray_ep/")).json()
-            assert runs == {"runs": [{"name": "a run & more", "run_dir": "/runs/a run & more"}]}
+            assert runs == {"runs": [{"name": "a run & more", "run_dir": "/runs/a run & more", "ended": False}]}
             for path, to in (("/ray_ep", "ray_ep/"), ("/ray_ep/a%20run%20%26%20more", "a%20run%20%26%20more/")):
                 answer = await it.client.get(path)
                 assert answer.status == 200
@@ -253,7 +253,7 @@ def test_an_answer_of_rays_head_that_does_not_come_is_not_waited_for_and_asked_f
 
     def ask():
         asked.append(1)
-        go.wait(30)
+        go.wait(120)
         return {"run-7": page}
 
     async def main():
@@ -313,6 +313,22 @@ def test_a_page_is_read_as_it_was_stored_and_anything_else_is_none():
     page = Page("run-7", "/runs/run-7", "http://10.0.0.1:4321", "key")
     assert Page.from_json(page.to_json()) == page
     assert Page.from_json(b"{}") is Page.from_json(b"nonsense") is Page.from_json(b"[1]") is None
+
+
+def test_a_run_whose_driver_is_gone_is_listed_as_ended_without_a_link_and_is_not_asked():
+    async def main():
+        async def pages():
+            return {"run-7": Page("run-7", "/runs/7 & 8", "http://127.0.0.1:1", job="02000000", ended=True)}
+
+        async with TestClient(TestServer(Proxy(pages).app(), host="127.0.0.1")) as client:
+            text = await (await client.get("/ray_ep/")).text()
+            assert "<li>run-7 <small>/runs/7 &amp; 8: ended, for its driver is gone" in text
+            assert (await (await client.get("/api/ray_ep/")).json())["runs"][0]["ended"] is True
+            answer = await client.get("/ray_ep/run-7/")
+            assert answer.status == 410
+            assert "run run-7 in /runs/7 &amp; 8 has ended" in await answer.text()
+
+    asyncio.run(main())
 
 
 def test_a_name_that_another_run_has_is_made_longer_and_a_resumed_run_takes_its_own_again():

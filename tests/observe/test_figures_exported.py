@@ -266,7 +266,7 @@ def test_figures_are_sent_again_and_again_so_that_none_fades(tmp_path):
         metrics.step(record(1, loss=3.0))
         for _ in range(5):
             exporter.came.clear()
-            assert exporter.came.wait(30)
+            assert exporter.came.wait(120)
     assert exporter.of("ep_loss")[-3:] == [3.0] * 3
     sent = len(exporter.sent)
     metrics.step(record(100))
@@ -277,11 +277,11 @@ def test_from_the_last_step_on_everything_is_sent_at_once_for_ray_goes_soon(tmp_
     exporter = Exporter()
     with exported(tmp_path, exporter, steps=2, every_s=1000) as metrics, Publisher([metrics]) as publisher:
         publisher.start(START)
-        assert exporter.came.wait(30)
+        assert exporter.came.wait(120)
         publisher.step(record(1, loss=3.0))
         publisher.step(record(2, loss=2.0))
         publisher.event(Event("checkpoint", "url", {"seconds": 1.0}))
-        assert publisher.flush(30)
+        assert publisher.flush(120)
         assert exporter.of("ep_loss")[-2:] == [2.0, 2.0]
         assert exporter.of("ep_checkpoint_seconds")[-1] == 1.0
 
@@ -291,7 +291,7 @@ def test_an_end_that_is_told_is_sent_at_once(tmp_path, kind):
     exporter = Exporter()
     with exported(tmp_path, exporter, every_s=1000) as metrics:
         metrics.start(START)
-        assert exporter.came.wait(30)
+        assert exporter.came.wait(120)
         metrics.step(record(1, loss=3.0))
         metrics.event(Event(kind, "why"))
         assert exporter.of("ep_loss")[-1] == 3.0

@@ -1,8 +1,5 @@
 """The page while the run goes: written beside the steps, at most so often, and never in their way."""
 
-import json
-import time
-
 import pytest
 
 from ray_ep.driver.records import Event
@@ -70,14 +67,12 @@ def test_a_page_that_cannot_be_written_is_told_once_with_its_reason(run):
     assert "report.html" in why
 
 
-def test_the_step_does_not_wait_for_the_page_and_nobody_writes_it_once_the_run_has_ended(run):
-    lines = [json.dumps({"step": s, "loss": 2.0, "step_seconds": 0.1}) for s in range(20_000)]
-    (run.path / "metrics.jsonl").write_text("\n".join(lines))  # a page that takes its time
-    began = time.monotonic()
+def test_the_step_does_not_wait_for_the_page_and_nobody_writes_it_once_the_run_has_ended(run, monkeypatch):
+    monkeypatch.setattr(live, "_CHILD", "import time; time.sleep(600)")  # a page that takes its time
     with LivePage(run.path, pytest.fail) as page:
         page.start(Event("start", "a model"))
         page.step(record(1))
-        assert time.monotonic() - began < 0.5
         writer = page._writer
+        assert writer.poll() is None, "nobody has waited for it"
     assert writer.returncode is not None
     assert not (run.path / "report.html").exists()

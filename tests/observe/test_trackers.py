@@ -166,7 +166,7 @@ def test_a_tracker_that_hangs_holds_up_neither_the_others_nor_the_end(stand_in, 
 
     class Hangs(Plain):
         def step(self, record):
-            held.wait(30)
+            held.wait(120)
 
     stand_in("hangs", Hangs)
     stand_in("plain", Plain)
@@ -178,7 +178,7 @@ def test_a_tracker_that_hangs_holds_up_neither_the_others_nor_the_end(stand_in, 
         publisher.start(Event("start", "begins"))
         for step in steps(range(1, 41)):
             publisher.step(step)
-            assert publisher.flush(10)  # a checkpoint waits for all listeners, without a limit
+            assert publisher.flush(120)  # a checkpoint waits for all listeners, without a limit
     full = "it is too slow: 20 steps and events wait for it, further ones are left out"
     assert said == [f"tracking.to=hangs: {full}; the run goes on"]
     assert Plain.made[1].steps == list(range(1, 41))

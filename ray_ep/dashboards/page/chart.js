@@ -8,19 +8,21 @@ const { ndarray } = Bokeh.require("core/util/ndarray");
 
 const FONT = "system-ui, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif";
 
-// ---- turns: one chart draws in one frame, the one that waits longest first, so that no frame gets long
+// ---- turns: one chart draws in one frame, the one that waits longest first, so that no frame gets long; Bokeh paints
+// what it drew in the frame after, which is nobody's turn
 
 const waiting = new Map();
 let asked = false;
 
 function turn() {
   const [chart] = waiting.keys();
-  asked = false;
-  if (chart === undefined) return;
   const draw = waiting.get(chart);
   waiting.delete(chart);
-  draw();
-  next();
+  requestAnimationFrame(() => {
+    asked = false;
+    next();
+  });
+  draw?.();
 }
 
 function next() {
@@ -59,7 +61,7 @@ export class Chart {
       class: "chart", tabindex: 0, role: "application", "aria-roledescription": "chart", "aria-label": label,
       style: `height: ${height}px`,
     });
-    this.seen = this.dirty = false;
+    this.seen = this.dirty = this.shown = false;
     this.sources = {};
     new IntersectionObserver(([entry]) => {
       this.seen = entry.isIntersecting;
@@ -77,12 +79,18 @@ export class Chart {
   redraw() {
     this.dirty = true;
     if (!this.seen) return;
-    waiting.set(this, () => {
-      this.dirty = false;
-      if (!this.figure) this.#make();
-      this.paint(this);
-    });
+    waiting.set(this, () => this.#turn());
     next();
+  }
+
+  // A new figure takes two turns: it is made, then shown, which is the greater part.
+  #turn() {
+    this.dirty = false;
+    const first = !this.figure;
+    if (first) this.#make();
+    this.paint(this);
+    if (first) waiting.set(this, () => this.#turn());
+    else if (this.figure && !this.shown) this.#show();
   }
 
   // Change a part of what is drawn when it is this chart's turn; one that is out of sight is drawn whole once it is seen.
@@ -111,6 +119,11 @@ export class Chart {
     this.built = this.width;
     this.sources = {};
     this.figure = this.build(this);
+    this.shown = false;
+  }
+
+  #show() {
+    this.shown = true;
     const place = element("div", { "aria-hidden": "true" });
     this.host.replaceChildren(place);
     const made = this.figure;

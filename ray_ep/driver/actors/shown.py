@@ -36,24 +36,29 @@ class Page:
         name: of the run: its directory's, or longer where another run has that.
         run_dir: absolute. address: http://HOST:PORT.
         key: what a request that comes over the network must carry in the header KEY; "": nothing.
+        job: Ray's id of the driver, once it has joined; "": not known.
+        ended: Ray says that the driver is gone; one that was killed leaves its page among the others.
     """
 
     name: str
     run_dir: str
     address: str
     key: str = ""
+    job: str = ""
+    ended: bool = False
 
     def to_json(self) -> bytes:
         """As it is stored."""
-        return json.dumps(asdict(self)).encode()
+        return json.dumps({name: value for name, value in asdict(self).items() if name != "ended"}).encode()
 
     @staticmethod
     def from_json(text: bytes) -> Page | None:
         """What `to_json` made; None: something else."""
         try:
             tree = json.loads(text)
-            return Page(str(tree["name"]), str(tree["run_dir"]), str(tree["address"]), str(tree["key"]))
-        except (ValueError, TypeError, KeyError):
+            told = (str(tree[name]) for name in ("name", "run_dir", "address", "key"))
+            return Page(*told, job=str(tree.get("job", "")))
+        except (ValueError, TypeError, KeyError, AttributeError):
             return None
 
 
@@ -105,7 +110,7 @@ def announced(shown: Shown) -> Iterator[str]:
 
 
 def pages(client: Any, timeout_s: float) -> dict[str, Page]:
-    """By name, of all runs that have announced one and not withdrawn it; a driver that was killed does not withdraw.
+    """By name, of all runs that have announced one and not withdrawn it; of a driver that was killed as `ended`.
 
     Args:
         client: a `ray._raylet.GcsClient`.
@@ -113,7 +118,12 @@ def pages(client: Any, timeout_s: float) -> dict[str, Page]:
     keys = client.internal_kv_keys(PAGES, NAMESPACE, timeout=timeout_s)
     found = client.internal_kv_multi_get(keys, NAMESPACE, timeout=timeout_s) if keys else {}
     read = {key[len(PAGES) :].decode(errors="replace"): Page.from_json(text) for key, text in found.items()}
-    return {name: page for name, page in sorted(read.items()) if page is not None}
+    if not read:
+        return {}
+    brief = {"skip_submission_job_info_field": True, "skip_is_running_tasks_field": True}
+    jobs = client.get_all_job_info(**brief, timeout=timeout_s)
+    dead = {job.hex() for job, told in jobs.items() if told.is_dead}
+    return {n: replace(page, ended=page.job in dead) for n, page in sorted(read.items()) if page is not None}
 
 
 def named(page: Page, other: Page | None, job: str) -> Page:
@@ -153,7 +163,8 @@ def _store(page: Page) -> _Stored:
 
     there = _internal_kv_get(PAGES + page.name.encode(), namespace=NAMESPACE)
     other = None if there is None else Page.from_json(there)
-    page = named(page, other, ray.get_runtime_context().get_job_id())
+    job = ray.get_runtime_context().get_job_id()
+    page = replace(named(page, other, job), job=job)
     key, text = PAGES + page.name.encode(), page.to_json()
     _internal_kv_put(key, text, overwrite=True, namespace=NAMESPACE)
     log.info("page run=%s address=%s", page.name, page.address)

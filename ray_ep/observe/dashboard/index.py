@@ -9,9 +9,13 @@ from pathlib import Path
 from urllib.parse import quote
 
 import ray_ep
+from ray_ep.driver.actors.shown import Page
 
 LINK = Path(ray_ep.__file__).parent / "dashboards" / "ray" / "link.js"
 """The script that puts a link into the navigation of Ray's dashboard."""
+
+ENDED = "ended, for its driver is gone; what it did is in report.html there"
+"""Of a run that was killed: nobody has taken its page back."""
 
 _STYLE = (
     "<style>:root{color-scheme:light dark}body{font:1rem/1.5 system-ui,sans-serif;max-width:44rem;margin:3rem auto;"
@@ -33,12 +37,16 @@ def with_link(page: str, script: str) -> str:
     return page.replace("</head>", f"<script>{script}</script></head>", 1)
 
 
-def runs_page(runs: Mapping[str, str]) -> str:
-    """The runs that show themselves, name -> directory, as links: relative ones, for a dashboard may have a path before
-    its own."""
+def runs_page(runs: Mapping[str, Page]) -> str:
+    """The runs that show themselves, by name, as links: relative ones, for a dashboard may have a path before its own.
+
+    A run whose driver is gone has no page any more, and says so.
+    """
     links = "".join(
-        f'<li><a href="{quote(name)}/">{escape(name)}</a> <small>{escape(run_dir)}</small></li>'
-        for name, run_dir in runs.items()
+        f"<li>{escape(name)} <small>{escape(page.run_dir)}: {ENDED}</small></li>"
+        if page.ended
+        else f'<li><a href="{quote(name)}/">{escape(name)}</a> <small>{escape(page.run_dir)}</small></li>'
+        for name, page in runs.items()
     )
     words = f"<ul>{links}</ul>" if links else "<p>No run shows itself on this cluster now.</p>"
     back = '<p><a href="../">Ray dashboard</a></p>'

@@ -15,7 +15,7 @@ from aiohttp import web
 
 from ray_ep.driver.actors.shown import KEY, Page
 from ray_ep.observe.dashboard.found import HeadSilentError
-from ray_ep.observe.dashboard.index import LINK, moved, ray_index, refusal, runs_page, with_link
+from ray_ep.observe.dashboard.index import ENDED, LINK, moved, ray_index, refusal, runs_page, with_link
 
 PATHS = ("ray_ep", "api/ray_ep")
 """What is ours, below the dashboard's address."""
@@ -88,6 +88,8 @@ class Proxy:
             return _html(refusal(f"Ray's head does not answer the server that has the pages of runs: {e}"), 503)
         if not name:
             return self._runs(ours, pages)
+        if name in pages and pages[name].ended:
+            return _html(refusal(f"run {name} in {pages[name].run_dir} has {ENDED}"), 410)
         if name not in pages:
             return _html(refusal(f"no run {name} shows itself on this cluster: it has ended, or has no page"), 410)
         if not slash:
@@ -98,8 +100,9 @@ class Proxy:
 
     def _runs(self, ours: str, pages: Mapping[str, Page]) -> web.Response:
         if ours != PATHS[0]:
-            return web.json_response({"runs": [{"name": n, "run_dir": p.run_dir} for n, p in pages.items()]})
-        return _html(runs_page({name: page.run_dir for name, page in pages.items()}))
+            told = [{"name": n, "run_dir": p.run_dir, "ended": p.ended} for n, p in pages.items()]
+            return web.json_response({"runs": told})
+        return _html(runs_page(pages))
 
     async def _relayed(self, request: web.Request, page: Page, path: str) -> web.Response:
         """What the page's server answers; a sentence where it does not."""

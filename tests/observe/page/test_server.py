@@ -34,7 +34,7 @@ def page(run):
 def ask(address, path, method="GET", **headers):
     """(status, headers, body)."""
     url = urlsplit(address)
-    with closing(http.client.HTTPConnection(url.hostname, url.port, timeout=20)) as connection:
+    with closing(http.client.HTTPConnection(url.hostname, url.port, timeout=120)) as connection:
         connection.request(method, path, headers=headers)
         answer = connection.getresponse()
         return answer.status, answer.headers, answer.read()
@@ -121,7 +121,7 @@ def test_whoever_watches_hears_of_a_change(tmp_path, monkeypatch):
     monkeypatch.setattr(server, "LOOK_S", 0.05)
     with served(tmp_path, ObserveConfig(), pytest.fail) as shown:
         url = urlsplit(shown.address)
-        with closing(http.client.HTTPConnection(url.hostname, url.port, timeout=20)) as connection:
+        with closing(http.client.HTTPConnection(url.hostname, url.port, timeout=120)) as connection:
             connection.request("GET", "/api/ray_ep/stream")
             answer = connection.getresponse()
             assert answer.headers["Content-Type"].startswith("text/event-stream")
@@ -173,7 +173,7 @@ def test_a_run_without_a_page_has_no_thread_and_says_nothing(run):
 def test_the_thread_and_the_port_are_gone_at_the_end_though_somebody_watches(run):
     with served(run, ObserveConfig(), pytest.fail) as shown:
         url = urlsplit(shown.address)
-        connection = http.client.HTTPConnection(url.hostname, url.port, timeout=20)
+        connection = http.client.HTTPConnection(url.hostname, url.port, timeout=120)
         connection.request("GET", "/api/ray_ep/stream")
         connection.getresponse().readline()
     connection.close()
