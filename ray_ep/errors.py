@@ -9,6 +9,7 @@ RayEPError
 │   ├── CheckpointError  a damaged checkpoint, or one of another model
 │   └── ClusterError     the cluster cannot give what was asked for
 ├── ControlError         a run does not do what it is asked: it refuses, has ended, or does not answer; exit status 1
+├── RequestError         a request for tokens cannot be computed, or nobody computes any more; exit status 1
 ├── SaveError            a checkpoint or an export cannot be written: disk full, no permission; exit status 1
 ├── DivergedError        training gave values that are not finite: stopped before they were applied or saved
 ├── GroupError           a collective failed: a peer died, timed out, or the group was aborted
@@ -54,6 +55,10 @@ class ClusterError(BadInput):
 
 class ControlError(RayEPError):
     """A run does not do what it is asked over its control service. The run is as it was."""
+
+
+class RequestError(RayEPError):
+    """A request for tokens cannot be computed: the message says what is allowed, or why nobody computes any more."""
 
 
 class SaveError(RayEPError):

@@ -304,6 +304,23 @@ class EvalConfig:
 
 
 @dataclass
+class ServeConfig:
+    """Serving over HTTP, as OpenAI's API has it: `ray-ep serve` and `ray_ep.serve.app` (docs/serve.md)."""
+
+    host: str = _opt("127.0.0.1", "address to listen on; beyond this machine's loopback only with keys and TLS")
+    port: int = _opt(8000, "port to listen on; 0: a free one, which is told")
+    model_name: str = _opt("", "what requests call the model; empty: the name of its directory")
+    api_key_file: str = _opt(
+        "", "file with the keys that open the server, one a line, of mode 0600; read again when it changes; empty: none"
+    )
+    tls_cert: str = _opt("", "PEM file with the server's certificate and its chain; empty: no TLS")
+    tls_key: str = _opt("", "PEM file with the private key of tls_cert, of mode 0600")
+    answers: int = _opt(256, "answers under way at once, computed or waiting; who asks for more is told when to return")
+    body_mb: float = _opt(4.0, "most MiB of a request's body")
+    grace_s: float = _opt(30.0, "how long answers under way may go on once a stop was asked for")
+
+
+@dataclass
 class StatisticsConfig:
     """Routing statistics counted in the forward."""
 
@@ -382,6 +399,7 @@ class Config:
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
     control: ControlConfig = field(default_factory=ControlConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
