@@ -1,6 +1,6 @@
 """The one schema of a run: dataclasses whose fields carry their own documentation.
 
-`docs/configuration.md` is generated from this file; load.py checks values against it. Imports nothing of the package.
+`docs/configuration.md` is generated from this file; load.py checks values against it. Imports option and serving alone.
 """
 
 from __future__ import annotations
@@ -8,13 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-
-def _opt(default: Any, text: str, allowed: tuple[Any, ...] = ()) -> Any:
-    """A field with its help text and, where the choice is closed, the allowed values."""
-    meta = {"help": text, "allowed": allowed}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=meta)
-    return field(default=default, metadata=meta)
+from ray_ep.config.option import opt as _opt
+from ray_ep.config.serving import ServeConfig
 
 
 @dataclass
@@ -304,20 +299,12 @@ class EvalConfig:
 
 
 @dataclass
-class ServeConfig:
-    """Serving over HTTP, as OpenAI's API has it: `ray-ep serve` and `ray_ep.serve.app` (docs/serve.md)."""
+class GenerateConfig:
+    """Generation from a checkpoint: `ray-ep generate`, `eval` and `serve`. Each of them is of one rank."""
 
-    host: str = _opt("127.0.0.1", "address to listen on; beyond this machine's loopback only with keys and TLS")
-    port: int = _opt(8000, "port to listen on; 0: a free one, which is told")
-    model_name: str = _opt("", "what requests call the model; empty: the name of its directory")
-    api_key_file: str = _opt(
-        "", "file with the keys that open the server, one a line, of mode 0600; read again when it changes; empty: none"
-    )
-    tls_cert: str = _opt("", "PEM file with the server's certificate and its chain; empty: no TLS")
-    tls_key: str = _opt("", "PEM file with the private key of tls_cert, of mode 0600")
-    answers: int = _opt(256, "answers under way at once, computed or waiting; who asks for more is told when to return")
-    body_mb: float = _opt(4.0, "most MiB of a request's body")
-    grace_s: float = _opt(30.0, "how long answers under way may go on once a stop was asked for")
+    cache_tokens: int = _opt(16384, "tokens whose keys and values are kept, of all its requests together")
+    pass_tokens: int = _opt(512, "most tokens of one pass; longer prompts are read in several")
+    requests: int = _opt(64, "most requests that are computed at once; others wait")
 
 
 @dataclass
@@ -400,6 +387,7 @@ class Config:
     control: ControlConfig = field(default_factory=ControlConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)

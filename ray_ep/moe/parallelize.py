@@ -48,11 +48,13 @@ class ExpertParallel:
         layers: the `ExpertLayer` of each.
         group: the one object that all of them keep, through all epochs.
         routing, counters, meter, exchange: shared by all layers. passes: what differs from pass to pass.
+        blocks: the module around each experts module, with its router.
     """
 
     def __init__(
         self, modules: dict[str, torch.nn.Module], group: EpochGroup, sample: int, seed: int, balancer: Balancer
     ):
+        self.blocks: list[torch.nn.Module] = []  # parallelize fills it
         self.modules = list(modules.values())
         self.names = list(modules)
         self.group = group
@@ -146,6 +148,17 @@ class ExpertParallel:
         with self.passes.changed(idle=True):
             yield
 
+    def idle_pass(self) -> None:
+        """Take part in one forward of the other ranks without tokens of this rank (collective with their forward).
+
+        Only the MoE blocks are called, on padding: no attention, no cache, no head. Without gradients.
+        """
+        with torch.no_grad(), self.idle():
+            for block, module in zip(self.blocks, self.modules, strict=True):
+                weight: torch.Tensor = next(module.parameters())
+                config: Any = module.config
+                block(weight.new_zeros(1, 1, config.hidden_size))
+
     @contextmanager
     def tracing(self) -> Iterator[Trace]:
         """Inside: passes exchange flat, and note which rank answers for each choice: see `Trace`."""
@@ -237,6 +250,7 @@ def parallelize(
         warm_step()
     _attach_routers(model, ep)
     ep.routing.checkpoint_blocks(model)
+    ep.blocks = [model.get_submodule(name.rpartition(".")[0]) for name in ep.names]
     model.ray_ep = ep  # type: ignore[assignment]  # no module of torch's
     return model
 

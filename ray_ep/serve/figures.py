@@ -33,7 +33,7 @@ class Figures:
 
         self._model, self._limits, self._ranks, self._places = model, limits, ranks, places
         self._registry = CollectorRegistry()
-        reader = PrometheusMetricReader(disable_target_info=True, registry=self._registry)
+        reader = PrometheusMetricReader(disable_target_info=True, scope_info_enabled=False, registry=self._registry)
         self._provider = MeterProvider([reader], shutdown_on_exit=False)
         meter = self._provider.get_meter("ray_ep.serve")
 

@@ -21,7 +21,7 @@ from ray_ep.serve.answers import Desk
 from ray_ep.serve.checked import Checked, check_checkpoint
 from ray_ep.serve.engine import Engine, engine
 from ray_ep.serve.figures import Figures
-from ray_ep.serve.keys import ApiKeys
+from ray_ep.serve.http.keys import ApiKeys
 from ray_ep.serve.served import Served
 from ray_ep.serve.tokens import bytes_tokenizer
 
@@ -81,7 +81,7 @@ def prepared(cfg: Config) -> Front:
 
 def application(cfg: Config, front: Front, around: Any = None) -> FastAPI:
     """The ASGI application of a front; `around` as of `server.build`."""
-    from ray_ep.serve.server import build
+    from ray_ep.serve.http.server import build
 
     return build(front.served, front.desk, front.keys, int(cfg.serve.body_mb * 2**20), around)
 
@@ -101,14 +101,16 @@ def serve(cfg: Config, tell: Callable[[str, Front], None]) -> str:
     with Interrupt().caught() as interrupt, Phases() as phase:
         phase("reading the checkpoint's configuration")
         front = prepared(cfg)
-        with _listening(cfg.serve.host, cfg.serve.port) as at:
-            with engine(cfg, front.checked, front.desk.deliver, interrupt, phase) as it:
-                front.opens(it)
-                interrupt.hold()
-                tell(_address(cfg, at), front)
-                _run(cfg, application(cfg, front), at, front.desk)
-                if it.failed:
-                    raise RayEPError(f"nothing is answered any more: {it.failed}")
+        with (
+            _listening(cfg.serve.host, cfg.serve.port) as at,
+            engine(cfg, front.checked, front.desk.deliver, interrupt, phase) as it,
+        ):
+            front.opens(it)
+            interrupt.hold()
+            tell(_address(cfg, at), front)
+            _run(cfg, application(cfg, front), at, front.desk)
+            if it.failed:
+                raise RayEPError(f"nothing is answered any more: {it.failed}")
     return interrupt.asked
 
 

@@ -1,7 +1,7 @@
 """What is taken and what is refused, with the exact cause."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -85,3 +85,4 @@ class PlacesMachine(RuleBasedStateMachine):
 
 
 TestPlaces = PlacesMachine.TestCase
+TestPlaces.settings = settings(max_examples=30, stateful_step_count=20, deadline=None)

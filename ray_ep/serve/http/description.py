@@ -10,8 +10,8 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion
 from pydantic import BaseModel
 
-from ray_ep.serve.bodies import ChatBody, CompletionBody
-from ray_ep.serve.guard import OPEN
+from ray_ep.serve.http.bodies import ChatBody, CompletionBody
+from ray_ep.serve.http.guard import OPEN
 from ray_ep.serve.served import Served
 
 _PATHS: dict[str, tuple[type[BaseModel], type[BaseModel]]] = {

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from ray_ep.serve.keys import ApiKeys
+from ray_ep.serve.http.keys import ApiKeys
 
 log = logging.getLogger("ray_ep.serve")
 

@@ -20,9 +20,9 @@ from transformers.cli.serving.utils import Modality, ReasoningText, ToolCall, bu
 from ray_ep.errors import brief
 from ray_ep.serve.admission import Refused
 from ray_ep.serve.answers import Asked, Desk, Piece, begun, whole
-from ray_ep.serve.bodies import ChatBody, printable, read
-from ray_ep.serve.events import events, usage_of
-from ray_ep.serve.probabilities import of_chat
+from ray_ep.serve.http.bodies import ChatBody, printable, read
+from ray_ep.serve.http.events import events, usage_of
+from ray_ep.serve.http.probabilities import of_chat
 from ray_ep.serve.served import Served, asked
 
 

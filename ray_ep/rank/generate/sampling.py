@@ -1,0 +1,54 @@
+"""The next token of each request from its logits: a function of (logits, sampling, seed, position) alone.
+
+So neither the batch, nor the rank, nor the number of ranks changes what a seed gives. V vocabulary.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from ray_ep.rank.generate.requests import Request, Sampling, TokenLogprob
+
+
+def next_token(logits: torch.Tensor, request: Request, position: int) -> tuple[int, TokenLogprob | None]:
+    """The token after `position` tokens of the answer, and what the request wants to know of it.
+
+    Args:
+        logits: [V] of the model, float32. On a GPU each call is a host sync.
+    """
+    sampling = request.sampling
+    token = int(logits.argmax()) if not sampling.temperature else drawn(logits, sampling, position)
+    return token, None if request.logprobs is None else _logprob(logits, token, request.logprobs)
+
+
+def drawn(logits: torch.Tensor, sampling: Sampling, position: int) -> int:
+    """One token drawn with the probabilities that transformers' own warpers give it; `sampling` has a seed.
+
+    One number from a counter-based generator, against the cumulated probabilities in float64: logits that differ in
+    the last bit, as other batches give, draw the same token but with a chance of that size.
+    """
+    assert sampling.seed is not None
+    number = np.random.Generator(np.random.Philox(key=sampling.seed, counter=position)).random()
+    probabilities = _warped(logits[None], sampling).double().softmax(-1)[0].cumsum(0)
+    found = int(torch.searchsorted(probabilities, number * probabilities[-1], right=True))
+    return min(found, len(logits) - 1)
+
+
+def _warped(scores: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Logits [1, V] as `transformers.generate` warps them."""
+    ids = torch.empty(1, 0, dtype=torch.int64)  # which none of these looks at
+    if sampling.temperature != 1:
+        scores = TemperatureLogitsWarper(float(sampling.temperature))(ids, scores)
+    if sampling.top_k:
+        scores = TopKLogitsWarper(min(sampling.top_k, scores.shape[-1]))(ids, scores)
+    if sampling.top_p < 1:
+        scores = TopPLogitsWarper(sampling.top_p)(ids, scores)
+    return scores
+
+
+def _logprob(logits: torch.Tensor, token: int, most: int) -> TokenLogprob:
+    logprobs = logits.log_softmax(-1)
+    values, tokens = logprobs.topk(min(most, len(logprobs)))
+    return TokenLogprob(token, float(logprobs[token]), tuple(zip(tokens.tolist(), values.tolist(), strict=True)))
