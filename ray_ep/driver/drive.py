@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from ray_ep.config.schema import Config
 from ray_ep.driver.actors.placed import placed
+from ray_ep.driver.actors.ranks import Ranks
 from ray_ep.driver.actors.shown import NOT_SHOWN, Shown
 from ray_ep.driver.interrupt import Interrupt
 from ray_ep.driver.loop import Driver
@@ -40,7 +41,7 @@ def drive(
     """
     plan.run.say = lambda words: publisher.event(Event("not-written", words))
     most, name = cfg.elastic.max_ranks, plan.run.path.name
-    with placed(cfg.cluster, name, interrupt, phase, most, shown) as (ranks, ray):
+    with placed(cfg.cluster, name, interrupt, phase, most, shown, kind=Ranks) as (ranks, ray):
         driver = Driver(cfg, plan, ranks, publisher, requests)
         with driver.told():
             driver.form(ray.words, phase)

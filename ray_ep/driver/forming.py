@@ -86,13 +86,7 @@ def form(cfg: Config, plan: Plan, ranks: Ranks, phase: Callable[[str], None] = l
     """
     resumed = () if plan.checkpoint is None else (("resume", f"{plan.checkpoint.name}/{MANIFEST}"),)
     try_nodes(ranks, checkpoint_url(cfg, plan.run), (*reads_of(cfg), *resumed))
-    phase("connecting the ranks")
-    ways = transports(cfg.exchange.transport, ranks.device, ranks.transports())
-    ranks.join(cfg.cluster.collective_timeout_s, ways, snapshots=bool(cfg.snapshot.every))
-    topology = ranks.topology()
-    if cfg.topology.measure and topology.num_ranks > 1:
-        phase("measuring the links")
-        topology = measured_links(ranks, cfg.topology.budget_s)
+    topology = connect(cfg, ranks, phase, snapshots=bool(cfg.snapshot.every))
     check_survival(cfg.placement, topology, plan.placement)
     phase("loading the model" if cfg.model.path or plan.checkpoint else "building the model")
     ranks.build(cfg, plan.config, plan.corpus, plan.placement, topology)
@@ -104,6 +98,22 @@ def form(cfg: Config, plan: Plan, ranks: Ranks, phase: Callable[[str], None] = l
     choice = ranks.choose_exchange(done)
     facts = facts_of(cfg, plan.config, plan.expert_parameters, choice.kind, topology.num_ranks)
     return Formed(ranks.membership, topology, plan.placement, choice, facts, done)
+
+
+def connect(cfg: Config, ranks: Ranks, phase: Callable[[str], None], snapshots: bool = False) -> Topology:
+    """Have ranks join their group, one over each transport that there is, and measure the links between them.
+
+    Args:
+        snapshots: form a group for these, too.
+    """
+    phase("connecting the ranks")
+    ways = transports(cfg.exchange.transport, ranks.device, ranks.transports())
+    ranks.join(cfg.cluster.collective_timeout_s, ways, snapshots=snapshots)
+    topology = ranks.topology()
+    if cfg.topology.measure and topology.num_ranks > 1:
+        phase("measuring the links")
+        topology = measured_links(ranks, cfg.topology.budget_s)
+    return topology
 
 
 def ways_on(cfg: Config, ranks: ChoosingRanks, choice: Choice) -> list[str]:

@@ -95,7 +95,7 @@ def _placement(cfg: Config, run: RunDir, layers: int, experts: int) -> Placement
     """
     named = cfg.placement.initial not in ("contiguous", "random")
     last = run.newest_placement() if cfg.resume == "auto" else None
-    initial = _initial(cfg, layers, experts)
+    initial = initial_placement(cfg, layers, experts)
     if last is None:
         return initial
     fits = last.slots.shape[:2] == initial.slots.shape[:2] and last.num_experts == experts
@@ -104,7 +104,8 @@ def _placement(cfg: Config, run: RunDir, layers: int, experts: int) -> Placement
     return last if fits and not named else replace(initial, version=last.version + 1)
 
 
-def _initial(cfg: Config, layers: int, experts: int) -> Placement:
+def initial_placement(cfg: Config, layers: int, experts: int) -> Placement:
+    """What placement.initial says; raises PlacementError (fewer slots than experts) or ConfigError."""
     ranks, slots = cfg.cluster.ranks, cfg.placement.slots_per_rank or None
     if cfg.placement.initial == "contiguous":
         return contiguous(layers, experts, ranks, slots)

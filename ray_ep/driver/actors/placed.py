@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TypeVar
 
 from ray_ep.config.schema import ClusterConfig
 from ray_ep.driver.actors.cluster import Joined, connected, starting
@@ -12,6 +13,8 @@ from ray_ep.driver.actors.placing import check_growth
 from ray_ep.driver.actors.ranks import Ranks
 from ray_ep.driver.actors.shown import NOT_SHOWN, Shown, announced
 from ray_ep.driver.interrupt import Interrupt
+
+AnyRanks = TypeVar("AnyRanks", bound=Ranks)
 
 
 @contextmanager
@@ -22,7 +25,9 @@ def placed(
     phase: Callable[[str], None],
     most: int = 0,
     shown: Shown = NOT_SHOWN,
-) -> Iterator[tuple[Ranks, Joined]]:
+    *,
+    kind: type[AnyRanks],
+) -> Iterator[tuple[AnyRanks, Joined]]:
     """Inside: ranks that have been placed and have not joined a group yet, and which Ray they are on.
 
     Args:
@@ -30,6 +35,7 @@ def placed(
         interrupt: looked at in every wait; what was started is taken away first.
         phase: told what it is at.
         most: ranks that there may be later.
+        kind: class of the ranks, for what they compute.
         shown: how whoever looks from the cluster finds the run's page.
 
     Raises:
@@ -44,7 +50,7 @@ def placed(
             raise KeyboardInterrupt
         check_growth(cfg, most, joined.local)
         phase(f"placing {cfg.ranks} ranks")
-        ranks = Ranks(cfg, name, joined.local, interrupt)
+        ranks = kind(cfg, name, joined.local, interrupt)
         try:
             yield ranks, replace(joined, page=seen)
         finally:

@@ -11,6 +11,7 @@ import numpy as np
 from ray_ep.config.schema import Config
 from ray_ep.driver.actors.cluster import transports
 from ray_ep.driver.actors.placed import placed
+from ray_ep.driver.actors.ranks import Ranks
 from ray_ep.driver.interrupt import Interrupt
 from ray_ep.errors import ConfigError
 from ray_ep.placement import Topology
@@ -66,7 +67,7 @@ def probe_cluster(
     """
     if cfg.cluster.ranks < 2:
         raise ConfigError(f"cluster.ranks={cfg.cluster.ranks}: links are between ranks, so at least 2 are needed")
-    with placed(cfg.cluster, "probe", interrupt, phase) as (ranks, _):
+    with placed(cfg.cluster, "probe", interrupt, phase, kind=Ranks) as (ranks, _):
         phase("measuring the links")
         ways = transports(cfg.exchange.transport, ranks.device, ranks.transports())
         ranks.join(cfg.cluster.collective_timeout_s, ways[:1])

@@ -99,6 +99,11 @@ def _read(path: Path, patterns: tuple[str, ...]) -> dict[str, bytes]:
     return files
 
 
+def has_tokenizer(path: Path) -> bool:
+    """Whether a directory holds the vocabulary of a tokenizer."""
+    return _has(path, _VOCABULARIES)
+
+
 def _has(path: Path, patterns: tuple[str, ...]) -> bool:
     return any(True for pattern in patterns for _ in path.glob(pattern)) if path.is_dir() else False
 
