@@ -77,7 +77,10 @@ class LocalEngine:
             if self.pace and self.open:
                 self.pace()
             self.rounds += 1
-            self._deliver([self._step(one) for one in list(self.open.values())])
+            try:
+                self._deliver([self._step(one) for one in list(self.open.values())])
+            except Exception as e:
+                self.failed = f"a rank failed: {e!r}"  # told in the next round
 
     @torch.no_grad()
     def _step(self, one):
@@ -101,7 +104,7 @@ class LocalEngine:
             return logits.argmax()
         p = (logits / s.temperature).softmax(-1)
         if s.top_k:
-            p[p < p.topk(s.top_k).values[-1]] = 0
+            p[p < p.topk(min(s.top_k, len(p))).values[-1]] = 0
         order = p.sort(descending=True)
         p[order.indices[order.values.cumsum(0) - order.values >= s.top_p * p.sum()]] = 0
         return torch.multinomial(p, 1, generator=one.generator)

@@ -10,6 +10,7 @@ from openai import AuthenticationError, OpenAI, RateLimitError
 
 from ray_ep.errors import ConfigError
 from ray_ep.serve.http.keys import ApiKeys
+from ray_ep.serve.http.server import OFF
 from tests.models import build
 from tests.serve.scene import serving
 

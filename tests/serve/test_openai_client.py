@@ -32,7 +32,7 @@ def greedy(model, prompt, count):
 
 
 def spoken(tokens):
-    return words().decode([t for t in tokens if t != 2])
+    return words().decode(tokens, skip_special_tokens=True)
 
 
 def chat(client, **more):

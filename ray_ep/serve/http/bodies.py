@@ -18,6 +18,8 @@ MOST_CHOICES = 128
 """Answers to one prompt at most, as OpenAI has it."""
 _Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 _Tokens = Annotated[list[int], Field(min_length=1)]
+_Text = Annotated[str, Field(min_length=1)]
+_Texts = Annotated[list[_Text], Field(min_length=1)]
 _Choices = Annotated[int, Field(ge=1, le=MOST_CHOICES)]
 _New = Annotated[int, Field(ge=1)]
 _Zero = Annotated[float, Field(ge=0, le=0)]  # penalties: not done here
@@ -165,7 +167,9 @@ class ChatBody(_Body):
 class CompletionBody(_Body):
     """POST /v1/completions."""
 
-    prompt: str | _Tokens | Annotated[list[str], Field(min_length=1)] | Annotated[list[_Tokens], Field(min_length=1)]
+    prompt: (
+        _Text | _Tokens | Annotated[list[_Text], Field(min_length=1)] | Annotated[list[_Tokens], Field(min_length=1)]
+    )
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     echo: Literal[False] | None = None
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None

@@ -10,6 +10,7 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion
 from pydantic import BaseModel
 
+from ray_ep.rank.generate.requests import Limits
 from ray_ep.serve.http.bodies import ChatBody, CompletionBody
 from ray_ep.serve.http.guard import OPEN
 from ray_ep.serve.served import Served
@@ -43,11 +44,11 @@ _ERROR: dict[str, Any] = {
 }
 
 
-def describe(app: FastAPI, served: Served, locked: bool) -> dict[str, Any]:
+def describe(app: FastAPI, served: Served, limits: Limits, locked: bool) -> dict[str, Any]:
     """OpenAPI 3.1 of the application.
 
     Args:
-        locked: whether it asks for a key.
+        limits: what a request may have. locked: whether it asks for a key.
     """
     tree = get_openapi(title=app.title, version=app.version, routes=app.routes)
     parts = tree.setdefault("components", {})
@@ -62,6 +63,12 @@ def describe(app: FastAPI, served: Served, locked: bool) -> dict[str, Any]:
         post["responses"] = {"200": {"description": "The answer, or a stream of it.", "content": told}}
         for status, words in _REFUSED.items():
             post["responses"][status] = _problem(words)
+    prompt = schemas["CompletionBody"]["properties"]["prompt"]
+    for kind in prompt["anyOf"]:
+        while "items" in kind:
+            kind = kind["items"]
+        if kind["type"] == "integer":
+            kind |= {"minimum": 0, "maximum": limits.vocabulary - 1}
     for path in ("/health", "/ready"):
         tree["paths"][path]["get"]["responses"]["503"] = {
             "description": "Not so.",

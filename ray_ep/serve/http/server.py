@@ -80,7 +80,7 @@ def build(served: Served, desk: Desk, keys: ApiKeys | None, most_bytes: int, aro
     _add_paths(app, desk)
     _add_errors(app)
     app.add_middleware(Guard, keys=keys, most_bytes=most_bytes)
-    app.openapi = lambda: describe(app, served, keys is not None)  # type: ignore[method-assign]
+    app.openapi = lambda: describe(app, served, desk.engine.limits, keys is not None)  # type: ignore[method-assign]
     if around is not None:
         app.router.lifespan_context = _entered(around)
     return app
