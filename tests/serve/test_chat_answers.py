@@ -4,10 +4,11 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from transformers.cli.serving.utils import ReasoningText, ToolCall, build_response_parser
+from transformers.cli.serving.utils import ReasoningText, ToolCall
 
 from ray_ep.rank.generate.requests import CANCELLED, LENGTH, STOP, Delta, Request
 from ray_ep.serve.answers import Asked, Unanswered, _Answer
+from ray_ep.serve.http.chat import parser_after
 from ray_ep.serve.tokens import bytes_tokenizer
 
 QWEN = SimpleNamespace(config=SimpleNamespace(model_type="qwen3_moe"))
@@ -23,7 +24,7 @@ def answered(text, size, stop=(), done=STOP, prefix=PREFIX):
         operation="chat",
         requests=(request,),
         stop=stop,
-        parser=lambda: build_response_parser(TOKENIZER, QWEN, list(prefix)),
+        parser=parser_after(list(prefix), TOKENIZER, QWEN, []),
     )
     answer, tokens = _Answer(0, asked, TOKENIZER), TOKENIZER(text)["input_ids"]
     parts = [tuple(tokens[i : i + size]) for i in range(0, len(tokens), size)]

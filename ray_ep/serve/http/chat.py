@@ -15,7 +15,14 @@ from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
 from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from openai.types.completion_usage import CompletionUsage
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
-from transformers.cli.serving.utils import Modality, ReasoningText, ToolCall, build_response_parser
+from transformers.cli.serving.utils import (
+    Modality,
+    ReasoningText,
+    ToolCall,
+    build_response_parser,
+    get_response_template,
+)
+from transformers.utils.chat_parsing.response_templates import load_response_template
 
 from ray_ep.errors import brief
 from ray_ep.serve.admission import Refused
@@ -86,12 +93,7 @@ class Chat(ChatCompletionHandler):
             raise Refused(
                 f"messages: the model's chat template does not take them: {printable(brief(e))}", "messages"
             ) from None
-        served: Any = self._served  # its config is looked at, as a model's would be
-
-        def parser() -> Any:
-            return build_response_parser(tokenizer, served, prompt, tools=tools or None)
-
-        return prompt, parser if parser() else None
+        return prompt, parser_after(prompt, tokenizer, self._served, tools)
 
     def _choice(self, number: int, answer: list[Piece], request_id: str) -> Choice:
         items = [item for piece in answer for item in piece.items]
@@ -155,3 +157,19 @@ def _plain(items: list[Any]) -> list[str]:
 def _call(item: Any, number: int, answer_id: str) -> dict[str, Any]:
     function = {"name": item.name, "arguments": item.arguments}
     return {"id": f"{answer_id}-call-{number}", "type": "function", "function": function}
+
+
+def parser_after(
+    prompt: list[int], tokenizer: Any, served: Any, tools: list[dict[str, Any]]
+) -> Callable[[], Any] | None:
+    """What makes a parser of the answer to a prompt; None: all of it is text.
+
+    Args:
+        served: its config is looked at, as a model's would be.
+    """
+    template = get_response_template(tokenizer, served)
+    if template is None:
+        return None
+    anchored = load_response_template(template).start_anchor_re.search(tokenizer.decode(prompt))
+    before = prompt if anchored else []  # of a prompt without it, all would be taken for the answer's beginning
+    return lambda: build_response_parser(tokenizer, served, before, tools=tools or None)
