@@ -66,8 +66,16 @@ def engine(
     """
     with formed(cfg, checked, interrupt, phase) as ranks:
         phase("trying the model's cache")
-        limits, note = ranks.open()
-        phase("")
+        with engine_on(cfg, ranks, on_deltas) as it:
+            phase("")
+            yield it
+
+
+@contextmanager
+def engine_on(cfg: Config, ranks: GeneratingRanks, on_deltas: OnDeltas) -> Iterator[Engine]:
+    """Inside: an engine on ranks that have formed and take no requests yet; at the end they are as before."""
+    limits, note = ranks.open()
+    with ranks.in_background():
         it = Engine(cfg, ranks, limits, on_deltas, note)
         try:
             yield it
@@ -99,7 +107,6 @@ class Engine:
         self._status = [RankStatus(rank=rank) for rank in range(len(ranks.actors))]
         self._calling = threading.Lock()  # of calls to all ranks, and looks at who is there
         self._ending = threading.Event()
-        ranks.in_background()
         self._thread = threading.Thread(target=self._listen, name="engine", daemon=True)
         self._thread.start()
 
