@@ -128,17 +128,17 @@ class Engine:
             left = self._outstanding()
             rank = min(range(len(left)), key=lambda r: (left[r], r))
             self._open[request.id] = _Open(rank, len(request.prompt) + request.max_new_tokens)
-        self._ranks.submit(rank, [request])
-        for other, tokens in enumerate(left):
-            if other != rank and not tokens:
-                self._ranks.submit(other, [])  # it sleeps, and every pass is one of all ranks
+            self._ranks.submit(rank, [request])  # does not wait; in the lock, so that no `cancel` is sent before it
+            for other, tokens in enumerate(left):
+                if other != rank and not tokens:
+                    self._ranks.submit(other, [])  # it sleeps, and every pass is one of all ranks
 
     def cancel(self, id: str) -> None:
         """Have a request end early; one that is over, or unknown, is passed over."""
         with self._lock:
             it = self._open.get(id)
-        if it is not None:
-            self._ranks.submit(it.rank, [], [id])
+            if it is not None:
+                self._ranks.submit(it.rank, [], [id])
 
     def status(self) -> list[RankStatus]:
         """Each rank as it told last, within a second or so."""

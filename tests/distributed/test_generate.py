@@ -39,11 +39,11 @@ def generate(shared, *overrides):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_answers_equal_generate_and_a_second_start_goes_on_after_a_killed_rank(shared, model, lines):
     out = shared.path / "out.jsonl"
     first = generate(shared)
-    first.until(lambda: out.exists() and out.stat().st_size, 200, "an answer")
+    first.until(lambda: out.exists() and out.stat().st_size, 600, "an answer")
     victim = next(pid for pid, line in first.offspring().items() if "ep/" in line and "GeneratorActor" in line)
     os.kill(victim, signal.SIGKILL)
     assert first.wait(120) == 1, first.err
@@ -55,7 +55,7 @@ def test_answers_equal_generate_and_a_second_start_goes_on_after_a_killed_rank(s
     assert 0 < there < 300
 
     second = generate(shared)
-    assert second.wait(400) == 0, second.err
+    assert second.wait(700) == 0, second.err
     assert out.read_bytes().startswith(before)
     answers = lines(out)
     assert sorted(int(a["id"]) for a in answers) == list(range(300))
@@ -70,13 +70,13 @@ def test_answers_equal_generate_and_a_second_start_goes_on_after_a_killed_rank(s
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_perplexity_is_that_of_one_process(shared, model):
     text = "All work and no play makes Jack a dull boy. " * 20
     (shared.path / "held-out.txt").write_text(text)
     asked = ["--window", "64", "--stride", "16", "--json", "cluster.cpus_per_rank=0.5"]
     command = shared.ray_ep("eval", "checkpoint", "held-out.txt", *asked)
-    assert command.wait(400) == 0, command.err
+    assert command.wait(700) == 0, command.err
     tokens, losses, done = list(text.encode()), [], 1
     with torch.no_grad():
         while done < len(tokens):
@@ -108,7 +108,7 @@ TASKS = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_tasks_of_the_harness_are_computed_by_the_ranks(shared, model):
     texts = ["one plus one is", "the sky looks", "dogs like to"]
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_tasks_of_the_harness_are_computed_by_the_ranks(shared, model):
         "eval", "checkpoint", "--tasks", names, "--task-dir", "tasks", "--json", "cluster.cpus_per_rank=0.5",
         HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=str(shared.path / "cache"),
     )  # fmt: skip
-    assert command.wait(400) == 0, command.err
+    assert command.wait(700) == 0, command.err
     found = json.loads(command.out.splitlines()[-1])
     assert found["our_choices"]["acc,none"] == pytest.approx(2 / 3)  # the first answer is given wrongly
     size = sum(len(q.encode()) for q in texts)
