@@ -22,6 +22,8 @@ from ray_ep.cli.chaos import chaos
 from ray_ep.cli.control.top import top
 from ray_ep.cli.control.verbs import VERBS
 from ray_ep.cli.dashboards import dashboards
+from ray_ep.cli.evaluate import evaluate
+from ray_ep.cli.generate import generate
 from ray_ep.cli.loading import loading
 from ray_ep.cli.plan.command import plan
 from ray_ep.cli.probe import probe
@@ -79,6 +81,8 @@ def main() -> None:
       ray-ep train                          a small MoE on this machine, in a minute or two
       ray-ep train optim.steps=500          the same, longer
       ray-ep export runs/NAME OUT           the trained model as a transformers checkpoint
+      ray-ep generate OUT --prompt TEXT     answers from it, or from any MoE checkpoint of transformers
+      ray-ep eval OUT FILE                  its perplexity on the documents of a file
       ray-ep serve OUT                      the exported model over HTTP, as OpenAI's API has it
       ray-ep plan runs/NAME                 would other places for the experts be faster, and what would moving cost
       ray-ep simulate runs/NAME --nodes 2,4,8   how many GPUs of which kind: clusters that do not exist
@@ -100,6 +104,8 @@ def main() -> None:
 
 main.add_command(chaos)
 main.add_command(dashboards)
+main.add_command(evaluate)
+main.add_command(generate)
 main.add_command(plan)
 main.add_command(probe)
 main.add_command(serve)

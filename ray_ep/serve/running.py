@@ -16,13 +16,13 @@ from ray_ep.control.tls import pair
 from ray_ep.driver.interrupt import Interrupt
 from ray_ep.errors import BadInput, ConfigError, RayEPError
 from ray_ep.observe.phases import Phases
-from ray_ep.serve.admission import Places
-from ray_ep.serve.answers import Desk
 from ray_ep.serve.checked import Checked, check_checkpoint
 from ray_ep.serve.engine import Engine, engine
-from ray_ep.serve.figures import Figures
+from ray_ep.serve.http.admission import Places
+from ray_ep.serve.http.desk import Desk
+from ray_ep.serve.http.figures import Figures
 from ray_ep.serve.http.keys import ApiKeys
-from ray_ep.serve.served import Served
+from ray_ep.serve.http.served import Served
 from ray_ep.serve.tokens import bytes_tokenizer
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ import uvicorn
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from ray_ep.serve.admission import Places
-from ray_ep.serve.answers import Desk
-from ray_ep.serve.figures import Figures
+from ray_ep.serve.http.admission import Places
+from ray_ep.serve.http.desk import Desk
+from ray_ep.serve.http.figures import Figures
+from ray_ep.serve.http.served import Served
 from ray_ep.serve.http.server import build
-from ray_ep.serve.served import Served
 from tests.models import VOCAB
 from tests.serve.local import LocalEngine
 

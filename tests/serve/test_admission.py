@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from ray_ep.rank.generate.requests import Limits
-from ray_ep.serve.admission import Places, Refused, new_tokens
+from ray_ep.serve.http.admission import Places, Refused, new_tokens
 
 LIMITS = Limits(vocabulary=100, context=10, cache_tokens=100, requests=4)
 

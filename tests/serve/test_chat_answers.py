@@ -7,8 +7,8 @@ import pytest
 from transformers.cli.serving.utils import ReasoningText, ToolCall
 
 from ray_ep.rank.generate.requests import CANCELLED, LENGTH, STOP, Delta, Request
-from ray_ep.serve.answers import Asked, Unanswered, _Answer
 from ray_ep.serve.http.chat import parser_after
+from ray_ep.serve.http.desk import Asked, Unanswered, _Answer
 from ray_ep.serve.tokens import bytes_tokenizer
 
 QWEN = SimpleNamespace(config=SimpleNamespace(model_type="qwen3_moe"))

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ray_ep.serve.http.words import Spelled, UpToStop
 from ray_ep.serve.tokens import bytes_tokenizer
-from ray_ep.serve.words import Spelled, UpToStop
 
 AB = st.text("ab", max_size=12)
 

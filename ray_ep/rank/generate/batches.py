@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
-import torch
-
 from ray_ep.moe import ExpertParallel
 from ray_ep.rank.generate.requests import Request
 
@@ -56,25 +54,16 @@ class Batches(Protocol):
     def end(self, hard: bool) -> None:
         """End the thread: when nobody has work left, or (hard) at once, failing what is open. Every rank does."""
 
-    @torch.no_grad()
     def idle(self) -> None:
         """Take part in a pass of the others with no tokens: nothing is scheduled, no cache is seen."""
         ep: ExpertParallel = self.model.ray_ep
-        with self._timed():
+        with self.timed():
             ep.idle_pass()
         self.idle_passes += 1
 
     @contextmanager
-    def passing(self) -> Iterator[None]:
-        """Around a pass over own tokens."""
-        with self._timed():
-            yield
-        self.passes += 1
-
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
+    def timed(self) -> Iterator[None]:
+        """Around a pass."""
         began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.pass_seconds += time.perf_counter() - began
+        yield
+        self.pass_seconds += time.perf_counter() - began

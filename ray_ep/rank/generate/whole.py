@@ -7,6 +7,7 @@ padded and tokens are those of `generate`. B requests of a batch, P tokens of a 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +20,7 @@ from ray_ep.config.schema import GenerateConfig
 from ray_ep.rank.generate.batches import Batches
 from ray_ep.rank.generate.lockstep import FLUSH, HARD, NAP_S, Lockstep
 from ray_ep.rank.generate.requests import CANCELLED, ERROR, GOES_ON, LENGTH, STOP, Delta, Request, TokenLogprob
-from ray_ep.rank.generate.sampling import next_token
+from ray_ep.rank.generate.sampling import next_tokens
 
 Tell = Callable[[list[Delta]], None]
 """Is given what is new of requests."""
@@ -41,11 +42,9 @@ class _Batch:
     def choose(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """scores [B, V] -> the same, with nothing left but the token that was chosen."""
         chosen = torch.full_like(scores, -torch.inf)
-        for row, request in enumerate(self.requests):
-            token, logprob = next_token(scores[row], request, self.given)
-            chosen[row, token] = 0
-            if logprob is not None:
-                self.logprobs[request.id] = logprob
+        found = next_tokens(scores, self.requests, [self.given] * len(self.requests))
+        chosen[range(len(found)), [token for token, _ in found]] = 0
+        self.logprobs.update((r.id, told) for r, (_, told) in zip(self.requests, found, strict=True) if told)
         return chosen
 
     def ended(self, ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
@@ -132,7 +131,10 @@ class WholeBatches(Batches):
         self._thread.join()
 
     def _run(self) -> None:
-        hook = self.model.register_forward_pre_hook(self._before_pass, with_kwargs=True)
+        hooks = [
+            self.model.register_forward_pre_hook(self._before_pass),
+            self.model.register_forward_hook(self._after_pass),
+        ]
         try:
             while self._turn():
                 pass
@@ -144,7 +146,8 @@ class WholeBatches(Batches):
             self._status.record_fatal_error(e)
             self._fail(str(e))
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
             self._status.mark_as_stopped()
 
     def _turn(self) -> bool:
@@ -195,7 +198,6 @@ class WholeBatches(Batches):
 
     def _tell(self, deltas: list[Delta]) -> None:
         """Of a batch, after a pass over it."""
-        self.passes += 1
         self.tokens += sum(len(d.tokens) for d in deltas)
         with self._lock:
             over = {d.id for d in deltas if d.done}
@@ -203,10 +205,15 @@ class WholeBatches(Batches):
             self._cancelled -= over
         self.tell(deltas)
 
-    def _before_pass(self, module: Any, args: Any, kwargs: Any) -> None:
+    def _before_pass(self, module: Any, args: Any) -> None:
         """Each pass of `generate` is one round."""
         if self._agree(work=True) == HARD:
             raise StoppedError
+        self._began = time.perf_counter()
+
+    def _after_pass(self, module: Any, args: Any, output: Any) -> None:
+        self.passes += 1
+        self.pass_seconds += time.perf_counter() - self._began
 
     def _agree(self, work: bool) -> int:
         paused = self._status.is_pause_requested()

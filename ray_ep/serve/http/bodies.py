@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ray_ep.rank.generate.admission import MOST_LOGPROBS
-from ray_ep.serve.admission import Refused
+from ray_ep.serve.http.admission import Refused
 
 MOST_CHOICES = 128
 """Answers to one prompt at most, as OpenAI has it."""

@@ -25,12 +25,12 @@ from transformers.cli.serving.utils import (
 from transformers.utils.chat_parsing.response_templates import load_response_template
 
 from ray_ep.errors import brief
-from ray_ep.serve.admission import Refused
-from ray_ep.serve.answers import Asked, Desk, Piece, begun, whole
+from ray_ep.serve.http.admission import Refused
 from ray_ep.serve.http.bodies import ChatBody, printable, read
+from ray_ep.serve.http.desk import Asked, Desk, Piece, begun, whole
 from ray_ep.serve.http.events import events, usage_of
 from ray_ep.serve.http.probabilities import of_chat
-from ray_ep.serve.served import Served, asked
+from ray_ep.serve.http.served import Served, asked
 
 
 class Chat(ChatCompletionHandler):

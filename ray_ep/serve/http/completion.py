@@ -13,12 +13,12 @@ from openai.types import Completion, CompletionChoice
 from transformers.cli.serving.completion import CompletionHandler
 
 from ray_ep.errors import brief
-from ray_ep.serve.admission import Refused
-from ray_ep.serve.answers import Desk, Piece, begun, whole
+from ray_ep.serve.http.admission import Refused
 from ray_ep.serve.http.bodies import CompletionBody, printable, read
+from ray_ep.serve.http.desk import Desk, Piece, begun, whole
 from ray_ep.serve.http.events import events, usage_of
 from ray_ep.serve.http.probabilities import of_completion
-from ray_ep.serve.served import Served, asked
+from ray_ep.serve.http.served import Served, asked
 
 
 class Completions(CompletionHandler):

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from ray_ep.rank.generate.requests import Limits
 from ray_ep.serve.http.bodies import ChatBody, CompletionBody
 from ray_ep.serve.http.guard import OPEN
-from ray_ep.serve.served import Served
+from ray_ep.serve.http.served import Served
 
 _PATHS: dict[str, tuple[type[BaseModel], type[BaseModel]]] = {
     "/v1/chat/completions": (ChatBody, ChatCompletion),

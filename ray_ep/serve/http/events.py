@@ -10,7 +10,7 @@ from typing import Any
 from openai.types.completion_usage import CompletionUsage
 from transformers.cli.serving.utils import BaseHandler
 
-from ray_ep.serve.answers import Unanswered
+from ray_ep.serve.http.desk import Unanswered
 
 _KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 

@@ -19,16 +19,16 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerationState
 
-from ray_ep.serve.admission import Refused
-from ray_ep.serve.answers import Desk, Unanswered
+from ray_ep.serve.http.admission import Refused
 from ray_ep.serve.http.bodies import printable
 from ray_ep.serve.http.chat import Chat
 from ray_ep.serve.http.completion import Completions
 from ray_ep.serve.http.description import describe
+from ray_ep.serve.http.desk import Desk, Unanswered
 from ray_ep.serve.http.events import error
 from ray_ep.serve.http.guard import Guard
 from ray_ep.serve.http.keys import ApiKeys
-from ray_ep.serve.served import Served
+from ray_ep.serve.http.served import Served
 
 log = logging.getLogger("ray_ep.serve")
 

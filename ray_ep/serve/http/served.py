@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray_ep.rank.generate.requests import Limits, Request, Sampling
-from ray_ep.serve.admission import Refused, new_tokens
-from ray_ep.serve.answers import Asked
+from ray_ep.serve.http.admission import Refused, new_tokens
 from ray_ep.serve.http.bodies import ChatBody, CompletionBody
+from ray_ep.serve.http.desk import Asked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
