@@ -27,6 +27,7 @@ from ray_ep.cli.generate import generate
 from ray_ep.cli.loading import loading
 from ray_ep.cli.plan.command import plan
 from ray_ep.cli.probe import probe
+from ray_ep.cli.serve import serve
 from ray_ep.cli.simulate.command import simulate
 from ray_ep.cli.trace import trace
 
@@ -82,6 +83,7 @@ def main() -> None:
       ray-ep export runs/NAME OUT           the trained model as a transformers checkpoint
       ray-ep generate OUT --prompt TEXT     answers from it, or from any MoE checkpoint of transformers
       ray-ep eval OUT FILE                  its perplexity on the documents of a file
+      ray-ep serve OUT                      the exported model over HTTP, as OpenAI's API has it
       ray-ep plan runs/NAME                 would other places for the experts be faster, and what would moving cost
       ray-ep simulate runs/NAME --nodes 2,4,8   how many GPUs of which kind: clusters that do not exist
       ray-ep probe cluster.ranks=4          how fast the links between ranks are
@@ -106,6 +108,7 @@ main.add_command(evaluate)
 main.add_command(generate)
 main.add_command(plan)
 main.add_command(probe)
+main.add_command(serve)
 main.add_command(simulate)
 main.add_command(trace)
 main.add_command(top)

@@ -90,6 +90,7 @@ def _answer(
     as_json: bool,
     start: tuple[Phases, Interrupt],
 ) -> None:
+    from ray_ep.errors import RequestError
     from ray_ep.serve.job import Told, answer_all
 
     stream = _Stream(checked) if len(asked) == 1 and not as_json and file is None else None
@@ -107,7 +108,11 @@ def _answer(
     delta = stream.add if stream is not None else (lambda delta: None)
     with nullcontext() if file is None else file:
         left = asked if file is None else file.left
-        figures = answer_all(cfg, checked, left, Told(told, start[0], say, delta), start[1])
+        try:
+            figures = answer_all(cfg, checked, left, Told(told, start[0], say, delta), start[1])
+        except RequestError as e:
+            go_on = f"; the same command goes on behind the answers in {file.path}" if file is not None else ""
+            raise RequestError(f"{e}{go_on}") from None
     if stream is not None:
         click.echo()
     say(figures.words())

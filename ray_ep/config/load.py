@@ -21,6 +21,7 @@ from ray_ep.config.paths import absolute, is_url
 from ray_ep.config.provenance import check_provenance
 from ray_ep.config.runs import newest, settings_of, settings_of_checkpoint
 from ray_ep.config.schema import Config, ModelConfig
+from ray_ep.config.serve import check_serve
 from ray_ep.config.values import WrongValue, convert, flow_list, parse, scalar_or_tree
 from ray_ep.errors import ConfigError
 
@@ -210,6 +211,7 @@ def check(cfg: DictConfig) -> None:
     check_elastic(cfg)
     _check_snapshots(cfg)
     check_control(cfg)
+    check_serve(cfg)
     check_exchange(cfg)
     check_provenance(cfg)
 
@@ -280,6 +282,10 @@ _AT_LEAST: dict[str, float] = {
     "control.port": 0,
     "eval.every": 0,
     "eval.sequences": 1,
+    "serve.port": 0,
+    "serve.answers": 1,
+    "serve.body_mb": 0.01,
+    "serve.grace_s": 0,
     "generate.cache_tokens": 32,
     "generate.pass_tokens": 1,
     "generate.requests": 1,

@@ -21,6 +21,9 @@ _WORDS = {
     "control.tls_cert": ("",),
     "control.tls_key": ("",),
     "control.tls_client_ca": ("",),
+    "serve.api_key_file": ("",),
+    "serve.tls_cert": ("",),
+    "serve.tls_key": ("",),
 }
 """Keys that hold a path or URL (data.files: several), but for these words."""
 _NAMES = {"data.tokenizer": ("", "bytes"), "data.dataset": ("",)}

@@ -1,6 +1,6 @@
 """The one schema of a run: dataclasses whose fields carry their own documentation.
 
-`docs/configuration.md` is generated from this file; load.py checks values against it. Imports nothing of the package.
+`docs/configuration.md` is generated from this file; load.py checks values against it. Imports option and serving alone.
 """
 
 from __future__ import annotations
@@ -8,13 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-
-def _opt(default: Any, text: str, allowed: tuple[Any, ...] = ()) -> Any:
-    """A field with its help text and, where the choice is closed, the allowed values."""
-    meta = {"help": text, "allowed": allowed}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=meta)
-    return field(default=default, metadata=meta)
+from ray_ep.config.option import opt as _opt
+from ray_ep.config.serving import ServeConfig
 
 
 @dataclass
@@ -395,6 +390,7 @@ class Config:
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
     control: ControlConfig = field(default_factory=ControlConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -46,12 +46,12 @@ def server_credentials(cfg: ControlConfig, failed: Callable[[str], None]) -> grp
 
 def _shown(cfg: ControlConfig) -> Any:
     """Certificate, key and authorities. Raises ConfigError."""
-    key, cert = _pair(("control.tls_key", cfg.tls_key), ("control.tls_cert", cfg.tls_cert))
+    key, cert = pair(("control.tls_key", cfg.tls_key), ("control.tls_cert", cfg.tls_cert))
     authorities = _authorities(cfg.tls_client_ca, "control.tls_client_ca") if cfg.tls_client_ca else None
     return grpc.ssl_server_certificate_configuration([(key, cert)], authorities)
 
 
-def _pair(key: tuple[str, str], cert: tuple[str, str]) -> tuple[bytes, bytes]:
+def pair(key: tuple[str, str], cert: tuple[str, str]) -> tuple[bytes, bytes]:
     """A private key and its certificate, each from (what gave it, path). Raises ConfigError: they are no pair."""
     found = private(key[1], key[0]), _read(cert[1], cert[0])
     try:
@@ -70,7 +70,7 @@ def channel_credentials(ca: str, cert: str, key: str) -> grpc.ChannelCredentials
         raise BadInput("--cert and --key: give both, or none")
     try:
         roots = _authorities(ca, "--ca") if ca else None
-        return grpc.ssl_channel_credentials(roots, *(_pair(("--key", key), ("--cert", cert)) if key else ()))
+        return grpc.ssl_channel_credentials(roots, *(pair(("--key", key), ("--cert", cert)) if key else ()))
     except ConfigError as e:
         raise BadInput(str(e)) from None
 

@@ -11,9 +11,9 @@ from ray_ep.rank.generate.requests import Limits, RankStatus, Request
 class Answering(Protocol):
     """Ranks that answer. All calls may come from any thread; none but `move` blocks.
 
-    What comes back goes to the `on_deltas` that `ray_ep.serve.engine.engine(cfg, on_deltas)`, a context manager, was
-    given: a function of a list of `Delta`, called from a thread of the engine's own; it must not block. Every request
-    that was taken gets one last delta, whatever happens.
+    What comes back goes to the `on_deltas` that `ray_ep.serve.engine.engine`, a context manager, was given: a function
+    of a list of `Delta`, called from a thread of the engine's own; it must not block. Every request that was taken
+    gets one last delta, whatever happens.
     """
 
     @property

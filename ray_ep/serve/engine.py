@@ -66,8 +66,16 @@ def engine(
     """
     with formed(cfg, checked, interrupt, phase) as ranks:
         phase("trying the model's cache")
-        limits, note = ranks.open()
-        phase("")
+        with engine_on(cfg, ranks, on_deltas) as it:
+            phase("")
+            yield it
+
+
+@contextmanager
+def engine_on(cfg: Config, ranks: GeneratingRanks, on_deltas: OnDeltas) -> Iterator[Engine]:
+    """Inside: an engine on ranks that have formed and take no requests yet; at the end they are as before."""
+    limits, note = ranks.open()
+    with ranks.in_background():
         it = Engine(cfg, ranks, limits, on_deltas, note)
         try:
             yield it
@@ -99,7 +107,6 @@ class Engine:
         self._status = [RankStatus(rank=rank) for rank in range(len(ranks.actors))]
         self._calling = threading.Lock()  # of calls to all ranks, and looks at who is there
         self._ending = threading.Event()
-        ranks.in_background()
         self._thread = threading.Thread(target=self._listen, name="engine", daemon=True)
         self._thread.start()
 
@@ -121,17 +128,17 @@ class Engine:
             left = self._outstanding()
             rank = min(range(len(left)), key=lambda r: (left[r], r))
             self._open[request.id] = _Open(rank, len(request.prompt) + request.max_new_tokens)
-        self._ranks.submit(rank, [request])
-        for other, tokens in enumerate(left):
-            if other != rank and not tokens:
-                self._ranks.submit(other, [])  # it sleeps, and every pass is one of all ranks
+            self._ranks.submit(rank, [request])  # does not wait; in the lock, so that no `cancel` is sent before it
+            for other, tokens in enumerate(left):
+                if other != rank and not tokens:
+                    self._ranks.submit(other, [])  # it sleeps, and every pass is one of all ranks
 
     def cancel(self, id: str) -> None:
         """Have a request end early; one that is over, or unknown, is passed over."""
         with self._lock:
             it = self._open.get(id)
-        if it is not None:
-            self._ranks.submit(it.rank, [], [id])
+            if it is not None:
+                self._ranks.submit(it.rank, [], [id])
 
     def status(self) -> list[RankStatus]:
         """Each rank as it told last, within a second or so."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -60,9 +61,15 @@ class GeneratingRanks(Ranks):
         }
         return [found[i] for i in range(len(rows))]
 
-    def in_background(self) -> None:
-        """From now on calls are made by threads that no signal interrupts."""
-        self._interrupted = bool
+    @contextmanager
+    def in_background(self) -> Iterator[None]:
+        """Inside: calls are made by threads that no signal interrupts."""
+        interrupted, self._interrupted = self._interrupted, bool
+        try:
+            yield
+        finally:
+            self._interrupted = interrupted
+            self._news.clear()
 
     def news(self, wait_s: float) -> list[tuple[int, News]]:
         """What ranks have told, within about `wait_s`; those that are dead tell nothing."""

@@ -14,7 +14,8 @@ from ray_ep.errors import RequestError
 from ray_ep.rank.generate.requests import ERROR, Delta, RankStatus, TokenLogprob
 from ray_ep.serve.answers import Answer
 from ray_ep.serve.checked import Checked
-from ray_ep.serve.engine import Engine, engine
+from ray_ep.serve.engine import Engine, engine, engine_on
+from ray_ep.serve.engine_ranks import GeneratingRanks
 from ray_ep.serve.prompts import Prompt
 
 _AHEAD = 2
@@ -82,6 +83,23 @@ def answer_all(cfg: Config, checked: Checked, prompts: Sequence[Prompt], told: T
         began = time.monotonic()
         tokens = _answered(ranks, prompts, news, told, interrupt)
         return _figures(ranks.status(), len(prompts), tokens, time.monotonic() - began)
+
+
+def answer_on(
+    cfg: Config,
+    ranks: GeneratingRanks,
+    prompts: Sequence[Prompt],
+    answer: Callable[[Answer], None],
+    interrupt: Interrupt,
+) -> int:
+    """The same on ranks that have formed; tokens in all."""
+    news: queue.Queue[list[Delta]] = queue.Queue()
+    with engine_on(cfg, ranks, news.put) as it:
+        return _answered(it, prompts, news, Told(answer, _silent, _silent), interrupt)
+
+
+def _silent(words: str) -> None:
+    """Nobody is told."""
 
 
 def _answered(

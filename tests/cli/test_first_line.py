@@ -18,6 +18,8 @@ from ray_ep.cli import main
 main()
 """
 
+VERBS = ("train", "export", "probe", "generate", "eval", "chaos", "bench", "layer", "step")
+
 
 @pytest.mark.parametrize(
     "arguments",
@@ -25,6 +27,8 @@ main()
         ["train", "--json"],
         ["export", "run", "out", "--json"],
         ["probe", "--json"],
+        ["generate", "checkpoint", "--prompt", "a"],
+        ["eval", "checkpoint", "data", "--json"],
         ["chaos", "--json"],
         ["bench", "layer", "--json"],
         ["bench", "step", "--json"],
@@ -33,7 +37,7 @@ main()
 )
 def test_a_command_speaks_before_it_loads_torch_or_ray(tmp_path, arguments):
     done = subprocess.run([sys.executable, "-c", PROBE, *arguments], cwd=tmp_path, capture_output=True, text=True)
-    verb = " ".join(a for a in arguments if a in ("train", "export", "probe", "chaos", "bench", "layer", "step"))
+    verb = " ".join(a for a in arguments if a in VERBS)
     first, *rest = done.stderr.splitlines()
     assert first.startswith(f"ray-ep {verb}: loading ")
     assert rest[0].startswith("loads ")

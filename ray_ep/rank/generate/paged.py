@@ -21,7 +21,7 @@ from ray_ep.rank.generate.batches import Batches
 from ray_ep.rank.generate.lockstep import FLUSH, HARD, NAP_S, Lockstep
 from ray_ep.rank.generate.mla import padded_values, room_for_keys
 from ray_ep.rank.generate.requests import CANCELLED, ERROR, LENGTH, STOP, Delta, Request, TokenLogprob
-from ray_ep.rank.generate.sampling import next_token
+from ray_ep.rank.generate.sampling import next_tokens
 
 PAGE = 16
 """Tokens of a page of the cache."""
@@ -54,12 +54,10 @@ class _Runner(ModelRunner):
         """scores [1, n, V] of the n requests that get a token -> output_ids [0, :n]."""
         batch: Any = self.inputs_and_outputs
         states = [f.state for f in batch.requests_in_batch if f.has_new_token]
-        for row, state in enumerate(states):
-            request = self.requests[state.request_id]
-            token, logprob = next_token(scores[0, row], request, _given(state))
-            output_ids[0, row] = token
-            if logprob is not None:
-                self.logprobs[state.request_id] = logprob
+        requests = [self.requests[state.request_id] for state in states]
+        found = next_tokens(scores[0, : len(states)], requests, [_given(state) for state in states])
+        output_ids[0, : len(states)] = torch.tensor([token for token, _ in found])
+        self.logprobs.update((r.id, told) for r, (_, told) in zip(requests, found, strict=True) if told)
 
 
 def _given(state: RequestState) -> int:

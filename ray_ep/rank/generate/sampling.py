@@ -5,6 +5,8 @@ So neither the batch, nor the rank, nor the number of ranks changes what a seed 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -12,15 +14,21 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 from ray_ep.rank.generate.requests import Request, Sampling, TokenLogprob
 
 
-def next_token(logits: torch.Tensor, request: Request, position: int) -> tuple[int, TokenLogprob | None]:
-    """The token after `position` tokens of the answer, and what the request wants to know of it.
+def next_tokens(
+    scores: torch.Tensor, requests: Sequence[Request], positions: Sequence[int]
+) -> list[tuple[int, TokenLogprob | None]]:
+    """For each request the token after so many tokens of its answer, and what it wants to know of that.
 
     Args:
-        logits: [V] of the model, float32. On a GPU each call is a host sync.
+        scores: [n, V] logits of the model, float32. On a GPU one host sync, and more for those that are not greedy.
     """
-    sampling = request.sampling
-    token = int(logits.argmax()) if not sampling.temperature else drawn(logits, sampling, position)
-    return token, None if request.logprobs is None else _logprob(logits, token, request.logprobs)
+    greedy: list[int] = scores.argmax(-1).tolist()
+    found = []
+    for logits, request, position, best in zip(scores, requests, positions, greedy, strict=True):
+        token = drawn(logits, request.sampling, position) if request.sampling.temperature else best
+        told = None if request.logprobs is None else _logprob(logits, token, request.logprobs)
+        found.append((token, told))
+    return found
 
 
 def drawn(logits: torch.Tensor, sampling: Sampling, position: int) -> int:

@@ -20,7 +20,7 @@ from ray_ep.config.schema import GenerateConfig
 from ray_ep.rank.generate.batches import Batches
 from ray_ep.rank.generate.lockstep import FLUSH, HARD, NAP_S, Lockstep
 from ray_ep.rank.generate.requests import CANCELLED, ERROR, GOES_ON, LENGTH, STOP, Delta, Request, TokenLogprob
-from ray_ep.rank.generate.sampling import next_token
+from ray_ep.rank.generate.sampling import next_tokens
 
 Tell = Callable[[list[Delta]], None]
 """Is given what is new of requests."""
@@ -42,11 +42,9 @@ class _Batch:
     def choose(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """scores [B, V] -> the same, with nothing left but the token that was chosen."""
         chosen = torch.full_like(scores, -torch.inf)
-        for row, request in enumerate(self.requests):
-            token, logprob = next_token(scores[row], request, self.given)
-            chosen[row, token] = 0
-            if logprob is not None:
-                self.logprobs[request.id] = logprob
+        found = next_tokens(scores, self.requests, [self.given] * len(self.requests))
+        chosen[range(len(found)), [token for token, _ in found]] = 0
+        self.logprobs.update((r.id, told) for r, (_, told) in zip(self.requests, found, strict=True) if told)
         return chosen
 
     def ended(self, ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:

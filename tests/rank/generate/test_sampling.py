@@ -6,7 +6,7 @@ from transformers import GenerationConfig
 
 from ray_ep.rank.generate.admission import refusal
 from ray_ep.rank.generate.requests import Limits, Request, Sampling
-from ray_ep.rank.generate.sampling import drawn, next_token
+from ray_ep.rank.generate.sampling import drawn, next_tokens
 from tests.models import build
 
 LIMITS = Limits(vocabulary=64, context=32, cache_tokens=128, requests=4)
@@ -21,7 +21,9 @@ def of(sampling, **more):
 
 
 def test_no_temperature_takes_the_most_likely_token():
-    assert next_token(logits(), of(Sampling()), 3) == (int(logits().argmax()), None)
+    both = torch.stack([logits(), logits(1)])
+    best = [(int(row.argmax()), None) for row in both]
+    assert next_tokens(both, [of(Sampling())] * 2, [3, 0]) == best
 
 
 @pytest.mark.parametrize(
@@ -49,7 +51,7 @@ def test_a_draw_depends_on_seed_and_position_and_on_no_last_bit():
 
 
 def test_logprobs_are_of_the_model_before_sampling():
-    token, told = next_token(logits(), of(Sampling(temperature=0.3, seed=1), logprobs=2), 0)
+    ((token, told),) = next_tokens(logits()[None], [of(Sampling(temperature=0.3, seed=1), logprobs=2)], [0])
     plain = logits().log_softmax(-1)
     assert told.token == token
     assert told.logprob == pytest.approx(float(plain[token]))
