@@ -158,9 +158,7 @@ class Layer(EPImplementation):
             hidden_states, top_k_index, top_k_weights = (
                 _slice(t, self.tp_mesh) for t in (hidden_states, top_k_index, top_k_weights)
             )
-        dtype = self.experts.down_proj.dtype
-        with torch.autocast(hidden_states.device.type, enabled=False):  # experts compute in the dtype of their weights
-            out = layer.forward(self.experts, hidden_states.to(dtype), top_k_index, top_k_weights)
+        out = layer.forward(self.experts, hidden_states, top_k_index, top_k_weights)
         if self.tp_mesh.size() == 1:
             return out
         shape, stride = torch.Size((tokens, out.shape[1])), (out.shape[1], 1)

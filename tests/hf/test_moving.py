@@ -8,6 +8,7 @@ import torch
 import ray_ep
 from ray_ep.errors import ModelError, PlacementError
 from ray_ep.placement import contiguous, random
+from tests.conftest import slow
 from tests.hf.loaded import IDS, assert_equals_one_process, hf, load, mean_loss, rows_of, saved
 from tests.models import build
 
@@ -81,7 +82,7 @@ def moved_and_computed(rank, path, name):
     return held
 
 
-@pytest.mark.parametrize("name", ["gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["gpt_oss", *slow("deepseek_v3")])
 def test_every_row_of_an_expert_moves(two, tmp_path, name):
     plain, path = saved(tmp_path, name)
     layers, experts = len(ray_ep.moe.find_experts(plain)), plain.config.num_local_experts

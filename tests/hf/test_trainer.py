@@ -14,11 +14,20 @@ STEPS, ROWS = 3, 4
 DATA = torch.randint(3, 64, (STEPS * ROWS, 10), generator=torch.Generator().manual_seed(2))
 
 
-def trained(rank, path, out, moved=False, accumulate=1, **arguments):
+def adapted(model):
+    """The model with adapters on its attention: peft's, the same on every rank."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+
+
+def trained(rank, path, out, moved=False, adapters=False, accumulate=1, **arguments):
     """Losses and gradient norms of a few steps, as the Trainer logs them; ROWS rows a step over both ranks."""
     model = load(path)
     if moved:
         hf.apply_placement(model, random(2, 8, 2, seed=1))
+    if adapters:
+        model = adapted(model)
     settings = TrainingArguments(
         out, use_cpu=True, max_steps=STEPS, per_device_train_batch_size=ROWS // 2 // accumulate, learning_rate=0.1,
         gradient_accumulation_steps=accumulate, lr_scheduler_type="constant", logging_steps=1, report_to=[],
@@ -82,6 +91,15 @@ def test_gradients_accumulate_as_in_one_process(two, tmp_path):
 @pytest.mark.slow
 def test_a_trainer_in_mixed_precision_stays_near_one_process(two, tmp_path):
     check(two, tmp_path, tolerance=0.05, bf16=True)
+
+
+@pytest.mark.slow
+def test_adapters_on_the_attention_train_as_in_one_process(two, tmp_path):
+    plain, path = saved(tmp_path, "qwen3_moe")
+    want = torch.tensor(one_process(adapted(plain)))
+    for logged, _ in two(partial(trained, adapters=True), path, str(tmp_path / "out")):
+        assert torch.allclose(torch.tensor(logged), want, rtol=1e-4, atol=0), (logged, want)
+    assert (tmp_path / "out" / "last" / "adapter_model.safetensors").exists()
 
 
 def with_optimizer_state(rank, path, out):
