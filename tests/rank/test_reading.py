@@ -92,7 +92,7 @@ def test_two_ranks_of_a_node_hold_their_share_and_little_more_and_fetch_each_byt
     finally:
         [r.kill() for r in ranks]
     for t in told:
-        # Beside the experts: what is stacked and the stack. Dense weights are pages of the file, until they are trained.
+        # Beside the experts: what is stacked, and the stack. Dense weights are pages of the file, not copies.
         assert t["peak"] < t["experts"] + 6 * t["largest"]
     assert sum(t["disk"] for t in told) < 1.1 * file.stat().st_size, "the page cache is the node's, not a rank's"
 
