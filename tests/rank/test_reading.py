@@ -20,13 +20,14 @@ from tests.models import build
 from tests.rank.quantise import FP8, fp8, mxfp4, tiny, write
 
 LOAD = """
-import json, os, sys, threading, time
+import ctypes, gc, json, sys
 import torch
 from pathlib import Path
 from transformers import AutoConfig
 from ray_ep.moe import find_experts
 from ray_ep.rank.model import meta_model
 from ray_ep.rank.pretrained.load import load_pretrained
+from ray_ep.rank.pretrained.reading import Reading
 
 torch.set_num_threads(1)
 path, rank = Path(sys.argv[1]), int(sys.argv[2])
@@ -37,35 +38,41 @@ def own_mb():
 def from_disk():
     return next(int(line.split()[1]) for line in open("/proc/self/io") if line.startswith("read_bytes"))
 
-def load(path):
+class Watched(Reading):  # looks at each read: by time, a busy machine would miss the peak
+    peak = 0.0
+
+    def add(self, size):
+        self.peak = max(self.peak, own_mb())
+        super().add(size)
+
+    def end(self):
+        self.peak = max(self.peak, own_mb())
+        super().end()
+
+def load(path, reading):
     model = meta_model(AutoConfig.from_pretrained(path))
     rows = {n: list(range(rank, m.num_experts, 2))[::-1] for n, m in find_experts(model).items()}
-    load_pretrained(model, path, rows)
+    load_pretrained(model, path, rows, reading)
     return model
 
-load(path.with_name("small"))  # whatever is imported or started at the first time
+load(path.with_name("small"), Reading())  # whatever is imported or started at the first time
 print("ready", flush=True)
 sys.stdin.readline()
-before, disk, peak, over = own_mb(), from_disk(), 0.0, threading.Event()
-
-def watch():
-    global peak
-    while not over.wait(0.001):
-        peak = max(peak, own_mb())
-
-threading.Thread(target=watch, daemon=True).start()
-model = load(path)
-over.set()
-sizes = [p.numel() * p.element_size() / 2**20 for p in model.parameters()]
-print(json.dumps({"peak": peak - before, "share": sum(sizes), "largest": max(sizes), "disk": from_disk() - disk}))
+gc.collect()
+ctypes.CDLL(None).malloc_trim(0)  # what imports have left free is not given to the weights unseen
+before, disk, watched = own_mb(), from_disk(), Watched()
+model = load(path, watched)
+sizes = [p.numel() * p.element_size() / 2**20 for m in find_experts(model).values() for p in m.parameters()]
+peak, disk = watched.peak - before, from_disk() - disk
+print(json.dumps({"peak": peak, "experts": sum(sizes), "largest": max(sizes), "disk": disk}))
 """
 
 
 @pytest.mark.slow
 def test_two_ranks_of_a_node_hold_their_share_and_little_more_and_fetch_each_byte_once(tmp_path):
     build("mixtral").save_pretrained(tmp_path / "small")
-    big = {"hidden_size": 256, "intermediate_size": 512, "num_local_experts": 16, "num_hidden_layers": 8,
-           "head_dim": 128, "num_attention_heads": 16, "num_key_value_heads": 16}  # fmt: skip
+    big = {"hidden_size": 128, "intermediate_size": 512, "num_local_experts": 16, "num_hidden_layers": 24,
+           "head_dim": 128, "num_attention_heads": 8, "num_key_value_heads": 8}  # fmt: skip
     build("mixtral", **big).save_pretrained(tmp_path / "big")
     file = tmp_path / "big" / "model.safetensors"
     ranks = [
@@ -85,8 +92,8 @@ def test_two_ranks_of_a_node_hold_their_share_and_little_more_and_fetch_each_byt
     finally:
         [r.kill() for r in ranks]
     for t in told:
-        assert t["share"] < 0.7 * file.stat().st_size / 2**20
-        assert t["peak"] < t["share"] + 3 * t["largest"] + 8, "what is stacked, the stack, and what the C library keeps"
+        # Beside the experts: what is stacked, and the stack. Dense weights are pages of the file, not copies.
+        assert t["peak"] < t["experts"] + 6 * t["largest"]
     assert sum(t["disk"] for t in told) < 1.1 * file.stat().st_size, "the page cache is the node's, not a rank's"
 
 
