@@ -34,7 +34,7 @@ def greedy(model, prompt):
 
 def generate(shared, *overrides):
     asked = ["--prompts", "prompts.jsonl", "--out", "out.jsonl", "--max-new-tokens", str(NEW)]
-    few = ["cluster.cpus_per_rank=0.5", "generate.requests=2", "balance.in_step=off"]
+    few = ["cluster.cpus_per_rank=0.5", "cluster.wait_s=600", "generate.requests=2", "balance.in_step=off"]
     return shared.ray_ep("generate", "checkpoint", *asked, "--json", *few, *overrides)
 
 
@@ -44,7 +44,7 @@ def test_answers_equal_generate_and_a_second_start_goes_on_after_a_killed_rank(s
     out = shared.path / "out.jsonl"
     first = generate(shared)
     first.until(lambda: out.exists() and out.stat().st_size, 600, "an answer")
-    victim = next(pid for pid, line in first.offspring().items() if "ep/" in line and "GeneratorActor" in line)
+    victim = next(pid for pid, line in first.offspring().items() if line.startswith("ray::GeneratorActor"))
     os.kill(victim, signal.SIGKILL)
     assert first.wait(120) == 1, first.err
     assert re.search(r"ray-ep: rank \d on \S+ died", first.err)
@@ -74,7 +74,7 @@ def test_answers_equal_generate_and_a_second_start_goes_on_after_a_killed_rank(s
 def test_perplexity_is_that_of_one_process(shared, model):
     text = "All work and no play makes Jack a dull boy. " * 20
     (shared.path / "held-out.txt").write_text(text)
-    asked = ["--window", "64", "--stride", "16", "--json", "cluster.cpus_per_rank=0.5"]
+    asked = ["--window", "64", "--stride", "16", "--json", "cluster.cpus_per_rank=0.5", "cluster.wait_s=600"]
     command = shared.ray_ep("eval", "checkpoint", "held-out.txt", *asked)
     assert command.wait(700) == 0, command.err
     tokens, losses, done = list(text.encode()), [], 1
@@ -89,56 +89,3 @@ def test_perplexity_is_that_of_one_process(shared, model):
     assert found["tokens"] == len(tokens) - 1
     assert found["loss"] == pytest.approx(float(sum(losses)) / (len(tokens) - 1), abs=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
-
-
-TASKS = {
-    "choices": {
-        "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{c}}", "doc_to_target": "{{a}}",
-        "metric_list": [{"metric": "acc"}],
-    },
-    "rolling": {
-        "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{q}}",
-        "metric_list": [{"metric": "bits_per_byte"}],
-    },
-    "written": {
-        "output_type": "generate_until", "doc_to_text": "{{q}}", "doc_to_target": "{{w}}",
-        "generation_kwargs": {"until": ["\n\n\n"], "max_gen_toks": 6}, "metric_list": [{"metric": "exact_match"}],
-    },
-}  # fmt: skip
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_tasks_of_the_harness_are_computed_by_the_ranks(shared, model):
-    texts = ["one plus one is", "the sky looks", "dogs like to"]
-    with torch.no_grad():
-
-        def logprob(context, text):
-            ids = torch.tensor([list((context + text).encode())])
-            rows = model(input_ids=ids).logits[0].log_softmax(-1)[len(context.encode()) - 1 : -1]
-            return float(rows.gather(1, ids[0, len(context.encode()) :, None]).sum())
-
-        best = [max(range(3), key=lambda c: logprob(q, f" {'abc'[c]}")) for q in texts]
-        whole = sum(logprob("\x02", q) for q in texts)
-    written = [bytes(greedy(model, q)[:6]).partition(b"\x02")[0].decode("utf-8", "replace") for q in texts]
-    docs = [
-        {"q": q, "c": ["a", "b", "c"], "a": best[i] if i else (best[i] + 1) % 3, "w": written[i]}
-        for i, q in enumerate(texts)
-    ]
-    folder = shared.path / "tasks"
-    folder.mkdir()
-    (folder / "docs.jsonl").write_text("\n".join(map(json.dumps, docs)))
-    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "docs.jsonl")}}}
-    for name, task in TASKS.items():
-        (folder / f"{name}.yaml").write_text(json.dumps({"task": f"our_{name}", "test_split": "test", **data, **task}))
-    names = ",".join(f"our_{name}" for name in TASKS)
-    command = shared.ray_ep(
-        "eval", "checkpoint", "--tasks", names, "--task-dir", "tasks", "--json", "cluster.cpus_per_rank=0.5",
-        HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=str(shared.path / "cache"),
-    )  # fmt: skip
-    assert command.wait(700) == 0, command.err
-    found = json.loads(command.out.splitlines()[-1])
-    assert found["our_choices"]["acc,none"] == pytest.approx(2 / 3)  # the first answer is given wrongly
-    size = sum(len(q.encode()) for q in texts)
-    assert found["our_rolling"]["bits_per_byte,none"] == pytest.approx(-whole / math.log(2) / size, rel=1e-4)
-    assert found["our_written"]["exact_match,none"] == 1
