@@ -37,6 +37,7 @@ MODULE_OF |= {"grpcio-health-checking": "grpc_health", "grpcio-reflection": "grp
 COMES_WITH = {"tokenizers": "transformers", "markupsafe": "jinja2", "yaml": "omegaconf", "jsonschema": "ray"}
 COMES_WITH |= {"huggingface_hub": "transformers"}
 COMES_WITH |= {"aiohttp": "ray", "opentelemetry": "ray"}  # of its extra `default`
+COMES_WITH |= {"starlette": "fastapi", "pydantic": "fastapi", "prometheus_client": "ray", "httpx": "openai"}
 OURS = {"ray_ep", "tests", "lab", "network", "nodes"}  # the last three: cluster/netlab
 FROM_SOURCE = {"llep", "deep_ep"}  # optional, and in no registry under its own name
 
