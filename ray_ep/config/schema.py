@@ -120,6 +120,11 @@ class OptimConfig:
     beta2: float = _opt(0.95, "AdamW beta2")
     eps: float = _opt(1e-8, "AdamW epsilon")
     clip_norm: float = _opt(1.0, "clip the global gradient norm, every expert counted once; 0: no clipping")
+    freeze: list[str] = _opt(
+        [],
+        "parameters that are not trained: their names in the model, with * for any text, such as model.embed_tokens.* "
+        "or *.mlp.gate.*",
+    )
 
 
 @dataclass

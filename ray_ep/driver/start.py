@@ -29,6 +29,7 @@ from ray_ep.moe.exchange.ways import DEEPEP
 from ray_ep.placement import Placement, contiguous, random
 from ray_ep.rank.balancing import balancing
 from ray_ep.rank.data.corpus import Corpus, load_corpus
+from ray_ep.rank.frozen import freeze
 from ray_ep.rank.model import meta_model, model_config
 from ray_ep.rank.pretrained.load import inspect
 from ray_ep.rank.saved.checkpoint import QUICK, Checkpoint
@@ -46,6 +47,7 @@ class Plan:
     placement: Placement  # to begin with
     checkpoint: Checkpoint | None  # to go on from
     expert_parameters: int  # of the largest expert
+    frozen: tuple[str, ...] = ()  # parameters that are not trained
     notes: tuple[Event, ...] = ()  # to tell when the run has started
     nothing_to_do: str = ""  # why, if the run has all its steps
 
@@ -78,6 +80,7 @@ def _checked(cfg: Config, run: RunDir) -> Plan:
         notes.append(
             ("balance", "balance inside the step is off: exchange.transport=deepep carries tokens to slots only")
         )
+    frozen = tuple(freeze(model, cfg.optim.freeze))
     signature = {n: list(p.shape) for n, p in model.named_parameters()}
     size = max(sum(p.numel() for p in m.parameters()) for m in modules.values()) // experts
     notes += [("router", balancing(cfg, config).words)]
@@ -85,7 +88,7 @@ def _checked(cfg: Config, run: RunDir) -> Plan:
     if checkpoint is not None:
         _check_model(checkpoint, signature)
     told = tuple(Event(kind, words) for kind, words in notes)
-    return Plan(run, corpus, config, signature, placement, checkpoint, size, told, done)
+    return Plan(run, corpus, config, signature, placement, checkpoint, size, frozen, told, done)
 
 
 def _placement(cfg: Config, run: RunDir, layers: int, experts: int) -> Placement:

@@ -33,6 +33,7 @@ from ray_ep.moe import (
 from ray_ep.moe.exchange.elastic import library
 from ray_ep.moe.exchange.ways import DEEPEP
 from ray_ep.placement import Placement, RoutingStatistics, Topology
+from ray_ep.rank.frozen import freeze
 from ray_ep.rank.model import build
 from ray_ep.rank.step.before import unseen
 
@@ -69,6 +70,7 @@ class ModelRank:
             node_of=node_of, sample=cfg.statistics.sample // group.size, balance=cfg.balance.in_step,
             limits=Limits(cfg.balance.guest_mb, cfg.balance.most, None if topology is None else topology.by_groups()),
         )  # fmt: skip
+        freeze(self.model, cfg.optim.freeze)
         self.ep: ExpertParallel = self.model.ray_ep  # type: ignore[assignment]
         self.ep.routing.force = cfg.router.force
         self.top_k = int(getattr(config.get_text_config(), "num_experts_per_tok", None) or 1)

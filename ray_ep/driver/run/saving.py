@@ -190,6 +190,7 @@ def manifest_of(cfg: Config, plan: Plan) -> dict[str, Any]:
     return {
         "format": 1,
         "signature": plan.signature,
+        "frozen": list(plan.frozen),
         "config": OmegaConf.to_container(cfg),
         "model": plan.config.to_dict(),
         "data": plan.corpus.source,
