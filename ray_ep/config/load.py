@@ -201,8 +201,7 @@ def check(cfg: DictConfig) -> None:
         )
     if cfg.observe.port > 65535:
         raise ConfigError(f"observe.port={cfg.observe.port}: allowed are 0 (a free one) to 65535")
-    if cfg.data.files and cfg.data.dataset:
-        raise ConfigError("data.files and data.dataset are both set: give one of them")
+    _check_data(cfg.data)
     if 0 < cfg.placement.imbalance <= 1:
         raise ConfigError(
             f"placement.imbalance={cfg.placement.imbalance!r}: busiest over mean is at least 1: give more than 1, or 0"
@@ -212,6 +211,19 @@ def check(cfg: DictConfig) -> None:
     check_control(cfg)
     check_exchange(cfg)
     check_provenance(cfg)
+
+
+def _check_data(data: Any) -> None:
+    if data.files and data.dataset:
+        raise ConfigError("data.files and data.dataset are both set: give one of them")
+    if data.format != "chat":
+        return
+    if not (data.files or data.dataset):
+        raise ConfigError("data.format=chat: give the conversations as data.files or data.dataset")
+    if data.tokenizer == "bytes":
+        raise ConfigError("data.format=chat: data.tokenizer=bytes has no chat template: give a tokenizer that has one")
+    if data.pack == "stream":
+        raise ConfigError("data.pack=stream cuts conversations anywhere: with data.format=chat give documents or off")
 
 
 def _check_snapshots(cfg: Any) -> None:

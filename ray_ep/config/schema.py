@@ -85,11 +85,22 @@ class DataConfig:
     files: list[str] = _opt(
         [], "paths, globs or fsspec URLs of text, JSON, CSV, Parquet or Arrow files, compressed or in archives too"
     )
-    format: str = _opt("auto", "auto: told from what is in a file; text: each file is one document", ("auto", "text"))
+    format: str = _opt(
+        "auto",
+        "auto: as a file's content tells; text: a file is one document; chat: a row is a conversation",
+        ("auto", "text", "chat"),
+    )
     encoding: str = _opt("utf-8", "encoding of text, JSON and CSV files, and of binary columns: any codec of Python")
     dataset: str = _opt("", "name or directory of a Hugging Face dataset (needs the 'datasets' extra)")
     dataset_split: str = _opt("train", "split of the dataset")
     text_field: str = _opt("text", "field or column of JSON, CSV, Parquet, Arrow and dataset rows that holds the text")
+    messages_field: str = _opt("messages", "field or column that holds a row's conversation, with data.format=chat")
+    pack: str = _opt(
+        "auto",
+        "what a sequence is; stream: a cut of all documents end to end; documents: several whole ones that do not see "
+        "each other; off: one, and padding; auto: stream, and documents for chat",
+        ("auto", "stream", "documents", "off"),
+    )
     tokenizer: str = _opt("bytes", "bytes, or a Hugging Face tokenizer (name or directory)")
     held_out: float = _opt(0.02, "share of the documents kept for evaluation, 0 to 0.5")
     max_bytes: int = _opt(64_000_000, "stop reading after this many bytes of text; 0: no limit")
@@ -120,11 +131,7 @@ class OptimConfig:
     beta2: float = _opt(0.95, "AdamW beta2")
     eps: float = _opt(1e-8, "AdamW epsilon")
     clip_norm: float = _opt(1.0, "clip the global gradient norm, every expert counted once; 0: no clipping")
-    freeze: list[str] = _opt(
-        [],
-        "parameters that are not trained: their names in the model, with * for any text, such as model.embed_tokens.* "
-        "or *.mlp.gate.*",
-    )
+    freeze: list[str] = _opt([], "names of parameters that are not trained, with * for any text, such as *.mlp.gate.*")
 
 
 @dataclass

@@ -34,6 +34,7 @@ from ray_ep.rank.model import meta_model, model_config
 from ray_ep.rank.pretrained.load import inspect
 from ray_ep.rank.saved.checkpoint import QUICK, Checkpoint
 from ray_ep.rank.saved.directory import Directory
+from ray_ep.rank.step.masks import check_documents
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,8 @@ def _checked(cfg: Config, run: RunDir) -> Plan:
             ("balance", "balance inside the step is off: exchange.transport=deepep carries tokens to slots only")
         )
     frozen = tuple(freeze(model, cfg.optim.freeze))
+    if corpus.rows is not None and cfg.data.pack != "off":
+        check_documents(model)
     signature = {n: list(p.shape) for n, p in model.named_parameters()}
     size = max(sum(p.numel() for p in m.parameters()) for m in modules.values()) // experts
     notes += [("router", balancing(cfg, config).words)]

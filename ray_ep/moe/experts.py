@@ -104,7 +104,11 @@ class ExpertLayer:
             self.pass_load = torch.zeros_like(self.pass_load)
             out = self.compute(module, hidden[:0], top_k_index[:0], top_k_weights[:0])
             return torch.zeros_like(hidden) + out.sum()  # the sum of nothing: keeps the backward exchange in the graph
-        self.pass_load = self.shared.counters.count(self.index, top_k_index)
+        tokens, counted = self.shared.passes.now.tokens, top_k_index
+        if tokens is not None:  # padding goes nowhere
+            counted = top_k_index.index_select(0, tokens)
+            top_k_index = torch.full_like(top_k_index, -1).index_copy_(0, tokens, counted)
+        self.pass_load = self.shared.counters.count(self.index, counted)
         return self.compute(module, hidden, top_k_index, top_k_weights)
 
     def compute(

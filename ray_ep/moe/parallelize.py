@@ -147,6 +147,12 @@ class ExpertParallel:
             yield
 
     @contextmanager
+    def padded(self, tokens: torch.Tensor | None) -> Iterator[None]:
+        """Inside: passes over T tokens of which those numbered `tokens` int64 [n] are there, the others padding."""
+        with self.passes.changed(tokens=tokens):
+            yield
+
+    @contextmanager
     def tracing(self) -> Iterator[Trace]:
         """Inside: passes exchange flat, and note which rank answers for each choice: see `Trace`."""
         trace: Trace = [[] for _ in self.layers]
