@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from ray_ep.config.control import check_control
 from ray_ep.config.elastic import check_elastic
 from ray_ep.config.exchange import check_exchange, settle_exchange
+from ray_ep.config.lora import check_lora
 from ray_ep.config.paths import absolute, is_url
 from ray_ep.config.provenance import check_provenance
 from ray_ep.config.runs import newest, settings_of, settings_of_checkpoint
@@ -206,6 +207,7 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(
             f"placement.imbalance={cfg.placement.imbalance!r}: busiest over mean is at least 1: give more than 1, or 0"
         )
+    check_lora(cfg)
     check_elastic(cfg)
     _check_snapshots(cfg)
     check_control(cfg)
@@ -258,6 +260,7 @@ _AT_LEAST: dict[str, float] = {
     "batch.accumulation": 1,
     "optim.steps": 1,
     "optim.learning_rate": 0,
+    "lora.rank": 0,
     "optim.warmup_steps": 0,
     "optim.weight_decay": 0,
     "optim.beta1": 0,

@@ -1,6 +1,6 @@
 """The one schema of a run: dataclasses whose fields carry their own documentation.
 
-`docs/configuration.md` is generated from this file; load.py checks values against it. Imports nothing of the package.
+`docs/configuration.md` is generated from it; load.py checks values against it. Imports only how a field is written.
 """
 
 from __future__ import annotations
@@ -8,13 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-
-def _opt(default: Any, text: str, allowed: tuple[Any, ...] = ()) -> Any:
-    """A field with its help text and, where the choice is closed, the allowed values."""
-    meta = {"help": text, "allowed": allowed}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=meta)
-    return field(default=default, metadata=meta)
+from ray_ep.config.lora import LoraConfig
+from ray_ep.config.option import opt as _opt
 
 
 @dataclass
@@ -384,6 +379,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)

@@ -29,12 +29,13 @@ from ray_ep.moe.exchange.ways import DEEPEP
 from ray_ep.placement import Placement, contiguous, random
 from ray_ep.rank.balancing import balancing
 from ray_ep.rank.data.corpus import Corpus, load_corpus
-from ray_ep.rank.frozen import freeze
 from ray_ep.rank.model import meta_model, model_config
 from ray_ep.rank.pretrained.load import inspect
 from ray_ep.rank.saved.checkpoint import QUICK, Checkpoint
 from ray_ep.rank.saved.directory import Directory
 from ray_ep.rank.step.masks import check_documents
+from ray_ep.rank.trained.frozen import freeze
+from ray_ep.rank.trained.lora import adapt
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ class Plan:
     checkpoint: Checkpoint | None  # to go on from
     expert_parameters: int  # of the largest expert
     frozen: tuple[str, ...] = ()  # parameters that are not trained
+    base: frozenset[str] = frozenset()  # parameters that adapters are beside: checkpoints do not hold them
     notes: tuple[Event, ...] = ()  # to tell when the run has started
     nothing_to_do: str = ""  # why, if the run has all its steps
 
@@ -81,17 +83,20 @@ def _checked(cfg: Config, run: RunDir) -> Plan:
         notes.append(
             ("balance", "balance inside the step is off: exchange.transport=deepep carries tokens to slots only")
         )
+    notes += inspect(Path(cfg.model.path), model) if cfg.model.path else []
     frozen = tuple(freeze(model, cfg.optim.freeze))
+    if cfg.lora.rank:
+        adapt(model, cfg.lora, cfg.seed)
     if corpus.rows is not None and cfg.data.pack != "off":
         check_documents(model)
     signature = {n: list(p.shape) for n, p in model.named_parameters()}
+    base = frozenset(getattr(model, "ray_ep_base", ()))
     size = max(sum(p.numel() for p in m.parameters()) for m in modules.values()) // experts
     notes += [("router", balancing(cfg, config).words)]
-    notes += inspect(Path(cfg.model.path), model) if cfg.model.path else []
     if checkpoint is not None:
-        _check_model(checkpoint, signature)
+        _check_model(checkpoint, {n: shape for n, shape in signature.items() if n not in base})
     told = tuple(Event(kind, words) for kind, words in notes)
-    return Plan(run, corpus, config, signature, placement, checkpoint, size, frozen, told, done)
+    return Plan(run, corpus, config, signature, placement, checkpoint, size, frozen, base, told, done)
 
 
 def _placement(cfg: Config, run: RunDir, layers: int, experts: int) -> Placement:

@@ -13,6 +13,7 @@ import torch
 from transformers.integrations.moe import ExpertsInterface
 
 from ray_ep.collective import Group
+from ray_ep.moe.adapters import adapted
 from ray_ep.moe.cpu.fused import FusedBody, is_plain
 from ray_ep.moe.cpu.gemm import Packed
 from ray_ep.moe.cuda import kernels_for
@@ -125,7 +126,7 @@ class ExpertLayer:
             site = Site(index=self.index, slots=self.slots, exchange=self.exchange, shared=self.shared)
             bodies = self._bodies = self._chosen[self.exchange] = Bodies(site, module, hidden)
         body = bodies.taken if now.trace is None else bodies.traced
-        return body.compute(module, hidden, top_k_index, top_k_weights)
+        return body.compute(adapted(module), hidden, top_k_index, top_k_weights)
 
 
 class Bodies:

@@ -17,6 +17,7 @@ import torch
 from ray_ep.collective import EpochGroup, Group
 from ray_ep.collective.device import check_current
 from ray_ep.errors import BadInput, ModelError, PlacementError
+from ray_ep.moe.adapters import adapted
 from ray_ep.moe.balance.balancer import MODES, Balancer, Limits
 from ray_ep.moe.balance.balancer import warm as warm_step
 from ray_ep.moe.counters import Counters
@@ -133,7 +134,7 @@ class ExpertParallel:
         inference = Inference()
         for index, module in enumerate(self.modules):
             weights = self.parameters(index)
-            if is_plain(module, weights["down_proj"]):  # which every layout has
+            if adapted(module) is module and is_plain(module, weights["down_proj"]):  # which every layout has
                 inference.packed[index] = (
                     Packed(weights["gate_up_proj"], self.gemm), Packed(weights["down_proj"], self.gemm),
                 )  # fmt: skip

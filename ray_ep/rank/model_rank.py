@@ -33,9 +33,10 @@ from ray_ep.moe import (
 from ray_ep.moe.exchange.elastic import library
 from ray_ep.moe.exchange.ways import DEEPEP
 from ray_ep.placement import Placement, RoutingStatistics, Topology
-from ray_ep.rank.frozen import freeze
 from ray_ep.rank.model import build
 from ray_ep.rank.step.before import unseen
+from ray_ep.rank.trained.frozen import freeze
+from ray_ep.rank.trained.lora import adapt
 
 CHOICE_S = 1.2
 """Time that the choice of the exchange may take, beside one forward pass and a first round of every way."""
@@ -70,8 +71,11 @@ class ModelRank:
             node_of=node_of, sample=cfg.statistics.sample // group.size, balance=cfg.balance.in_step,
             limits=Limits(cfg.balance.guest_mb, cfg.balance.most, None if topology is None else topology.by_groups()),
         )  # fmt: skip
-        freeze(self.model, cfg.optim.freeze)
         self.ep: ExpertParallel = self.model.ray_ep  # type: ignore[assignment]
+        freeze(self.model, cfg.optim.freeze)
+        if cfg.lora.rank:
+            held = [layer.experts for layer in self.ep.layers]
+            adapt(self.model, cfg.lora, cfg.seed, dict(zip(self.ep.names, held, strict=True)))
         self.ep.routing.force = cfg.router.force
         self.top_k = int(getattr(config.get_text_config(), "num_experts_per_tok", None) or 1)
         # DeepEP's buffer needs a bound.

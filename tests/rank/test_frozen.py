@@ -13,10 +13,10 @@ from ray_ep.config import load_config
 from ray_ep.driver.start import check_run
 from ray_ep.errors import ModelError
 from ray_ep.placement import contiguous, random
-from ray_ep.rank.frozen import freeze
 from ray_ep.rank.saved.checkpoint import Checkpoint
 from ray_ep.rank.saved.directory import Directory
 from ray_ep.rank.saved.export import export_checkpoint
+from ray_ep.rank.trained.frozen import freeze
 from tests.conftest import run_ranks, slow
 from tests.rank.test_migration import drawn, train
 from tests.rank.test_training import EXPERTS, GPT_OSS, LAYERS, QWEN, Reference, assert_follows, configure, make_rank

@@ -81,7 +81,7 @@ class MasterOptimizer:
         enter: told what a step is at: reduce, norm, update, publish.
 
     Attributes:
-        weights: what is trained. frozen: what is not.
+        weights: what is trained. frozen: what is not, but for the base of adapters, which nobody saves.
     """
 
     def __init__(self, model: Any, cfg: OptimConfig, enter: Callable[[str], None] = lambda phase: None):
@@ -90,7 +90,8 @@ class MasterOptimizer:
         layer_of = {f"{n}.{p}": i for i, n in enumerate(ep.names) for p in ep.parameters(i)}
         named = list(model.named_parameters())
         self.weights = [_weight(n, p, layer_of.get(n), ep) for n, p in named if p.requires_grad]
-        self.frozen = [FrozenWeight(n, p, layer_of.get(n)) for n, p in named if not p.requires_grad]
+        base = set(getattr(model, "ray_ep_base", ()))  # of adapters: it is where it came from
+        self.frozen = [FrozenWeight(n, p, layer_of.get(n)) for n, p in named if not (p.requires_grad or n in base)]
         self.updates = 0  # so far, those of a restored run included
         schedule = get_scheduler(cfg.schedule, torch.optim.SGD([torch.zeros(1)]), cfg.warmup_steps, cfg.steps)
         self._factor = schedule.lr_lambdas[0]
