@@ -163,7 +163,8 @@ def export(run: str, out: str, step: int | None, dtype: str | None, as_json: boo
         click.echo(json.dumps(done))
     else:
         size = f"{done['tensors']} tensors, {done['bytes'] / 1e6:.1f} MB"
-        click.echo(f"step {done['step']}: {size} in {out}; tokenizer: {done['tokenizer']}")
+        rest = f"an adapter of {done['base']}" if "base" in done else f"tokenizer: {done['tokenizer']}"
+        click.echo(f"step {done['step']}: {size} in {out}; {rest}")
 
 
 @main.group()

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from ray_ep.config.control import check_control
 from ray_ep.config.elastic import check_elastic
 from ray_ep.config.exchange import check_exchange, settle_exchange
+from ray_ep.config.lora import check_lora
 from ray_ep.config.paths import absolute, is_url
 from ray_ep.config.provenance import check_provenance
 from ray_ep.config.runs import newest, settings_of, settings_of_checkpoint
@@ -202,18 +203,31 @@ def check(cfg: DictConfig) -> None:
         )
     if cfg.observe.port > 65535:
         raise ConfigError(f"observe.port={cfg.observe.port}: allowed are 0 (a free one) to 65535")
-    if cfg.data.files and cfg.data.dataset:
-        raise ConfigError("data.files and data.dataset are both set: give one of them")
+    _check_data(cfg.data)
     if 0 < cfg.placement.imbalance <= 1:
         raise ConfigError(
             f"placement.imbalance={cfg.placement.imbalance!r}: busiest over mean is at least 1: give more than 1, or 0"
         )
+    check_lora(cfg)
     check_elastic(cfg)
     _check_snapshots(cfg)
     check_control(cfg)
     check_serve(cfg)
     check_exchange(cfg)
     check_provenance(cfg)
+
+
+def _check_data(data: Any) -> None:
+    if data.files and data.dataset:
+        raise ConfigError("data.files and data.dataset are both set: give one of them")
+    if data.format != "chat":
+        return
+    if not (data.files or data.dataset):
+        raise ConfigError("data.format=chat: give the conversations as data.files or data.dataset")
+    if data.tokenizer == "bytes":
+        raise ConfigError("data.format=chat: data.tokenizer=bytes has no chat template: give a tokenizer that has one")
+    if data.pack == "stream":
+        raise ConfigError("data.pack=stream cuts conversations anywhere: with data.format=chat give documents or off")
 
 
 def _check_snapshots(cfg: Any) -> None:
@@ -248,6 +262,7 @@ _AT_LEAST: dict[str, float] = {
     "batch.accumulation": 1,
     "optim.steps": 1,
     "optim.learning_rate": 0,
+    "lora.rank": 0,
     "optim.warmup_steps": 0,
     "optim.weight_decay": 0,
     "optim.beta1": 0,

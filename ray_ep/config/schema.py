@@ -1,6 +1,6 @@
 """The one schema of a run: dataclasses whose fields carry their own documentation.
 
-`docs/configuration.md` is generated from this file; load.py checks values against it. Imports option and serving alone.
+`docs/configuration.md` is generated from it; load.py checks values against it. Imports sections of their own alone.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ray_ep.config.lora import LoraConfig
 from ray_ep.config.option import opt as _opt
 from ray_ep.config.serving import ServeConfig
 
@@ -84,11 +85,22 @@ class DataConfig:
     files: list[str] = _opt(
         [], "paths, globs or fsspec URLs of text, JSON, CSV, Parquet or Arrow files, compressed or in archives too"
     )
-    format: str = _opt("auto", "auto: told from what is in a file; text: each file is one document", ("auto", "text"))
+    format: str = _opt(
+        "auto",
+        "auto: as a file's content tells; text: a file is one document; chat: a row is a conversation",
+        ("auto", "text", "chat"),
+    )
     encoding: str = _opt("utf-8", "encoding of text, JSON and CSV files, and of binary columns: any codec of Python")
     dataset: str = _opt("", "name or directory of a Hugging Face dataset (needs the 'datasets' extra)")
     dataset_split: str = _opt("train", "split of the dataset")
     text_field: str = _opt("text", "field or column of JSON, CSV, Parquet, Arrow and dataset rows that holds the text")
+    messages_field: str = _opt("messages", "field or column that holds a row's conversation, with data.format=chat")
+    pack: str = _opt(
+        "auto",
+        "what a sequence is; stream: a cut of all documents end to end; documents: several whole ones that do not see "
+        "each other; off: one, and padding; auto: stream, and documents for chat",
+        ("auto", "stream", "documents", "off"),
+    )
     tokenizer: str = _opt("bytes", "bytes, or a Hugging Face tokenizer (name or directory)")
     held_out: float = _opt(0.02, "share of the documents kept for evaluation, 0 to 0.5")
     max_bytes: int = _opt(64_000_000, "stop reading after this many bytes of text; 0: no limit")
@@ -119,6 +131,7 @@ class OptimConfig:
     beta2: float = _opt(0.95, "AdamW beta2")
     eps: float = _opt(1e-8, "AdamW epsilon")
     clip_norm: float = _opt(1.0, "clip the global gradient norm, every expert counted once; 0: no clipping")
+    freeze: list[str] = _opt([], "names of parameters that are not trained, with * for any text, such as *.mlp.gate.*")
 
 
 @dataclass
@@ -380,6 +393,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)

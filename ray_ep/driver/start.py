@@ -33,6 +33,9 @@ from ray_ep.rank.pretrained.hub import directory
 from ray_ep.rank.pretrained.load import inspect
 from ray_ep.rank.saved.checkpoint import QUICK, Checkpoint
 from ray_ep.rank.saved.directory import Directory
+from ray_ep.rank.step.masks import check_documents
+from ray_ep.rank.trained.frozen import freeze
+from ray_ep.rank.trained.lora import adapt
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,8 @@ class Plan:
     placement: Placement  # to begin with
     checkpoint: Checkpoint | None  # to go on from
     expert_parameters: int  # of the largest expert
+    frozen: tuple[str, ...] = ()  # parameters that are not trained
+    base: frozenset[str] = frozenset()  # parameters that adapters are beside: checkpoints do not hold them
     notes: tuple[Event, ...] = ()  # to tell when the run has started
     nothing_to_do: str = ""  # why, if the run has all its steps
 
@@ -78,14 +83,20 @@ def _checked(cfg: Config, run: RunDir) -> Plan:
         notes.append(
             ("balance", "balance inside the step is off: exchange.transport=deepep carries tokens to slots only")
         )
+    notes += inspect(directory(cfg.model.path, weights=True), model) if cfg.model.path else []
+    frozen = tuple(freeze(model, cfg.optim.freeze))
+    if cfg.lora.rank:
+        adapt(model, cfg.lora, cfg.seed)
+    if corpus.rows is not None and cfg.data.pack != "off":
+        check_documents(model)
     signature = {n: list(p.shape) for n, p in model.named_parameters()}
+    base = frozenset(getattr(model, "ray_ep_base", ()))
     size = max(sum(p.numel() for p in m.parameters()) for m in modules.values()) // experts
     notes += [("router", balancing(cfg, config).words)]
-    notes += inspect(directory(cfg.model.path, weights=True), model) if cfg.model.path else []
     if checkpoint is not None:
-        _check_model(checkpoint, signature)
+        _check_model(checkpoint, {n: shape for n, shape in signature.items() if n not in base})
     told = tuple(Event(kind, words) for kind, words in notes)
-    return Plan(run, corpus, config, signature, placement, checkpoint, size, told, done)
+    return Plan(run, corpus, config, signature, placement, checkpoint, size, frozen, base, told, done)
 
 
 def _placement(cfg: Config, run: RunDir, layers: int, experts: int) -> Placement:

@@ -177,7 +177,9 @@ class _Attention(TorchFunctionMode):
 
 def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether this call draws from torch's own generator: some operations do only with dropout."""
-    given = {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | kwargs
+    arguments = func._schema.arguments
+    given = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    given |= {a.name: v for a, v in zip(arguments, args, strict=False)} | kwargs
     return given.get("generator") is None and given.get("dropout_p", 1.0) != 0.0
 
 

@@ -13,6 +13,7 @@ import torch
 from transformers.integrations.moe import ExpertsInterface
 
 from ray_ep.collective import Group
+from ray_ep.moe.adapters import adapted
 from ray_ep.moe.cpu.fused import FusedBody, is_plain
 from ray_ep.moe.cpu.gemm import Packed
 from ray_ep.moe.cuda import kernels_for
@@ -104,7 +105,11 @@ class ExpertLayer:
             self.pass_load = torch.zeros_like(self.pass_load)
             out = self.compute(module, hidden[:0], top_k_index[:0], top_k_weights[:0])
             return torch.zeros_like(hidden) + out.sum()  # the sum of nothing: keeps the backward exchange in the graph
-        self.pass_load = self.shared.counters.count(self.index, top_k_index)
+        tokens, counted = self.shared.passes.now.tokens, top_k_index
+        if tokens is not None:  # padding goes nowhere
+            counted = top_k_index.index_select(0, tokens)
+            top_k_index = torch.full_like(top_k_index, -1).index_copy_(0, tokens, counted)
+        self.pass_load = self.shared.counters.count(self.index, counted)
         return self.compute(module, hidden, top_k_index, top_k_weights)
 
     def compute(
@@ -121,7 +126,7 @@ class ExpertLayer:
             site = Site(index=self.index, slots=self.slots, exchange=self.exchange, shared=self.shared)
             bodies = self._bodies = self._chosen[self.exchange] = Bodies(site, module, hidden)
         body = bodies.taken if now.trace is None else bodies.traced
-        return body.compute(module, hidden, top_k_index, top_k_weights)
+        return body.compute(adapted(module), hidden, top_k_index, top_k_weights)
 
 
 class Bodies:

@@ -18,6 +18,7 @@ import torch
 from ray_ep.collective import EpochGroup, Group
 from ray_ep.collective.device import check_current
 from ray_ep.errors import BadInput, ModelError, PlacementError
+from ray_ep.moe.adapters import adapted
 from ray_ep.moe.balance.balancer import MODES, Balancer, Limits
 from ray_ep.moe.balance.balancer import warm as warm_step
 from ray_ep.moe.counters import Counters
@@ -143,7 +144,7 @@ class ExpertParallel:
         inference = Inference()
         for index, module in enumerate(self.modules):
             weights = self.parameters(index)
-            if is_plain(module, weights["down_proj"]):  # which every layout has
+            if adapted(module) is module and is_plain(module, weights["down_proj"]):  # which every layout has
                 inference.packed[index] = (
                     Packed(weights["gate_up_proj"], self.gemm), Packed(weights["down_proj"], self.gemm),
                 )  # fmt: skip
@@ -166,6 +167,12 @@ class ExpertParallel:
                 weight: torch.Tensor = next(module.parameters())
                 config: Any = module.config
                 block(weight.new_zeros(1, 1, config.hidden_size))
+
+    @contextmanager
+    def padded(self, tokens: torch.Tensor | None) -> Iterator[None]:
+        """Inside: passes over T tokens of which those numbered `tokens` int64 [n] are there, the others padding."""
+        with self.passes.changed(tokens=tokens):
+            yield
 
     @contextmanager
     def tracing(self) -> Iterator[Trace]:

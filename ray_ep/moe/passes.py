@@ -53,6 +53,8 @@ class Pass:
 
     Args:
         idle: this rank has no tokens: it takes part in every exchange with none.
+        tokens: int64 [n] which of the pass's T tokens there are; the others are padding, which no expert computes and
+            nothing counts. None: all.
         trace: who answers is noted there; tokens then travel flat, for only so a source knows.
         capture: a layer's work is kept there.
         recorder: who answers for chosen tokens is noted there; tokens travel as ever.
@@ -60,6 +62,7 @@ class Pass:
     """
 
     idle: bool = False
+    tokens: torch.Tensor | None = None
     trace: Trace | None = None
     capture: Capture | None = None
     recorder: Recorder | None = None

@@ -25,6 +25,7 @@ class Tape:
     """What one checkpointed block did in its forward, to be done again in its recomputation."""
 
     idle: bool
+    tokens: torch.Tensor | None  # see Pass
     drawn: int | None  # random draws of the pass before this block; None: they are not watched
     routes: list[torch.Tensor] = field(default_factory=list)
     replaying: bool = False
@@ -50,10 +51,17 @@ class Routing:
         self.first_token = 0
         self.draws: Draws | None = None
         self._tape: Tape | None = None
+        self._tokens: torch.Tensor | None = None  # of the last forward: see Pass
+
+    def logits_of_tokens(self) -> list[torch.Tensor | None]:
+        """`logits` without those of padding: chosen here, since a recomputed block must save what its forward did."""
+        if self._tokens is None:
+            return self.logits
+        return [None if x is None else x.index_select(0, self._tokens) for x in self.logits]
 
     def forget(self) -> None:
         """Let go of the last pass's logits, and with them of its graph."""
-        self.logits[:] = [None] * len(self.logits)
+        self.logits[:], self._tokens = [None] * len(self.logits), None
 
     def attach(
         self, index: int, router: torch.nn.Module, num_experts: int, top_k: int, logits_at: int | None = None
@@ -80,6 +88,7 @@ class Routing:
                 logits = next((o for o in candidates if _is_logits(o, num_experts)), None)
                 if logits is not None:
                     logits = logits.reshape(-1, num_experts)[: 0 if self.passes.now.idle else None]
+                    self._tokens = self.passes.now.tokens
                 self.logits[index] = logits
 
         router.register_forward_pre_hook(before)
@@ -99,7 +108,8 @@ class Routing:
 
     def _with_tape(self, inner: Callable[..., Any]) -> Callable[..., Any]:
         def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
-            tape = Tape(self.passes.now.idle, self.draws.count if self.draws and self.draws.watching else None)
+            now = self.passes.now
+            tape = Tape(now.idle, now.tokens, self.draws.count if self.draws and self.draws.watching else None)
 
             def run(*inputs: Any) -> Any:
                 with self._playing(tape):
@@ -118,7 +128,7 @@ class Routing:
         tape.replaying, tape.position = recomputing(), 0
         again = self.draws.replay(tape.drawn) if tape.replaying and self.draws else nullcontext()
         try:
-            with again, self.passes.changed(idle=tape.idle):
+            with again, self.passes.changed(idle=tape.idle, tokens=tape.tokens):
                 yield
         finally:
             self._tape = outer

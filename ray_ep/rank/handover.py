@@ -62,8 +62,7 @@ def _told(trainer: Trainer, source: int) -> dict[str, Any]:
 def _everywhere(trainer: Trainer) -> list[torch.Tensor]:
     """What every rank has the same of, in one order: dense weights, trained or not, their moments, buffers."""
     weights = [w for w in trainer.optimizer.weights if w.layer is None]
-    trained, experts = {w.name for w in trainer.optimizer.weights}, trainer.ep.expert_parameter_names()
-    frozen = [p.data for n, p in trainer.model.named_parameters() if n not in trained | experts]
+    frozen = [w.param.data for w in trainer.optimizer.frozen if w.layer is None]
     kept = [t for w in weights for t in (w.master.data, *(w.moments[k] for k in sorted(w.moments)))]
     return [*kept, *frozen, *trainer.model.buffers()]
 

@@ -36,6 +36,8 @@ from ray_ep.placement import Placement, RoutingStatistics, Topology
 from ray_ep.rank.model import build
 from ray_ep.rank.pretrained.reading import Reading
 from ray_ep.rank.step.before import unseen
+from ray_ep.rank.trained.frozen import freeze
+from ray_ep.rank.trained.lora import adapt
 
 CHOICE_S = 1.2
 """Time that the choice of the exchange may take, beside one forward pass and a first round of every way."""
@@ -73,6 +75,10 @@ class ModelRank:
             limits=Limits(cfg.balance.guest_mb, cfg.balance.most, None if topology is None else topology.by_groups()),
         )  # fmt: skip
         self.ep: ExpertParallel = self.model.ray_ep  # type: ignore[assignment]
+        freeze(self.model, cfg.optim.freeze)
+        if cfg.lora.rank:
+            held = [layer.experts for layer in self.ep.layers]
+            adapt(self.model, cfg.lora, cfg.seed, dict(zip(self.ep.names, held, strict=True)))
         self.ep.routing.force = cfg.router.force
         self.top_k = int(getattr(config.get_text_config(), "num_experts_per_tok", None) or 1)
         # DeepEP's buffer needs a bound.

@@ -20,7 +20,8 @@ from ray_ep.collective import Group
 from ray_ep.errors import DivergedError, GroupError
 from ray_ep.moe import Choice, Moved, Rows, update_bias
 from ray_ep.placement import Placement, Topology
-from ray_ep.rank.data.corpus import Corpus, global_batch, held_out_batch
+from ray_ep.rank.data.batch import Batch
+from ray_ep.rank.data.corpus import Corpus
 from ray_ep.rank.evaluation import evaluate
 from ray_ep.rank.memory import peak_mib
 from ray_ep.rank.model_rank import ModelRank
@@ -60,6 +61,7 @@ class Trainer:
         self.draws, self.stop = self.forward.draws, self.forward.stop
         self._before: Before | None = None  # of a half step: state to go back to
         self._began = self.usage()  # of the last step: what had been spent at its begin
+        self._tokens = 0  # of the global batch of the step that is made
         self._ready: Reduced | None = None  # between the reductions of a step and its update
         self._recorded: Recorded | None = None  # of the same step
         self._last: StepResult | None = None  # of the last step that was done in this process
@@ -72,9 +74,9 @@ class Trainer:
 
     def choose_exchange(self, step: int, groups: dict[str, Group]) -> Choice:
         """`ModelRank.choose_exchange`, timed on the routing of the batch of `step` (collective, before training)."""
-        part = np.split(self._batch(step), self.cfg.batch.accumulation)[0]
+        part = next(self._batch(step).parts(self.cfg.batch.accumulation))
         forward = lambda: self.forward.cross_entropy(self.forward.share(part))  # noqa: E731
-        return self.rank.choose_exchange(groups, forward, part[:, 1:].size, backward=True)
+        return self.rank.choose_exchange(groups, forward, part.tokens, backward=True)
 
     def train_step(self, step: int) -> StepResult | None:
         """One optimizer step (step counts from 0) over this rank's share of the global batch.
@@ -132,10 +134,10 @@ class Trainer:
         update_bias(self.ep.routing.routers, ready.load, self.cfg.router.bias_rate)
         self.ep.counters.take_step()
         self.ep.routing.forget()
-        load, tokens = ready.load.cpu().numpy(), self.cfg.batch.sequences * self.cfg.batch.length
+        load = ready.load.cpu().numpy()
         notes = self._balance(ready.seconds / self.group.size, load), self.draws.news()
         rate, peak = self.optimizer.learning_rate(step), peak_mib(self.device)
-        figures = ready.main, ready.aux, ready.z, ready.norm, rate, tokens
+        figures = ready.main, ready.aux, ready.z, ready.norm, rate, self._tokens
         self._last = StepResult(
             step, self.group.epoch, *figures, load, self.usage() - began, peak, *notes, self._recorded
         )
@@ -173,7 +175,7 @@ class Trainer:
         The trace has one entry a MoE layer: experts and ranks [T, K] of this rank's tokens. None: it was broken off
         between two passes (`stop`), on every rank.
         """
-        batch = held_out_batch(self.corpus.held_out, self.cfg.eval.sequences, self.cfg.batch.length)
+        batch = self.corpus.held_out_batch(self.cfg.eval.sequences, self.cfg.batch.length)
         return evaluate(self.forward, batch, trace)
 
     def migrate(self, placement: Placement, buffer_mb: float = 256) -> Moved:
@@ -229,10 +231,9 @@ class Trainer:
     def _fresh_pays(self) -> Pays | None:
         return Pays() if self.cfg.balance.in_step == "auto" and self.group.size > 1 else None
 
-    def _batch(self, step: int) -> np.ndarray:
-        """[B, length + 1] the global batch."""
-        cfg = self.cfg
-        return global_batch(self.corpus.train, cfg.seed, step, cfg.batch.sequences, cfg.batch.length)
+    def _batch(self, step: int) -> Batch:
+        """The global batch."""
+        return self.corpus.batch(self.cfg.seed, step, self.cfg.batch.sequences, self.cfg.batch.length)
 
     def _begin(self) -> None:
         """From now on `discard` puts all back."""
@@ -244,8 +245,9 @@ class Trainer:
 
     def _passes(self, step: int) -> list[Callable[[], tuple[torch.Tensor, torch.Tensor]]]:
         """The forwards of a step in order."""
-        parts = np.split(self._batch(step), self.cfg.batch.accumulation)
-        return [partial(self.forward.loss, part, step, n) for n, part in enumerate(parts)]
+        batch = self._batch(step)
+        self._tokens, parts = batch.tokens, batch.parts(self.cfg.batch.accumulation)
+        return [partial(self.forward.loss, part, step, n, batch.predictions) for n, part in enumerate(parts)]
 
     def _reduce(self, step: int, losses: torch.Tensor) -> Reduced:
         """Sum what is left over ranks in one message: squares of gradients, losses [3], seconds, loads (collective)."""

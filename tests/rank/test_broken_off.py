@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ray_ep.config.schema import BatchConfig
+from ray_ep.rank.data.batch import Batch
 from ray_ep.rank.evaluation import evaluation_parts
 from tests.conftest import run_ranks
 from tests.rank.test_training import EXPERTS, LAYERS, configure, contiguous, make_rank
@@ -126,11 +127,16 @@ def test_after_an_evaluation_with_a_trace_steps_exchange_as_before_and_trace_not
 
 
 def test_what_fits_into_one_pass_is_one_and_every_rank_has_as_many():
-    rows = np.arange(200)
+    ids = np.arange(400).reshape(200, 2)
+    rows = Batch(ids, ids, ids)
     cfg = BatchConfig(sequences=32)
-    (part,) = evaluation_parts(rows[:32], 64, cfg)
+    (part,) = evaluation_parts(rows.rows(0, 32), 64, cfg)
     assert part[0] == 0
-    assert np.array_equal(part[1], rows[:32])
-    assert len(list(evaluation_parts(rows[:0], 130, cfg))) == len(list(evaluation_parts(rows[:66], 130, cfg))) == 3
-    assert [n for n, _ in evaluation_parts(rows[:66], 130, cfg)] == [0, 22, 44]
-    assert np.array_equal(np.concatenate([p for _, p in evaluation_parts(rows, 200, cfg)]), rows)
+    assert np.array_equal(part[1].ids, ids[:32])
+    assert (
+        len(list(evaluation_parts(rows.rows(0, 0), 130, cfg)))
+        == len(list(evaluation_parts(rows.rows(0, 66), 130, cfg)))
+        == 3
+    )
+    assert [n for n, _ in evaluation_parts(rows.rows(0, 66), 130, cfg)] == [0, 22, 44]
+    assert np.array_equal(np.concatenate([p.ids for _, p in evaluation_parts(rows, 200, cfg)]), ids)

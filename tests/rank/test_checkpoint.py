@@ -26,6 +26,7 @@ VARIANTS = {  # overrides, model, kinds of tensors in the checkpoint
     "adamw": ((), QWEN, ADAM),
     "sgd": (("optim.kind=sgd", "optim.learning_rate=0.3"), QWEN, {"weight", "momentum_buffer"}),
     "bfloat16": (("model.dtype=bfloat16",), QWEN, ADAM),
+    "frozen": (("optim.freeze=[*.down_proj, model.embed_tokens.*]",), QWEN, ADAM),
     "correction bias": (("router.bias_rate=0.01",), DEEPSEEK, ADAM | {"buffer"}),
 }
 WRITTEN_BY, ALONE = LAYOUTS["replicas on 4"], LAYOUTS["one rank"]
@@ -71,7 +72,7 @@ def run(url, placement, steps, *overrides, model=QWEN, load=None, save=None):
     return ranks
 
 
-@pytest.fixture(scope="module", params=["adamw", "correction bias", *slow("sgd", "bfloat16")])
+@pytest.fixture(scope="module", params=["adamw", "correction bias", *slow("frozen", "sgd", "bfloat16")])
 def written(request, tmp_path_factory):
     """Eight steps on four ranks with a checkpoint after the fourth."""
     overrides, model, kinds = VARIANTS[request.param]

@@ -24,6 +24,7 @@ from ray_ep.config.schema import DataConfig
 from ray_ep.errors import DataError
 from ray_ep.rank.data.corpus import load_corpus
 from ray_ep.rank.data.documents import open_source
+from ray_ep.rank.data.field import Field
 from ray_ep.rank.data.rows import read_csv, read_json
 
 ROWS = [{"id": i, "text": f"grüße {i}, {'word ' * (i % 5)}\nsaid “{i}”"} for i in range(300)]
@@ -377,7 +378,7 @@ def test_a_row_is_the_same_wherever_the_file_is_cut_into_pieces(texts, size, ind
     table = as_csv([{"text": "", "n": 0}, *({"text": t, "n": 0} for t in texts)], quoting=csv.QUOTE_ALL)
     for read, text, drop in [(read_json, array, 0), (read_json, lines, 0), (read_csv, table, 1)]:
         pieces = (text[at : at + size] for at in range(0, len(text), size))
-        arguments = ("here", "text", ",")[: 3 if read is read_csv else 2]
+        arguments = ("here", Field("text"), ",")[: 3 if read is read_csv else 2]
         assert [document.decode() for document in read(pieces, *arguments)][drop:] == texts
 
 

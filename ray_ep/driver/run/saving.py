@@ -189,7 +189,8 @@ def manifest_of(cfg: Config, plan: Plan) -> dict[str, Any]:
     """What the manifests of all checkpoints of a run say."""
     return {
         "format": 1,
-        "signature": plan.signature,
+        "signature": {n: shape for n, shape in plan.signature.items() if n not in plan.base},
+        "frozen": list(plan.frozen),
         "config": OmegaConf.to_container(cfg),
         "model": plan.config.to_dict(),
         "data": plan.corpus.source,

@@ -162,6 +162,8 @@ class FusedExperts(torch.autograd.Function):
         d_weight = np.empty(total, np.float32)
         own = tuple(pool.take(*w.shape, like=x) for w in (gate_up, down))
         d_ups, d_downs = _rows(own, ((), ()))
+        train_up, train_down = ctx.needs_input_grad[2:4]  # a frozen weight costs no product
+        home = lent if train_up or train_down else None
         if lent is not None:
             of_guests = lent.new_rows(own)
             d_ups, d_downs = _rows(own, side_by_side(of_guests, own))
@@ -180,10 +182,12 @@ class FusedExperts(torch.autograd.Function):
                 gemm.mm(part, downs[e], out=dh[:n])
                 between_products = view(dh[:n]), view(dg[:n]), view(h[:n])
                 kernels.swiglu_backward(view(g[a:b]), ours.weight[a:b], *between_products, d_weight[a:b])
-                gemm.gradient(part, h[:n], d_downs[e], more)
+                if train_down:
+                    gemm.gradient(part, h[:n], d_downs[e], more)
                 gemm.mm(dg[:n], ups[e], out=dx[a:b])
-                part = torch.index_select(x, 0, ours.row[a:b], out=rows[:n])
-                gemm.gradient(dg[:n], part, d_ups[e], more)
+                if train_up:
+                    part = torch.index_select(x, 0, ours.row[a:b], out=rows[:n])
+                    gemm.gradient(dg[:n], part, d_ups[e], more)
 
         mine = [part for part in parts if part[0] < held]
         theirs = [part for part in parts if part[0] >= held]
@@ -191,7 +195,7 @@ class FusedExperts(torch.autograd.Function):
             compute(mine)
             guests.unpack(ups, downs)
         compute(theirs)
-        add = lent.send_home(of_guests, own) if lent is not None else None
+        add = home.send_home(of_guests, own) if home is not None else None
         if keep:
             compute(mine)
         plan.traffic.meter.enter("combine")
@@ -201,7 +205,8 @@ class FusedExperts(torch.autograd.Function):
         if add is not None:
             add()
         plan.traffic.meter.enter("")
-        return d_hidden, d_weights, *own, None, None, None
+        d_own = (d if wanted else None for d, wanted in zip(own, (train_up, train_down), strict=True))
+        return d_hidden, d_weights, *d_own, None, None, None
 
 
 def _borrow(gate_up: torch.Tensor, down: torch.Tensor, plan: FusedPlan) -> ExpertMessage:

@@ -33,6 +33,7 @@ from ray_ep.config.schema import DataConfig
 from ray_ep.errors import DataError
 from ray_ep.rank.data import rows
 from ray_ep.rank.data.decode import checked_encoding, decoded
+from ray_ep.rank.data.field import Field, field_of
 
 _FILES_ARE = (
     "give paths, globs (** for any depth) or URLs of text, JSON, CSV, Parquet or Arrow files, "
@@ -105,7 +106,7 @@ def open_source(cfg: DataConfig) -> DocumentSource:
         )
     if not cfg.files:
         return DocumentSource(_read_standard_library(cfg.max_bytes), "the Python standard library")
-    reader = _Reader(cfg, checked_encoding(cfg.encoding), Counter())
+    reader = _Reader(cfg, field_of(cfg), checked_encoding(cfg.encoding), Counter())
     files = list(dict.fromkeys(chain.from_iterable(map(_expand, cfg.files))))
     documents = chain.from_iterable(reader.open(fs, path) for fs, path in files)
     return DocumentSource(documents, f"data.files={cfg.files}", reader.formats)
@@ -165,6 +166,7 @@ class _Peeked(io.RawIOBase):
 @dataclass(frozen=True, slots=True)
 class _Reader:
     cfg: DataConfig
+    field: Field
     encoding: str
     formats: Counter[str]
 
@@ -195,7 +197,7 @@ class _Reader:
                 yield from self._read_seekable(whole, head, where)
         elif head.startswith(b"\xff\xff\xff\xff"):
             self.formats["Arrow"] += 1
-            yield from rows.read_arrow(pa.ipc.open_stream(stream), where, self.cfg.text_field, self.encoding)
+            yield from rows.read_arrow(pa.ipc.open_stream(stream), where, self.field, self.encoding)
         elif head:
             yield from self._read_text(stream, head, name, where)
 
@@ -206,9 +208,9 @@ class _Reader:
             return
         self.formats["Parquet" if head.startswith(b"PAR1") else "Arrow"] += 1
         if head.startswith(b"PAR1"):
-            yield from rows.read_parquet(file, where, self.cfg.text_field, self.encoding)
+            yield from rows.read_parquet(file, where, self.field, self.encoding)
         else:
-            yield from rows.read_arrow(pa.ipc.open_file(file), where, self.cfg.text_field, self.encoding)
+            yield from rows.read_arrow(pa.ipc.open_file(file), where, self.field, self.encoding)
 
     def _read_zip(self, file: Any, where: str) -> Iterator[bytes]:
         with zipfile.ZipFile(file) as archive:
@@ -254,8 +256,8 @@ class _Reader:
 
     def _choose(self, chunks: Iterator[str], suffix: str, where: str) -> tuple[str, Iterator[bytes]]:
         """(format, documents). Where the name leaves it open, a format that fits most of the first MB."""
-        field = self.cfg.text_field
-        if self.cfg.format == "auto" and not _TEXT_NAMES.fullmatch(suffix):
+        field = self.field
+        if self.cfg.format != "text" and not _TEXT_NAMES.fullmatch(suffix):
             start = rows.beginning(chunks)
             chunks = chain([start], chunks)
             if suffix in _JSON_NAMES or rows.is_json(start, field):
@@ -263,6 +265,8 @@ class _Reader:
                 return kind, rows.read_json(chunks, where, field)
             if mark := rows.csv_mark(start, field, _CSV_NAMES.get(suffix)):
                 return "TSV" if mark == "\t" else "CSV", rows.read_csv(chunks, where, field, mark)
+        if not field.text:
+            raise DataError(f"{where}: is no table with {field}: rows of JSON, Parquet or Arrow hold conversations")
         return "text", _as_one(chunks, self.cfg.max_bytes)
 
 
@@ -294,7 +298,7 @@ def _as_one(chunks: Iterator[str], max_bytes: int) -> Iterator[bytes]:
 
 
 def _read_dataset(cfg: DataConfig) -> Iterator[bytes]:
-    where = f"data.dataset={cfg.dataset!r}"
+    where, field = f"data.dataset={cfg.dataset!r}", field_of(cfg)
     try:
         import datasets  # type: ignore[import-untyped]
     except ImportError:
@@ -310,7 +314,7 @@ def _read_dataset(cfg: DataConfig) -> Iterator[bytes]:
         else:  # streamed: max_bytes then also bounds the download
             table = datasets.load_dataset(cfg.dataset, split=cfg.dataset_split, streaming=True)
         for number, row in enumerate(table, 1):
-            yield rows.row_text(row, cfg.text_field, f"{where}, row {number}", cfg.encoding)
+            yield field.document(row, f"{where}, row {number}", cfg.encoding)
     except DataError:
         raise
     except Exception as e:  # its loaders have no common base class

@@ -1,4 +1,4 @@
-"""Tables of documents: JSON arrays and lines, CSV, Parquet and Arrow -> the text of each row, in UTF-8.
+"""Tables of documents: JSON arrays and lines, CSV, Parquet and Arrow -> each row's document, which field.py takes out.
 
 Each reader takes what a file holds and names the line or row of what it refuses. Also tells JSON and CSV by their
 beginning. Knows nothing of files, archives or encodings of whole files.
@@ -12,48 +12,19 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
 
 from ray_ep.errors import DataError
 from ray_ep.rank.data.decode import text_of_bytes
+from ray_ep.rank.data.field import Field, some
 
 _BLANK = re.compile("[ \t\r\n\ufeff]*")  # a byte order mark stands in the middle where files were put together
 _LINE_END = re.compile("\r\n?|\n")
 _DECODER = json.JSONDecoder()
 _LONGEST_CELL = 2**28  # csv's own limit of 131,072 characters is short of a book
-
-
-def row_text(row: Any, field: str, where: str, encoding: str = "utf-8") -> bytes:
-    """The text of one row in UTF-8; null is an empty document. Raises DataError: no such field, or no text in it."""
-    if not isinstance(row, dict) or field not in row:
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: is a {type(row).__name__}, not an object with data.text_field={field!r}")
-        has = f"it has {_some(row)}"
-        if lists := [name for name, value in row.items() if isinstance(value, list)]:
-            has += (
-                f" (rows are the file's outermost array, or stand one after the other: {lists[0]!r} is not looked into)"
-            )
-        raise DataError(f"{where}: no field data.text_field={field!r}; {has}")
-    text = row[field]
-    if isinstance(text, bytes):
-        text = text_of_bytes(text, encoding, where)
-    if not isinstance(text, str | None):
-        raise DataError(f"{where}: data.text_field={field!r} holds a {type(text).__name__}, not text")
-    try:
-        return (text or "").removeprefix("\ufeff").encode()
-    except UnicodeEncodeError as e:
-        code = f"\\u{ord(e.object[e.start]):04x}"
-        raise DataError(
-            f"{where}: data.text_field={field!r} holds {code} alone, half of a character, at position {e.start}"
-        ) from None
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "") or "none"
 
 
 def beginning(chunks: Iterator[str]) -> str:
@@ -76,7 +47,7 @@ def _take(chunks: Iterator[str], size: int) -> str:
     return "".join(got)
 
 
-def is_json(text: str, field: str) -> bool:
+def is_json(text: str, field: Field) -> bool:
     """Whether the beginning of a file is rows of JSON: objects in an array or one after the other, most of the text.
 
     An object alone counts only if it has the field: else it is a configuration, or the like.
@@ -85,7 +56,7 @@ def is_json(text: str, field: str) -> bool:
     if not found or (state == "wrong" and end < len(text) / 2):
         return False
     alone = len(found) == 1 and state == "end" and not text.lstrip(" \t\r\n\ufeff").startswith("[")
-    return not alone or field in found[0]
+    return not alone or field.name in found[0]
 
 
 def _blank(text: str, start: int) -> int:
@@ -191,24 +162,24 @@ class _Json:
         return DataError(f"{self.place}: not JSON: {problem}")
 
 
-def read_json(chunks: Iterator[str], where: str, field: str) -> Iterator[bytes]:
+def read_json(chunks: Iterator[str], where: str, field: Field) -> Iterator[bytes]:
     """Objects in arrays or one after the other, each a document."""
     reader = _Json(chunks, where)
     for row in reader.values():
-        yield row_text(row, field, reader.place)
+        yield field.document(row, reader.place)
 
 
-def csv_mark(text: str, field: str, usual: str | None) -> str | None:
+def csv_mark(text: str, field: Field, usual: str | None) -> str | None:
     """What separates the columns of a CSV file, from its beginning; None where this is no CSV with the text column.
 
     ``usual`` is the separator its name stands for: then it is CSV in any case.
     """
     if usual:
         marks = [usual, *(m for m in ",\t;|" if m != usual)]
-        return next((m for m in marks if field in map(str.strip, _cells(text, m, 1)[0])), usual)
+        return next((m for m in marks if field.name in map(str.strip, _cells(text, m, 1)[0])), usual)
     for mark in ",\t;":
         header, *others = _cells(text, mark, 20)
-        named = field in header and len(header) > 1 and all(c and c == c.strip() for c in header)  # unlike prose
+        named = field.name in header and len(header) > 1 and all(c and c == c.strip() for c in header)  # unlike prose
         if named and sum(len(o) == len(header) for o in others) > len(others) / 2:
             return mark
     return None
@@ -230,7 +201,7 @@ def _csv_reader(lines: Iterable[str], mark: str, strict: bool = False) -> Any:
     return csv.reader(lines, delimiter=mark, strict=strict)
 
 
-def read_csv(chunks: Iterator[str], where: str, field: str, mark: str) -> Iterator[bytes]:
+def read_csv(chunks: Iterator[str], where: str, field: Field, mark: str) -> Iterator[bytes]:
     """Each row after the header is a document."""
     reader = _csv_reader(_lines(chunks), mark, strict=True)
     header: list[str] = []
@@ -239,13 +210,13 @@ def read_csv(chunks: Iterator[str], where: str, field: str, mark: str) -> Iterat
         for row in reader:
             if not header:
                 header = [name.strip() for name in row]
-                if header and header.count(field) != 1:
-                    times = "more than one" if field in header else "no"
-                    raise DataError(f"{where}: {times} column data.text_field={field!r}; it has {_some(header)}")
+                if header and header.count(field.name) != 1:
+                    times = "more than one" if field.name in header else "no"
+                    raise DataError(f"{where}: {times} column {field}; it has {some(header)}")
             elif row:  # none: an empty line
                 if len(row) != len(header):
                     raise DataError(f"{where}, line {line}: {len(row)} cells, but the header has {len(header)}")
-                yield row_text({field: row[header.index(field)]}, field, f"{where}, line {line}")
+                yield field.document(dict(zip(header, row, strict=True)), f"{where}, line {line}")
             line = reader.line_num + 1
     except csv.Error as e:
         raise DataError(
@@ -266,38 +237,44 @@ def _lines(chunks: Iterator[str]) -> Iterator[str]:
         yield last
 
 
-def read_parquet(file: Any, where: str, field: str, encoding: str) -> Iterator[bytes]:
+def read_parquet(file: Any, where: str, field: Field, encoding: str) -> Iterator[bytes]:
     """Each row of a Parquet file is a document."""
     from pyarrow import parquet
 
     table = parquet.ParquetFile(file)
     _check_column(table.schema_arrow, field, where)
-    return _column(table.iter_batches(batch_size=1024, columns=[field]), where, field, encoding)
+    names = field.columns(table.schema_arrow.names)
+    return _documents(table.iter_batches(batch_size=1024, columns=names), where, field, encoding)
 
 
-def read_arrow(reader: Any, where: str, field: str, encoding: str) -> Iterator[bytes]:
+def read_arrow(reader: Any, where: str, field: Field, encoding: str) -> Iterator[bytes]:
     """Each row of an Arrow file or stream, opened by pyarrow, is a document."""
     _check_column(reader.schema, field, where)
     batches = map(reader.get_batch, range(reader.num_record_batches)) if hasattr(reader, "get_batch") else reader
-    return _column(batches, where, field, encoding)
+    return _documents(batches, where, field, encoding)
 
 
-def _check_column(schema: Any, field: str, where: str) -> None:
-    if field not in schema.names:
-        raise DataError(f"{where}: no column data.text_field={field!r}; it has {_some(schema.names)}")
-    kind = schema.field(field).type
+def _check_column(schema: Any, field: Field, where: str) -> None:
+    if field.name not in schema.names:
+        raise DataError(f"{where}: no column {field}; it has {some(schema.names)}")
+    kind = schema.field(field.name).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     text = (pa.string(), pa.large_string(), pa.binary(), pa.large_binary(), pa.null())
-    if kind not in text and "view" not in str(kind) and not pa.types.is_fixed_size_binary(kind):
-        raise DataError(f"{where}: column data.text_field={field!r} holds {kind}, not text")
+    if not field.text or kind in text or "view" in str(kind) or pa.types.is_fixed_size_binary(kind):
+        return
+    raise DataError(f"{where}: column {field} holds {kind}, not text")
 
 
-def _column(batches: Iterable[Any], where: str, field: str, encoding: str) -> Iterator[bytes]:
-    for number, cell in enumerate(chain.from_iterable(batch.column(field) for batch in batches), 1):
-        place = f"{where}, row {number}"
-        try:
-            value = cell.as_py()
-        except UnicodeDecodeError as e:  # a column of strings holds what is none
-            value = text_of_bytes(e.object, "utf-8", place)
-        yield row_text({field: value}, field, place, encoding)
+def _documents(batches: Iterable[Any], where: str, field: Field, encoding: str) -> Iterator[bytes]:
+    number = 0
+    for batch in batches:
+        names = field.columns(batch.schema.names)
+        for cells in zip(*(batch.column(name) for name in names), strict=True):
+            number += 1
+            place = f"{where}, row {number}"
+            try:
+                row = {name: cell.as_py() for name, cell in zip(names, cells, strict=True)}
+            except UnicodeDecodeError as e:  # a column of strings holds what is none
+                row = {field.name: text_of_bytes(e.object, "utf-8", place)}
+            yield field.document(row, place, encoding)

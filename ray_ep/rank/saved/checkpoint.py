@@ -121,9 +121,12 @@ class Checkpoint:
     def _check_complete(self) -> None:
         """Every weight of the model, and of each kind of moments as many: a manifest may be cut, too."""
         signature = self.manifest.get("signature") or {}
+        frozen = set(self.manifest.get("frozen") or ())
         kinds = {k.partition("/")[0] for k in self.tensors} - {"buffer"} | {"weight"}
         for kind in sorted(kinds):
             for name, shape in signature.items():
+                if kind != "weight" and name in frozen:
+                    continue
                 key = f"{kind}/{name}"
                 parts = [key] if key in self.tensors or not shape else [f"{key}/{e}" for e in range(shape[0])]
                 if lost := [k for k in parts if k not in self.tensors]:
@@ -227,7 +230,7 @@ def load_rank(checkpoint: Checkpoint, model: Any, optimizer: MasterOptimizer) ->
             f"than {optimizer.cfg.kind}"
         )
     there = {k.split("/")[1] for k in checkpoint.tensors if k.startswith("weight/")}
-    here = {w.name for w in optimizer.weights}
+    here = {w.name for w in optimizer.parameters}
     if there != here:
         raise CheckpointError(
             f"checkpoint {checkpoint.name} is of another model: {sorted(there ^ here)[0]} is in one only"
@@ -238,10 +241,19 @@ def load_rank(checkpoint: Checkpoint, model: Any, optimizer: MasterOptimizer) ->
         targets = [w.master] if w.layer is None else list(w.master)
         for name, target in zip(names, targets, strict=True):
             _copy(checkpoint, f"weight/{name}", target)
-        found[w.name] = {k: torch.empty_like(w.master.data) for k in sorted(kinds)}
+        # A weight that was frozen until now has no moments there.
+        had = [k for k in sorted(kinds) if not names or f"{k}/{names[0]}" in checkpoint.tensors]
+        found[w.name] = {k: torch.empty_like(w.master.data) for k in had}
         for kind, moment in found[w.name].items():
             for name, target in zip(names, [moment] if w.layer is None else list(moment), strict=True):
                 _copy(checkpoint, f"{kind}/{name}", target)
+    for frozen in optimizer.frozen:
+        rows = [(frozen.name, frozen.param.data)]
+        if frozen.layer is not None:  # replicas too: nobody sends them
+            held = ep.layers[frozen.layer].experts
+            rows = [(f"{frozen.name}/{e}", row) for e, row in zip(held, frozen.param.data, strict=True)]
+        for name, target in rows:
+            _copy(checkpoint, f"weight/{name}", target)
     for name, buffer in persistent_buffers(model):
         _copy(checkpoint, f"buffer/{name}", buffer)
     optimizer.restore(found, int(checkpoint.manifest["step"]))
@@ -261,6 +273,7 @@ def _dense(model: Any, optimizer: MasterOptimizer) -> Iterator[tuple[str, torch.
     for w in optimizer.weights:
         if w.layer is None:
             yield from ((f"{kind}/{w.name}", t) for kind, t in _kinds(optimizer, w))
+    yield from ((f"weight/{f.name}", f.param.data.float()) for f in optimizer.frozen if f.layer is None)
     yield from ((f"buffer/{n}", b) for n, b in persistent_buffers(model))
 
 
@@ -269,6 +282,10 @@ def _experts(optimizer: MasterOptimizer, ep: ExpertParallel, layer: int) -> Iter
         if w.layer == layer:
             for kind, stack in _kinds(optimizer, w):
                 yield from ((f"{kind}/{w.name}/{e}", t) for e, t in zip(_owned(ep, layer), stack, strict=True))
+    for f in optimizer.frozen:
+        if f.layer == layer:
+            rows = zip(_owned(ep, layer), f.param.data, strict=False)  # those that are owned come first
+            yield from ((f"weight/{f.name}/{e}", row.float()) for e, row in rows)
 
 
 def _kinds(optimizer: MasterOptimizer, w: Weight) -> list[tuple[str, torch.Tensor]]:

@@ -18,6 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from ray_ep.errors import BadInput, CheckpointError, SaveError
 from ray_ep.moe import find_experts
 from ray_ep.rank.model import meta_model
+from ray_ep.rank.saved.adapter import write_adapter
 from ray_ep.rank.saved.checkpoint import QUICK, Checkpoint
 from ray_ep.rank.saved.companions import companions
 from ray_ep.rank.saved.disk import save_tensors
@@ -47,6 +48,10 @@ def export_checkpoint(checkpoint: Checkpoint, out: Path, dtype: str | None = Non
     if full:
         raise BadInput(f"{out} already exists and is not an empty directory: give a new one")
     manifest = checkpoint.manifest
+    if adapters := (manifest.get("config") or {}).get("lora", {}).get("rank"):
+        checkpoint.verify(QUICK)
+        with _staged(out) as part:
+            return {**write_adapter(checkpoint, part), "rank": adapters}
     try:
         settings = dict(manifest["model"])
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)

@@ -106,8 +106,8 @@ class OwnedCopy:
         return {name: span.of(self.data)[row] for (i, name), span in self.layout.rows.items() if i == layer}
 
     def tensors(self, layer: int, optimizer: MasterOptimizer) -> Iterator[tuple[str, torch.Tensor]]:
-        """What was owned of a layer, by the keys of a checkpoint; of frozen weights it holds none."""
-        for weight in optimizer.weights:
+        """What was owned of a layer, by the keys of a checkpoint; of frozen weights there are no moments."""
+        for weight in optimizer.parameters:
             if weight.layer == layer:
                 rows = self.layout.rows[layer, weight.key].of(self.data)
                 for expert, row in zip(self.layout.experts[layer], rows, strict=True):
@@ -129,6 +129,7 @@ class DenseCopy:
             for w in optimizer.weights
             if w.layer is None
         ]
+        self.frozen = [(w.name, w.param.data) for w in optimizer.frozen if w.layer is None]  # they never change
         self.buffers = [(name, b, _copy(b)) for name, b in model.named_buffers()]
 
     @torch.no_grad()
@@ -148,6 +149,7 @@ class DenseCopy:
         for weight, master, moments in self.weights:
             yield f"weight/{weight.name}", master
             yield from ((f"{kind}/{weight.name}", moment) for kind, moment in moments.items())
+        yield from ((f"weight/{name}", data.float()) for name, data in self.frozen)
         yield from ((f"buffer/{name}", then) for name, _, then in self.buffers if name in persistent)
 
 

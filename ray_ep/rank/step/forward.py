@@ -12,9 +12,11 @@ import torch
 
 from ray_ep.moe import Draws, router_losses
 from ray_ep.rank.balancing import balancing
+from ray_ep.rank.data.batch import Batch
 from ray_ep.rank.data.corpus import Corpus
 from ray_ep.rank.model_rank import ModelRank
 from ray_ep.rank.step.loss import summed_cross_entropy
+from ray_ep.rank.step.masks import document_masks
 from ray_ep.rank.step.recording import Recording
 
 
@@ -40,38 +42,48 @@ class Forward:
         self.recording = Recording(rank, corpus)
         self.stop = threading.Event()
 
-    def loss(self, part: np.ndarray, step: int, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """This rank's share of the loss of pass `number` over `part` [B, length + 1]; its figures main, aux, z."""
+    def loss(self, part: Batch, step: int, number: int, predictions: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's share of the loss of pass `number` over `part`; its figures main, aux, z.
+
+        Args:
+            predictions: of all passes of the step: the main loss is the mean over them.
+        """
         passes, balancing, routing = self.accumulation, self.balancing, self.ep.routing
-        mine, count, length = self.share(part), part[:, 1:].size, part.shape[1] - 1
+        mine, length = self.share(part), part.length
         first = number * len(part) + routing.first_token // length
         with self.draws.forward(step, first, len(mine), length), self.recording.of_pass(step, number, first, mine):
-            main = self.cross_entropy(mine) / (count * passes)
+            main = self.cross_entropy(mine) / predictions
         if not any(layer.calls for layer in self.ep.layers):
             raise self.rank.never_called()
         how = balancing.form, self.rank.top_k, (bool(balancing.coefficient), bool(balancing.z))
-        losses = router_losses(routing.logits, self.ep.pass_load(), routing.routers, self.rank.group, count, *how)
+        load, tokens = self.ep.pass_load(), part.tokens
+        losses = router_losses(routing.logits_of_tokens(), load, routing.routers, self.rank.group, tokens, *how)
         loss = main + (balancing.coefficient * losses.aux + balancing.z * losses.z) / passes
         figures = torch.stack([main.double(), losses.aux.double() / passes, losses.z.double() / passes])
         return loss, figures.detach()
 
-    def share(self, batch: np.ndarray) -> np.ndarray:
-        """Rows of the batch [B, length + 1] that are this rank's; there may be none."""
+    def share(self, batch: Batch) -> Batch:
+        """Rows of the batch that are this rank's; there may be none."""
         low, high = shared(len(batch), self.rank.group.size)[self.rank.group.rank]
-        self.ep.routing.first_token = low * (batch.shape[1] - 1)
-        return batch[low:high]
+        self.ep.routing.first_token = low * batch.length
+        return batch.rows(low, high)
 
-    def cross_entropy(self, rows: np.ndarray) -> torch.Tensor:
-        """Summed loss of predicting rows[:, 1:] from rows[:, :-1]; zero, with all exchanges made, if there are none."""
+    def cross_entropy(self, rows: Batch) -> torch.Tensor:
+        """Summed loss of the rows' predictions; zero, with all exchanges made, if there are none."""
         model, device = self.rank.model, self.rank.device
         if not len(rows):
             with self.ep.idle():
                 padding = torch.zeros(1, 2, dtype=torch.int64, device=device)
                 nothing: torch.Tensor = 0 * model(input_ids=padding, use_cache=False).logits.sum()
                 return nothing
-        ids = torch.from_numpy(rows).to(device)
-        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
-        return summed_cross_entropy(logits, ids[:, 1:])
+        there, more = np.flatnonzero(rows.offsets >= 0), {}
+        if rows.positions is not None:
+            positions = torch.from_numpy(rows.positions).to(device)
+            more = {"position_ids": positions, "attention_mask": document_masks(model, positions)}
+        tokens = None if len(there) == rows.ids.size else torch.from_numpy(there).to(device)
+        with self.ep.padded(tokens):
+            logits = model(input_ids=torch.from_numpy(rows.ids).to(device), use_cache=False, **more).logits
+        return summed_cross_entropy(logits, torch.from_numpy(rows.targets).to(device))
 
     def leaving(self) -> bool:
         """Whether any rank was asked to stop: the same answer on every rank (collective; on a GPU a host sync)."""

@@ -57,6 +57,20 @@ class Weight:
         return None if data.data_ptr() == self.master.data_ptr() else data
 
 
+@dataclass(frozen=True, slots=True)
+class FrozenWeight:
+    """A parameter that is not trained: it has no master, and moves and is saved as it is."""
+
+    name: str  # as in model.named_parameters()
+    param: torch.nn.Parameter  # dense [...], or [S, ...] rows of experts
+    layer: int | None  # MoE layer of an expert stack, None for dense
+
+    @property
+    def key(self) -> str:
+        """Name in the module that holds it."""
+        return self.name.rpartition(".")[2]
+
+
 class MasterOptimizer:
     """AdamW or SGD over the master weights of one rank.
 
@@ -65,15 +79,19 @@ class MasterOptimizer:
 
     Args:
         enter: told what a step is at: reduce, norm, update, publish.
+
+    Attributes:
+        weights: what is trained. frozen: what is not, but for the base of adapters, which nobody saves.
     """
 
     def __init__(self, model: Any, cfg: OptimConfig, enter: Callable[[str], None] = lambda phase: None):
         ep: ExpertParallel = model.ray_ep
         self.ep, self.cfg, self.enter = ep, cfg, enter
         layer_of = {f"{n}.{p}": i for i, n in enumerate(ep.names) for p in ep.parameters(i)}
-        self.weights = [
-            _weight(name, p, layer_of.get(name), ep) for name, p in model.named_parameters() if p.requires_grad
-        ]
+        named = list(model.named_parameters())
+        self.weights = [_weight(n, p, layer_of.get(n), ep) for n, p in named if p.requires_grad]
+        base = set(getattr(model, "ray_ep_base", ()))  # of adapters: it is where it came from
+        self.frozen = [FrozenWeight(n, p, layer_of.get(n)) for n, p in named if not (p.requires_grad or n in base)]
         self.updates = 0  # so far, those of a restored run included
         schedule = get_scheduler(cfg.schedule, torch.optim.SGD([torch.zeros(1)]), cfg.warmup_steps, cfg.steps)
         self._factor = schedule.lr_lambdas[0]
@@ -82,6 +100,11 @@ class MasterOptimizer:
     def group(self) -> Group:
         """The group that the layers exchange over."""
         return self.ep.group
+
+    @property
+    def parameters(self) -> list[Weight | FrozenWeight]:
+        """All of the model's, trained or not."""
+        return [*self.weights, *self.frozen]
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -14,7 +14,8 @@ import numpy as np
 from ray_ep.config.provenance import sample_of
 from ray_ep.moe import Recorder
 from ray_ep.placement import Placement
-from ray_ep.rank.data.corpus import Corpus, window_starts
+from ray_ep.rank.data.batch import Batch
+from ray_ep.rank.data.corpus import Corpus
 from ray_ep.rank.model_rank import ModelRank
 from ray_ep.rank.recorded import AFTER, BEFORE, Recorded
 
@@ -50,12 +51,12 @@ class Recording:
     def forget(self) -> None:
         """Nothing is recorded: the step that was under way is broken off."""
         self._recorder: Recorder | None = None
-        self._tokens: list[tuple[np.ndarray, np.ndarray]] = []  # of each pass: positions [n], contexts [n, W]
-        self._step = 0
+        # of each pass: positions [n], offsets [n], contexts [n, W]
+        self._tokens: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     @contextmanager
-    def of_pass(self, step: int, number: int, first: int, rows: np.ndarray) -> Iterator[None]:
-        """Inside: the forward of pass `number` of `step` (both from 0) over this rank's rows [b, length + 1].
+    def of_pass(self, step: int, number: int, first: int, rows: Batch) -> Iterator[None]:
+        """Inside: the forward of pass `number` of `step` (both from 0) over this rank's rows.
 
         Args:
             first: number of the first row in the global batch.
@@ -68,10 +69,12 @@ class Recording:
             return
         ep, length = self.rank.ep, self.cfg.batch.length
         if self._recorder is None:
-            self._recorder, self._step = Recorder(len(ep.layers), ep.num_experts), step
+            self._recorder = Recorder(len(ep.layers), ep.num_experts)
         positions = first * length + np.arange(len(rows) * length)
-        chosen = np.flatnonzero(sampled(self.cfg.seed, step + 1, positions, rate))
-        self._tokens.append((positions[chosen], contexts(rows, chosen // length, chosen % length)))
+        offsets = rows.offsets.reshape(-1)  # padding is never sampled
+        chosen = np.flatnonzero(sampled(self.cfg.seed, step + 1, positions, rate) & (offsets >= 0))
+        around = contexts(rows, chosen // length, chosen % length)
+        self._tokens.append((positions[chosen], offsets[chosen], around))
         with ep.recording(self._recorder, chosen, len(rows) * length):
             yield
 
@@ -83,12 +86,9 @@ class Recording:
         """
         if self._recorder is None:
             return None
-        ep, batch = self.rank.ep, self.cfg.batch
+        ep = self.rank.ep
         answers = self._recorder.collect(ep.group)
-        position, context = (np.concatenate(parts) for parts in zip(*self._tokens, strict=True))
-        train = self.corpus.train
-        starts = window_starts(len(train), self.cfg.seed, self._step, batch.sequences, batch.length)
-        offset = starts[position // batch.length] + position % batch.length
+        position, offset, context = (np.concatenate(parts) for parts in zip(*self._tokens, strict=True))
         recorded = Recorded(
             rank=ep.group.rank,
             position=position,
@@ -126,9 +126,10 @@ def kinds_of(experts: np.ndarray, ranks: np.ndarray, owner: np.ndarray, holds: n
     return np.where((experts >= 0) & (ranks >= 0), kinds, -1).astype(np.int8)
 
 
-def contexts(rows: np.ndarray, row: np.ndarray, column: np.ndarray) -> np.ndarray:
-    """[n, BEFORE + 1 + AFTER] ids around tokens (row, column) [n] of rows [b, length + 1]; -1 beyond a row's ends."""
+def contexts(rows: Batch, row: np.ndarray, column: np.ndarray) -> np.ndarray:
+    """[n, BEFORE + 1 + AFTER] ids around tokens (row, column) [n]; what a row's last predicts is one; -1 beyond it."""
+    ids = np.concatenate([rows.ids, rows.targets[:, -1:].clip(-1)], 1)  # [b, T + 1]
     at = column[:, None] + np.arange(-BEFORE, AFTER + 1)
-    inside = (at >= 0) & (at < rows.shape[1])
-    found = rows[row[:, None], np.where(inside, at, 0)] if len(row) else np.zeros(at.shape, np.int64)
+    inside = (at >= 0) & (at < ids.shape[1])
+    found = ids[row[:, None], np.where(inside, at, 0)] if len(row) else np.zeros(at.shape, np.int64)
     return np.where(inside, found, -1)
