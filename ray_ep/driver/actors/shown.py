@@ -56,8 +56,8 @@ class Page:
         """What `to_json` made; None: something else."""
         try:
             tree = json.loads(text)
-            told = (str(tree[name]) for name in ("name", "run_dir", "address", "key"))
-            return Page(*told, job=str(tree.get("job", "")))
+            name, run_dir, address, key = (str(tree[told]) for told in ("name", "run_dir", "address", "key"))
+            return Page(name, run_dir, address, key, str(tree.get("job", "")))
         except (ValueError, TypeError, KeyError, AttributeError):
             return None
 
