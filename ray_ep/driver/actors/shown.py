@@ -56,7 +56,7 @@ class Page:
         """What `to_json` made; None: something else."""
         try:
             tree = json.loads(text)
-            name, run_dir, address, key = (str(tree[name]) for name in ("name", "run_dir", "address", "key"))
+            name, run_dir, address, key = (str(tree[told]) for told in ("name", "run_dir", "address", "key"))
             return Page(name, run_dir, address, key, str(tree.get("job", "")))
         except (ValueError, TypeError, KeyError, AttributeError):
             return None
