@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ray_ep.config.observing import ProvenanceConfig
+from ray_ep.config.sections.observing import ProvenanceConfig
 from ray_ep.observe.provenance.files import ProvenanceFiles
 from ray_ep.observe.provenance.table import SCHEMA
 from ray_ep.rank.data.tokenizer import load_decoder

@@ -17,12 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 from ray_ep.config.control import check_control
 from ray_ep.config.elastic import check_elastic
 from ray_ep.config.exchange import check_exchange, settle_exchange
-from ray_ep.config.lora import check_lora
 from ray_ep.config.paths import absolute, is_url
 from ray_ep.config.provenance import check_provenance
 from ray_ep.config.runs import newest, settings_of, settings_of_checkpoint
 from ray_ep.config.schema import Config, ModelConfig
-from ray_ep.config.serve import check_serve
+from ray_ep.config.sections.lora import check_lora
+from ray_ep.config.sections.serving import check_serve
 from ray_ep.config.values import WrongValue, convert, flow_list, parse, scalar_or_tree
 from ray_ep.errors import ConfigError
 

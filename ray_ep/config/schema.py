@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ray_ep.config.lora import LoraConfig
-from ray_ep.config.observing import ControlConfig, ObserveConfig, ProvenanceConfig, TrackingConfig
-from ray_ep.config.option import opt as _opt
-from ray_ep.config.serving import ServeConfig
+from ray_ep.config.sections.lora import LoraConfig
+from ray_ep.config.sections.observing import ControlConfig, ObserveConfig, ProvenanceConfig, TrackingConfig
+from ray_ep.config.sections.option import opt as _opt
+from ray_ep.config.sections.serving import ServeConfig
 
 
 @dataclass

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
-from ray_ep.config.observing import ControlConfig
+from ray_ep.config.sections.observing import ControlConfig
 from ray_ep.errors import ConfigError
 
 LEAST = 16

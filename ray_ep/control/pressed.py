@@ -14,7 +14,7 @@ import grpc
 from google.protobuf.json_format import ParseDict, ParseError
 from google.protobuf.message_factory import GetMessageClass
 
-from ray_ep.config.observing import ControlConfig
+from ray_ep.config.sections.observing import ControlConfig
 from ray_ep.control.audit import Entry
 from ray_ep.control.service import SERVICE, Service
 

@@ -24,7 +24,7 @@ from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
 
 from ray_ep.config.control import is_loopback
-from ray_ep.config.observing import ControlConfig
+from ray_ep.config.sections.observing import ControlConfig
 from ray_ep.control import address
 from ray_ep.control.address import Target
 from ray_ep.control.audit import Audit

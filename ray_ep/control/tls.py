@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from ray_ep.config.observing import ControlConfig
+from ray_ep.config.sections.observing import ControlConfig
 from ray_ep.control.keys import private, stamp
 from ray_ep.errors import BadInput, ConfigError
 

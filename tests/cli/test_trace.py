@@ -9,7 +9,7 @@ import yaml
 from click.testing import CliRunner
 
 from ray_ep.cli import main
-from ray_ep.config.observing import ProvenanceConfig
+from ray_ep.config.sections.observing import ProvenanceConfig
 from ray_ep.driver.records import Event
 from ray_ep.driver.run.rundir import RunDir
 from ray_ep.observe.provenance.files import ProvenanceFiles, parts_of

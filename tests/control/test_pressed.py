@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from ray_ep.config.observing import ControlConfig, ObserveConfig
+from ray_ep.config.sections.observing import ControlConfig, ObserveConfig
 from ray_ep.control.pressed import CALLS, Buttons
 from ray_ep.observe.page.serving import served as page_of
 from tests.control.scene import served

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ray_ep.config.observing import ProvenanceConfig
+from ray_ep.config.sections.observing import ProvenanceConfig
 from ray_ep.control.v1 import control_pb2 as pb
 from ray_ep.errors import BadInput
 from ray_ep.observe.provenance.files import ProvenanceFiles

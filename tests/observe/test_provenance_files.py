@@ -12,7 +12,7 @@ import pyarrow.dataset
 import pytest
 from pyarrow import parquet
 
-from ray_ep.config.observing import ProvenanceConfig
+from ray_ep.config.sections.observing import ProvenanceConfig
 from ray_ep.driver.records import Event
 from ray_ep.errors import BadInput
 from ray_ep.observe.provenance import files, table
@@ -179,7 +179,7 @@ def test_half_files_are_taken_away_and_damaged_ones_left_out_by_name(scene):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from ray_ep.config.observing import ProvenanceConfig
+from ray_ep.config.sections.observing import ProvenanceConfig
 from ray_ep.observe.provenance import files, table
 from tests.records import provenance, record
 table.ROWS, decoded = 8, []

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ray_ep.config.observing import ObserveConfig
+from ray_ep.config.sections.observing import ObserveConfig
 
 if TYPE_CHECKING:  # it imports aiohttp
     from ray_ep.observe.page.buttons import RunControl

@@ -18,7 +18,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 from pyarrow import parquet
 
-from ray_ep.config.observing import ProvenanceConfig
+from ray_ep.config.sections.observing import ProvenanceConfig
 from ray_ep.driver.records import Event, StepRecord
 from ray_ep.observe.provenance.table import SCHEMA, Decode, tables_of
 from ray_ep.rank.recorded import StepProvenance

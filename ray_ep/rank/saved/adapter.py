@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from ray_ep.config.lora import LoraConfig
+from ray_ep.config.sections.lora import LoraConfig
 from ray_ep.moe.adapters import A, B
 from ray_ep.rank.model import meta_model
 from ray_ep.rank.saved.checkpoint import Checkpoint

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ray_ep.config.lora import LoraConfig
+from ray_ep.config.sections.lora import LoraConfig
 from ray_ep.errors import ModelError, brief
 from ray_ep.moe import find_experts
 from ray_ep.moe.adapters import attach

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ray_ep.config.observing import ObserveConfig
+from ray_ep.config.sections.observing import ObserveConfig
 from ray_ep.observe.page.report import write_report
 from ray_ep.observe.page.serving import served
 from ray_ep.observe.page.sheet import Heat, Lines, sheet_page

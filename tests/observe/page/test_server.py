@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from ray_ep.config.observing import ObserveConfig
+from ray_ep.config.sections.observing import ObserveConfig
 from ray_ep.observe.page import server
 from ray_ep.observe.page.serving import served
 from ray_ep.observe.state import RunState

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ray_ep.config.option import opt as _opt
+from ray_ep.config.sections.option import opt as _opt
 
 
 @dataclass

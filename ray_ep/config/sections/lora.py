@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ray_ep.config.option import opt
+from ray_ep.config.sections.option import opt
 from ray_ep.errors import ConfigError
 
 
