@@ -33,14 +33,18 @@ _RECORDERS = ("_dump_fr_trace_json", "_dump_nccl_trace_json")
 def own(asking: bool = False) -> str:
     """The stacks of this process's threads, the newest call last; first those that are in this package.
 
+    Threads that are at the same are told together.
+
     Args:
         asking: that of the thread which asks, too.
     """
     names = {t.ident: t.name for t in threading.enumerate()}
     me, frames = threading.get_ident(), sys._current_frames()
     told = sorted((i for i in frames if asking or i != me), key=lambda i: (not _ours(frames[i]), i))
-    parts = [f"thread {names.get(i, 'without a name')} ({i})\n{_calls(frames[i])}" for i in told]
-    return cut("\n".join(parts))
+    at: dict[str, list[str]] = {}
+    for i in told:
+        at.setdefault(_calls(frames[i]), []).append(f"thread {names.get(i, 'without a name')} ({i})")
+    return cut("\n".join(f"{', '.join(threads)}\n{calls}" for calls, threads in at.items()))
 
 
 def _calls(frame: FrameType) -> str:

@@ -71,7 +71,8 @@ class Served:
     def alive(self):
         """Steps follow one another."""
         before = self.driver.done
-        self.until(lambda: self.driver.done > before, "a step")
+        self.until(lambda: self.driver.done > before or self.error, "a step")
+        assert self.error is None, self.error
         return True
 
 

@@ -239,7 +239,7 @@ def driven(path, *overrides, listeners=(), look=bool, links=None, size=RANKS, co
     plan = SimpleNamespace(
         run=run, corpus=SimpleNamespace(source="a text", held_out=[1]), config=AutoConfig.for_model("qwen3_moe"),
         placement=contiguous(LAYERS, EXPERTS, size), signature={"w": [4]}, checkpoint=None, expert_parameters=1000,
-        notes=(),
+        frozen=(), base=frozenset(), notes=(),
     )  # fmt: skip
     requests = Requests(look)
     if control is not None:

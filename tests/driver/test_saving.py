@@ -43,7 +43,8 @@ def saver(tmp_path):
     def make(*overrides, **plan):
         cfg = load_config(None, [f"run_dir={tmp_path}", *overrides])
         given = {"run": RunDir(tmp_path), "checkpoint": None, "signature": {"w": [1000, 1000]},
-                 "config": AutoConfig.for_model("qwen3_moe"), "corpus": SimpleNamespace(source="a text")}  # fmt: skip
+                 "config": AutoConfig.for_model("qwen3_moe"), "corpus": SimpleNamespace(source="a text"),
+                 "base": frozenset(), "frozen": ()}  # fmt: skip
         ear, clock, ranks = Ear(), Clock(), FakeRanks()
         publisher = Publisher([ear])
         it = Saver(cfg, SimpleNamespace(**given | plan), ranks, publisher, clock)

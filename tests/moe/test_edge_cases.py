@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama4 import Llama4ForCausalLM, Llama4TextConfig
+from transformers.models.dbrx import DbrxConfig, DbrxForCausalLM
 
 from ray_ep.collective import SoloGroup
 from ray_ep.errors import ModelError, PlacementError
@@ -168,9 +168,17 @@ def test_bfloat16_is_as_exact_on_several_ranks_as_in_one_process(ranks, name, si
 def test_models_without_experts_behind_transformers_interface_are_refused_by_name():
     with pytest.raises(ModelError, match="LlamaForCausalLM has no experts"):
         parallelize(LlamaForCausalLM(LlamaConfig(**BASE)), SoloGroup())
-    config = Llama4TextConfig(**BASE, intermediate_size_mlp=32, num_local_experts=4)
-    with pytest.raises(ModelError, match=r"Llama4ForCausalLM has no experts.*Llama4TextExperts"):
-        parallelize(Llama4ForCausalLM(config), SoloGroup())
+    experts = {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2}
+    config = DbrxConfig(
+        d_model=32,
+        n_heads=2,
+        n_layers=1,
+        vocab_size=64,
+        attn_config={"kv_n_heads": 2, "rope_theta": 1e4},
+        ffn_config=experts,
+    )
+    with pytest.raises(ModelError, match=r"DbrxForCausalLM has no experts.*DbrxExperts"):
+        parallelize(DbrxForCausalLM(config), SoloGroup())
 
 
 def test_a_model_is_parallelized_once_and_only_by_a_placement_that_fits():
