@@ -161,7 +161,9 @@ class Newcomers:
 
     def _take_away(self, newcomer: Newcomer) -> None:
         """Returns when Ray's head knows of it."""
-        if newcomer.actor is not None:
-            ray.kill(newcomer.actor, no_restart=True)
-        if newcomer.group.exception() is None:  # else room could not even be asked for
-            self._places.withdraw(newcomer.group.result())
+        try:
+            if newcomer.actor is not None:
+                ray.kill(newcomer.actor, no_restart=True)
+        finally:  # its room goes, whatever becomes of it
+            if newcomer.group.exception() is None:  # else room could not even be asked for
+                self._places.withdraw(newcomer.group.result())
