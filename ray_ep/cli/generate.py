@@ -79,7 +79,12 @@ def _asked(
     reader = Reader(cfg, checked, Defaults(options["max_new_tokens"], sampling))
     if prompts:
         return reader.file(Path(prompts))
-    return [reader.one({"prompt": text}, n, f"--prompt {text!r}") for n, text in enumerate(texts)]
+    return [reader.one({"prompt": text}, n, _where(text)) for n, text in enumerate(texts)]
+
+
+def _where(text: str) -> str:
+    """Names a prompt in an error; a long one by its beginning."""
+    return f"--prompt {text!r}" if len(text) <= 80 else f"--prompt {text[:80]!r}..."
 
 
 def _answer(

@@ -83,7 +83,8 @@ def _checked(cfg: Config, run: RunDir) -> Plan:
         notes.append(
             ("balance", "balance inside the step is off: exchange.transport=deepep carries tokens to slots only")
         )
-    notes += inspect(directory(cfg.model.path, weights=True), model) if cfg.model.path else []
+    if cfg.model.path:  # a model of its own: inspect leaves one expert in each module
+        notes += inspect(directory(cfg.model.path, weights=True), meta_model(config))
     frozen = tuple(freeze(model, cfg.optim.freeze))
     if cfg.lora.rank:
         adapt(model, cfg.lora, cfg.seed)

@@ -72,7 +72,7 @@ class AnswerFile:
             tree = json.loads(line)
             id, given = str(tree["id"]), tree["prompt"]
         except (ValueError, TypeError, KeyError):
-            raise DataError(f"{where} is no answer: give another file, which is left alone until then") from None
+            raise DataError(f"{where} is no answer: give another file; this one is left as it is") from None
         if id not in prompts or prompts[id].given != given:
             raise DataError(f"{where} answers another prompt than the one with id {id!r}: give another file")
         return id

@@ -101,7 +101,7 @@ class Reader:
 
 def _objects(text: str, path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     """Each object, and where it is, in words."""
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would cut at U+2028, which JSON leaves as it is
         if not line.strip():
             continue
         where = f"--prompts {path}, line {number}"

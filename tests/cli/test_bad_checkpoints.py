@@ -237,6 +237,10 @@ TOKENIZERS = {
     ),
     "git-lfs pointer": (lambda d: (d / "tokenizer.json").write_text(LFS), ["tokenizer.json", "git lfs pull"]),
     "nothing there": (lambda d: [f.unlink() for f in d.iterdir()], ["no tokenizer is in that directory"]),
+    "a model without one": (
+        lambda d: [f.unlink() for f in d.iterdir()] and (d / "config.json").write_text('{"model_type": "qwen3_moe"}'),
+        ["no tokenizer is in that directory"],
+    ),
     "no tokenizer.json": (lambda d: (d / "tokenizer.json").unlink(), ["tokenizer"]),
 }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import shutil
 from datetime import datetime
+from math import prod
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from ray_ep.driver.start import check_run
 from ray_ep.errors import BadInput, CheckpointError, ConfigError
 from ray_ep.placement import RoutingStatistics
 from ray_ep.rank.saved.directory import Directory
+from tests.models import build
 
 NOW = datetime(2026, 7, 1, 12, 30, 5)
 OWN = [
@@ -283,3 +285,15 @@ def test_a_model_that_deepep_does_not_carry_is_refused_before_anything_starts():
     assert told(plan, "balance") == [
         "balance inside the step is off: exchange.transport=deepep carries tokens to slots only"
     ]
+
+
+def test_a_fine_tune_counts_all_experts_of_its_checkpoint(place):
+    model = build("qwen3_moe", vocab_size=256)
+    model.save_pretrained(place / "m")
+    cfg = load_config(None, ["model.path=m", "data.files=[text.txt]", "batch.length=32"])
+    plan = check_run(cfg, NOW)
+    plan.run.release()
+    whole = {n: list(p.shape) for n, p in model.named_parameters()}
+    assert plan.signature == whole
+    sizes = [prod(shape[1:]) for n, shape in whole.items() if ".layers.0.mlp.experts." in n]
+    assert plan.expert_parameters == sum(sizes)

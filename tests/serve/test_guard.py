@@ -112,6 +112,13 @@ def test_what_is_no_json_object_is_refused(plain, content):
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
+def test_a_body_that_is_sent_as_a_form_is_told_so(plain):
+    form = {"content-type": "application/x-www-form-urlencoded"}  # what curl -d sends
+    answer = httpx.post(f"{plain}/v1/completions", content=b'{"model": "tiny", "prompt": "a"}', headers=form)
+    assert answer.status_code == 400
+    assert "expected application/json" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("path", "more"),
     [

@@ -70,6 +70,12 @@ def test_a_wrong_line_is_named(tmp_path, line, words):
     assert words in str(e.value)
 
 
+def test_a_line_ends_at_a_newline_alone(tmp_path):
+    (tmp_path / "prompts.jsonl").write_bytes('{"prompt": "a\u2028b\u0085c"}\r\n'.encode())
+    (only,) = reader().file(tmp_path / "prompts.jsonl")
+    assert only.given == "a\u2028b\u0085c"
+
+
 def test_a_file_without_prompts_is_refused(tmp_path):
     with pytest.raises(DataError, match="no line has a prompt"):
         read(tmp_path, "")

@@ -27,10 +27,12 @@ def load_tokenizer(name: str) -> tuple[Any, int]:
         _check_directory(Path(name), say)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        ids = tokenizer.get_vocab().values()
+        vocabulary = tokenizer.get_vocab()
     except Exception as e:  # its loaders raise nearly anything: OSError, KeyError, ImportError, bare Exception
         raise DataError(f"{say}{_why(name, e)}") from e
-    return tokenizer, max(len(tokenizer), max(ids, default=-1) + 1)
+    if not vocabulary.keys() - set(tokenizer.all_special_tokens):  # of some models it makes one without any file
+        raise DataError(f"{say}{_none_there(name) or 'this one has special tokens only, so no text has any'}")
+    return tokenizer, max(len(tokenizer), max(vocabulary.values()) + 1)
 
 
 def load_decoder(name: str) -> Callable[[Sequence[int]], str]:
@@ -70,10 +72,14 @@ def _why(name: str, e: Exception) -> str:
             "this one needs code that comes with it, which is never run; convert it to a tokenizer.json elsewhere and "
             "give that directory"
         )
-    if os.path.isdir(name):
-        names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-        if not any((Path(name) / n).exists() for n in names):
-            return f"no tokenizer is in that directory (none of {', '.join(names)})"
-    elif isinstance(e, OSError):
+    if isinstance(e, OSError) and not os.path.isdir(name):
         return "no such directory here, and no such tokenizer could be had from the Hugging Face hub"
-    return brief(e)
+    return _none_there(name) or brief(e)
+
+
+def _none_there(name: str) -> str:
+    """Words for a directory without any file of a vocabulary; "": it has one, or is none."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    if not os.path.isdir(name) or any((Path(name) / n).exists() for n in names):
+        return ""
+    return f"no tokenizer is in that directory (none of {', '.join(names)})"

@@ -125,7 +125,10 @@ def _add_errors(app: FastAPI) -> None:
         return answer(503, str(e))
 
     @app.exception_handler(RequestValidationError)
-    async def unreadable(_request: HttpRequest, e: RequestValidationError) -> Response:
+    async def unreadable(request: HttpRequest, e: RequestValidationError) -> Response:
+        said = request.headers.get("content-type", "nothing")
+        if "json" not in said:  # curl's -d alone says that it is a form
+            return answer(400, f"the header Content-Type says {said}: expected application/json")
         return answer(400, f"the body is not a JSON object: {e.errors()[0]['msg']}")
 
     @app.exception_handler(HTTPException)
