@@ -53,10 +53,13 @@ class Topology:
             raise PlacementError(
                 f"topology: bandwidth {self.bandwidth.shape} and latency {self.latency.shape} do not fit {n} ranks"
             )
-        off = ~np.eye(n, dtype=bool)
-        if not (self.bandwidth[off] > 0).all() or not ((self.latency >= 0) & np.isfinite(self.latency)).all():
+        good = (self.bandwidth > 0) | np.eye(n, dtype=bool)
+        good &= (self.latency >= 0) & np.isfinite(self.latency)
+        if not good.all():
+            a, b = np.argwhere(~good)[0]
             raise PlacementError(
-                "topology: bandwidth must be positive, latency not negative and finite, in every entry"
+                "topology: bandwidth must be positive, latency not negative and finite, in every entry; from rank "
+                f"{a} to rank {b} they are {self.bandwidth[a, b]:g} bytes/s and {self.latency[a, b]:g} s"
             )
         self._check_measurement()
 

@@ -15,7 +15,7 @@ from tests.conftest import slow
 from tests.models import MODELS
 from tests.rank.generate.answering import NEW, generator_of, greedy, prompts, rank_of, requests, saved
 
-STATIC = {"nemotron_h"}
+STATIC = {"nemotron_h", "llama4_text"}
 """Models whose state is no paged cache."""
 FIRST = ["deepseek_v3", "nemotron_h"]  # latent attention, Mamba layers
 
