@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,6 +27,8 @@ from ray_ep.serve.engine_ranks import GeneratingRanks
 
 _WAIT_S = 0.2
 """Seconds of one wait for news, after which it is looked whether all ranks are there."""
+_DEATH_S = 2.0
+"""Seconds in which Ray says that a rank died, after its peers have noticed."""
 _LAST_S = 10.0
 """Seconds in which ranks that were closed tell the ends of their requests."""
 
@@ -196,16 +199,22 @@ class Engine:
 
     def _why(self, fault: str) -> str:
         """What explains a failure: a rank that is gone rather than what others say of it."""
-        try:
-            self._ranks.beat()
-        except RayEPError as e:
-            return cause_of(e)
-        return fault or "a rank did not answer"
+        limit = time.monotonic() + _DEATH_S
+        while True:
+            try:
+                self._ranks.beat()
+            except RayEPError as e:
+                return cause_of(e)
+            if time.monotonic() > limit:
+                return fault or "a rank did not answer"
+            time.sleep(0.1)
 
     def _take(self, rank: int, news: News) -> None:
         with self._lock:
             self._status[rank] = news.status
             deltas = [d for d in news.deltas if d.id in self._open]
+            if news.failed:  # what a rank says of its own is not why: `_fail` tells that
+                deltas = [d for d in deltas if d.done != ERROR]
             for delta in deltas:
                 self._open[delta.id].left -= len(delta.tokens)
                 if delta.done:
